@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Calls CMake once per native library and writes down what was built, what was not, and why.
+
+    python csrc/build.py [auto|cpu|cuda|none]     builds into kdkernels/_lib
+
+Needs only the standard library: setup.py calls it, and so does any environment that has torch but no setuptools.
+auto builds each library on its own and records a failure; cpu and cuda end with an error; none builds nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("cpu", "cuda")
+MODES = ("auto", "cpu", "cuda", "none")
+FLOOR = (2, 10)  # the torch whose stable ABI the sources use
+
+
+class Unavailable(Exception):
+    """Why a library cannot be built here."""
+
+
+def find_program(name: str, *more: str) -> str | None:
+    """A program on the PATH, or beside this interpreter: a virtual environment's bin need not be on the PATH."""
+    scripts = sysconfig.get_path("scripts")
+    for candidate in (name, *more):
+        found = shutil.which(candidate) or shutil.which(candidate, path=scripts)
+        if found:
+            return found
+    return None
+
+
+def find_compiler() -> str | None:
+    chosen = os.environ.get("CXX")
+    return shutil.which(chosen.split()[0]) if chosen else find_program("c++", "g++", "clang++")
+
+
+def find_nvcc() -> str | None:
+    chosen = os.environ.get("CUDACXX")
+    return shutil.which(chosen) if chosen else find_program("nvcc", "/usr/local/cuda/bin/nvcc")
+
+
+def torch_include() -> tuple[Path, str]:
+    """The folder of torch's headers and their version, without importing torch.
+
+    The order is an explicit variable, this interpreter's path, and its site-packages: the last is the target
+    environment even under pip's build isolation.
+    """
+    explicit = os.environ.get("KDK_TORCH_INCLUDE")
+    folders = [Path(explicit)] if explicit else []
+    if not explicit:
+        folders += [Path(entry) / "torch" / "include" for entry in sys.path if entry]
+        folders.append(Path(sysconfig.get_path("purelib")) / "torch" / "include")
+    for folder in folders:
+        version_header = folder / "torch" / "headeronly" / "version.h"
+        if not version_header.is_file():
+            version_header = folder / "torch" / "csrc" / "api" / "include" / "torch" / "version.h"
+        if not version_header.is_file():
+            continue
+        found = dict(re.findall(r"#define TORCH_VERSION_(MAJOR|MINOR|PATCH) (\d+)", version_header.read_text()))
+        version = tuple(int(found.get(part, 0)) for part in ("MAJOR", "MINOR", "PATCH"))
+        text = ".".join(map(str, version))
+        if version[:2] < FLOOR:
+            raise Unavailable(
+                f"the headers of torch {text} are too old: torch >= {'.'.join(map(str, FLOOR))} is needed"
+            )
+        return folder, text
+    where = "KDK_TORCH_INCLUDE" if explicit else "this environment"
+    raise Unavailable(f"no torch headers found in {where}: install torch first, or set KDK_TORCH_INCLUDE")
+
+
+def sources(library: str) -> list[Path]:
+    return sorted((ROOT / "csrc").rglob("*_cpu.cpp" if library == "cpu" else "*_cuda.cu"))
+
+
+def build_library(library: str, work: Path, output: Path) -> dict:
+    """Builds one library into `output`; raises Unavailable with a reason of one line."""
+    if not sources(library):
+        raise Unavailable("no CUDA sources yet" if library == "cuda" else "no C++ sources")
+    if sys.platform == "win32":
+        raise Unavailable("the native libraries are not built on Windows yet")
+    compiler, cmake = find_compiler(), find_program("cmake")
+    if compiler is None:
+        raise Unavailable("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+    options = [f"-DCMAKE_CXX_COMPILER={compiler}"]
+    if library == "cuda":
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise Unavailable("nvcc not found (looked for $CUDACXX and nvcc)")
+        options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+    if cmake is None:
+        raise Unavailable("cmake not found: pip install cmake ninja")
+    ninja = find_program("ninja")
+    if ninja:
+        options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    include, torch_version = torch_include()
+    options += [f"-DKDK_TORCH_INCLUDE={include}"]
+    options += [f"-DKDK_{name.upper()}={'ON' if name == library else 'OFF'}" for name in LIBRARIES]
+
+    # CMake's cache remembers its tools and paths, so another set of them gets another folder
+    key = hashlib.sha256("\n".join([cmake, str(ROOT), *options]).encode()).hexdigest()[:8]
+    folder = work / f"{library}-{key}"
+    log = work / f"{library}.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / "out"
+    commands = (
+        [cmake, "-S", str(ROOT), "-B", str(folder), f"-DKDK_OUTPUT={made}", *options],
+        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)],
+    )
+    with open(log, "w") as stream:
+        for command in commands:
+            print("$", *command, file=stream, flush=True)
+            if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode:
+                stream.flush()
+                raise Unavailable(f"{first_error(log.read_text(errors='replace'))} (log: {log})")
+    name = f"libkdkernels_{library}.so"
+    output.mkdir(parents=True, exist_ok=True)
+    # a new file takes the name: a process that has the old one mapped keeps it
+    staged = output / f".{name}.{os.getpid()}"
+    shutil.copy2(made / name, staged)
+    os.replace(staged, output / name)
+    return {"built": True, "reason": "", "library": name, "torch_headers": torch_version, "compiler": compiler}
+
+
+def first_error(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines()]
+    for line in lines:
+        if re.search(r"\berror\b|CMake Error|FAILED", line, re.IGNORECASE) and not line.startswith("$"):
+            return line[:200]
+    return lines[-1][:200] if lines else "no output"
+
+
+def build(mode: str, output: Path, work: Path) -> dict:
+    """Builds what `mode` asks for, writes output/build.json and returns its content."""
+    if mode not in MODES:
+        raise SystemExit(f"KDK_BUILD is {mode!r}: give one of {', '.join(MODES)}")
+    wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}[mode]
+    output, work = Path(output), Path(work)
+    output.mkdir(parents=True, exist_ok=True)
+    record: dict = {"mode": mode}
+    for library in LIBRARIES:
+        if library not in wanted:
+            record[library] = {"built": False, "reason": f"not asked for: KDK_BUILD={mode}"}
+        else:
+            try:
+                record[library] = build_library(library, work, output)
+            except Unavailable as error:
+                record[library] = {"built": False, "reason": str(error)}
+        if not record[library]["built"]:
+            # a library of an earlier build must not pass for one of this build
+            (output / f"libkdkernels_{library}.so").unlink(missing_ok=True)
+    (output / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+    failed = [f"{name} library not built: {record[name]['reason']}" for name in wanted if not record[name]["built"]]
+    if failed and mode != "auto":
+        raise SystemExit(f"KDK_BUILD={mode}: " + "; ".join(failed))
+    return record
+
+
+def sentence(record: dict) -> str:
+    """One sentence for a person who has just built or installed."""
+    if record["cpu"]["built"]:
+        built = "compiled CPU library" + (" and CUDA library" if record["cuda"]["built"] else "")
+        return f"kdkernels: {built} built."
+    return f"kdkernels: running in pure Python, which is slower on the CPU: {record['cpu']['reason']}."
+
+
+def main(arguments: list[str]) -> int:
+    mode = arguments[0] if arguments else os.environ.get("KDK_BUILD") or "auto"
+    record = build(mode, ROOT / "kdkernels" / "_lib", ROOT / "build")
+    print(sentence(record))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

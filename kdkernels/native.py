@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled libraries if they are there, once and only when first asked for, and remembers why not.
+
+Importing this module loads nothing and never raises. KDK_NATIVE=0 in the environment keeps both libraries out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FLOOR = (2, 10)  # the stable ABI that csrc/ is compiled for
+_FOLDER = Path(__file__).resolve().parent / "_lib"
+
+
+class Status(NamedTuple):
+    """What is loaded; a reason is empty exactly when its library is loaded."""
+
+    cpu: bool
+    cpu_reason: str
+    cuda: bool
+    cuda_reason: str
+    build: dict[str, Any]  # the content of _lib/build.json, empty if nothing was ever built
+
+
+def has(library: str) -> bool:
+    """Whether the compiled "cpu" or "cuda" library is loaded; the first call loads it."""
+    if library not in ("cpu", "cuda"):
+        raise ValueError(f"library is {library!r}: give 'cpu' or 'cuda'")
+    return getattr(status(), library)
+
+
+@functools.cache
+def status() -> Status:
+    """What is loaded and, for what is not, the reason in one line; the first call loads what it can."""
+    build = _read_build_record()
+    cpu_reason = _load("cpu", build)
+    cuda_reason = _load("cuda", build)
+    if not cpu_reason:
+        _register_cpu_fakes()
+    return Status(not cpu_reason, cpu_reason, not cuda_reason, cuda_reason, build)
+
+
+def _read_build_record() -> dict[str, Any]:
+    try:
+        record = json.loads((_FOLDER / "build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _load(library: str, build: dict[str, Any]) -> str:
+    """Loads one library; returns why that was not possible, or an empty string."""
+    if os.environ.get("KDK_NATIVE") == "0":
+        return "switched off by KDK_NATIVE=0"
+    name = {"cpu": "CPU", "cuda": "CUDA"}[library]
+    path = _FOLDER / f"libkdkernels_{library}.so"
+    if not path.exists():
+        entry = build.get(library)
+        why = entry.get("reason") if isinstance(entry, dict) else None
+        return f"compiled {name} library not built: {why or 'no build was run (python csrc/build.py)'}"
+    if _version(torch.__version__) < FLOOR:
+        return f"the compiled libraries need torch >= {'.'.join(map(str, FLOOR))}, this is {torch.__version__}"
+    # without this test the loader would only say that libtorch_cuda.so cannot be opened
+    if library == "cuda" and torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA: install a CUDA build of torch"
+    try:
+        torch.ops.load_library(str(path))
+    except Exception as error:  # noqa: BLE001 (a broken library must not break the pure-Python backends)
+        # torch wraps the loader's OSError and drops its text: the cause has it
+        return f"compiled {name} library did not load: {error.__cause__ or error}"
+    return ""
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = re.match(r"(\d+)\.(\d+)", text).groups()
+    return int(major), int(minor)
+
+
+def _register_cpu_fakes() -> None:
+    @torch.library.register_fake("kdkernels::panel_moments")
+    def panel_moments(k, l, diagonal, symmetric):  # noqa: E741 (k and l are the panels of the Gram matrices K and L)
+        r, c = k.shape
+        rows = k.new_empty((5, r), dtype=torch.float64)
+        return rows, k.new_empty((5, c if symmetric else 0), dtype=torch.float64)
