@@ -31,10 +31,10 @@ class Unavailable(Exception):
 
 
 def find_program(name: str, *more: str) -> str | None:
-    """A program on the PATH, or beside this interpreter: a virtual environment's bin need not be on the PATH."""
+    """A program beside this interpreter (a virtual environment's bin need not be on the PATH), or on the PATH."""
     scripts = sysconfig.get_path("scripts")
     for candidate in (name, *more):
-        found = shutil.which(candidate) or shutil.which(candidate, path=scripts)
+        found = shutil.which(candidate, path=scripts) or shutil.which(candidate)
         if found:
             return found
     return None
@@ -147,6 +147,8 @@ def build(mode: str, output: Path, work: Path) -> dict:
     wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}[mode]
     output, work = Path(output), Path(work)
     output.mkdir(parents=True, exist_ok=True)
+    # whatever set-up was recorded here (tools/env.sh) described the libraries that are replaced now
+    (output / "stamp").unlink(missing_ok=True)
     record: dict = {"mode": mode}
     for library in LIBRARIES:
         if library not in wanted:

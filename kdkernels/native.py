@@ -72,8 +72,8 @@ def _load(library: str, build: dict[str, Any]) -> str:
         return f"this torch ({torch.__version__}) has no CUDA: install a CUDA build of torch"
     try:
         torch.ops.load_library(str(path))
-    except Exception as error:  # noqa: BLE001 (a broken library must not break the pure-Python backends)
-        # torch wraps the loader's OSError and drops its text: the cause has it
+    except Exception as error:
+        # a broken library must not break the pure-Python backends; torch wraps the loader's OSError and drops its text: the cause has it
         return f"compiled {name} library did not load: {error.__cause__ or error}"
     return ""
 
@@ -85,7 +85,7 @@ def _version(text: str) -> tuple[int, int]:
 
 def _register_cpu_fakes() -> None:
     @torch.library.register_fake("kdkernels::panel_moments")
-    def panel_moments(k, l, diagonal, symmetric):  # noqa: E741 (k and l are the panels of the Gram matrices K and L)
+    def panel_moments(k, l, diagonal, symmetric):
         r, c = k.shape
         rows = k.new_empty((5, r), dtype=torch.float64)
         return rows, k.new_empty((5, c if symmetric else 0), dtype=torch.float64)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo and make test are all a newcomer needs; each sets up what it uses (tools/env.sh) and then takes about a second.
+#   PYTHON=...     an environment that has torch is used as it is, without network; else the Python that makes .venv
+#   KDK_BUILD=...  auto (default) | cpu | cuda | none: which compiled libraries to build
+#   ARGS=...       passed on: make demo ARGS="--epochs 5", make test ARGS="-k cka -x"
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick lint bench gpu clean
+
+export PYTHON KDK_BUILD
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+OUT ?= out
+STAGE ?= all
+# workers: on two cores two workers with one thread each beat one worker with two threads, the tests being small
+JOBS ?= 2
+ENV = python="$$(sh tools/env.sh $@)"
+# without xdist the suite runs in one process
+PYTEST = $(ENV) && jobs="$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n $(JOBS)" || true)" \
+  && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$$python" -m pytest $$jobs
+
+help:
+	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
+	@echo "make test         the whole test suite      make test-quick   the part that takes under three minutes"
+	@echo "make lint         ruff                      make bench        measure this machine"
+	@echo "make gpu          build, test, sanitize and measure on an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|all"
+	@echo "make clean        remove build products and .venv"
+
+demo:
+	@$(ENV) && exec "$$python" examples/distill.py $(ARGS)
+
+test:
+	@$(PYTEST) $(ARGS)
+
+test-quick:
+	@$(PYTEST) -m "not slow and not demo and not compile_only" $(ARGS)
+
+lint:
+	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check .
+
+bench:
+	@$(ENV) && exec "$$python" -m bench run $(ARGS)
+
+# PYTHON is taken as it is here: a GPU machine has its torch, and nothing is installed
+gpu:
+	@python="$(PYTHON)"; [ -n "$$python" ] || python="$$(sh tools/env.sh $@)"; \
+	exec "$$python" bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" $(if $(FORCE),--force)
+
+clean:
+	rm -rf .venv build dist kdkernels/_lib *.egg-info .pytest_cache .ruff_cache .hypothesis

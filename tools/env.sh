@@ -1,0 +1,115 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Prints the Python that make should use, after setting it up: sh tools/env.sh demo|test|lint|bench
+#
+# PYTHON=... names an environment that already has torch: it is used as it is, nothing is installed, no network needed.
+# Otherwise .venv is made and filled, with the first working Python >= 3.10 (or PYTHON, if that has no torch).
+# The work is done again when the content of the stamp differs: compilers, interpreter, build mode, pins, sources.
+set -eu
+cd "$(dirname "$0")/.."
+purpose=${1:-demo}
+stamp=kdkernels/_lib/stamp
+
+say() { echo "kdkernels: $*" >&2; }
+fail() { say "$@"; exit 1; }
+
+# a name on the PATH may be a dead shim, and a distribution may have split ensurepip off: run it
+can_make_venv() {
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+lacks() { # the first of the modules that the interpreter cannot find
+  py=$1
+  shift
+  "$py" -c 'import sys; from importlib.util import find_spec as f
+print(next((m for m in sys.argv[1:] if f(m) is None), ""))' "$@"
+}
+
+tools_found() { # what could compile, with versions: a new compiler means a new build
+  for tool in ${CXX:-} c++ g++ clang++ ${CUDACXX:-} nvcc cmake; do
+    path=$(command -v "$tool" 2>/dev/null) || continue
+    echo "$path $("$path" --version 2>&1 | tr '\n' ' ')"
+  done
+}
+
+has_compiler() {
+  for tool in ${CXX:-c++ g++ clang++}; do
+    command -v "$tool" >/dev/null 2>&1 && return 0
+  done
+  return 1
+}
+
+key() {
+  echo "mode ${KDK_BUILD:-auto}"
+  echo "python $1 $("$1" -c 'import sys; print(sys.executable, *sys.version.split())')"
+  # another .venv in the same place is another inode
+  ls -di "$(dirname "$(dirname "$1")")"
+  tools_found
+  cksum constraints.txt pyproject.toml setup.py CMakeLists.txt tools/env.sh
+  find csrc -type f ! -name '*.pyc' | LC_ALL=C sort | xargs cksum
+}
+
+pure_python_note() { # one sentence when there is no compiled library
+  "$1" - <<'PY' >&2
+import json, pathlib
+record = json.loads(pathlib.Path("kdkernels/_lib/build.json").read_text())
+if not record["cpu"]["built"]:
+    print(f"kdkernels: running in pure Python, which is slower on the CPU: {record['cpu']['reason']}.")
+PY
+}
+
+up_to_date() { [ -f "$stamp" ] && [ -f kdkernels/_lib/build.json ] && [ "$(cat "$stamp")" = "$(key "$1")" ]; }
+
+use_existing() {
+  case $purpose in
+    demo) needs="sklearn matplotlib tqdm" ;;
+    test*) needs="pytest hypothesis sklearn matplotlib tqdm" ;;
+    lint) needs="ruff" ;;
+    *) needs="" ;;
+  esac
+  missing=$(lacks "$1" numpy $needs)
+  [ -z "$missing" ] || fail "$1 has torch but no $missing: install it there, or leave PYTHON out and let make set up .venv"
+  if ! up_to_date "$1"; then
+    "$1" csrc/build.py "${KDK_BUILD:-auto}" >/dev/null
+    key "$1" > "$stamp"
+  fi
+}
+
+use_venv() {
+  if [ -n "${PYTHON:-}" ]; then
+    can_make_venv "$PYTHON" || fail "PYTHON=$PYTHON does not run, is older than 3.10, or has no venv and ensurepip"
+    base=$PYTHON
+  fi
+  venv_python=$PWD/.venv/bin/python
+  if "$venv_python" -c 'import pip' >/dev/null 2>&1 && up_to_date "$venv_python"; then
+    return
+  fi
+  if ! "$venv_python" -c 'import pip' >/dev/null 2>&1; then
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python3.14 python}; do
+      if can_make_venv "$candidate"; then base=$candidate; break; fi
+    done
+    [ -n "${base:-}" ] || fail "no Python >= 3.10 with venv found: install one (python3-venv on Debian) or pass PYTHON=..."
+    say "making .venv with $("$base" -c 'import sys; print(sys.executable)')"
+    "$base" -m venv --clear .venv
+  fi
+  say "installing into .venv (the first time takes minutes: torch is large)"
+  install="$venv_python -m pip --disable-pip-version-check install -q -c constraints.txt"
+  build_tools="setuptools>=77"
+  if has_compiler && [ "${KDK_BUILD:-auto}" != none ]; then build_tools="$build_tools cmake>=3.22 ninja"; fi
+  # torch comes first: the build finds its headers here, which pip's isolated build could not be sure of
+  $install $build_tools torch >&2
+  # editable, so that tests run from this folder see the compiled library
+  $install --no-build-isolation -e '.[demo,test,lint,triton]' >&2
+  key "$venv_python" > "$stamp"
+}
+
+if [ -n "${PYTHON:-}" ] && "$PYTHON" -c 'import sys; from importlib.util import find_spec
+sys.exit(sys.version_info < (3, 10) or find_spec("torch") is None)' >/dev/null 2>&1; then
+  python=$(command -v "$PYTHON")
+  use_existing "$python"
+else
+  use_venv
+  python=$venv_python
+fi
+pure_python_note "$python"
+echo "$python"
