@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused kernels for knowledge distillation: Gram/CKA statistics as PyTorch ops, with pure-PyTorch references."""
+
+from . import losses
+from .backend import available_backends, explain
+from .checks import debug_checks
+from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cosine",
+    "Laplacian",
+    "Linear",
+    "Polynomial",
+    "RBF",
+    "available_backends",
+    "cka",
+    "debug_checks",
+    "explain",
+    "gram_mse",
+    "hsic",
+    "losses",
+    "mmd",
+]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs for a call, and why: an explicit request runs or raises, `auto` takes the best that can."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from . import native
+from .registry import OPS
+
+BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
+
+
+@cache
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_obstacle(device: str, dtypes) -> str | None:
+    if not _triton_found():
+        return "the package triton is not installed"
+    if device != "cuda" and not interpreting():
+        return f"the tensors are on {device} (triton runs on CUDA tensors, on CPU ones only under TRITON_INTERPRET=1)"
+    if torch.float64 in dtypes:
+        return "the Triton kernels compute in float32 and the input is float64"
+    if torch.bfloat16 in dtypes and interpreting():
+        return "Triton's interpreter is wrong in bfloat16"
+    return None
+
+
+def obstacle(backend: str, device: str, dtypes=()) -> str | None:
+    """Why `backend` cannot run for tensors of this device type and these dtypes, or None if it can."""
+    if backend in ("reference", "torch"):
+        return None
+    if backend == "triton":
+        return _triton_obstacle(device, dtypes)
+    if backend == "cpp":
+        if device != "cpu":
+            return f"the tensors are on {device} (cpp runs on the CPU)"
+        return None if native.has("cpu") else native.status().cpu_reason
+    return None if native.has("cuda") else native.status().cuda_reason
+
+
+def _choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -> tuple[str, str]:
+    backends = OPS[op].backends
+    if requested != "auto":
+        if requested not in BACKENDS:
+            raise ValueError(f"backend is {requested!r}: give one of {('auto', *BACKENDS)}")
+        if requested not in backends:
+            raise ValueError(f"backend is {requested!r}: {op} has {('auto', *backends)}")
+        why = obstacle(requested, device, dtypes)
+        if why is not None:
+            raise RuntimeError(f"backend={requested!r} cannot run {op} here: {why}")
+        return requested, "requested"
+    passed = []
+    for backend in backends:
+        # the interpreter is for tests: it is never what a caller who asked for nothing wants
+        why = "only on request under TRITON_INTERPRET=1" if backend == "triton" and device == "cpu" else None
+        why = obstacle(backend, device, dtypes) or why
+        if why is None:
+            return backend, "; ".join(passed) or "the first choice"
+        passed.append(f"not {backend}: {why}")
+    raise AssertionError("reference always runs")
+
+
+_choose_cached = cache(_choose)
+
+
+@torch.compiler.assume_constant_result
+def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The backend that runs `op` on tensors of this device type and these dtypes."""
+    return _choose_cached(op, requested, device, dtypes, interpreting())[0]
+
+
+class Explanation(NamedTuple):
+    op: str
+    backend: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.op} runs on {self.backend}: {self.why}"
+
+
+def explain(op: str, *tensors: torch.Tensor, backend: str = "auto") -> Explanation:
+    """Which backend would run `op` on these tensors, and why not a better one.
+
+    >>> print(kd.explain("cka", torch.randn(8, 4), torch.randn(8, 4), backend="torch"))
+    cka runs on torch: requested
+    """
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}: the ops are {sorted(OPS)}")
+    if not tensors:
+        raise ValueError("explain needs the tensors of the call: kd.explain('cka', x, y)")
+    return Explanation(op, *_choose(op, backend, tensors[0].device.type, tuple(t.dtype for t in tensors)))
+
+
+def available_backends(device: str | None = None) -> dict[str, str]:
+    """Each backend with "available", or the reason why not, for tensors on `device` (default: cuda if there is one)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: obstacle(name, device) or "available" for name in BACKENDS}

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From row statistics to the value and the pair weights of its gradient: O(n) work in float64, for every backend.
+
+A backend sums over pairs once and hands over, per row i, a = sum_j K_ij, b = sum_j L_ij, kk = sum_j K_ij^2,
+kl = sum_j K_ij L_ij, ll = sum_j L_ij^2 (for "mse": kl = sum_j (K_ij - L_ij)^2), diagonal left out if `unbiased`.
+The gradient of every member of the family with respect to K has then the one form
+
+    c_ij = p_i L_ij + q_i K_ij + e_i + f_i h_j,   dL/dx_i = sum_j (c_ij + c_ji) dK_ij/dx_i  (+ the row norm's diagonal).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .problem import Problem
+
+
+class RowStats(NamedTuple):
+    """Sums over j per row, float64 [G, n]; `aw`, `bw` are column sums of the row-normalised matrices where needed."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    kk: torch.Tensor
+    kl: torch.Tensor
+    ll: torch.Tensor
+    aw: torch.Tensor | None = None
+    bw: torch.Tensor | None = None
+
+
+class Weights(NamedTuple):
+    """The vectors of c_ij = p_i L_ij + q_i K_ij + e_i + f_i h_j of one side, [G, n] each (f, h: [G, 0] when unused)."""
+
+    p: torch.Tensor
+    q: torch.Tensor
+    e: torch.Tensor
+    f: torch.Tensor
+    h: torch.Tensor
+
+
+def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=None):
+    """value [G] float64 and the Weights of both sides.
+
+    count: rows kept, an int or [G] float64. eps: of the dtype in which K and L were computed. units = (unit_x, unit_y)
+    with K = unit * K^. rho = (rho_x, rho_y) [G, n], 1/sqrt(K_ii), where `row_normalize`.
+    """
+    if problem.stat in ("mse", "row_mse"):
+        return _mse(problem, stats, count)
+    ux, uy = units if not problem.row_normalize else (units[0].sqrt(), units[1].sqrt())
+    n = float(count) if isinstance(count, int) else count.double()
+    if problem.stat == "sum":
+        value = stats.kl.sum(-1) * ux * uy
+        one = torch.ones_like(stats.a) * (ux * uy)[:, None]
+        none = torch.zeros_like(one)
+        return value, (_side(one, none, none), _side(one, none, none))
+    rows = _RowNormalized(stats, rho) if problem.row_normalize else _Plain(stats)
+    form = _estimator(problem, n)
+    kl, kk, ll = rows.hsic("kl", form), rows.hsic("kk", form), rows.hsic("ll", form)
+    if problem.stat == "hsic":
+        return kl * ux * uy, (rows.x_side(form, ux * uy, 0 * ux), rows.y_side(form, ux * uy, 0 * uy))
+    # a side whose centred sum of squares is below its own rounding has no direction: CKA is 0 there, with zero gradient
+    floor = (8 * eps) ** 2 * form.c
+    defined = ~((kk <= floor * rows.total("kk")) | (ll <= floor * rows.total("ll")))
+    one = torch.ones_like(kk)
+    kk, ll = torch.where(defined, kk, one), torch.where(defined, ll, one)
+    alpha = (1 / (kk.sqrt() * ll.sqrt())) * defined
+    value = kl * alpha
+    return value, (rows.x_side(form, alpha, -value / kk), rows.y_side(form, alpha, -value / ll))
+
+
+class _Form(NamedTuple):
+    """h(K, L) = c [ S_KL - r a.b + s A B ], the shape that HSIC_0, HSIC_1 and the uncentred sum share."""
+
+    c: torch.Tensor | float
+    r: torch.Tensor | float
+    s: torch.Tensor | float
+
+
+def _estimator(problem: Problem, n) -> _Form:
+    if problem.unbiased:
+        n = n.clamp(min=4) if isinstance(n, torch.Tensor) else n  # a smaller masked group is set to 0 by the caller
+        return _Form(1 / (n * (n - 3)), 2 / (n - 2), 1 / ((n - 1) * (n - 2)))
+    m = n.clamp(min=2) if isinstance(n, torch.Tensor) else max(n, 2.0)
+    if problem.center:
+        return _Form(1 / (m - 1) ** 2, 2 / m, 1 / m**2)
+    return _Form(1 / (m - 1) ** 2, 0.0, 0.0)
+
+
+def _column(value):
+    return value[:, None] if isinstance(value, torch.Tensor) else value
+
+
+def _side(p, q, e, f=None, h=None) -> Weights:
+    none = p.new_empty(p.shape[0], 0)
+    return Weights(p, q, e, none if f is None else f, none if h is None else h)
+
+
+class _Plain:
+    """K and L symmetric: row sums are column sums."""
+
+    def __init__(self, stats: RowStats):
+        self.stats = stats
+
+    def total(self, which):
+        return getattr(self.stats, which).sum(-1)
+
+    def hsic(self, which, form):
+        u, v = (getattr(self.stats, "a" if letter == "k" else "b") for letter in which)
+        return form.c * (self.total(which) - form.r * (u * v).sum(-1) + form.s * u.sum(-1) * v.sum(-1))
+
+    def _weights(self, form, alpha, beta, own, other):
+        """c_ij = c [alpha C(L) + beta C(K)]_ij, C(L)_ij = L_ij - r/2 (b_i + b_j) + s B, split evenly over i and j."""
+        sums = alpha[:, None] * other + beta[:, None] * own
+        e = _column(form.c) * (_column(form.s) * sums.sum(-1, keepdim=True) - _column(form.r) * sums)
+        ones = torch.ones_like(own)
+        return _side(_column(form.c * alpha) * ones, _column(form.c * beta) * ones, e)
+
+    def x_side(self, form, alpha, beta):
+        return self._weights(form, alpha, beta, self.stats.a, self.stats.b)
+
+    def y_side(self, form, alpha, beta):
+        return self._weights(form, alpha, beta, self.stats.b, self.stats.a)
+
+
+class _RowNormalized:
+    """K~_ij = rho_i K_ij is not symmetric: rows sums rho_i a_i and column sums aw_j both enter."""
+
+    def __init__(self, stats: RowStats, rho):
+        self.rho = dict(zip("kl", rho, strict=True))
+        self.rows = {"k": rho[0] * stats.a, "l": rho[1] * stats.b}
+        self.columns = {"k": stats.aw, "l": stats.bw}
+        self.sums = {"kk": stats.kk, "kl": stats.kl, "ll": stats.ll}
+
+    def total(self, which):
+        return (self.rho[which[0]] * self.rho[which[1]] * self.sums[which]).sum(-1)
+
+    def hsic(self, which, form):
+        first, second = which
+        value = self.total(which)
+        if self.columns["k"] is not None:
+            value = value - form.r / 2 * (self.rows[first] * self.rows[second]).sum(-1)
+            value = value - form.r / 2 * (self.columns[first] * self.columns[second]).sum(-1)
+            value = value + form.s * self.rows[first].sum(-1) * self.rows[second].sum(-1)
+        return form.c * value
+
+    def _weights(self, form, alpha, beta, own, other):
+        """dL/dK_ij = rho_i M_ij, M = c [alpha C(L~) + beta C(K~)]; the backward pass adds the diagonal term."""
+        c, alpha, beta = _column(form.c), alpha[:, None], beta[:, None]
+        f = self.rho[own]
+        p, q = c * alpha * f * self.rho[other], c * beta * f * f
+        if self.columns["k"] is None:
+            return _side(p, q, torch.zeros_like(p), f, torch.zeros_like(p))
+        rows = alpha * self.rows[other] + beta * self.rows[own]
+        columns = alpha * self.columns[other] + beta * self.columns[own]
+        mean = _column(form.s) * rows.sum(-1, keepdim=True)
+        half = _column(form.r) / 2
+        return _side(p, q, f * c * (mean - half * rows), f, -c * half * columns)
+
+    def x_side(self, form, alpha, beta):
+        return self._weights(form, alpha, beta, "k", "l")
+
+    def y_side(self, form, alpha, beta):
+        return self._weights(form, alpha, beta, "l", "k")
+
+
+def _mse(problem: Problem, stats: RowStats, count):
+    n = float(count) if isinstance(count, int) else count.double().clamp(min=1)[:, None]
+    r = torch.ones_like(stats.a) / (n * n if problem.mean else 1.0)
+    zero = torch.zeros_like(r)
+    if problem.stat == "mse":
+        side = _side(-2 * r, 2 * r, zero)
+        return (r * stats.kl).sum(-1), (side, side)
+    # unit rows: sum_j (K_ij/|K_i| - L_ij/|L_i|)^2 = [K_i != 0] + [L_i != 0] - 2 cos_i
+    kk, ll = (torch.where(s == 0, torch.inf, s) for s in (stats.kk, stats.ll))
+    cross = 1 / (kk.sqrt() * ll.sqrt())
+    cos = stats.kl * cross
+    value = (r * ((stats.kk > 0).double() + (stats.ll > 0).double() - 2 * cos)).sum(-1)
+    p = -2 * r * cross
+    return value, (_side(p, 2 * r * cos / kk, zero), _side(p, 2 * r * cos / ll, zero))

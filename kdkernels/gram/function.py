@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one differentiable operator of the family: schema, fake, autograd and dispatch to the implementation.
+
+Two operators of fixed arity (`kdkernels::gram_fwd`, `kdkernels::gram_bwd`) serve every statistic; what is asked of them
+travels as the string of `problem.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import torch_impl
+from .problem import decode
+
+
+class GramStatistic(torch.autograd.Function):
+    """One differentiable call of the family; the vectors saved for backward are O(n), see `torch_impl.saved_shapes`."""
+
+    @staticmethod
+    def forward(x, y, mask, sigma_x, sigma_y, problem, need):
+        return torch.ops.kdkernels.gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.problem, ctx.need = inputs
+        _, rows, kept = output
+        ctx.mark_non_differentiable(rows, kept)
+        ctx.save_for_backward(*tensors, rows, kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _rows, _kept):
+        gradients = torch.ops.kdkernels.gram_bwd(grad, *ctx.saved_tensors, ctx.problem, ctx.need)
+        dx, dy, dsx, dsy = (g if ctx.need >> bit & 1 else None for bit, g in enumerate(gradients))
+        return dx, dy, None, dsx, dsy, None, None
+
+
+def _implementation(problem):
+    if problem.backend == "triton":
+        from . import triton_impl
+
+        return triton_impl
+    return torch_impl
+
+
+def _gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need):
+    problem = decode(problem)
+    with _without_autocast(x.device.type):
+        return _implementation(problem).forward(x, y, mask, sigma_x, sigma_y, problem, need)
+
+
+def _gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
+    problem = decode(problem)
+    with _without_autocast(x.device.type):
+        return _implementation(problem).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+
+
+class _Nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+_NOTHING = _Nothing()
+
+
+def _without_autocast(device: str):
+    """Products inside keep the dtype they are given: autocast would round centred float32 rows to bfloat16."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+def _gram_fwd_fake(x, y, mask, sigma_x, sigma_y, problem, need):
+    problem = decode(problem)
+    dtype = torch_impl.compute_dtype(x, y)
+    (G, n, p), q = x.shape, y.shape[2]
+    rows, kept = _implementation(problem).saved_shapes(problem, G, n, p, q, need)
+    return x.new_empty(G, dtype=dtype), x.new_empty(rows, dtype=dtype), x.new_empty(kept, dtype=dtype)
+
+
+def _gram_bwd_fake(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
+    like = (x, y, sigma_x, sigma_y)
+    return tuple(
+        t.new_empty(t.shape) if need >> bit & 1 and t is not None else x.new_empty(0) for bit, t in enumerate(like)
+    )
+
+
+def _register():
+    library = torch.library
+    tensors = "Tensor x, Tensor y, Tensor? mask, Tensor? sigma_x, Tensor? sigma_y"
+    library.define(
+        "kdkernels::gram_fwd", f"({tensors}, str problem, int need) -> (Tensor value, Tensor rows, Tensor kept)"
+    )
+    library.define(
+        "kdkernels::gram_bwd",
+        f"(Tensor grad, {tensors}, Tensor rows, Tensor kept, str problem, int need)"
+        " -> (Tensor dx, Tensor dy, Tensor dsigma_x, Tensor dsigma_y)",
+    )
+    for name, function, fake in (
+        ("kdkernels::gram_fwd", _gram_fwd, _gram_fwd_fake),
+        ("kdkernels::gram_bwd", _gram_bwd, _gram_bwd_fake),
+    ):
+        for device in ("CPU", "CUDA"):
+            library.impl(name, device)(function)
+        library.register_fake(name)(fake)
+
+
+_register()

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel functions as small self-describing objects: a map of g_ij = x_i . x_j, its slope dk/dg, and where to test it.
+
+Every kernel here is either a function of the dot product (linear, polynomial, cosine on unit rows) or of the squared
+distance d2_ij = g_ii + g_jj - 2 g_ij (rbf, laplacian). For the second kind dk/dg_ii = -(dk/dg_ij)/2, so one slope
+serves both. The maps themselves stand in `maps.py` (PyTorch), `triton_maps.py` (Triton) and, as the textbook has them,
+in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Cosine", "Kernel", "KernelSpec", "Laplacian", "Linear", "Polynomial", "RBF", "spec_of"]
+
+
+class KernelSpec(NamedTuple):
+    """The static part of a kernel function: what an operator schema can carry."""
+
+    name: str
+    params: tuple[float, ...]  # polynomial: degree, scale, coef0; rbf, laplacian: the bandwidths known as numbers
+
+    @property
+    def of_distance(self) -> bool:
+        return self.name in ("rbf", "laplacian")
+
+    @property
+    def linear(self) -> bool:
+        """Linear in the (for cosine: normalised) rows, so a p x q feature space exists."""
+        return self.name in ("linear", "cosine")
+
+
+class Kernel:
+    """Base of the kernel functions: `spec()` is the static part, `sigma` the bandwidth rule where there is one."""
+
+    name = ""
+    sigma = None
+    domain = "any real features"
+
+    def params(self) -> tuple[float, ...]:
+        return ()
+
+    def spec(self) -> KernelSpec:
+        return KernelSpec(self.name, self.params())
+
+    def of_group(self, g: int) -> Kernel:
+        """The kernel function of group g, where sigma is a tensor [G]."""
+        if isinstance(self.sigma, torch.Tensor) and self.sigma.dim() == 1:
+            return type(self)(self.sigma[g if len(self.sigma) > 1 else 0])
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+
+class Linear(Kernel):
+    """k(x, y) = x . y"""
+
+    name = "linear"
+
+
+class Cosine(Kernel):
+    """k(x, y) = x . y / (|x| |y|); a zero row has similarity 0 with every row, itself included."""
+
+    name = "cosine"
+    domain = "rows away from zero"
+
+
+class Polynomial(Kernel):
+    """k(x, y) = (scale x . y + coef0)^degree, degree a positive integer."""
+
+    name = "polynomial"
+
+    def __init__(self, degree: int = 2, scale: float = 1.0, coef0: float = 1.0):
+        if isinstance(degree, bool) or int(degree) != degree or not 1 <= degree <= 8:
+            raise ValueError(f"degree is {degree!r}: Polynomial needs an integer from 1 to 8")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale is {scale!r}: Polynomial needs a positive number")
+        if not math.isfinite(coef0):
+            raise ValueError(f"coef0 is {coef0!r}: Polynomial needs a finite number")
+        self.degree, self.scale, self.coef0 = int(degree), float(scale), float(coef0)
+
+    def params(self) -> tuple[float, ...]:
+        return (float(self.degree), self.scale, self.coef0)
+
+
+class _Bandwidth(Kernel):
+    """A kernel with a bandwidth: a number, a tensor, a rule, or a sequence of numbers (the sum of the kernels)."""
+
+    def __init__(self, sigma="median"):
+        self.sigma = _check_sigma(sigma, type(self).__name__)
+
+    def params(self) -> tuple[float, ...]:
+        return self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
+
+
+class RBF(_Bandwidth):
+    """k(x, y) = exp(-|x - y|^2 / (2 sigma^2)).
+
+    sigma: a number, a 0-d (or [G]) tensor (it gets a gradient if it asks for one), "median" (sigma^2 = median of the
+    squared distances, zero diagonal included), ("median", factor), "mean" (sigma^2 = their mean), ("mean", factor),
+    or a sequence of numbers for a sum of kernels. Rules are detached: no gradient flows through them.
+    """
+
+    name = "rbf"
+
+
+class Laplacian(_Bandwidth):
+    """k(x, y) = exp(-|x - y| / sigma), gradient 0 where x = y; sigma as in `RBF`."""
+
+    name = "laplacian"
+
+
+_RULES = ("median", "mean")
+
+
+def _check_sigma(sigma, owner: str):
+    if isinstance(sigma, torch.Tensor):
+        if not sigma.is_floating_point():
+            raise TypeError(f"sigma is a tensor of {sigma.dtype}: {owner} needs a floating-point tensor")
+        if sigma.dim() > 1:
+            raise ValueError(
+                f"sigma has shape {tuple(sigma.shape)}: {owner} takes a 0-d tensor, or one value a group [G]"
+            )
+        return sigma
+    if isinstance(sigma, str):
+        if sigma not in _RULES:
+            raise ValueError(f"sigma is {sigma!r}: the rules are 'median' and 'mean'")
+        return (sigma, 1.0)
+    if isinstance(sigma, Sequence):
+        if len(sigma) == 2 and isinstance(sigma[0], str):
+            _check_sigma(sigma[0], owner)
+            return (sigma[0], _positive(sigma[1], "the factor of sigma", owner))
+        if len(sigma) == 0:
+            raise ValueError(f"sigma is empty: {owner} needs at least one bandwidth")
+        return tuple(_positive(s, "sigma", owner) for s in sigma)
+    return (_positive(sigma, "sigma", owner),)
+
+
+def _positive(value, what: str, owner: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} is {value!r}: {owner} needs a positive number, a tensor or a rule") from None
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{what} is {value!r}: {owner} needs a positive finite number")
+    return number
+
+
+_BY_NAME = {kernel.name: kernel() for kernel in (Linear, Polynomial, Cosine, RBF, Laplacian)}
+
+
+def _one(kernel, what: str) -> Kernel:
+    if isinstance(kernel, Kernel):
+        return kernel
+    if isinstance(kernel, str) and kernel in _BY_NAME:
+        return _BY_NAME[kernel]
+    raise ValueError(f"{what} is {kernel!r}: give one of {sorted(_BY_NAME)} or an object such as kd.RBF(sigma=2.0)")
+
+
+def spec_of(kernel) -> tuple[Kernel, Kernel]:
+    """The kernel functions of both sides, from a name, an object, or a pair of either."""
+    if isinstance(kernel, (tuple, list)):
+        if len(kernel) != 2:
+            raise ValueError(
+                f"kernel has {len(kernel)} entries: give one kernel function, or a pair (kernel_x, kernel_y)"
+            )
+        return _one(kernel[0], "kernel[0]"), _one(kernel[1], "kernel[1]")
+    one = _one(kernel, "kernel")
+    return one, one

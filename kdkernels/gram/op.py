@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CKA, HSIC, MMD and Gram-matrix distances as differentiable ops that read the features and never store n x n.
+
+Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch) and `triton_impl.py` (how, on a GPU).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backend as backends
+from .. import checks
+
+from . import reference, two_sample
+from .bandwidth import bandwidth
+from .checks import check_features, check_mask, check_mmd_masks
+from .function import GramStatistic
+from .kernels import Kernel, spec_of
+from .problem import encode, minimum_rows
+
+__all__ = ["cka", "gram_mse", "hsic", "mmd"]
+
+LINEAR = spec_of("linear")
+
+
+def cka(
+    x, y, *, kernel="linear", unbiased=True, center=True, row_normalize=False, mask=None, backend="auto"
+) -> torch.Tensor:
+    """Centred kernel alignment, CKA(K, L) = h(K, L) / sqrt(h(K, K) h(L, L)) with h = HSIC.
+
+    Source: Kornblith et al. 2019 (arXiv 1905.00414); unbiased estimator HSIC_1: Song et al. 2012.
+
+    Args:
+        x: features [n, p] or, for G independent groups at once, [G, n, p]; float16, bfloat16, float32 or float64.
+        y: features [n, q] or [G, n, q] of the same samples; its own width and float dtype.
+        kernel: a name ("linear", "polynomial", "cosine", "rbf", "laplacian"), a kernel object, or a pair (x's, y's).
+        unbiased: HSIC_1 (n >= 4; does not drift with the batch size, may be negative), else HSIC_0.
+        center: False drops the centring (RCKA); needs unbiased=False.
+        row_normalize: K_ij / sqrt(K_ii), rows only (RCKA); needs unbiased=False.
+        mask: bool [n] or [G, n], False rows take no part and get gradient 0.
+        backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
+
+    Returns:
+        A scalar, or [G]; float32 for half inputs, else the promoted dtype of x and y. Sums over pairs are finished in
+        float64. Gradients to x, y and a `sigma` tensor. CKA is 0 with zero gradient where it is undefined: a constant
+        side, or a mask that leaves fewer rows than the estimator needs. A NaN in a row that counts gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit, too few samples, an unknown kernel. TypeError: a dtype that is not float.
+
+    >>> x = torch.randn(32, 16)
+    >>> rotation = torch.linalg.qr(torch.randn(16, 16)).Q
+    >>> round(kd.cka(x, 3 * x @ rotation).item(), 4)
+    1.0
+    """
+    return _statistic("cka", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, backend)
+
+
+def hsic(
+    x, y, *, kernel="linear", unbiased=True, center=True, row_normalize=False, mask=None, backend="auto"
+) -> torch.Tensor:
+    """Hilbert-Schmidt independence criterion: tr(KHLH)/(n-1)^2 (biased), or the unbiased HSIC_1 of Song et al. 2012.
+
+    HSIC_1 = [tr(K~L~) + (1'K~1)(1'L~1)/((n-1)(n-2)) - 2/(n-2) 1'K~L~1] / (n(n-3)), K~ and L~ with zero diagonal.
+    Source: Gretton et al. 2005; Song et al. 2012. Arguments, dtypes, masks and errors as in `cka`; with center=False the
+    value is sum_ij K_ij L_ij / (n-1)^2.
+
+    >>> x = torch.randn(64, 8)
+    >>> bool(kd.hsic(x, x) > kd.hsic(x, torch.randn(64, 8)).abs())
+    True
+    """
+    return _statistic("hsic", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, backend)
+
+
+def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, backend="auto") -> torch.Tensor:
+    """Squared distance of two linear Gram matrices, sum_ij (K_ij - L_ij)^2, K = XX', L = YY'.
+
+    normalize="row" divides each row of K and L by its L2 norm first (similarity preserving, Tung & Mori 2019,
+    arXiv 1907.09682); a zero row stays zero. reduction: "mean" divides by n^2, "sum" does not. Shapes, dtypes and masks
+    as in `cka`; n >= 1. Where the student nears the teacher the plain form keeps its relative accuracy (p = q).
+
+    >>> x = torch.randn(32, 16)
+    >>> kd.gram_mse(x, x).item()
+    0.0
+    """
+    if normalize not in (None, "row"):
+        raise ValueError(f"normalize is {normalize!r}: give None or 'row'")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
+    stat = "mse" if normalize is None else "row_mse"
+    return _statistic(stat, x, y, LINEAR, False, False, False, reduction == "mean", mask, backend)
+
+
+def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, backend="auto") -> torch.Tensor:
+    """Squared maximum mean discrepancy, mean k(x, x') + mean k(y, y') - 2 mean k(x, y).
+
+    Source: Gretton et al. 2012 (JMLR 13). unbiased leaves i = j out of the first two means (the value may be negative).
+
+    Args:
+        x: samples [n, p] or [G, n, p]; y: samples [m, p] or [G, m, p] in the same space. n, m >= 2 (1 if biased).
+        kernel: one kernel function for both; a sequence as sigma is a sum of kernels; rules see x and y together.
+        mask: None, or a pair (mask_x, mask_y) of bool [n] / [G, n] and [m] / [G, m] or None.
+
+    Returns, dtypes and errors as in `cka`.
+
+    >>> x, y = torch.randn(64, 4), torch.randn(64, 4) + 2
+    >>> bool(kd.mmd(x, y) > 0.1)
+    True
+    """
+    kernels = spec_of(kernel)
+    if kernels[0] is not kernels[1]:
+        raise ValueError("kernel is a pair: mmd compares x and y under one kernel function")
+    check_features(x, y, same_rows=False)
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"y has {y.shape[-1]} features, x has {x.shape[-1]}: mmd compares samples of one space")
+    least = 2 if unbiased else 1
+    for name, n in (("x", x.shape[-2]), ("y", y.shape[-2])):
+        if n < least:
+            raise ValueError(f"{name} has {n} rows: mmd with unbiased={unbiased} needs at least {least}")
+    masks = check_mmd_masks(mask, x, y)
+    chosen = backends.resolve("mmd", backend, x.device.type, (x.dtype, y.dtype))
+    if chosen == "reference":
+        return two_sample.reference_mmd(x, y, kernels[0], unbiased, masks, least)
+    rows = torch.cat(two_sample.promoted(x, y), dim=-2)
+    labels, keep = two_sample.labels(x, y, masks, unbiased, least)
+    specs = (kernels[0], LINEAR[1])
+    return _call("sum", rows, labels, specs, unbiased, False, False, True, keep, chosen)
+
+
+def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, backend):
+    check_features(x, y)
+    if unbiased and stat in ("cka", "hsic"):
+        if not center:
+            raise ValueError("center=False with unbiased=True: the unbiased estimator is centred, pass unbiased=False")
+        if row_normalize:
+            raise ValueError("row_normalize=True with unbiased=True: row normalisation needs unbiased=False")
+    least = minimum_rows(unbiased, center, stat)
+    if x.shape[-2] < least:
+        raise ValueError(
+            f"x and y have {x.shape[-2]} rows: {stat} with unbiased={unbiased}, center={center} needs at least {least}"
+        )
+    if mask is not None:
+        check_mask(mask, x, "mask")
+    name = "gram_mse" if stat in ("mse", "row_mse") else stat
+    chosen = backends.resolve(name, backend, x.device.type, (x.dtype, y.dtype))
+    if chosen == "reference":
+        return _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least)
+    return _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen)
+
+
+def _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least):
+    if stat in ("mse", "row_mse"):
+        how = ("row" if stat == "row_mse" else None, "mean" if mean else "sum")
+        return reference.over_groups(lambda a, b, _: reference.gram_mse_one(a, b, *how), x, y, kernels, mask, least)
+    one = reference.cka_one if stat == "cka" else reference.hsic_one
+    how = (unbiased, center, row_normalize)
+    return reference.over_groups(lambda a, b, pair: one(a, b, pair, *how), x, y, kernels, mask, least)
+
+
+def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen):
+    """Resolve bandwidth rules, then the operator: with its gradient where one is needed."""
+    grouped = x.dim() == 3
+    if not grouped:
+        x, y, mask = x[None], y[None], None if mask is None else mask[None]
+    sigma_x, sigma_y = _sigma(kernels[0], x, mask), _sigma(kernels[1], y, mask)
+    problem = encode(stat, kernels[0].spec(), kernels[1].spec(), unbiased, center, row_normalize, mean, chosen)
+    need = 0
+    if torch.is_grad_enabled():
+        for bit, tensor in enumerate((x, y, sigma_x, sigma_y)):
+            need |= (tensor is not None and tensor.requires_grad) << bit
+    if need:
+        value = GramStatistic.apply(x, y, mask, sigma_x, sigma_y, problem, need)[0]
+    else:
+        value = torch.ops.kdkernels.gram_fwd(x, y, mask, sigma_x, sigma_y, problem, 0)[0]
+    return value if grouped else value[0]
+
+
+def _sigma(kernel: Kernel, x, mask):
+    """The bandwidth as a tensor [1] or [G], or None where the kernel has none or it is a number."""
+    sigma = kernel.sigma
+    if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
+        return None
+    if isinstance(sigma, torch.Tensor):
+        if sigma.dim() == 1 and len(sigma) not in (1, x.shape[0]):
+            raise ValueError(f"sigma has {len(sigma)} values: give one, or one for each of the {x.shape[0]} groups")
+        if checks.may_read(sigma) and not bool((sigma > 0).all()):
+            raise ValueError("sigma holds a value that is not positive: a bandwidth must be > 0")
+        return sigma.to(x.device).reshape(-1)
+    return bandwidth(x, mask, *sigma)

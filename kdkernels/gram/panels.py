@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gram space in tiles: K and L exist one tile at a time, and each pair (i, j) is visited once.
+
+A tile of K^ costs one matrix product; its row sums serve (i, j), its column sums (j, i). Up to `SMALL` samples the
+whole matrix is one tile for all groups together and its products t are kept for the backward pass; above that nothing
+n x n exists, and the backward pass computes the tiles again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import maps
+from .combine import RowStats, Weights
+from .maps import Side
+from .prepare import diagonal, prepare
+from .problem import Problem
+
+SMALL = 1024  # samples up to which the products t are kept (at most 4 MB a group and side in float32)
+LANDMARKS = 64  # rows whose mean stands in for the row mean of K^ above SMALL
+NO_DIAGONAL = -(2**31)  # panel_moments leaves nothing out: the tiles come with their diagonal already zero
+TILE = 1024  # edge of a tile above SMALL: 4 MB in float32, so a tile and its temporaries stay in cache
+
+
+class Pairs(NamedTuple):
+    """Both sides and which pairs count."""
+
+    problem: Problem
+    x: Side
+    y: Side
+    weight: torch.Tensor | None  # [..., n] 1 for a row that counts, 0 for a masked one
+
+    @property
+    def n(self) -> int:
+        return self.x.left.shape[-2]
+
+    @property
+    def small(self) -> bool:
+        return self.n <= SMALL
+
+    def group(self, g: int) -> Pairs:
+        weight = None if self.weight is None else self.weight[g]
+        return self._replace(x=self.x.group(g), y=self.y.group(g), weight=weight)
+
+    def gram(self, side: Side, t, i, j):
+        """K^ - u_i - u_j on a tile, zero for the pairs that do not count."""
+        K = maps.kernel(side, t, i, j)
+        if side.u is not None:
+            K = K - side.u[..., i][..., None] - side.u[..., j][..., None, :]
+        return self.only_counted(K, i, j, K is t)
+
+    def only_counted(self, K, i, j, shared: bool):
+        if self.weight is not None:
+            K = K * self.weight[..., i][..., None] * self.weight[..., j][..., None, :]
+        elif self.problem.unbiased and i == j and shared:
+            K = K.clone()
+        if self.problem.unbiased and i == j:
+            K.diagonal(dim1=-2, dim2=-1).zero_()
+        return K
+
+
+def tiles(n: int, small: bool):
+    """Row and column slices that cover each unordered pair of blocks once."""
+    edge = n if small else TILE
+    starts = range(0, n, edge)
+    for k, i in enumerate(starts):
+        for j in starts[k:]:
+            yield slice(i, min(i + edge, n)), slice(j, min(j + edge, n))
+
+
+def build(x, y, mask, sigma_x, sigma_y, problem: Problem, dtype) -> Pairs:
+    P = prepare(x, mask, problem.kx, sigma_x, problem, dtype)
+    Q = prepare(y, mask, problem.ky, sigma_y, problem, dtype)
+    weight = None if mask is None else mask.to(dtype)
+    return Pairs(
+        problem, maps.side_of(P, problem.kx, problem.stable), maps.side_of(Q, problem.ky, problem.stable), weight
+    )
+
+
+def landmark_means(side: Side, weight) -> torch.Tensor | None:
+    """u_i = mean_{j in S} K^_ij - mean/2 over a fixed strided subset S: takes most of what cancels out of K^."""
+    if not side.stable or side.spec.linear:
+        return None
+    n = side.left.shape[-2]
+    subset = torch.arange(0, n, max(1, n // LANDMARKS), device=side.left.device)
+    everything = slice(0, n)
+    K = maps.kernel(side, maps.product(side, everything, subset), everything, subset)
+    w = torch.ones_like(side.P.square) if weight is None else weight
+    return _row_means(K, w.index_select(-1, subset), lambda row: row.index_select(-1, subset))
+
+
+def _row_means(K, w, columns=lambda row: row):
+    total = w.sum(-1, keepdim=True).clamp(min=1)
+    row = (K * w[..., None, :]).sum(-1) / total
+    return row - (columns(row) * w).sum(-1, keepdim=True) / (2 * total)
+
+
+def _moments(K, L, problem: Problem, columns: bool):
+    """float64 sums a, b, kk, kl, ll over rows (and columns) of a tile: [5, ..., r], [5, ..., c]."""
+    if problem.stat == "mse":  # the one statistic of K - L takes the place of kl
+        L = K - L
+    if problem.backend == "cpp":
+        rows, cols = _compiled_moments(K, L, columns)
+    else:
+        if K.shape[-1] <= SMALL:
+            K, L = K.double(), L.double()
+        terms = (K, L, K * K, K * L, L * L)
+        rows = torch.stack([t.sum(-1, dtype=torch.float64) for t in terms])
+        cols = torch.stack([t.sum(-2, dtype=torch.float64) for t in terms]) if columns else None
+    if problem.stat == "mse":
+        rows[3] = rows[4]
+        if columns:
+            cols[3] = cols[4]
+    return rows, cols
+
+
+def _compiled_moments(K, L, columns: bool):
+    if K.dim() == 2:
+        return torch.ops.kdkernels.panel_moments(K, L, NO_DIAGONAL, columns)
+    rows = [torch.ops.kdkernels.panel_moments(k, l, NO_DIAGONAL, False)[0] for k, l in zip(K, L, strict=True)]
+    return torch.stack(rows, dim=1), None
+
+
+def row_stats(pairs: Pairs):
+    """RowStats [G, n], the row means u of both sides, and the products t where they are kept."""
+    if pairs.small:
+        i = slice(0, pairs.n)
+        t, u = [], []
+        for side in (pairs.x, pairs.y):
+            t.append(maps.product(side, i, i))
+            K = pairs.only_counted(maps.kernel(side, t[-1], i, i), i, i, True)
+            w = torch.ones_like(side.P.square) if pairs.weight is None else pairs.weight
+            u.append(_row_means(K, w) if side.stable else None)
+        pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))
+        K, L = (pairs.gram(s, product, i, i) for s, product in zip((pairs.x, pairs.y), t, strict=True))
+        rows, _ = _moments(K, L, pairs.problem, False)
+        extra = _column_sums(pairs, K, L) if _needs_columns(pairs.problem) else (None, None)
+        return RowStats(*rows, *extra), u, t
+    groups, u = [], [[], []]
+    for g in range(pairs.x.left.shape[0]):
+        one = pairs.group(g)
+        one = one._replace(
+            x=one.x._replace(u=landmark_means(one.x, one.weight)), y=one.y._replace(u=landmark_means(one.y, one.weight))
+        )
+        groups.append(_tiled_stats(one))
+        u[0].append(one.x.u)
+        u[1].append(one.y.u)
+    stats = [None if field[0] is None else torch.stack(field) for field in zip(*groups, strict=True)]
+    return RowStats(*stats), [None if side[0] is None else torch.stack(side) for side in u], None
+
+
+def _needs_columns(problem: Problem) -> bool:
+    return problem.row_normalize and problem.center
+
+
+def rho_of(side: Side) -> torch.Tensor:
+    """1 / sqrt(K^_ii), 0 for a zero row."""
+    k = diagonal(side.P, side.spec)
+    return torch.where(k == 0, torch.zeros_like(k), torch.where(k == 0, torch.ones_like(k), k).rsqrt()).double()
+
+
+def _column_sums(pairs, K, L):
+    """Column sums of the row-normalised matrices: aw_j = sum_i rho_i K_ij."""
+    out = []
+    for side, matrix in ((pairs.x, K), (pairs.y, L)):
+        out.append((matrix.double() * rho_of(side)[..., None]).sum(-2))
+    return out
+
+
+def _tiled_stats(pairs: Pairs):
+    n = pairs.n
+    total = torch.zeros(7, n, dtype=torch.float64, device=pairs.x.left.device)
+    rho = [rho_of(side) for side in (pairs.x, pairs.y)] if _needs_columns(pairs.problem) else None
+    for i, j in tiles(n, False):
+        K, L = (pairs.gram(side, maps.product(side, i, j), i, j) for side in (pairs.x, pairs.y))
+        rows, columns = _moments(K, L, pairs.problem, i != j)
+        total[:5, i] += rows
+        if i != j:
+            total[:5, j] += columns
+        for k, matrix in enumerate((K, L) if rho else ()):
+            total[5 + k, j] += rho[k][i] @ matrix.double()
+            if i != j:
+                total[5 + k, i] += matrix.double() @ rho[k][j]
+    return [*total[:5], *(total[5:] if rho else (None, None))]
+
+
+class Gradient(NamedTuple):
+    dz: torch.Tensor  # [..., n, p] sum_j V_ij z_j
+    row_sums: torch.Tensor  # [..., n] sum_j V_ij
+    dsigma: torch.Tensor  # [...] with respect to sigma^
+
+
+def apply(pairs: Pairs, weights: Weights, kept, want_sigma: bool) -> Gradient:
+    """The gradient with respect to the x side: V = (c + c') dK^/dg^ times the rows (MATH.md, "Gradient")."""
+    if pairs.small:
+        return _apply_tiles(pairs, weights, kept, want_sigma)
+    parts = []
+    for g in range(pairs.x.left.shape[0]):
+        parts.append(_apply_tiles(pairs.group(g), Weights(*(v[g] for v in weights)), None, want_sigma))
+    return Gradient(*(torch.stack(field) for field in zip(*parts, strict=True)))
+
+
+def _apply_tiles(pairs, weights, kept, want_sigma):
+    x, z = pairs.x, pairs.x.P.z
+    dz, row_sums = torch.zeros_like(z), torch.zeros_like(x.P.square)
+    dsigma = torch.zeros(z.shape[:-2], dtype=torch.float64, device=z.device)
+    row_norm = torch.zeros_like(x.P.square) if pairs.problem.row_normalize else None
+    for i, j in tiles(pairs.n, pairs.small):
+        t_x, t_y = kept if kept is not None else (maps.product(side, i, j) for side in (pairs.x, pairs.y))
+        K, L = pairs.gram(pairs.x, t_x, i, j), pairs.gram(pairs.y, t_y, i, j)
+        W = _pair_weights(pairs, weights, K, L, i, j, row_norm)
+        V = maps.slope(x, t_x, i, j)
+        V = W if V is None else V.mul_(W)
+        if x.spec.of_distance and i == j:  # a point has no distance to itself: keep its large k_ii out of the sums
+            V.diagonal(dim1=-2, dim2=-1).zero_()
+        dz[..., i, :] += V @ z[..., j, :]
+        row_sums[..., i] += V.sum(-1)
+        if want_sigma:
+            part = (W * maps.sigma_slope(x, t_x)).sum((-2, -1), dtype=torch.float64)
+            dsigma += part / 2 if i == j else part
+        if i != j:
+            dz[..., j, :] += V.mT @ z[..., i, :]
+            row_sums[..., j] += V.sum(-2)
+    if row_norm is not None and not x.spec.of_distance:
+        dz, row_sums = _row_norm_diagonal(x, weights, row_norm, dz, row_sums)
+    return Gradient(dz, row_sums, dsigma)
+
+
+def _pair_weights(pairs, weights, K, L, i, j, row_norm):
+    """W_ij = c_ij + c_ji on a tile, zero for the pairs that do not count."""
+    p, q, e, f, h = weights
+    if not pairs.problem.rowwise:
+        W = L * (2 * p[..., :1, None]) + K * (2 * q[..., :1, None])
+        W += e[..., i][..., None]
+        W += e[..., j][..., None, :]
+        return pairs.only_counted(W, i, j, False)
+    forward = p[..., i][..., None] * L + q[..., i][..., None] * K + e[..., i][..., None]
+    backward = p[..., j][..., None, :] * L + q[..., j][..., None, :] * K + e[..., j][..., None, :]
+    if f.shape[-1]:
+        forward = forward + f[..., i][..., None] * h[..., j][..., None, :]
+        backward = backward + h[..., i][..., None] * f[..., j][..., None, :]
+        row_norm[..., i] += (forward * K).sum(-1)
+        if i != j:
+            row_norm[..., j] += (backward * K).sum(-2)
+    return pairs.only_counted(forward + backward, i, j, False)
+
+
+def _row_norm_diagonal(x: Side, weights, row_norm, dz, row_sums):
+    """1/sqrt(K_ii) also moves: an extra diagonal weight -rho_i^2 sum_j c_ij K_ij, times dK_ii/dg_ii."""
+    d = -weights.f.square() * row_norm
+    if x.spec.name == "polynomial":
+        degree, (t0, a) = int(x.spec.params[0]), x.P.par.unbind(-1)
+        d = d * degree * a[..., None] * (t0[..., None] + a[..., None] * x.P.square) ** (degree - 1)
+    return dz + d[..., None] * x.P.z, row_sums + d

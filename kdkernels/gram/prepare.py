@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over the features of one side: float32 rows, masked, centred and scaled so that float32 sums do not cancel.
+
+Centring changes no result where it is applied (MATH.md, "Precision"): a distance never sees it, a centred or unbiased
+statistic of a linear kernel does not either, and a polynomial gets the mean back as rank-one terms. The scale is a
+power of two, so it rounds nothing; K = unit * K^ connects the kernel matrix of the caller with the prepared one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .kernels import KernelSpec
+from .problem import Problem
+
+
+class Prepared(NamedTuple):
+    z: torch.Tensor  # [G, n, p] prepared rows, 0 where masked
+    square: torch.Tensor  # [G, n] |z_i|^2
+    scale: torch.Tensor  # [G] z = scale * (x - mean), a power of two
+    shift: torch.Tensor | None  # [G, 1, p] scale * mean, where a mean was subtracted
+    unit: torch.Tensor  # [G] float64, K = unit * K^
+    par: torch.Tensor | None  # rbf, laplacian: bandwidths in units of z [G, S]; polynomial: (t0, a) [G, 2]
+    alpha: torch.Tensor | None = None  # [G, n] polynomial: the rank-one terms of the mean
+    level: torch.Tensor | None = None  # [G, S] rbf, laplacian: the exponent of a typical pair, K^ = k - exp(level)
+
+
+def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepared:
+    """x [G, n, p] any float dtype, mask [G, n] bool or None, sigma [1] or [G] where it is not a number."""
+    z = unit_rows(x, mask, dtype) if spec.name == "cosine" else _masked(x.to(dtype), mask)
+    count = z.shape[1] if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
+    centred = problem.stable or spec.of_distance
+    mean = None
+    if centred:
+        mean = z.sum(1, keepdim=True) / count
+        z = _masked(z - mean, mask)
+        mean2 = mean.square().sum((1, 2))
+    square = z.square().sum(-1)
+    spread = square.sum(1) / (count if mask is None else count[:, 0, 0])
+    if centred:
+        # rows that differ by less than the rounding of their mean are constant: exact zeros keep CKA's 0/0 recognisable
+        varies = ~(spread <= (4 * torch.finfo(dtype).eps) ** 2 * mean2)
+        z, square, spread = z * varies[:, None, None], square * varies[:, None], spread * varies
+    if problem.stat == "mse":  # K - L needs both sides in one unit
+        scale = torch.ones_like(spread)
+    else:
+        scale = torch.exp2(-torch.round(torch.log2(torch.where(spread == 0, torch.ones_like(spread), spread)) / 2))
+        z, square = z * scale[:, None, None], square * scale[:, None] ** 2
+    shift = None if mean is None else mean * scale[:, None, None]
+    unit = scale.double() ** -2
+    if spec.of_distance:
+        par = z.new_tensor([spec.params]) if spec.params else sigma.to(dtype).reshape(-1, 1)
+        par = par * scale[:, None]
+        # measured from a typical pair, so that neither k near 1 nor k near 0 loses digits to the constant
+        typical = (2 * spread * scale**2)[:, None]  # the mean squared distance
+        level = -typical / (2 * par**2) if spec.name == "rbf" else -typical.sqrt() / par
+        return Prepared(z, square, scale, shift, torch.ones_like(unit), par, level=level.clamp(min=-30))
+    if spec.name != "polynomial":
+        return Prepared(z, square, scale, shift, unit, None)
+    return _polynomial(z, square, scale, shift, spread, spec)
+
+
+def _polynomial(z, square, scale, shift, spread, spec) -> Prepared:
+    """(a g + c)^d with g = g^/scale^2 and a mean m: t0 = a |m|^2 + c, everything divided by a bound of |a g + c|."""
+    degree, a, c = spec.params
+    m2 = torch.zeros_like(spread) if shift is None else shift.square().sum((1, 2)) / scale**2
+    bound = a * (m2 + spread) + abs(c)
+    bound = torch.where(bound == 0, torch.ones_like(bound), bound)
+    slope = a / (scale**2 * bound)
+    par = torch.stack([(a * m2 + c) / bound, slope], dim=1)
+    alpha = torch.zeros_like(square) if shift is None else (z @ shift.mT)[..., 0] * slope[:, None]
+    return Prepared(z, square, scale, shift, bound.double() ** degree, par, alpha)
+
+
+def _masked(z, mask):
+    return z if mask is None else torch.where(mask[..., None], z, torch.zeros_like(z))
+
+
+def unit_rows(x, mask, dtype):
+    """Rows divided by their L2 norm; a zero row stays zero."""
+    z = _masked(x.to(dtype), mask)
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+def diagonal(P: Prepared, spec: KernelSpec) -> torch.Tensor:
+    """K^_ii [G, n] of a problem that is not `stable` (nothing was subtracted)."""
+    if spec.of_distance:
+        return torch.full_like(P.square, float(P.par.shape[-1]))
+    if spec.name == "polynomial":
+        return (P.par[..., :1] + P.par[..., 1:] * P.square) ** int(spec.params[0])
+    return P.square
+
+
+def unprepare_gradient(dz, row_sums, x, P: Prepared, spec: KernelSpec, mask):
+    """dL/dx from dz_i = sum_j V_ij z_j and V's row sums, V = pair weights times dK^/dg^ (MATH.md, "Gradient")."""
+    if spec.of_distance:
+        dz = dz - row_sums[..., None] * P.z
+    elif spec.name == "polynomial" and P.shift is not None:
+        dz = dz + row_sums[..., None] * P.shift
+    dz = dz * P.scale[:, None, None]
+    if spec.name == "cosine":
+        norm = torch.linalg.vector_norm(_masked(x.to(dz.dtype), mask), dim=-1, keepdim=True)
+        unit = unit_rows(x, mask, dz.dtype)
+        dz = (dz - unit * (unit * dz).sum(-1, keepdim=True)) / torch.where(norm == 0, torch.inf, norm)
+    return _masked(dz, mask).to(x.dtype)

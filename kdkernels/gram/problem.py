@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of one call, apart from the tensors: a small record that an operator schema carries as a string.
+
+The string keeps the operators' arity fixed for every member of the family; it is made and read through caches, so a
+call in a training loop pays two dictionary look-ups.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .kernels import KernelSpec
+
+# statistics: cka, hsic; mse = sum (K - L)^2, row_mse = the same on unit rows (SP), sum = sum K L (mmd)
+STATS = ("cka", "hsic", "mse", "row_mse", "sum")
+
+
+class Problem(NamedTuple):
+    stat: str
+    kx: KernelSpec
+    ky: KernelSpec
+    unbiased: bool  # leave the diagonal out of every sum (and use the HSIC_1 estimator)
+    center: bool
+    row_normalize: bool
+    mean: bool  # mse and row_mse: divide by n^2
+    backend: str
+
+    @property
+    def rowwise(self) -> bool:
+        """The pair weights of the gradient differ from row to row."""
+        return self.row_normalize or self.stat == "row_mse"
+
+    @property
+    def stable(self) -> bool:
+        """The value does not change under K_ij -> K_ij + u_i + u_j, which `prepare` then uses against cancellation."""
+        return self.center and not self.row_normalize
+
+    @property
+    def minimum(self) -> int:
+        """The fewest rows for which the estimator is defined."""
+        return minimum_rows(self.unbiased, self.center, self.stat)
+
+    def swapped(self) -> Problem:
+        return self._replace(kx=self.ky, ky=self.kx)
+
+
+def minimum_rows(unbiased: bool, center: bool, stat: str = "cka") -> int:
+    if stat == "sum":
+        return 1  # kd.mmd has already refused what is too small
+    return 4 if unbiased else (2 if center else 1)
+
+
+def _encode_kernel(spec: KernelSpec) -> str:
+    return spec.name + "".join(f":{value!r}" for value in spec.params)
+
+
+def _decode_kernel(text: str) -> KernelSpec:
+    name, *params = text.split(":")
+    return KernelSpec(name, tuple(float(value) for value in params))
+
+
+@torch.compiler.assume_constant_result
+def encode(stat, kx, ky, unbiased, center, row_normalize, mean, backend) -> str:
+    """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch."""
+    return _encode(stat, kx, ky, unbiased, center, row_normalize, mean, backend)
+
+
+@lru_cache(maxsize=1024)
+def _encode(stat, kx, ky, unbiased, center, row_normalize, mean, backend) -> str:
+    flags = "".join(str(int(flag)) for flag in (unbiased, center, row_normalize, mean))
+    return "|".join((stat, _encode_kernel(kx), _encode_kernel(ky), flags, backend))
+
+
+@lru_cache(maxsize=1024)
+def decode(text: str) -> Problem:
+    stat, kx, ky, flags, backend = text.split("|")
+    return Problem(stat, _decode_kernel(kx), _decode_kernel(ky), *(flag == "1" for flag in flags), backend)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Portable PyTorch with the good algebra: feature space or tiles, whichever is cheaper; memory linear in n. Any device.
+
+Also the backend `cpp`, which differs in one step: the row moments of a tile are one compiled pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import feature, panels
+from .combine import Weights, combine
+from .panels import Pairs
+from .prepare import unprepare_gradient
+from .problem import Problem
+
+SIDE_ROWS = 6  # vectors a side that the backward pass reads: u, p, q, e, f, h
+
+
+def in_feature_space(problem: Problem, n: int, p: int, q: int) -> bool:
+    """Whether p x q products beat n x n tiles (MATH.md, "Which form"): both kernels linear, and fewer operations.
+
+    An element of a tile costs its product, p + q, and about 40 operations' worth of memory traffic. K - L itself is
+    better conditioned than its expansion, so mse and row_mse stay in Gram space while that is kept anyway.
+    """
+    if not (problem.kx.linear and problem.ky.linear):
+        return False
+    if problem.stat == "row_mse" and n <= panels.SMALL:
+        return False
+    return p * p + q * q + p * q < n * (p + q + 40)
+
+
+def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int):
+    """Shapes of what `forward` returns for the backward pass: row vectors, and the kept products of each side."""
+    if not need:
+        return (0,), (0,)
+    kept = n <= panels.SMALL and not in_feature_space(problem, n, p, q)
+    return (G, 2 * SIDE_ROWS, n), ((2, G, n, n) if kept else (0,))
+
+
+def compute_dtype(x, y):
+    return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+
+
+def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+    """value [G], row vectors and products for `backward` (shapes: `saved_shapes`)."""
+    dtype = compute_dtype(x, y)
+    G, n, p = x.shape
+    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype)
+    kept, u = None, [None, None]
+    if in_feature_space(problem, n, p, y.shape[2]):
+        stats = feature.row_stats(pairs)
+    else:
+        stats, u, kept = panels.row_stats(pairs)
+    count = n if mask is None else mask.sum(1)
+    rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
+    eps = torch.finfo(dtype).eps
+    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho)
+    if mask is not None:
+        enough = count >= problem.minimum
+        value = torch.where(enough, value, torch.zeros_like(value))
+    if not need:
+        return value.to(dtype), x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    rows = []
+    for means, side in zip(u, sides, strict=True):
+        nothing = torch.zeros_like(stats.a)
+        vectors = [nothing if means is None else means, *(v if v.shape[-1] else nothing for v in side)]
+        rows.append(torch.stack([v.to(dtype) for v in vectors], dim=1))
+    rows = torch.cat(rows, dim=1)
+    if mask is not None:
+        rows = torch.where(enough[:, None, None], rows, torch.zeros_like(rows))
+    return value.to(dtype), rows, x.new_empty(0, dtype=dtype) if kept is None else torch.stack(kept)
+
+
+def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
+    """dx, dy, dsigma_x, dsigma_y (empty where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
+    dtype = compute_dtype(x, y)
+    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype)
+    in_features = in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2])
+    half = SIDE_ROWS
+    u = (rows[:, 0], rows[:, half]) if problem.stable and not in_features else (None, None)
+    pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))
+    products = kept.unbind(0) if kept.dim() == 4 else None
+    empty = x.new_empty(0)
+    out = [empty] * 4
+    for k, features in enumerate((x, y)):
+        if not need & (0b101 << k):
+            continue
+        side = pairs if k == 0 else Pairs(problem.swapped(), pairs.y, pairs.x, pairs.weight)
+        weights = _weights(rows[:, half * k + 1 : half * (k + 1)], problem)
+        want_sigma = bool(need & (0b100 << k))
+        if in_features:
+            gradient = feature.apply(side, weights)
+        else:
+            own = products if products is None or k == 0 else products[::-1]
+            gradient = panels.apply(side, weights, own, want_sigma)
+        g = grad.to(dtype)
+        if need & (1 << k):
+            dz = gradient.dz * g[:, None, None]
+            spec = (problem.kx, problem.ky)[k]
+            out[k] = unprepare_gradient(dz, gradient.row_sums * g[:, None], features, side.x.P, spec, mask)
+        if want_sigma:
+            out[2 + k] = _sigma_gradient(gradient.dsigma * side.x.P.scale * g, (sigma_x, sigma_y)[k])
+    return tuple(out)
+
+
+def _sigma_gradient(per_group, sigma):
+    total = per_group if sigma.numel() == len(per_group) else per_group.sum()
+    return total.reshape(sigma.shape).to(sigma.dtype)
+
+
+def _weights(rows, problem: Problem) -> Weights:
+    p, q, e, f, h = rows.unbind(1)
+    none = f[:, :0]
+    return Weights(p, q, e, f, h) if problem.row_normalize else Weights(p, q, e, none, none)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MMD as a member of the pair family: the three means are one weighted sum over the pairs of the joined samples."""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+
+
+def promoted(x, y):
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
+def labels(x, y, masks, unbiased, least):
+    """Label rows whose linear Gram matrix holds the weights of the three means: mmd is then sum_ij K_ij L_ij.
+
+    The weight matrix [[a, -c], [-c, b]] has the Cholesky rows (sqrt a, 0) and (-c/sqrt a, sqrt(b - c^2/a)).
+    """
+    counts, keep = [], None
+    for features, mask in zip((x, y), masks, strict=True):
+        full = torch.full(features.shape[:-2], float(features.shape[-2]), dtype=torch.float64, device=x.device)
+        counts.append(full if mask is None else mask.sum(-1).double())
+    if any(mask is not None for mask in masks):
+        keep = [
+            torch.ones(f.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+            for f, mask in zip((x, y), masks, strict=True)
+        ]
+        enough = ((counts[0] >= least) & (counts[1] >= least))[..., None]
+        keep = torch.cat(keep, -1) & enough
+    n, m = (c.clamp(min=least) for c in counts)
+    a, b, c = (1 / (n * (n - 1)), 1 / (m * (m - 1)), 1 / (n * m)) if unbiased else (1 / n**2, 1 / m**2, 1 / (n * m))
+    zero = torch.zeros_like(a)
+    first = torch.stack([a.sqrt(), zero], -1)
+    second = torch.stack([-c / a.sqrt(), (b - c * c / a).clamp(min=0).sqrt()], -1)
+    shape = x.shape[:-2]
+    rows = [row[..., None, :].expand(*shape, features.shape[-2], 2) for row, features in ((first, x), (second, y))]
+    return torch.cat(rows, -2).to(torch.promote_types(promoted(x, y)[0].dtype, torch.float32)), keep
+
+
+def reference_mmd(x, y, kernel, unbiased, masks, least):
+    if x.dim() == 2:
+        group = [None if mask is None else mask[None] for mask in masks]
+        return reference_mmd(x[None], y[None], kernel, unbiased, group, least)[0]
+    x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in promoted(x, y))
+    values = []
+    for g in range(x.shape[0]):
+        xg, yg = (t[g] if mask is None else t[g][mask[g]] for t, mask in zip((x, y), masks, strict=True))
+        enough = min(len(xg), len(yg)) >= least
+        one = reference.mmd_one(xg, yg, kernel.of_group(g), unbiased) if enough else (xg.sum() + yg.sum()) * 0
+        values.append(one)
+    return torch.stack(values)
