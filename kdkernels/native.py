@@ -73,7 +73,8 @@ def _load(library: str, build: dict[str, Any]) -> str:
     try:
         torch.ops.load_library(str(path))
     except Exception as error:
-        # a broken library must not break the pure-Python backends; torch wraps the loader's OSError and drops its text: the cause has it
+        # a broken library must not break the pure-Python backends. torch wraps the loader's OSError and drops its text:
+        # the cause has it
         return f"compiled {name} library did not load: {error.__cause__ or error}"
     return ""
 

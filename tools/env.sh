@@ -93,6 +93,8 @@ use_venv() {
     "$base" -m venv --clear .venv
   fi
   say "installing into .venv (the first time takes minutes: torch is large)"
+  # make's PYTHONPATH would show pip this folder's own metadata as an installed package
+  unset PYTHONPATH
   install="$venv_python -m pip --disable-pip-version-check install -q -c constraints.txt"
   build_tools="setuptools>=77"
   if has_compiler && [ "${KDK_BUILD:-auto}" != none ]; then build_tools="$build_tools cmake>=3.22 ninja"; fi

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU library: its sums are float64's, its refusals say why, and without it the package still works."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kdkernels import native
+
+NOTHING = -(2**31)  # a diagonal outside every panel: nothing is left out
+needs_library = [
+    pytest.mark.native,
+    pytest.mark.skipif(not native.has("cpu"), reason=native.status().cpu_reason or "loaded"),
+]
+EPSILON = torch.finfo(torch.float64).eps
+
+
+def native_moments(k, l, diagonal=NOTHING, symmetric=True):
+    return torch.ops.kdkernels.panel_moments(k, l, diagonal, symmetric)
+
+
+def terms(k, l, diagonal=NOTHING):
+    """[5, r, c] in float64: k, l, k^2, k l, l^2 with the left-out entries at zero."""
+    r, c = k.shape
+    left_out = torch.arange(c) == torch.arange(r)[:, None] + diagonal
+    k, l = (panel.double().masked_fill(left_out, 0.0) for panel in (k, l))
+    return torch.stack([k, l, k * k, k * l, l * l])
+
+
+def assert_sums(found, term, dim):
+    """Within the rounding of a float64 sum: a few eps of the sum of absolute values, times a short chain of lanes."""
+    expected, scale = term.sum(dim), term.abs().sum(dim)
+    chain = 2 + term.shape[dim] / 8
+    assert found.shape == expected.shape and found.dtype == torch.float64
+    assert ((found - expected).abs() <= chain * EPSILON * scale).all()
+
+
+@pytest.fixture
+def panels():
+    generator = torch.Generator().manual_seed(0)
+
+    def make(r, c, dtype=torch.float32):
+        return torch.randn(2, r, c, generator=generator, dtype=torch.float64).add(0.3).to(dtype)
+
+    return make
+
+
+class TestMoments:
+    pytestmark = needs_library
+
+    # 0, 1, 2, 7: empty, single, below one lane; 64 and 512 are the tile, 65 and 513 one past it, 4 rows make a group
+    @pytest.mark.parametrize(
+        "shape", [(0, 5), (5, 0), (1, 1), (2, 7), (7, 2), (64, 512), (67, 513), (130, 1030)], ids=str
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("diagonal", [NOTHING, -3, 0, 5, 2**62])
+    def test_rows_and_columns_are_the_float64_sums(self, panels, shape, dtype, diagonal):
+        k, l = panels(*shape, dtype)
+        rows, columns = native_moments(k, l, diagonal)
+        assert_sums(rows, terms(k, l, diagonal), 2)
+        assert_sums(columns, terms(k, l, diagonal), 1)
+
+    # the diagonal enters at a corner, runs out at the other, and touches nothing: every way it can cut a lane or a tile
+    @pytest.mark.parametrize("diagonal", [-40, -39, -9, -1, 1, 7, 8, 511, 512, 519, 520])
+    def test_a_diagonal_is_left_out_wherever_it_lies(self, panels, diagonal):
+        k, l = panels(40, 520)
+        rows, columns = native_moments(k, l, diagonal)
+        assert_sums(rows, terms(k, l, diagonal), 2)
+        assert_sums(columns, terms(k, l, diagonal), 1)
+
+    def test_without_symmetric_there_are_no_columns_and_the_rows_are_the_same(self, panels):
+        k, l = panels(33, 77)
+        rows, columns = native_moments(k, l, 2, False)
+        assert columns.shape == (5, 0)
+        assert torch.equal(rows, native_moments(k, l, 2, True)[0])
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_what_is_left_out_may_hold_anything(self, panels, bad):
+        k, l = panels(70, 530)
+        i = torch.arange(70)
+        clean = native_moments(k, l, 3)
+        k[i, i + 3] = bad
+        l[i, i + 3] = bad
+        assert all(torch.equal(a, b) for a, b in zip(native_moments(k, l, 3), clean, strict=True))
+
+    def test_a_nan_reaches_its_own_row_and_column_and_no_other(self, panels):
+        k, l = panels(20, 30)
+        k[4, 9] = float("nan")
+        rows, columns = native_moments(k, l)
+        assert rows[[0, 2, 3]].isnan().nonzero()[:, 1].unique().tolist() == [4]
+        assert columns[[0, 2, 3]].isnan().nonzero()[:, 1].unique().tolist() == [9]
+        assert rows[[1, 4]].isfinite().all() and columns[[1, 4]].isfinite().all()
+
+    def test_rows_may_lie_apart_and_the_gap_is_never_read(self, panels):
+        k, l = panels(13, 21)
+        wide = torch.full((13, 50), float("nan"))
+        wide[:, 5:26] = k
+        found = native_moments(wide[:, 5:26], l[:1].expand(13, 21))
+        expected = terms(k, l[:1].expand(13, 21))
+        assert_sums(found[0], expected, 2)
+        assert_sums(found[1], expected, 1)
+
+    def test_a_single_column_of_any_stride_is_dense(self, panels):
+        k, l = panels(9, 4)
+        rows, _ = native_moments(k[:, 1:2], l[:, 2:3])
+        assert_sums(rows, terms(k[:, 1:2], l[:, 2:3]), 2)
+
+    def test_the_bits_do_not_depend_on_the_run_or_the_number_of_threads(self, panels):
+        k, l = panels(300, 1100)
+        threads = torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(native_moments(k, l, 7))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda k, l: (k.int(), l.int()), "k is Int: pass float32 or float64"),
+            (lambda k, l: (k, l.half()), "l is Half: pass float32 or float64"),
+            (lambda k, l: (k, l.double()), "k is Float and l is Double: cast them to one dtype"),
+            (lambda k, l: (k, l[:5]), r"k is \[6, 7\] and l is \[5, 7\]"),
+            (lambda k, l: (k[0], l[0]), r"k has 1 dimensions: pass a panel \[r, c\]"),
+            (lambda k, l: (k, l.t().contiguous().t()), r"l has column stride 6: pass l.contiguous\(\)"),
+        ],
+    )
+    def test_a_wrong_argument_is_named_with_its_fix(self, panels, change, message):
+        with pytest.raises(ValueError, match=message):
+            native_moments(*change(*panels(6, 7)))
+
+    def test_the_op_passes_opcheck_and_compiles_whole(self, panels):
+        k, l = panels(6, 7)
+        torch.library.opcheck(torch.ops.kdkernels.panel_moments.default, (k, l, 0, True))
+        torch.library.opcheck(torch.ops.kdkernels.panel_moments.default, (k, l, 0, False))
+
+        def total(k, l):
+            rows, columns = native_moments(k, l, 1)
+            return rows.sum() + 2 * columns.sum()
+
+        assert torch.equal(torch.compile(total, fullgraph=True, backend="aot_eager")(k, l), total(k, l))
+
+
+class TestLoader:
+    """Each reason is kept, in words that name the remedy; `_load` and `status.__wrapped__` skip the cache."""
+
+    def test_has_refuses_an_unknown_library(self):
+        with pytest.raises(ValueError, match="give 'cpu' or 'cuda'"):
+            native.has("rocm")
+
+    def test_a_reason_is_empty_exactly_when_the_library_is_loaded(self):
+        status = native.status()
+        assert status.cpu == (not status.cpu_reason) == native.has("cpu")
+        assert status.cuda == (not status.cuda_reason) == native.has("cuda")
+
+    def test_without_a_build_it_says_how_to_run_one(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        status = native.status.__wrapped__()
+        assert (status.cpu, status.cuda, status.build) == (False, False, {})
+        assert "no build was run (python csrc/build.py)" in status.cpu_reason
+
+    def test_the_reason_of_the_build_is_repeated(self, monkeypatch, tmp_path):
+        (tmp_path / "build.json").write_text('{"cpu": {"built": false, "reason": "no C++ compiler found"}}')
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        assert native.status.__wrapped__().cpu_reason == "compiled CPU library not built: no C++ compiler found"
+
+    @pytest.mark.parametrize("text", ["", "not json", "[]", '{"cpu": 3}'])
+    def test_a_damaged_build_record_does_no_harm(self, monkeypatch, tmp_path, text):
+        (tmp_path / "build.json").write_text(text)
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        assert "not built" in native.status.__wrapped__().cpu_reason
+
+    def test_a_library_that_does_not_load_keeps_the_loaders_own_words(self, monkeypatch, tmp_path):
+        (tmp_path / "libkdkernels_cpu.so").write_bytes(b"not a library")
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        reason = native._load("cpu", {})
+        assert reason.startswith("compiled CPU library did not load: ")
+        assert "libkdkernels_cpu.so" in reason and "Could not load this library" not in reason
+
+    def test_an_older_torch_is_named(self, monkeypatch, tmp_path):
+        (tmp_path / "libkdkernels_cpu.so").write_bytes(b"")
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        monkeypatch.setattr(native.torch, "__version__", "2.9.1+cpu")
+        assert native._load("cpu", {}) == "the compiled libraries need torch >= 2.10, this is 2.9.1+cpu"
+
+    def test_a_cpu_torch_does_not_try_the_cuda_library(self, monkeypatch, tmp_path):
+        (tmp_path / "libkdkernels_cuda.so").write_bytes(b"")
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        monkeypatch.setattr(native.torch.version, "cuda", None)
+        assert "has no CUDA: install a CUDA build of torch" in native._load("cuda", {})
+
+    def test_importing_loads_nothing_and_the_environment_can_switch_it_off(self):
+        code = (
+            "import torch; from kdkernels import native; "
+            "assert native.status.cache_info().currsize == 0; "
+            "assert not hasattr(torch.ops.kdkernels, 'panel_moments'); "
+            "assert not native.has('cpu') and native.status().cpu_reason == 'switched off by KDK_NATIVE=0'"
+        )
+        environment = {**os.environ, "KDK_NATIVE": "0"}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0, result.stderr
