@@ -35,17 +35,16 @@ class KernelSpec(NamedTuple):
 
 
 class Kernel:
-    """Base of the kernel functions: `spec()` is the static part, `sigma` the bandwidth rule where there is one."""
+    """Base of the kernel functions: `code` is the static part, `sigma` the bandwidth rule where there is one."""
 
     name = ""
     sigma = None
     domain = "any real features"
 
-    def params(self) -> tuple[float, ...]:
-        return ()
-
-    def spec(self) -> KernelSpec:
-        return KernelSpec(self.name, self.params())
+    @property
+    def code(self) -> str:
+        """The static part as text, for example rbf:2.0 (`problem.decode` reads it back as a KernelSpec)."""
+        return self.name
 
     def of_group(self, g: int) -> Kernel:
         """The kernel function of group g, where sigma is a tensor [G]."""
@@ -84,8 +83,9 @@ class Polynomial(Kernel):
             raise ValueError(f"coef0 is {coef0!r}: Polynomial needs a finite number")
         self.degree, self.scale, self.coef0 = int(degree), float(scale), float(coef0)
 
-    def params(self) -> tuple[float, ...]:
-        return (float(self.degree), self.scale, self.coef0)
+    @property
+    def code(self) -> str:
+        return f"polynomial:{self.degree}:{self.scale!r}:{self.coef0!r}"
 
 
 class _Bandwidth(Kernel):
@@ -94,8 +94,10 @@ class _Bandwidth(Kernel):
     def __init__(self, sigma="median"):
         self.sigma = _check_sigma(sigma, type(self).__name__)
 
-    def params(self) -> tuple[float, ...]:
-        return self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
+    @property
+    def code(self) -> str:
+        numbers = self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
+        return ":".join((self.name, *map(repr, numbers)))
 
 
 class RBF(_Bandwidth):

@@ -62,7 +62,7 @@ def hsic(
     """Hilbert-Schmidt independence criterion: tr(KHLH)/(n-1)^2 (biased), or the unbiased HSIC_1 of Song et al. 2012.
 
     HSIC_1 = [tr(K~L~) + (1'K~1)(1'L~1)/((n-1)(n-2)) - 2/(n-2) 1'K~L~1] / (n(n-3)), K~ and L~ with zero diagonal.
-    Source: Gretton et al. 2005; Song et al. 2012. Arguments, dtypes, masks and errors as in `cka`; with center=False the
+    Source: Gretton et al. 2005; Song et al. 2012. Arguments, dtypes, masks, errors as in `cka`; with center=False the
     value is sum_ij K_ij L_ij / (n-1)^2.
 
     >>> x = torch.randn(64, 8)
@@ -163,7 +163,7 @@ def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chos
     if not grouped:
         x, y, mask = x[None], y[None], None if mask is None else mask[None]
     sigma_x, sigma_y = _sigma(kernels[0], x, mask), _sigma(kernels[1], y, mask)
-    problem = encode(stat, kernels[0].spec(), kernels[1].spec(), unbiased, center, row_normalize, mean, chosen)
+    problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, chosen)
     need = 0
     if torch.is_grad_enabled():
         for bit, tensor in enumerate((x, y, sigma_x, sigma_y)):

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is asked of one call, apart from the tensors: a small record that an operator schema carries as a string.
 
-The string keeps the operators' arity fixed for every member of the family; it is made and read through caches, so a
-call in a training loop pays two dictionary look-ups.
+The string keeps the operators' arity fixed for every member of the family; it is read through a cache.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import NamedTuple
-
-import torch
 
 from .kernels import KernelSpec
 
@@ -53,25 +50,15 @@ def minimum_rows(unbiased: bool, center: bool, stat: str = "cka") -> int:
     return 4 if unbiased else (2 if center else 1)
 
 
-def _encode_kernel(spec: KernelSpec) -> str:
-    return spec.name + "".join(f":{value!r}" for value in spec.params)
+def encode(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, backend) -> str:
+    """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch."""
+    flags = f"{unbiased:d}{center:d}{row_normalize:d}{mean:d}"
+    return f"{stat}|{kernel_x.code}|{kernel_y.code}|{flags}|{backend}"
 
 
 def _decode_kernel(text: str) -> KernelSpec:
     name, *params = text.split(":")
     return KernelSpec(name, tuple(float(value) for value in params))
-
-
-@torch.compiler.assume_constant_result
-def encode(stat, kx, ky, unbiased, center, row_normalize, mean, backend) -> str:
-    """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch."""
-    return _encode(stat, kx, ky, unbiased, center, row_normalize, mean, backend)
-
-
-@lru_cache(maxsize=1024)
-def _encode(stat, kx, ky, unbiased, center, row_normalize, mean, backend) -> str:
-    flags = "".join(str(int(flag)) for flag in (unbiased, center, row_normalize, mean))
-    return "|".join((stat, _encode_kernel(kx), _encode_kernel(ky), flags, backend))
 
 
 @lru_cache(maxsize=1024)
