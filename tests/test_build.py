@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was built is loaded, what was not is explained, and make works with and without a compiler or a network."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdkernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ("csrc", "tools", "kdkernels", ".ci", "Makefile", "CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in")
+TREE += ("constraints.txt", "LICENSE")
+
+
+def load_by_path(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+native_build = load_by_path(ROOT / "csrc" / "build.py")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what an installation reads, so that no test writes into the checkout."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("_lib", "__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    (folder / "README.md").write_text("# kdkernels\n")
+    return folder
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A PATH with the shell's everyday tools and nothing that compiles."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in "sh env make cat tr cksum find sort xargs dirname ls rm mkdir".split():
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def run(command, folder, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "KDK_BUILD", "PYTHONPATH", "MAKEFLAGS")}
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=folder,
+        env={**inherited, **{k: str(v) for k, v in environment.items()}},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+
+
+class TestLibrary:
+    @pytest.mark.native
+    def test_where_a_compiler_and_cmake_exist_the_compiled_library_is_loaded(self):
+        """Fails rather than skips: a build that silently stopped working must not look like a pure-Python machine."""
+        if os.environ.get("KDK_BUILD") == "none" or os.environ.get("KDK_NATIVE") == "0":
+            pytest.skip("the compiled library was not asked for: KDK_BUILD=none or KDK_NATIVE=0")
+        if native_build.find_compiler() is None or native_build.find_program("cmake") is None:
+            pytest.skip("no C++ compiler or no cmake")
+        if native._version(torch.__version__) < native.FLOOR:
+            pytest.skip("this torch has no stable ABI")
+        assert native.has("cpu"), native.status().cpu_reason
+
+    @pytest.mark.native
+    @pytest.mark.skipif(not native.has("cpu"), reason="the library is not loaded")
+    def test_the_binary_names_torch_and_neither_python_nor_the_build_machine(self):
+        content = (native._FOLDER / "libkdkernels_cpu.so").read_bytes()
+        # without the name in DT_NEEDED the loader does not look for torch's symbols
+        assert b"libtorch_cpu.so\0" in content
+        assert b"PyObject" not in content and b"libpython" not in content
+        assert str(ROOT).encode() not in content
+        assert str(Path(torch.__file__).parent).encode() not in content
+
+
+class TestModes:
+    def build(self, mode, tmp_path):
+        return native_build.build(mode, tmp_path / "lib", tmp_path / "work")
+
+    def test_none_builds_nothing_and_removes_an_earlier_library(self, tmp_path):
+        (tmp_path / "lib").mkdir()
+        old = tmp_path / "lib" / "libkdkernels_cpu.so"
+        old.write_bytes(b"old")
+        record = self.build("none", tmp_path)
+        assert not old.exists()
+        assert record["cpu"] == {"built": False, "reason": "not asked for: KDK_BUILD=none"}
+        assert json.loads((tmp_path / "lib" / "build.json").read_text()) == record
+
+    def test_an_unknown_mode_is_refused_with_the_known_ones(self, tmp_path):
+        with pytest.raises(SystemExit, match="KDK_BUILD is 'gpu': give one of auto, cpu, cuda, none"):
+            self.build("gpu", tmp_path)
+
+    def failing(self, monkeypatch, tmp_path, case):
+        if case == "compiler":
+            monkeypatch.setenv("CXX", "no-such-compiler")
+            return "no C++ compiler found"
+        if case == "broken compiler":
+            compiler = tmp_path / "c++"
+            compiler.write_text("#!/bin/sh\nexit 1\n")
+            compiler.chmod(0o755)
+            monkeypatch.setenv("CXX", str(compiler))
+            return "log: "
+        if case == "no headers":
+            monkeypatch.setenv("KDK_TORCH_INCLUDE", str(tmp_path))
+            return "no torch headers found in KDK_TORCH_INCLUDE"
+        header = tmp_path / "torch" / "headeronly" / "version.h"
+        header.parent.mkdir(parents=True)
+        header.write_text(
+            "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n#define TORCH_VERSION_PATCH 1\n"
+        )
+        monkeypatch.setenv("KDK_TORCH_INCLUDE", str(tmp_path))
+        return "the headers of torch 2.9.1 are too old: torch >= 2.10 is needed"
+
+    @pytest.mark.parametrize("case", ["compiler", "broken compiler", "no headers", "old headers"])
+    def test_auto_records_a_failure_and_cpu_ends_with_it(self, monkeypatch, tmp_path, case):
+        if "compiler" not in case and native_build.find_compiler() is None:
+            pytest.skip("no C++ compiler")
+        if case != "compiler" and native_build.find_program("cmake") is None:
+            pytest.skip("no cmake")
+        reason = self.failing(monkeypatch, tmp_path, case)
+        record = self.build("auto", tmp_path)
+        assert not record["cpu"]["built"] and reason in record["cpu"]["reason"]
+        assert "pure Python" in native_build.sentence(record)
+        with pytest.raises(SystemExit, match="KDK_BUILD=cpu: cpu library not built"):
+            self.build("cpu", tmp_path)
+
+    def test_cuda_without_sources_says_so(self, tmp_path):
+        if native_build.sources("cuda"):
+            pytest.skip("there are CUDA sources now")
+        with pytest.raises(native_build.Unavailable, match="^no CUDA sources yet$"):
+            native_build.build_library("cuda", tmp_path, tmp_path)
+
+
+class TestWheel:
+    def wheel(self, tree, mode):
+        pytest.importorskip("setuptools", minversion="77")
+        include = Path(torch.__file__).parent / "include"
+        result = run([sys.executable, "setup.py", "-q", "bdist_wheel"], tree, KDK_BUILD=mode, KDK_TORCH_INCLUDE=include)
+        assert result.returncode == 0, result.stderr
+        (made,) = (tree / "dist").glob("*.whl")
+        return made.name, zipfile.ZipFile(made).namelist()
+
+    def test_a_pure_wheel_is_for_any_platform_and_says_why_it_is_pure(self, tree):
+        name, content = self.wheel(tree, "none")
+        assert name.endswith("-py3-none-any.whl")
+        assert {"kdkernels/py.typed", "kdkernels/native.py", "kdkernels/_lib/build.json"} <= set(content)
+        assert not [entry for entry in content if entry.endswith(".so") or entry.startswith("tests")]
+
+    @pytest.mark.slow
+    @pytest.mark.native
+    @pytest.mark.skipif(not native.has("cpu"), reason="the library cannot be built here")
+    def test_a_compiled_wheel_is_for_one_platform_and_every_python(self, tree):
+        name, content = self.wheel(tree, "cpu")
+        assert "-py3-none-" in name and not name.endswith("-any.whl")
+        assert "kdkernels/_lib/libkdkernels_cpu.so" in content
+
+    def test_every_package_of_the_checkout_is_in_the_wheel(self, tree):
+        _, content = self.wheel(tree, "none")
+        modules = {str(path.relative_to(tree)) for path in (tree / "kdkernels").rglob("*.py")}
+        assert modules <= set(content)
+
+
+class TestEnvironment:
+    """tools/env.sh with an interpreter that has torch: no network, nothing installed."""
+
+    def env(self, tree, **environment):
+        environment = {"KDK_BUILD": "none", "PYTHON": sys.executable, "PIP_NO_INDEX": "1", **environment}
+        return run(["sh", "tools/env.sh", "bench"], tree, **environment)
+
+    def test_an_environment_with_torch_is_used_as_it_is(self, tree):
+        result = self.env(tree)
+        assert (result.returncode, result.stdout.strip()) == (0, sys.executable), result.stderr
+        assert not (tree / ".venv").exists()
+
+    def test_the_second_run_builds_nothing_and_another_mode_or_source_builds_again(self, tree):
+        record = tree / "kdkernels" / "_lib" / "build.json"
+        self.env(tree)
+        record.write_text(record.read_text() + " ")
+        touched = record.read_text()
+        self.env(tree)
+        assert record.read_text() == touched
+        (tree / "csrc" / "common" / "check.h").write_text("// changed\n")
+        self.env(tree)
+        assert record.read_text() != touched
+
+    def test_a_build_by_hand_makes_the_stamp_void(self, tree):
+        self.env(tree)
+        assert (tree / "kdkernels" / "_lib" / "stamp").exists()
+        assert run([sys.executable, "csrc/build.py", "none"], tree).returncode == 0
+        assert not (tree / "kdkernels" / "_lib" / "stamp").exists()
+
+    def test_without_a_compiler_it_works_and_says_so_in_one_sentence(self, tree, tools):
+        # the interpreter's own folder may hold compilers, so the search is told what to look for
+        result = self.env(tree, KDK_BUILD="auto", PATH=tools, CXX="no-such-compiler")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("\n") == 1
+        assert "running in pure Python, which is slower on the CPU: no C++ compiler found" in result.stderr
+
+    def test_a_python_that_does_not_run_is_refused(self, tree, tmp_path):
+        shim = tmp_path / "python3"
+        shim.write_text("#!/bin/sh\necho 'not installed' >&2\nexit 127\n")
+        shim.chmod(0o755)
+        result = self.env(tree, PYTHON=shim)
+        assert result.returncode != 0 and "does not run, is older than 3.10, or has no venv" in result.stderr
+
+    def test_without_any_python_it_says_what_to_install(self, tree, tools):
+        result = self.env(tree, PYTHON="", PATH=tools)
+        assert result.returncode != 0 and "no Python >= 3.10 with venv found" in result.stderr
+
+
+class TestCommands:
+    @pytest.mark.parametrize("target", ["help", "demo", "test", "test-quick", "lint", "bench", "gpu", "clean"])
+    def test_every_target_parses(self, tree, target):
+        result = run(["make", "-n", target], tree)
+        assert result.returncode == 0 and result.stdout, result.stderr
+
+    @pytest.mark.parametrize(
+        ("failing", "called"), [("lint", ["lint"]), ("test", ["lint", "test"]), ("", ["lint", "test"])]
+    )
+    def test_ci_runs_lint_and_test_and_passes_a_failure_on(self, tree, tmp_path, failing, called):
+        make = tmp_path / "stub" / "make"
+        make.parent.mkdir()
+        make.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n[ "$1" != "{failing}" ]\n')
+        make.chmod(0o755)
+        result = run(["bash", ".ci/run"], tree, PATH=f"{make.parent}:{os.environ['PATH']}")
+        assert (result.returncode != 0) == bool(failing)
+        assert (tmp_path / "called").read_text().split() == called
+
+    def test_torch_is_pinned_in_one_place(self):
+        pins = [
+            path.name for path in ROOT.iterdir() if path.is_file() and "torch==" in path.read_text(errors="replace")
+        ]
+        assert pins == ["constraints.txt"]

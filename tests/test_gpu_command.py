@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""make gpu refuses at once without a device, keeps what passed, ends what hangs, and never calls a failure a pass."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("kdkernels_gpu_command", ROOT / "bench" / "gpu.py")
+gpu = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu)
+
+MACHINE = {"device": "a device", "torch": "2.13"}
+SOURCE = {"commit": "c", "dirty": False, "sources": "s"}
+
+
+@pytest.mark.parametrize("stage", [*gpu.STAGES, "all"])
+def test_every_stage_says_no_cuda_device_and_fails(tmp_path, stage):
+    out = tmp_path / "out"
+    command = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={out}", f"STAGE={stage}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    for name in gpu.STAGES if stage == "all" else [stage]:
+        assert f"{name}: no CUDA device" in result.stderr
+    assert not out.exists()
+
+
+def test_an_unknown_stage_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(["--stage", "tests"])
+    assert refused.value.code != 0 and "sanitize" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    """Runs a made-up stage of shell commands; returns whether it passed and what it wrote."""
+
+    def run(commands, source=SOURCE, force=False):
+        steps = [gpu.Step(name, ["sh", "-c", command]) for name, command in commands.items()]
+        monkeypatch.setattr(gpu, "steps", lambda stage, out: steps)
+        passed = gpu.run_stage("test", tmp_path, MACHINE, source, force)
+        return passed, json.loads((tmp_path / "test.json").read_text())
+
+    return run
+
+
+def test_a_failed_step_fails_the_stage_and_shows_its_last_lines(stage, capsys):
+    passed, record = stage({"good": "echo fine", "bad": "echo the reason; exit 3", "last": "true"})
+    assert not passed and record["status"] == "failed"
+    assert [step["status"] for step in record["steps"].values()] == ["passed", "failed", "passed"]
+    assert record["steps"]["bad"]["rc"] == 3
+    assert "  the reason" in capsys.readouterr().out
+
+
+def test_only_what_passed_on_the_same_sources_is_not_run_again(stage, tmp_path):
+    count = tmp_path / "count"
+    commands = {"counted": f"echo x >> {count}", "flaky": f"[ -e {tmp_path}/fixed ]"}
+    assert stage(commands)[0] is False
+    (tmp_path / "fixed").touch()
+    assert stage(commands)[0] is True
+    assert count.read_text() == "x\n"
+    stage(commands, source={**SOURCE, "sources": "other"})
+    stage(commands, source={**SOURCE, "sources": "other"}, force=True)
+    assert count.read_text() == "x\n" * 3
+
+
+def test_a_hanging_step_is_ended_with_its_children_in_time(stage, monkeypatch):
+    monkeypatch.setattr(gpu, "STAGE_SECONDS", 1.5)
+    started = time.monotonic()
+    passed, record = stage({"hang": "sleep 60 & sleep 60", "next": "true"})
+    assert time.monotonic() - started < 20
+    assert not passed and record["steps"]["hang"]["status"] == "timed out"
+
+
+def test_a_missing_program_is_a_failure_in_words(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "steps", lambda stage, out: [gpu.Step("memcheck", ["no-such-sanitizer"])])
+    assert not gpu.run_stage("sanitize", tmp_path, MACHINE, SOURCE, False)
+    record = json.loads((tmp_path / "sanitize.json").read_text())
+    assert record["steps"]["memcheck"]["tail"] == ["no-such-sanitizer: No such file or directory"]
+
+
+def test_the_stages_write_at_most_eight_files(tmp_path):
+    files = {f"{stage}.json" for stage in gpu.STAGES} | {"gpu.log"}
+    for stage in gpu.STAGES:
+        for step in gpu.steps(stage, tmp_path):
+            files |= {step.output} - {None}
+            files |= {Path(word).name for word in step.command if word.startswith(str(tmp_path))}
+    assert len(files) <= 8
+
+
+def test_changed_sources_are_another_run(monkeypatch, tmp_path):
+    (tmp_path / "csrc").mkdir()
+    source = tmp_path / "csrc" / "a.cu"
+    source.write_text("one")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    before = gpu.provenance()
+    source.write_text("two")
+    assert gpu.provenance()["sources"] != before["sources"]
