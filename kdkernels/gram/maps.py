@@ -35,7 +35,11 @@ class Side(NamedTuple):
         return [self.P.par[..., k, None, None] for k in range(self.P.par.shape[-1])]
 
     def levels(self):
-        return [self.P.level[..., k, None, None] for k in range(self.P.level.shape[-1])]
+        """The exponent of a typical pair, so that neither k near 1 nor k near 0 loses digits to the constant."""
+        typical = self.P.typical[..., None, None]
+        if self.spec.name == "rbf":
+            return [(typical / (-2 * s**2)).clamp(min=-30) for s in self.parameters()]
+        return [(typical.sqrt() / -s).clamp(min=-30) for s in self.parameters()]
 
 
 def side_of(P: Prepared, spec: KernelSpec, stable: bool) -> Side:

@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
     unit: torch.Tensor  # [G] float64, K = unit * K^
     par: torch.Tensor | None  # rbf, laplacian: bandwidths in units of z [G, S]; polynomial: (t0, a) [G, 2]
     alpha: torch.Tensor | None = None  # [G, n] polynomial: the rank-one terms of the mean
-    level: torch.Tensor | None = None  # [G, S] rbf, laplacian: the exponent of a typical pair, K^ = k - exp(level)
+    typical: torch.Tensor | None = None  # [G] rbf, laplacian: the mean squared distance in units of z
 
 
 def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepared:
@@ -51,15 +51,18 @@ def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepar
     shift = None if mean is None else mean * scale[:, None, None]
     unit = scale.double() ** -2
     if spec.of_distance:
-        par = z.new_tensor([spec.params]) if spec.params else sigma.to(dtype).reshape(-1, 1)
-        par = par * scale[:, None]
-        # measured from a typical pair, so that neither k near 1 nor k near 0 loses digits to the constant
-        typical = (2 * spread * scale**2)[:, None]  # the mean squared distance
-        level = -typical / (2 * par**2) if spec.name == "rbf" else -typical.sqrt() / par
-        return Prepared(z, square, scale, shift, torch.ones_like(unit), par, level=level.clamp(min=-30))
+        par = bandwidths(spec, sigma, z) * scale[:, None]
+        return Prepared(z, square, scale, shift, torch.ones_like(unit), par, typical=2 * spread * scale**2)
     if spec.name != "polynomial":
         return Prepared(z, square, scale, shift, unit, None)
     return _polynomial(z, square, scale, shift, spread, spec)
+
+
+def bandwidths(spec: KernelSpec, sigma, like) -> torch.Tensor:
+    """[1 or G, S]; numbers are filled in on the device, so nothing is copied from the host under a CUDA graph."""
+    if not spec.params:
+        return sigma.to(like.dtype).reshape(-1, 1)
+    return torch.stack([like.new_full((1,), number) for number in spec.params], dim=1)
 
 
 def _polynomial(z, square, scale, shift, spread, spec) -> Prepared:

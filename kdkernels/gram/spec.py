@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contract and the benchmark need to know of the Gram family: cases in every data regime, caps, bytes, flops.
+
+Caps: CKA's error is absolute, the others' relative to the terms that they add up. A backend that rounds half inputs
+again after centring (MATH.md, "Precision") is granted 1e-4 for them, and 1e-3 of the gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..testing import REGIMES, Caps, Case, pair
+from . import op as ops
+from . import panels, reference
+from .kernels import RBF, Laplacian, Polynomial, spec_of
+
+HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
+EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
+
+# each takes the tensor sigma of the case and gives the `kernel` argument
+KERNELS = {
+    "linear": lambda sigma: "linear",
+    "polynomial": lambda sigma: "polynomial",
+    "cubic": lambda sigma: Polynomial(3, 0.5, 2.0),
+    "cosine": lambda sigma: "cosine",
+    "rbf": lambda sigma: "rbf",
+    "rbf far": lambda sigma: RBF(("median", 5.0)),
+    "rbf sum": lambda sigma: RBF((0.5, 1.0, 4.0)),
+    "rbf sigma": lambda sigma: RBF(sigma),
+    "laplacian": lambda sigma: Laplacian("mean"),
+    "mixed": lambda sigma: ("rbf", "linear"),
+}
+MMD_KERNELS = [name for name in KERNELS if name != "mixed"]
+ESTIMATORS = {
+    "unbiased": {},
+    "biased": {"unbiased": False},
+    "uncentred": {"unbiased": False, "center": False},
+    "row": {"unbiased": False, "center": False, "row_normalize": True},
+    "centred row": {"unbiased": False, "row_normalize": True},
+}
+# n, p, q: more rows than features (feature space for linear kernels), fewer, and equal widths
+SHAPES = ((33, 7, 5), (19, 40, 43), (23, 9, 9))
+# the estimators' minimum, odd, prime, and around the power-of-two tiles of every backend
+SIZES = (1, 2, 3, 4, 5, 7, 13, 15, 16, 17, 31, 32, 33)
+MORE_SIZES = (63, 64, 65, 127, 128, 129)
+WIDTHS = ((1, 1), (1, 17), (15, 16), (32, 33), (65, 2))
+TORCH_EDGES = (panels.SMALL - 1, panels.SMALL, panels.SMALL + 1)  # kept products end, tiles begin
+
+
+@contextlib.contextmanager
+def small_tiles():
+    """Tiles of 16 rows and no kept products: the path of large n on a matrix that a test can afford."""
+    before = panels.SMALL, panels.TILE
+    panels.SMALL, panels.TILE = 8, 16
+    try:
+        yield
+    finally:
+        panels.SMALL, panels.TILE = before
+
+
+def caps(kernel: str):
+    """Caps by dtype. A polynomial's terms exceed their centred sum by more, and so do a Laplacian's at its cusp."""
+    value = 5e-6 if kernel in ("polynomial", "cubic", "laplacian") else 1e-6
+
+    def of(dtype: torch.dtype) -> Caps:
+        if dtype in HALF:
+            return Caps(1e-4, 1e-3)
+        return Caps(value, 1e-4) if dtype == SINGLE else Caps(1e-10, 1e-8)
+
+    return of
+
+
+def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
+    """The cases of one op, a few hundred; quick keeps each value of each option and leaves out combinations."""
+    generator = torch.Generator().manual_seed(0)
+    family = {"cka": _statistic, "hsic": _statistic, "mmd": _mmd, "gram_mse": _gram_mse}[op]
+    return family(op, backend, quick, generator)
+
+
+def _inputs(regime, shape, G, masked, sigma, generator, m=None):
+    """x, y, and where asked for: sigma [G] or [], and masks; m is the number of rows of y if it is not n."""
+    (n, p, q), lead = shape, () if G is None else (G,)
+    x, y = pair(regime, (*lead, n, p), (*lead, m or n, q), generator, rows_match=m is None)
+    inputs = {"x": x, "y": y}
+    if sigma:
+        spread = (x - x.mean(-2, keepdim=True)).square().sum(-1).mean(-1).sqrt()
+        inputs["sigma"] = 1.3 * spread
+    if masked:
+        for name, rows in ({"mask": n} if m is None else {"mask_x": n, "mask_y": m}).items():
+            keep = torch.rand((*lead, rows), generator=generator) > 0.3
+            keep[..., :4] = True  # no estimator is left with fewer
+            keep[..., -1] = False
+            inputs[name] = keep
+    return inputs
+
+
+def _statistic(op, backend, quick, generator):
+    function = getattr(ops, op)
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, kernel in enumerate(KERNELS):
+            for k, estimator in enumerate(ESTIMATORS):
+                count += 1
+                # a Latin square: each regime meets each kernel once, and every estimator equally often
+                if quick and (i + 2 * j + 3 * k) % len(ESTIMATORS):
+                    continue
+                shape, G = SHAPES[count % 3], (None, 2)[count % 7 < 3]
+                inputs = _inputs(regime, shape, G, count % 4 == 1, kernel == "rbf sigma", generator)
+                yield _pair_case(function, kernel, estimator, regime, inputs, dtypes=_dtypes(count))
+    yield from _sizes(function, backend, quick, generator)
+    yield from _forced_tiles(function, backend, quick, generator)
+    if op == "cka":
+        yield from _degenerate(function, generator)
+    for kernel, estimator, shape, G, masked in (
+        ("rbf sigma", "unbiased", (13, 6, 5), 2, True),
+        ("linear", "unbiased", (33, 5, 4), None, False),
+        ("linear", "biased", (11, 20, 17), 2, True),
+        ("polynomial", "centred row", (11, 5, 6), None, True),
+        ("cosine", "row", (33, 4, 4), 2, False),
+    ):
+        inputs = _inputs("offset3", shape, G, masked, kernel == "rbf sigma", generator)
+        yield _pair_case(function, kernel, estimator, "probe", inputs, probe=True)
+
+
+def _dtypes(count):
+    return EVERY_DTYPE if count % 3 == 0 else (SINGLE,)
+
+
+def _pair_case(function, kernel, estimator, label, inputs, **fields):
+    make, how = KERNELS[kernel], ESTIMATORS[estimator]
+
+    def call(t, backend):
+        return function(t["x"], t["y"], kernel=make(t.get("sigma")), mask=t.get("mask"), backend=backend, **how)
+
+    def scale(t):
+        if function is ops.cka:
+            return 1.0
+        kernels, mask = spec_of(make(t.get("sigma"))), t.get("mask")
+        own = [function(t[s], t[s], kernel=k, mask=mask, backend="reference", **how) for s, k in zip("xy", kernels)]
+        return (own[0] * own[1]).abs().sqrt().max()
+
+    masks = {"mask": ("x", "y")} if "mask" in inputs else {}
+    name = f"{kernel} {estimator} {label} {_shape_of(inputs)}"
+    return Case(name, inputs, call, caps(kernel), scale, masks=masks, **fields)
+
+
+def _shape_of(inputs):
+    shape = "x".join(map(str, [*inputs["x"].shape, inputs["y"].shape[-1]]))
+    return shape + ("" if len(inputs) == 2 else " masked" if any("mask" in name for name in inputs) else "")
+
+
+def _sizes(function, backend, quick, generator):
+    sizes = SIZES if quick else (*SIZES, *MORE_SIZES, *(TORCH_EDGES if backend in ("torch", "cpp") else ()))
+    for n in sizes:
+        for kernel in ("linear", "rbf"):
+            estimator = "unbiased" if n >= 4 else "biased" if n >= 2 else "uncentred"
+            # wide features keep the linear kernel in Gram space, narrow ones bring it to feature space
+            inputs = _inputs("peaky", (n, 3, 4) if n % 2 else (n, n + 1, n), None, False, False, generator)
+            yield _pair_case(function, kernel, estimator, "size", inputs)
+    for p, q in WIDTHS:
+        inputs = _inputs("peaky", (9, p, q), None, False, False, generator)
+        yield _pair_case(function, "polynomial", "unbiased", "width", inputs)
+
+
+def _forced_tiles(function, backend, quick, generator):
+    if backend not in ("torch", "cpp"):
+        return
+    count = 0
+    for n in (32, 33, 47):
+        for kernel in KERNELS:
+            for estimator in ESTIMATORS:
+                count += 1
+                if quick and count % 4:
+                    continue
+                regime = REGIMES[count % len(REGIMES)]
+                inputs = _inputs(
+                    regime, (n, 30, 34), (None, 2)[count % 2], count % 3 == 0, kernel == "rbf sigma", generator
+                )
+                yield _pair_case(function, kernel, estimator, f"{regime} tiles", inputs, context=small_tiles)
+
+
+def _degenerate(function, generator):
+    """A constant side gives 0 with zero gradient, a NaN in a row that counts gives NaN, in its own group only."""
+    for kernel in ("linear", "polynomial", "cosine", "rbf", "laplacian"):
+        for estimator in ("unbiased", "biased"):
+            for value in (0.0, 3.1):
+                inputs = _inputs("bland", (9, 4, 5), 2, False, False, generator)
+                inputs["x"][0] = value
+                case = _pair_case(function, kernel, estimator, f"constant {value}", inputs, dtypes=(SINGLE, *HALF))
+                yield case
+        inputs = _inputs("bland", (9, 4, 5), 2, False, False, generator)
+        inputs["y"][1, 3, 2] = float("nan")
+        yield _pair_case(function, kernel, "unbiased", "nan", inputs, gradient=False)
+
+
+def _gram_mse(op, backend, quick, generator):
+    count = 0
+    for regime in REGIMES:
+        for normalize in (None, "row"):
+            for shape in SHAPES:
+                for reduction in ("mean", "sum"):
+                    count += 1
+                    if quick and count % 2:
+                        continue
+                    inputs = _inputs(regime, shape, (None, 3)[count % 5 < 2], count % 3 == 1, False, generator)
+                    yield _mse_case(normalize, reduction, regime, inputs, dtypes=_dtypes(count))
+    sizes = SIZES if quick else (*SIZES, *MORE_SIZES, *(TORCH_EDGES if backend in ("torch", "cpp") else ()))
+    for n in sizes:
+        inputs = _inputs("peaky", (n, 3, 4) if n % 2 else (n, n + 1, n), None, False, False, generator)
+        yield _mse_case((None, "row")[n % 3 == 0], "mean", "size", inputs)
+    if backend in ("torch", "cpp"):
+        for n in (32, 33, 47):
+            for normalize in (None, "row"):
+                inputs = _inputs("edge", (n, 40, 40 + n % 2), 2, n % 2 == 1, False, generator)
+                yield _mse_case(normalize, "mean", "edge tiles", inputs, context=small_tiles)
+    for normalize, shape, G, masked in ((None, (13, 6, 6), 2, True), ("row", (13, 20, 6), None, True)):
+        inputs = _inputs("offset3", shape, G, masked, False, generator)
+        yield _mse_case(normalize, "mean", "probe", inputs, probe=True)
+
+
+def _mse_case(normalize, reduction, label, inputs, **fields):
+    def call(t, backend):
+        how = {"normalize": normalize, "reduction": reduction, "mask": t.get("mask")}
+        return ops.gram_mse(t["x"], t["y"], backend=backend, **how)
+
+    def scale(t):
+        if normalize is None and t["x"].shape == t["y"].shape:  # no cancellation is excused where p = q
+            return call(t, "reference").max()
+        sides = [call(t | {s: torch.zeros_like(t[s])}, "reference") for s in "xy"]  # |L|^2 and |K|^2
+        return (sides[0] + sides[1]).max()
+
+    masks = {"mask": ("x", "y")} if "mask" in inputs else {}
+    name = f"{normalize} {reduction} {label} {_shape_of(inputs)}"
+    return Case(name, inputs, call, caps("linear"), scale, masks=masks, **fields)
+
+
+def _mmd(op, backend, quick, generator):
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, kernel in enumerate(MMD_KERNELS):
+            for unbiased in (True, False):
+                count += 1
+                if quick and (i + j + unbiased) % 2:
+                    continue
+                n, p, _ = SHAPES[count % 3]
+                m = None if regime == "near" else n + 4
+                G, masked = (None, 2)[count % 7 < 3], count % 4 == 1
+                inputs = _inputs(regime, (n, p, p), G, masked and m is not None, kernel == "rbf sigma", generator, m)
+                yield _mmd_case(kernel, unbiased, regime, inputs, dtypes=_dtypes(count))
+    for n in SIZES if quick else (*SIZES, *MORE_SIZES):
+        inputs = _inputs("peaky", (n, 3 + n % 5, 3 + n % 5), None, False, False, generator, n + n % 3)
+        yield _mmd_case("rbf", n > 1, "size", inputs)
+    if backend in ("torch", "cpp"):
+        for kernel in MMD_KERNELS:
+            inputs = _inputs("offset3", (21, 30, 30), 2, True, kernel == "rbf sigma", generator, 26)
+            yield _mmd_case(kernel, True, "tiles", inputs, context=small_tiles)
+    for kernel, unbiased, G in (("rbf sigma", True, 2), ("linear", False, None)):
+        inputs = _inputs("offset3", (11, 5, 5), G, True, kernel == "rbf sigma", generator, 14)
+        yield _mmd_case(kernel, unbiased, "probe", inputs, probe=True)
+
+
+def _mmd_case(kernel, unbiased, label, inputs, **fields):
+    make = KERNELS[kernel]
+
+    def call(t, backend):
+        mask = (t["mask_x"], t["mask_y"]) if "mask_x" in t else None
+        how = {"unbiased": unbiased, "mask": mask, "backend": backend}
+        return ops.mmd(t["x"], t["y"], kernel=make(t.get("sigma")), **how)
+
+    def scale(t):
+        """The largest mean of k(x, x) over the samples of a group."""
+        joined = torch.cat([t["x"], t["y"]], -2)
+        groups = joined if joined.dim() == 3 else joined[None]
+        function = spec_of(make(t.get("sigma")))[0]
+        return max(reference.kernel_matrix(x, function.of_group(g)).diagonal().mean() for g, x in enumerate(groups))
+
+    masks = {"mask_x": ("x",), "mask_y": ("y",)} if "mask_x" in inputs else {}
+    name = f"{kernel} {'unbiased' if unbiased else 'biased'} {label} {_shape_of(inputs)}"
+    return Case(name, inputs, call, caps(kernel), scale, masks=masks, **fields)
+
+
+def bytes_moved(G: int, n: int, p: int, q: int, itemsize: int, backward: bool = False, sides: int = 1) -> int:
+    """The least traffic of a call: the features are read once, and the gradients of `sides` sides written once."""
+    read = G * n * (p + q) * itemsize
+    return read + G * n * (p if sides == 1 else p + q) * itemsize if backward else read
+
+
+def flops(G: int, n: int, p: int, q: int, linear: bool, backward: bool = False, sides: int = 1) -> int:
+    """Multiplications and additions of the cheaper exact form; products that are symmetric count once.
+
+    Gram space: K and L need n^2 (p + q), a gradient W X another 2 n^2 p. Feature space, linear kernels only: X'X, X'Y,
+    Y'Y need n (p^2 + 2 p q + q^2), a gradient X (X'X) + Y (Y'X) another 2 n p (p + q).
+    """
+    gram = n * n * (p + q)
+    feature = n * (p + q) ** 2
+    if backward:
+        widths = (p,) if sides == 1 else (p, q)
+        gram += sum(2 * n * n * w for w in widths)
+        feature += sum(2 * n * w * (p + q) for w in widths)
+    return G * (min(gram, feature) if linear else gram)

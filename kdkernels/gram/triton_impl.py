@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Gram family on a GPU: three schedules by n and p, ordered reductions, nothing n x n above 1024 samples.
+
+n <= 1024: `triton_small.py` (2 or 3 launches forward, 1 backward). Above: `triton_tiles.py`, whose backward pass keeps the
+gradient in registers (p <= 256) or writes row panels of pair weights for a matrix product. Linear kernels with
+n > p + q stay in feature space, where cuBLAS is the kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import torch_impl, triton_tiles
+from .panels import SMALL
+from .problem import Problem
+from .triton_launch import small_backward, small_forward
+
+SMALL_ROWS = 16  # vectors a group that the small schedule saves, see `triton_small.py`
+
+
+def _small(n: int) -> bool:
+    return n <= SMALL
+
+
+def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int):
+    """As `torch_impl.saved_shapes`: below `SMALL` a launch is dearer than arithmetic, so Gram space always wins there."""
+    if not _small(n):
+        return torch_impl.saved_shapes(problem, G, n, p, q, need)
+    return ((G, SMALL_ROWS, n), (2, G, n, n)) if need else ((0,), (0,))
+
+
+def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+    if _small(x.shape[1]):
+        return small_forward(x, y, mask, sigma_x, sigma_y, problem, need)
+    if torch_impl.in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2]):
+        return torch_impl.forward(x, y, mask, sigma_x, sigma_y, problem, need)
+    return triton_tiles.forward(x, y, mask, sigma_x, sigma_y, problem, need)
+
+
+def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
+    if _small(x.shape[1]):
+        return small_backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+    if torch_impl.in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2]):
+        return torch_impl.backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+    return triton_tiles.backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)

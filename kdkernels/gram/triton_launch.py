@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the small schedule: from tensors and a problem to kernel arguments and a configuration."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .kernels import KernelSpec
+from .prepare import bandwidths, prepare, unprepare_gradient
+from .problem import Problem
+from .triton_maps import KINDS
+from .triton_small import STATS, finish, row_sums, split_gram, weighted_rows
+
+
+class Config(NamedTuple):
+    tile: int  # edge of a Gram tile in split_gram
+    depth: int  # columns of x a step
+    warps: int
+    stages: int
+
+
+# (largest n, half inputs, float32 inputs); unmeasured: chosen for zero spills on sm_80, sm_90 and sm_100
+SPLIT_CONFIGS = (
+    (64, Config(64, 64, 4, 3), Config(64, 32, 4, 2)),
+    (1024, Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
+)
+FUSED_ROWS = 128  # up to here one program holds all rows of a group
+BACKWARD_HALF = (64, 64, 64, 4, 3)  # BM, BN, BP, warps, stages
+BACKWARD_FLOAT = (32, 32, 64, 4, 2)
+
+
+def split_config(n: int, half: bool) -> Config:
+    limit, of_half, of_float = next(row for row in SPLIT_CONFIGS if n <= row[0])
+    return of_half if half else of_float
+
+
+@cache
+def multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def precision(*tensors) -> str:
+    """float32 products as the user set them for matmul: "ieee" (default) or "tf32"."""
+    if any(t.dtype == torch.float32 for t in tensors) and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+class SideArguments(NamedTuple):
+    """One side as the kernels take it: the caller's rows, or prepared ones where a kernel needs a pass over them first."""
+
+    rows: torch.Tensor
+    alpha: torch.Tensor
+    par: torch.Tensor
+    par_stride: int
+    sigma: float
+    typical: torch.Tensor
+    prepared: object
+    shift: bool
+    kind: int
+    degree: int
+    bandwidths: int
+    has_par: bool
+
+    @property
+    def halve(self) -> bool:
+        return self.shift and self.rows.dtype == torch.float16
+
+
+def needs_pass(problem: Problem) -> bool:
+    """Cosine needs norms and a polynomial its mean before any product: both sides are then prepared in PyTorch."""
+    return any(spec.name in ("cosine", "polynomial") for spec in (problem.kx, problem.ky))
+
+
+def side_arguments(x, mask, spec: KernelSpec, sigma, problem: Problem) -> SideArguments:
+    prepared, rows, alpha, typical = None, x, x, x
+    par, stride, number, has_par, count = x, 0, 1.0, False, max(1, len(spec.params) if spec.of_distance else 1)
+    if needs_pass(problem):
+        prepared = prepare(x, mask, spec, sigma, problem, torch.float32)
+        rows, has_par = prepared.z, prepared.par is not None
+        alpha = rows if prepared.alpha is None else prepared.alpha.contiguous()
+        typical = rows if prepared.typical is None else prepared.typical
+        par = rows if prepared.par is None else prepared.par.contiguous()
+        stride = par.stride(0) if has_par else 0
+    elif spec.of_distance:
+        if len(spec.params) == 1:
+            number = spec.params[0]
+        else:
+            par, has_par = bandwidths(spec, sigma, torch.empty(0, dtype=torch.float32, device=x.device)), True
+            par = par.contiguous()
+            stride = par.stride(0) if par.shape[0] > 1 else 0
+    shift = prepared is None and (problem.stable or spec.of_distance)
+    degree = int(spec.params[0]) if spec.name == "polynomial" else 1
+    kind = KINDS[spec.name]
+    return SideArguments(rows, alpha, par, stride, number, typical, prepared, shift, kind, degree, count, has_par)
+
+
+def _mask_arguments(mask, x):
+    """The mask as bytes, and the first kept row of each group: the one that is subtracted from the others."""
+    if mask is None:
+        return x, x
+    return mask.contiguous().view(torch.uint8), mask.to(torch.uint8).argmax(1)
+
+
+def _kernel_constants(name: str, side: SideArguments) -> dict:
+    return {
+        f"KIND_{name}": side.kind,
+        f"DEGREE_{name}": side.degree,
+        f"S_{name}": side.bandwidths,
+        f"HAS_PAR_{name}": side.has_par,
+    }
+
+
+def small_forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+    G, n, _ = x.shape
+    a = side_arguments(x, mask, problem.kx, sigma_x, problem)
+    b = side_arguments(y, mask, problem.ky, sigma_y, problem)
+    keep, ref = _mask_arguments(mask, x)
+    part, square, splits = _launch_split(a, b, keep, ref, mask is not None)
+    new = lambda *shape, dtype=torch.float32: x.new_empty(shape, dtype=dtype)  # noqa: E731
+    value, rows = new(G), new(G, 16, n) if need else new(0)
+    kept = new(2, G, n, n) if need else new(0)
+    unit = x
+    if a.prepared is not None:
+        unit = torch.stack([a.prepared.unit, b.prepared.unit])
+    fused = n <= FUSED_ROWS
+    stats = x if fused else new(G, 9, n, dtype=torch.float64)
+    shared = {
+        "STAT": STATS[problem.stat],
+        "STABLE": problem.stable,
+        "UNBIASED": problem.unbiased,
+        "CENTER": problem.center,
+        "ROW_NORM": problem.row_normalize,
+        "MEAN": problem.mean,
+        "MASK": mask is not None,
+        "PREPARED": a.prepared is not None,
+        "KEEP": bool(need),
+        "MINIMUM": problem.minimum,
+    }
+    block = max(16, triton.next_power_of_2(n)) if fused else 16
+    row_sums[(triton.cdiv(n, block) * G,)](
+        part, square, keep, a.alpha, b.alpha, a.par, b.par, a.typical, b.typical, kept, stats, value, rows, unit,
+        n, G, splits, a.par_stride, b.par_stride, a.sigma, b.sigma,
+        BM=block, BN=32 if fused else 64, **_kernel_constants("X", a), **_kernel_constants("Y", b), **shared,
+        FUSED=fused, num_warps=8 if block > 64 else 4,
+    )  # fmt: skip
+    if not fused:
+        finish[(G,)](stats, keep, value, rows, unit, n, G, BLOCK=triton.next_power_of_2(n), **shared, num_warps=4)
+    return value, rows, kept
+
+
+def _launch_split(a: SideArguments, b: SideArguments, keep, ref, masked: bool):
+    """Splits fill the machine about twice; the partial sums are added in their order, so results repeat bit for bit."""
+    x, y = a.rows, b.rows
+    (G, n, p), q = x.shape, y.shape[2]
+    half = x.dtype != torch.float32 and y.dtype != torch.float32
+    config = split_config(n, half)
+    blocks = triton.cdiv(n, config.tile)
+    steps = triton.cdiv(max(p, q), config.depth)
+    busy = blocks * (blocks + 1) // 2 * 2 * G
+    wanted = 2 * multiprocessors(x.device.index) if x.is_cuda else 2
+    splits = max(1, min(128, steps, wanted // busy))
+    per_x, per_y = (triton.cdiv(triton.cdiv(width, config.depth), splits) * config.depth for width in (p, q))
+    part = x.new_empty((2, splits, G, n, n), dtype=torch.float32)
+    square = x.new_empty((2, splits, G, n), dtype=torch.float32)
+    split_gram[(blocks * blocks * 2 * G, splits)](
+        x, y, part, square, keep, ref, n, p, q, G, splits, *x.stride(), *y.stride(), per_x, per_y,
+        BM=config.tile, BK=config.depth, SHIFT_X=a.shift, SHIFT_Y=b.shift, MASK=masked,
+        HALVE_X=a.halve, HALVE_Y=b.halve, PRECISION=precision(x, y),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return part, square, splits
+
+
+def small_backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
+    a = side_arguments(x, mask, problem.kx, sigma_x, problem)
+    b = side_arguments(y, mask, problem.ky, sigma_y, problem)
+    keep, ref = _mask_arguments(mask, x)
+    grad = grad.float().contiguous()
+    out = [x.new_empty(0)] * 4
+    for own, (features, sigma) in enumerate(((x, sigma_x), (y, sigma_y))):
+        if not need & (0b101 << own):
+            continue
+        sides = (a, b) if own == 0 else (b, a)
+        spec = (problem.kx, problem.ky)[own]
+        want_sigma = bool(need & (0b100 << own))
+        dz, sums, dsigma = _launch_backward(grad, *sides, keep, ref, rows, kept, problem, mask, own, want_sigma)
+        prepared = sides[0].prepared
+        if need & (1 << own):
+            out[own] = dz if prepared is None else unprepare_gradient(dz, sums, features, prepared, spec, mask)
+        if want_sigma:
+            per_group = dsigma.sum(1) if prepared is None else dsigma.sum(1) * prepared.scale
+            out[2 + own] = torch_sigma(per_group, sigma)
+    return tuple(out)
+
+
+def torch_sigma(per_group, sigma):
+    total = per_group if sigma.numel() == len(per_group) else per_group.sum()
+    return total.reshape(sigma.shape).to(sigma.dtype)
+
+
+def _launch_backward(grad, a, b, keep, ref, rows, kept, problem, mask, own, want_sigma):
+    x = a.rows
+    G, n, p = x.shape
+    prepared = a.prepared is not None
+    dx = torch.empty((G, n, p), dtype=torch.float32 if prepared else x.dtype, device=x.device)
+    sums = x.new_empty((G, n), dtype=torch.float32) if prepared else dx
+    dsigma = x.new_empty((G, n), dtype=torch.float32) if want_sigma else dx
+    BM, BN, BP, warps, stages = BACKWARD_FLOAT if x.dtype == torch.float32 else BACKWARD_HALF
+    weighted_rows[(triton.cdiv(n, BM) * G, triton.cdiv(p, BP))](
+        x, grad, kept, rows, keep, ref, a.alpha, b.alpha, a.par, b.par, dx, sums, dsigma,
+        n, p, G, *x.stride(), a.par_stride, b.par_stride, a.sigma, b.sigma, own,
+        BM=BM, BN=BN, BP=BP, **_kernel_constants("X", a), **_kernel_constants("Y", b),
+        STABLE=problem.stable, UNBIASED=problem.unbiased, ROWWISE=problem.rowwise, ROW_NORM=problem.row_normalize,
+        MASK=mask is not None, PREPARED=prepared, SHIFT=a.shift, HALVE=a.halve, SIGMA=want_sigma,
+        PRECISION=precision(x), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dx, sums, dsigma
