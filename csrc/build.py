@@ -133,10 +133,11 @@ def build_library(library: str, work: Path, output: Path) -> dict:
 
 
 def first_error(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines()]
-    for line in lines:
-        if re.search(r"\berror\b|CMake Error|FAILED", line, re.IGNORECASE) and not line.startswith("$"):
-            return line[:200]
+    lines = [line.strip() for line in log.splitlines() if not line.startswith("$")]
+    for pattern in (r"\berror\b.*:|CMake Error", r"FAILED|Error"):
+        for line in lines:
+            if re.search(pattern, line):
+                return line[:200]
     return lines[-1][:200] if lines else "no output"
 
 

@@ -1,39 +1,82 @@
 // SPDX-License-Identifier: Apache-2.0
-// Eight double lanes, whatever the machine's registers hold: the lane count fixes the order of summation, so every
-// instruction set adds in the same order. Float products are exact in double, so for float input the bits agree as well.
+// Eight double lanes in registers of W doubles each. The lane count, not the register, fixes the order of summation, so
+// every instruction set adds in the same order; float products are exact in double, so for float input the bits agree.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// one copy of a hot function per x86-64 level, chosen when the library loads; elsewhere the plain build
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define KDK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define KDK_CLONES
-#endif
-
-// the helpers must become part of each clone, or they would keep the baseline instruction set
+// helpers must become part of the function that carries the target attribute, or they keep the baseline instructions
 #define KDK_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define KDK_X86 1
+#define KDK_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")))
+#define KDK_AVX2 __attribute__((target("avx2,fma")))
+#endif
 
 namespace kdkernels {
 
-constexpr int64_t kLanes = 8;
+constexpr int kLanes = 8;
 
-typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
-typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
+// spelled out for each W: GCC cannot convert a vector type that depends on a template argument
+template <int W>
+struct Register;
+#define KDK_REGISTER(W)                                                                                         \
+  template <>                                                                                                   \
+  struct Register<W> {                                                                                          \
+    typedef double Doubles __attribute__((vector_size(W * sizeof(double))));                                    \
+    typedef float Floats __attribute__((vector_size(W * sizeof(float))));                                       \
+    static KDK_INLINE void widen(const Floats& x, Doubles& out) { out = __builtin_convertvector(x, Doubles); }  \
+  };
+KDK_REGISTER(2)
+KDK_REGISTER(4)
+KDK_REGISTER(8)
+#undef KDK_REGISTER
 
-KDK_INLINE void load(const float* p, Lanes& out) {
-  FloatLanes b;
-  std::memcpy(&b, p, sizeof(b));
-  out = __builtin_convertvector(b, Lanes);
+template <int W>
+struct Lanes {
+  using Doubles = typename Register<W>::Doubles;
+  using Floats = typename Register<W>::Floats;
+  static constexpr int kParts = kLanes / W;
+  Doubles part[kParts];
+
+  KDK_INLINE void load(const float* p) {
+    for (int h = 0; h < kParts; ++h) {
+      Floats b;
+      std::memcpy(&b, p + h * W, sizeof(b));
+      Register<W>::widen(b, part[h]);
+    }
+  }
+  KDK_INLINE void load(const double* p) { std::memcpy(part, p, sizeof(part)); }
+  KDK_INLINE void store(double* p) const { std::memcpy(p, part, sizeof(part)); }
+
+  KDK_INLINE void add(const Lanes& x) {
+    for (int h = 0; h < kParts; ++h) part[h] += x.part[h];
+  }
+  KDK_INLINE void set_product(const Lanes& x, const Lanes& y) {
+    for (int h = 0; h < kParts; ++h) part[h] = x.part[h] * y.part[h];
+  }
+
+  // pairwise over the lanes, so the tree is the same whatever W is
+  KDK_INLINE double sum() const {
+    double v[kLanes];
+    store(v);
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+};
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+inline Isa detect_isa() {
+#if KDK_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
 }
-
-KDK_INLINE void load(const double* p, Lanes& out) { std::memcpy(&out, p, sizeof(out)); }
-
-KDK_INLINE void store(double* p, const Lanes& value) { std::memcpy(p, &value, sizeof(value)); }
-
-// pairwise, so the tree is the same on every machine
-KDK_INLINE double sum(const Lanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 }  // namespace kdkernels

@@ -27,7 +27,6 @@ using torch::stable::Tensor;
 constexpr int64_t kMoments = 5;       // sum k, sum l, sum k^2, sum k l, sum l^2
 constexpr int64_t kTileRows = 64;     // partial column sums cost 5 / 64 of the panel's elements
 constexpr int64_t kTileColumns = 512; // 5 x 512 doubles of column sums stay in the first-level cache
-constexpr int64_t kGroup = 4;         // rows that share one read and write of the column sums
 
 template <class T>
 struct Panel {
@@ -45,96 +44,110 @@ struct Panel {
   }
 };
 
-// rows [R] of k and l at one column offset, columns [m * stride + j]
-template <class T, int R, bool kColumns>
-KDK_INLINE void add_lanes(const T* const* k, const T* const* l, int64_t j, Lanes (&row)[R][kMoments], double* columns,
-                          int64_t stride) {
-  Lanes column[kMoments] = {};
+// rows [R] of k and l at one column offset; columns [5] at stride kTileColumns
+template <class T, int W, int R, bool kColumns>
+KDK_INLINE void add_lanes(const T* const* k, const T* const* l, int64_t j, Lanes<W> (&row)[R][kMoments],
+                          double* columns) {
+  Lanes<W> column[kMoments];
+  if (kColumns) {
+    for (int m = 0; m < kMoments; ++m) column[m].load(columns + m * kTileColumns + j);
+  }
   for (int i = 0; i < R; ++i) {
-    Lanes kij, lij;
-    load(k[i] + j, kij);
-    load(l[i] + j, lij);
-    const Lanes term[kMoments] = {kij, lij, kij * kij, kij * lij, lij * lij};
+    Lanes<W> term[kMoments];
+    term[0].load(k[i] + j);
+    term[1].load(l[i] + j);
+    term[2].set_product(term[0], term[0]);
+    term[3].set_product(term[0], term[1]);
+    term[4].set_product(term[1], term[1]);
     for (int m = 0; m < kMoments; ++m) {
-      row[i][m] += term[m];
-      if (kColumns) column[m] += term[m];
+      row[i][m].add(term[m]);
+      // row after row, so the order does not depend on R
+      if (kColumns) column[m].add(term[m]);
     }
   }
   if (kColumns) {
-    for (int m = 0; m < kMoments; ++m) {
-      Lanes total;
-      load(columns + m * stride + j, total);
-      total += column[m];
-      store(columns + m * stride + j, total);
-    }
+    for (int m = 0; m < kMoments; ++m) column[m].store(columns + m * kTileColumns + j);
   }
 }
 
 // R rows of one tile: whole lanes straight from the panel, the left-out diagonal and the ragged end through a copy
 // in which the entries that do not count are zero
-template <class T, int R, bool kColumns>
+template <class T, int W, int R, bool kColumns>
 KDK_INLINE void add_rows(const Panel<T>& panel, int64_t i0, int64_t j0, int64_t j1, double* rows, double* columns) {
   const T *k[R], *l[R];
   for (int i = 0; i < R; ++i) {
     k[i] = panel.k + (i0 + i) * panel.ldk + j0;
     l[i] = panel.l + (i0 + i) * panel.ldl + j0;
   }
-  Lanes row[R][kMoments] = {};
+  Lanes<W> row[R][kMoments] = {};
   const int64_t width = j1 - j0, whole = width / kLanes * kLanes;
   int64_t first, last;
   panel.left_out(i0, i0 + R, j0, j1, first, last);
   const int64_t skip0 = std::min((first - j0) / kLanes * kLanes, whole);
   const int64_t skip1 = first < last ? std::min((last - j0 + kLanes - 1) / kLanes * kLanes, whole) : skip0;
 
-  for (int64_t j = 0; j < skip0; j += kLanes) add_lanes<T, R, kColumns>(k, l, j, row, columns, kTileColumns);
+  for (int64_t j = 0; j < skip0; j += kLanes) add_lanes<T, W, R, kColumns>(k, l, j, row, columns);
   for (int64_t j = skip0; j < width; j += kLanes) {
     if (j == skip1) {
-      for (; j < whole; j += kLanes) add_lanes<T, R, kColumns>(k, l, j, row, columns, kTileColumns);
+      for (; j < whole; j += kLanes) add_lanes<T, W, R, kColumns>(k, l, j, row, columns);
       if (j >= width) break;
     }
     T copy[2][R][kLanes] = {};
     const T *ck[R], *cl[R];
     for (int i = 0; i < R; ++i) {
-      for (int64_t lane = 0; lane < std::min(kLanes, width - j); ++lane) {
+      for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, width - j); ++lane) {
         const bool counts = j0 + j + lane != i0 + i + panel.diagonal;
         copy[0][i][lane] = counts ? k[i][j + lane] : T(0);
         copy[1][i][lane] = counts ? l[i][j + lane] : T(0);
       }
       ck[i] = copy[0][i], cl[i] = copy[1][i];
     }
-    add_lanes<T, R, kColumns>(ck, cl, 0, row, kColumns ? columns + j : nullptr, kTileColumns);
+    add_lanes<T, W, R, kColumns>(ck, cl, 0, row, kColumns ? columns + j : nullptr);
   }
   for (int i = 0; i < R; ++i) {
-    for (int m = 0; m < kMoments; ++m) rows[m * panel.r + i0 + i] = sum(row[i][m]);
+    for (int m = 0; m < kMoments; ++m) rows[m * panel.r + i0 + i] = row[i][m].sum();
   }
 }
 
-// rows [5, r] of this column tile, columns [5, kTileColumns] of this tile alone
-template <class T, bool kColumns>
+// rows [5, r] of this column tile, columns [5, kTileColumns] of this tile alone, or null.
+// R rows share one read and write of the column sums, as many as the registers hold
+template <class T, int W, int R>
 KDK_INLINE void add_tile(const Panel<T>& panel, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* rows,
                          double* columns) {
   int64_t i = i0;
-  for (; i + kGroup <= i1; i += kGroup) add_rows<T, kGroup, kColumns>(panel, i, j0, j1, rows, columns);
-  for (; i < i1; ++i) add_rows<T, 1, kColumns>(panel, i, j0, j1, rows, columns);
+  if (columns) {
+    for (; i + R <= i1; i += R) add_rows<T, W, R, true>(panel, i, j0, j1, rows, columns);
+    for (; i < i1; ++i) add_rows<T, W, 1, true>(panel, i, j0, j1, rows, columns);
+  } else {
+    for (; i + R <= i1; i += R) add_rows<T, W, R, false>(panel, i, j0, j1, rows, columns);
+    for (; i < i1; ++i) add_rows<T, W, 1, false>(panel, i, j0, j1, rows, columns);
+  }
 }
 
-// four plain functions, because a template cannot be cloned per instruction set by every compiler
-#define KDK_TILE(NAME, T, COLUMNS)                                                                                \
-  KDK_CLONES void NAME(const Panel<T>& panel, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* rows,       \
-                       double* columns) {                                                                         \
-    add_tile<T, COLUMNS>(panel, i0, i1, j0, j1, rows, columns);                                                   \
+// plain functions, because the target attribute does not reach through a template. (W, R) measured on [512, 2048]
+#define KDK_TILE(NAME, TARGET, T, W, R)                                                                       \
+  TARGET void NAME(const Panel<T>& panel, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* rows,       \
+                   double* columns) {                                                                         \
+    add_tile<T, W, R>(panel, i0, i1, j0, j1, rows, columns);                                                  \
   }
-KDK_TILE(tile_float, float, false)
-KDK_TILE(tile_float_columns, float, true)
-KDK_TILE(tile_double, double, false)
-KDK_TILE(tile_double_columns, double, true)
+KDK_TILE(tile_baseline, , float, 2, 2)
+KDK_TILE(tile_baseline, , double, 2, 2)
+#if KDK_X86
+KDK_TILE(tile_avx2, KDK_AVX2, float, 4, 4)
+KDK_TILE(tile_avx2, KDK_AVX2, double, 4, 4)
+KDK_TILE(tile_avx512, KDK_AVX512, float, 8, 4)
+KDK_TILE(tile_avx512, KDK_AVX512, double, 8, 4)
+#endif
 #undef KDK_TILE
 
-void tile(const Panel<float>& panel, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* rows, double* columns) {
-  (columns ? tile_float_columns : tile_float)(panel, i0, i1, j0, j1, rows, columns);
-}
-void tile(const Panel<double>& panel, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* rows, double* columns) {
-  (columns ? tile_double_columns : tile_double)(panel, i0, i1, j0, j1, rows, columns);
+template <class T>
+void tile(const Panel<T>& panel, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* rows, double* columns) {
+#if KDK_X86
+  static const Isa isa = detect_isa();
+  if (isa == Isa::kAvx512) return tile_avx512(panel, i0, i1, j0, j1, rows, columns);
+  if (isa == Isa::kAvx2) return tile_avx2(panel, i0, i1, j0, j1, rows, columns);
+#endif
+  tile_baseline(panel, i0, i1, j0, j1, rows, columns);
 }
 
 // rows [5, r] and, unless null, columns [5, c]
