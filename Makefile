@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo and make test are all a newcomer needs; each sets up what it uses (tools/env.sh) and then takes about a second.
+# make demo and make test are all a newcomer needs; each sets up what it uses (tools/env.sh), a warm one in a second.
 #   PYTHON=...     an environment that has torch is used as it is, without network; else the Python that makes .venv
 #   KDK_BUILD=...  auto (default) | cpu | cuda | none: which compiled libraries to build
 #   ARGS=...       passed on: make demo ARGS="--epochs 5", make test ARGS="-k cka -x"
@@ -23,7 +23,7 @@ help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
 	@echo "make test         the whole test suite      make test-quick   the part that takes under three minutes"
 	@echo "make lint         ruff                      make bench        measure this machine"
-	@echo "make gpu          build, test, sanitize and measure on an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|all"
+	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|all"
 	@echo "make clean        remove build products and .venv"
 
 demo:

@@ -68,7 +68,7 @@ use_existing() {
     *) needs="" ;;
   esac
   missing=$(lacks "$1" numpy $needs)
-  [ -z "$missing" ] || fail "$1 has torch but no $missing: install it there, or leave PYTHON out and let make set up .venv"
+  [ -z "$missing" ] || fail "$1 has torch but no $missing: install it there, or leave PYTHON out: make sets up .venv"
   if ! up_to_date "$1"; then
     "$1" csrc/build.py "${KDK_BUILD:-auto}" >/dev/null
     key "$1" > "$stamp"
@@ -88,7 +88,7 @@ use_venv() {
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python3.14 python}; do
       if can_make_venv "$candidate"; then base=$candidate; break; fi
     done
-    [ -n "${base:-}" ] || fail "no Python >= 3.10 with venv found: install one (python3-venv on Debian) or pass PYTHON=..."
+    [ -n "${base:-}" ] || fail "no Python >= 3.10 with venv found: install one (Debian: python3-venv) or pass PYTHON="
     say "making .venv with $("$base" -c 'import sys; print(sys.executable)')"
     "$base" -m venv --clear .venv
   fi

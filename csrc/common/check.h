@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One check for every native op: a failed condition throws std::invalid_argument, which Python sees as a ValueError that
-// names the op, the argument and the fix. (STD_TORCH_CHECK would prefix the source path and raise RuntimeError.)
+// One check for every native op: a failed condition throws std::invalid_argument, which Python sees as a ValueError
+// that names the op, the argument and the fix. (STD_TORCH_CHECK would prefix the source path and raise RuntimeError.)
 #pragma once
 
 #include <sstream>

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row and column moments of a pair of Gram panels in one pass: k and l are read once and nothing of their size is stored,
-// where PyTorch needs five reductions a side and three products as temporaries. Sums are float64.
+// Row and column moments of a pair of Gram panels in one pass: k and l are read once and nothing of their size is
+// stored, where PyTorch needs five reductions a side and three products as temporaries. Sums are float64.
 // The roof is memory bandwidth: 2 r c elements read, 10 (r + c) doubles written.
 //
-// The panel is cut into tiles whose size does not depend on the number of threads; each tile writes its own partial sums
-// and these are added in tile order, so the result has the same bits for any thread count.
+// The panel is cut into tiles whose size does not depend on the number of threads; each tile writes its own partial
+// sums and these are added in tile order, so the result has the same bits for any thread count.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
