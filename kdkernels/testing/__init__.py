@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract that every op meets on every backend: it turns a family's `spec.py` into judged measurements.
+
+Error is measured against the float64 reference of the same rounded input and must stay below
+min(2 x the same-dtype reference's error + a few eps, the cap of spec.py), as a maximum and in L2, for the value and
+for every gradient. The other checks compare a backend with itself under poison, strides, masks, autocast, streams.
+`python -m kdkernels validate` prints the result for this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+from .. import backend as backends
+from ..registry import OPS
+from .case import REGIMES, Caps, Case, pair, sample
+from .checks import CUDA_ONLY, STRUCTURAL, Result, accuracy, poison, probe_of
+
+__all__ = [
+    "Caps",
+    "Case",
+    "REGIMES",
+    "Result",
+    "checks_for",
+    "contract",
+    "pair",
+    "poison",
+    "sample",
+]
+
+
+def checks_for(backend: str, device: str) -> list[str]:
+    """Names of the checks that apply. The reference is the oracle and plain autograd: it may wait for the device, and
+    its backward pass, called inside autocast, is rounded as any PyTorch expression's is."""
+    if backend == "reference":
+        return [name for name in STRUCTURAL if name not in (*CUDA_ONLY, "autocast")]
+    on_cuda = device.startswith("cuda")
+    return ["accuracy", *(name for name in STRUCTURAL if on_cuda or name not in CUDA_ONLY)]
+
+
+def contract(op: str, backend: str, device: str = "cpu", quick: bool = False, checks=None) -> list[Result]:
+    """Every measurement of one op on one backend; `checks` restricts them. An exception becomes a failed result.
+
+    >>> from kdkernels import testing
+    >>> all(result.ok for result in testing.contract("mmd", "torch", quick=True, checks=["twice"]))
+    True
+    """
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}: the ops are {sorted(OPS)}")
+    why = backends.obstacle(backend, device.split(":")[0])
+    if why is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run {op} here: {why}")
+    checks = checks_for(backend, device) if checks is None else list(checks)
+    unknown = set(checks) - {"accuracy", *STRUCTURAL}
+    if unknown:
+        raise ValueError(f"checks holds {sorted(unknown)}: the checks are {['accuracy', *STRUCTURAL]}")
+    spec = importlib.import_module(f"kdkernels.{OPS[op].family}.spec")
+    results = []
+    for case in spec.cases(op, backend, quick):
+        if "accuracy" in checks:
+            results += _caught("accuracy", case, accuracy, case, backend, device)
+        structural = [name for name in checks if name != "accuracy"] if case.probe else []
+        if structural:
+            probe = probe_of(case, backend, device)
+        for name in structural:
+            results += _caught(name, case, STRUCTURAL[name], probe)
+    return results
+
+
+def _caught(name: str, case: Case, check, *args) -> list[Result]:
+    try:
+        return list(check(*args))
+    except Exception as error:
+        return [Result(name, case.name, math.inf, 0.0, False, f"{type(error).__name__}: {error}")]

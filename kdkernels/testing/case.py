@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A case of an op: inputs in a data regime, how to call it, and the float64 oracle that its errors are measured by."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+REGIMES = ("bland", "peaky", "edge", "offset3", "offset30", "near")
+
+
+class Caps(NamedTuple):
+    """Absolute limits: of the value in units of `Case.scale`, of a gradient in units of its own size, or its terms'."""
+
+    value: float
+    gradient: float
+
+
+class Case(NamedTuple):
+    """One call of an op: float64 inputs that are rounded to each dtype, and what its error is measured by."""
+
+    name: str
+    inputs: dict[str, torch.Tensor]  # floating inputs are differentiated; bool ones are masks
+    call: Callable[[dict, str], torch.Tensor]  # call(inputs, backend)
+    caps: Callable[[torch.dtype], Caps]  # for the coarsest dtype among the inputs
+    scale: Callable[[dict], torch.Tensor]  # float64 inputs -> the size of the terms that the value adds up
+    # float64 inputs -> a function whose gradients are the terms that the gradients are differences of, or None
+    terms: Callable[[dict], torch.Tensor] | None = None
+    dtypes: tuple = (torch.float32,)  # a dtype, or a tuple with one for each floating input
+    masks: dict[str, tuple[str, ...]] = {}  # mask -> the inputs whose rows it drops
+    gradient: bool = True  # False where only the value is specified (NaN)
+    probe: bool = False  # the structural checks run on probes only
+    context: Callable = contextlib.nullcontext  # forces a path of the implementation, for instance small tiles
+
+    @property
+    def floats(self) -> list[str]:
+        return [name for name, t in self.inputs.items() if t.is_floating_point()]
+
+
+class Outcome(NamedTuple):
+    value: torch.Tensor
+    grads: dict[str, torch.Tensor]
+
+
+class Oracle(NamedTuple):
+    """The float64 reference on the CPU, the upstream gradient used, and what its errors are measured by."""
+
+    upstream: Callable
+    value: torch.Tensor
+    grads: dict[str, torch.Tensor]
+    scale: float
+    terms: dict[str, torch.Tensor]
+
+
+def sample(regime: str, shape, generator: torch.Generator) -> torch.Tensor:
+    """float64 features [..., n, p] of a data regime: one regime with one norm lets real bugs through."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if regime == "bland":
+        return 0.1 * x
+    if regime == "peaky":
+        return 4 * x
+    if regime == "edge":  # the mass in the last rows and columns, where a tile is partial
+        x[..., -2:, :] *= 8
+        x[..., -1] *= 8
+        return 0.3 * x
+    if regime in ("offset3", "offset30"):
+        return x.relu() + float(regime[6:])
+    return x
+
+
+def pair(regime: str, shape_x, shape_y, generator: torch.Generator, rows_match: bool = True):
+    """Two sides of a regime; y follows x in part, and within 1e-3 for "near" (student ~ teacher)."""
+    x, y = sample(regime, shape_x, generator), sample(regime, shape_y, generator)
+    if not rows_match:
+        return x, y + 0.3 * y.std()
+    follow = x @ torch.eye(shape_x[-1], shape_y[-1], dtype=x.dtype)
+    return x, follow + 1e-3 * y if regime == "near" else (y + follow) / 2
+
+
+def rounded(case: Case, dtype, device) -> dict[str, torch.Tensor]:
+    """The inputs on the device, floating ones in `dtype` (or in one dtype each)."""
+    each = itertools.cycle(dtype if isinstance(dtype, tuple) else (dtype,))
+    return {name: t.to(device, next(each) if name in case.floats else None) for name, t in case.inputs.items()}
+
+
+def evaluate(case: Case, inputs, backend: str, upstream, needs=None) -> Outcome:
+    """Value and gradients of sum(upstream * value) for the inputs named in `needs` (default: all floating ones)."""
+    needs = [*(case.floats if needs is None else needs)] if case.gradient else []
+    inputs = {name: t.detach().requires_grad_(name in needs) for name, t in inputs.items()}
+    with case.context():
+        value = case.call(inputs, backend)
+        if not needs:
+            return Outcome(value.detach(), {})
+        grads = torch.autograd.grad(value, [inputs[name] for name in needs], upstream(value))
+    return Outcome(value.detach(), dict(zip(needs, grads, strict=True)))
+
+
+def oracle_of(case: Case, inputs) -> Oracle:
+    """Powers of two bring the upstream gradient, and so every gradient, near 1: a loss scale for half inputs."""
+
+    def weights(value, scale=1.0):
+        pattern = torch.tensor([1.25, -0.75, 1.5, -2.0], device=value.device, dtype=value.dtype)
+        return (pattern.repeat(value.numel() // 4 + 1)[: value.numel()] * scale).reshape(value.shape)
+
+    double = {name: t.detach().cpu() for name, t in inputs.items()}
+    double |= {name: double[name].double() for name in case.floats}
+    plain = evaluate(case, double, "reference", weights)
+    largest = max((float(g.abs().nan_to_num().max()) for g in plain.grads.values()), default=0.0)
+    scale = 2.0 ** -round(math.log2(largest)) if 0 < largest < math.inf else 1.0
+    terms = plain.grads
+    if case.terms and case.gradient:
+        terms = evaluate(case._replace(call=lambda t, _: case.terms(t)), double, "", weights).grads
+    grads, terms = ({name: g * scale for name, g in part.items()} for part in (plain.grads, terms))
+    return Oracle(lambda value: weights(value, scale), plain.value, grads, float(case.scale(double)), terms)
