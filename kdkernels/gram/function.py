@@ -46,13 +46,13 @@ def _implementation(problem):
 
 def _gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need):
     problem = decode(problem)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return _implementation(problem).forward(x, y, mask, sigma_x, sigma_y, problem, need)
 
 
 def _gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
     problem = decode(problem)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return _implementation(problem).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
 
 
@@ -67,7 +67,7 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def _without_autocast(device: str):
+def without_autocast(device: str):
     """Products inside keep the dtype they are given: autocast would round centred float32 rows to bfloat16."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 

@@ -10,11 +10,10 @@ import torch
 
 from .. import backend as backends
 from .. import checks
-
 from . import reference, two_sample
 from .bandwidth import bandwidth
 from .checks import check_features, check_mask, check_mmd_masks
-from .function import GramStatistic
+from .function import GramStatistic, without_autocast
 from .kernels import Kernel, spec_of
 from .problem import encode, minimum_rows
 
@@ -120,7 +119,8 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, backend="auto") -> torc
     masks = check_mmd_masks(mask, x, y)
     chosen = backends.resolve("mmd", backend, x.device.type, (x.dtype, y.dtype))
     if chosen == "reference":
-        return two_sample.reference_mmd(x, y, kernels[0], unbiased, masks, least)
+        with without_autocast(x.device.type):
+            return two_sample.reference_mmd(x, y, kernels[0], unbiased, masks, least)
     rows = torch.cat(two_sample.promoted(x, y), dim=-2)
     labels, keep = two_sample.labels(x, y, masks, unbiased, least)
     specs = (kernels[0], LINEAR[1])
@@ -144,7 +144,8 @@ def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
     name = "gram_mse" if stat in ("mse", "row_mse") else stat
     chosen = backends.resolve(name, backend, x.device.type, (x.dtype, y.dtype))
     if chosen == "reference":
-        return _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least)
+        with without_autocast(x.device.type):
+            return _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least)
     return _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen)
 
 

@@ -22,7 +22,7 @@ def kernel_matrix(x, kernel):
     sigmas = bandwidths(kernel.sigma, d2)
     if kernel.name == "rbf":
         return sum(torch.exp(-d2 / (2 * s**2)) for s in sigmas)
-    d = torch.where(d2 > 0, d2, torch.ones_like(d2)).sqrt() * (d2 > 0)
+    d = torch.where(d2 == 0, torch.ones_like(d2), d2).sqrt() * (d2 != 0)
     return sum(torch.exp(-d / s) for s in sigmas)
 
 
@@ -81,7 +81,9 @@ def cka_one(x, y, kernels, unbiased, center, row_normalize):
     K, L = gram_pair(x, y, kernels, row_normalize)
     kk, ll = hsic_of(K, K, unbiased, center), hsic_of(L, L, unbiased, center)
     kl = hsic_of(K, L, unbiased, center)
-    if not (kk > 0 and ll > 0):  # a constant side: 0 by convention; NaN stays NaN
+    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN
+    least = (8 * torch.finfo(K.dtype).eps / max(len(K) - 1, 1)) ** 2
+    if not (kk > least * K.square().sum() and ll > least * L.square().sum()):
         return (kk * ll * kl).nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0) * 0
     return kl / (kk.sqrt() * ll.sqrt())
 
@@ -122,5 +124,12 @@ def over_groups(function, x, y, kernels, mask, minimum):
         keep = slice(None) if mask is None else mask[g]
         xg, yg = x[g][keep], y[g][keep]
         enough = len(xg) >= minimum
-        values.append(function(xg, yg, tuple(k.of_group(g) for k in kernels)) if enough else (xg.sum() + yg.sum()) * 0)
+        pair = tuple(k.of_group(g) for k in kernels)
+        values.append(function(xg, yg, pair) if enough else zero_of(xg, yg, *(k.sigma for k in pair)))
     return torch.stack(values)
+
+
+def zero_of(x, y, *sigmas):
+    """0, with a gradient of 0 to all of them whatever they hold."""
+    empty = [x[:0], y[:0], *(s.flatten()[:0] for s in sigmas if isinstance(s, torch.Tensor))]
+    return sum(t.sum().to(x.dtype) for t in empty)

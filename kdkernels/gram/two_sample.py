@@ -48,6 +48,6 @@ def reference_mmd(x, y, kernel, unbiased, masks, least):
     for g in range(x.shape[0]):
         xg, yg = (t[g] if mask is None else t[g][mask[g]] for t, mask in zip((x, y), masks, strict=True))
         enough = min(len(xg), len(yg)) >= least
-        one = reference.mmd_one(xg, yg, kernel.of_group(g), unbiased) if enough else (xg.sum() + yg.sum()) * 0
-        values.append(one)
+        own = kernel.of_group(g)
+        values.append(reference.mmd_one(xg, yg, own, unbiased) if enough else reference.zero_of(xg, yg, own.sigma))
     return torch.stack(values)
