@@ -50,7 +50,7 @@ def obstacle(backend: str, device: str, dtypes=()) -> str | None:
     return None if native.has("cuda") else native.status().cuda_reason
 
 
-def _choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -> tuple[str, str]:
+def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -> tuple[str, str]:
     backends = OPS[op].backends
     if requested != "auto":
         if requested not in BACKENDS:
@@ -72,7 +72,7 @@ def _choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -
     raise AssertionError("reference always runs")
 
 
-_choose_cached = cache(_choose)
+_choose_cached = cache(choose)
 
 
 @torch.compiler.assume_constant_result
@@ -100,7 +100,7 @@ def explain(op: str, *tensors: torch.Tensor, backend: str = "auto") -> Explanati
         raise ValueError(f"op is {op!r}: the ops are {sorted(OPS)}")
     if not tensors:
         raise ValueError("explain needs the tensors of the call: kd.explain('cka', x, y)")
-    return Explanation(op, *_choose(op, backend, tensors[0].device.type, tuple(t.dtype for t in tensors)))
+    return Explanation(op, *choose(op, backend, tensors[0].device.type, tuple(t.dtype for t in tensors)))
 
 
 def available_backends(device: str | None = None) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -51,25 +52,38 @@ TORCH_EDGES = (panels.SMALL - 1, panels.SMALL, panels.SMALL + 1)  # kept product
 
 
 @contextlib.contextmanager
-def small_tiles():
-    """Tiles of 16 rows and no kept products: the path of large n on a matrix that a test can afford."""
-    before = panels.SMALL, panels.TILE
-    panels.SMALL, panels.TILE = 8, 16
+def small_tiles(backend: str):
+    """No kept products, in PyTorch tiles of 16 rows: the path of large n on a matrix that a test can afford."""
+    places = [(panels, "SMALL", 8), (panels, "TILE", 16)]
+    if backend == "triton":
+        from . import triton_impl  # here, as importing it needs triton
+
+        places.append((triton_impl, "SMALL", 8))
+    before = [getattr(module, name) for module, name, _ in places]
     try:
+        for module, name, value in places:
+            setattr(module, name, value)
         yield
     finally:
-        panels.SMALL, panels.TILE = before
+        for (module, name, _), value in zip(places, before, strict=True):
+            setattr(module, name, value)
 
 
-def caps(kernel: str, n: int = 8):
-    """Caps by dtype. A polynomial's terms exceed their centred sum by more, so do a Laplacian's at its cusp, and so do
-    all those of the unbiased estimator on a handful of rows."""
-    value = 5e-6 if kernel in ("polynomial", "cubic", "laplacian") or n < 8 else 1e-6
+def caps(kernel: str, backend: str, shape: tuple[int, int]):
+    """Caps by dtype, for [n, narrower width]. A polynomial's terms exceed their centred sum by more, so do a
+    Laplacian's at its cusp, and so do all those of the unbiased estimator on a handful of rows."""
+    n, width = shape
+    single = Caps(5e-6 if kernel in ("polynomial", "cubic", "laplacian") or n < 8 else 1e-6, 1e-4)
 
     def of(dtype: torch.dtype) -> Caps:
-        if dtype in HALF:
-            return Caps(1e-4, 1e-3)
-        return Caps(value, 1e-4) if dtype == SINGLE else Caps(1e-10, 1e-8)
+        if dtype == DOUBLE:
+            return Caps(1e-9, 1e-7)
+        if dtype == SINGLE or backend != "triton":  # in PyTorch half inputs are computed in float32
+            return single
+        # the rows are rounded again once centred: n * width roundings average out, the figures hold from 64 x 64 on
+        rounding = torch.finfo(dtype).eps / 2
+        spread = (n * width) ** -0.5
+        return Caps(max(1e-4, 4 * rounding * spread), max(1e-3, 4 * rounding * min(1.0, 16 * spread)))
 
     return of
 
@@ -110,11 +124,11 @@ def _statistic(op, backend, quick, generator):
                 shape, G = SHAPES[count % 3], (None, 2)[count % 7 < 3]
                 inputs = _inputs(regime, shape, G, count % 4 == 1, kernel == "rbf sigma", generator)
                 fields = {"dtypes": _dtypes(count, regime), "gradient": _known(estimator, regime)}
-                yield _pair_case(function, kernel, estimator, regime, inputs, **fields)
+                yield _pair_case(function, backend, kernel, estimator, regime, inputs, **fields)
     yield from _sizes(function, backend, quick, generator)
     yield from _forced_tiles(function, backend, quick, generator)
     if op == "cka":
-        yield from _degenerate(function, generator)
+        yield from _degenerate(function, backend, generator)
     for kernel, estimator, shape, G, masked in (
         ("rbf sigma", "unbiased", (13, 6, 5), 2, True),
         ("linear", "unbiased", (33, 5, 4), None, False),
@@ -123,7 +137,7 @@ def _statistic(op, backend, quick, generator):
         ("cosine", "row", (33, 4, 4), 2, False),
     ):
         inputs = _inputs("offset3", shape, G, masked, kernel == "rbf sigma", generator)
-        yield _pair_case(function, kernel, estimator, "probe", inputs, probe=True)
+        yield _pair_case(function, backend, kernel, estimator, "probe", inputs, probe=True)
 
 
 def _known(estimator, regime) -> bool:
@@ -137,7 +151,7 @@ def _dtypes(count, regime):
     return tuple(d for d in dtypes if d != DOUBLE or regime != "offset30")
 
 
-def _pair_case(function, kernel, estimator, label, inputs, **fields):
+def _pair_case(function, backend, kernel, estimator, label, inputs, **fields):
     make, how = _kernel_of(kernel, inputs), ESTIMATORS[estimator]
 
     def call(t, backend):
@@ -159,7 +173,7 @@ def _pair_case(function, kernel, estimator, label, inputs, **fields):
 
     masks = {"mask": ("x", "y")} if "mask" in inputs else {}
     name = f"{kernel} {estimator} {label} {_shape_of(inputs)}"
-    return Case(name, inputs, call, caps(kernel, inputs["x"].shape[-2]), scale, terms, masks=masks, **fields)
+    return Case(name, inputs, call, caps(kernel, backend, _size(inputs)), scale, terms, masks=masks, **fields)
 
 
 def _kernel_of(kernel, inputs):
@@ -167,6 +181,10 @@ def _kernel_of(kernel, inputs):
     x = inputs["x"]
     spread = float((x - x.mean(-2, keepdim=True)).square().sum(-1).mean().sqrt()) or 1.0
     return lambda t: KERNELS[kernel](t.get("sigma"), spread)
+
+
+def _size(inputs):
+    return min(t.shape[-2] for t in (inputs["x"], inputs["y"])), min(t.shape[-1] for t in (inputs["x"], inputs["y"]))
 
 
 def _shape_of(inputs):
@@ -181,14 +199,14 @@ def _sizes(function, backend, quick, generator):
             estimator = "unbiased" if n >= 4 else "biased" if n >= 2 else "uncentred"
             # wide features keep the linear kernel in Gram space, narrow ones bring it to feature space
             inputs = _inputs("peaky", (n, 3, 4) if n % 2 else (n, n + 1, n), None, False, False, generator)
-            yield _pair_case(function, kernel, estimator, "size", inputs)
+            yield _pair_case(function, backend, kernel, estimator, "size", inputs)
     for p, q in WIDTHS:
         inputs = _inputs("peaky", (9, p, q), None, False, False, generator)
-        yield _pair_case(function, "polynomial", "unbiased", "width", inputs)
+        yield _pair_case(function, backend, "polynomial", "unbiased", "width", inputs)
 
 
 def _forced_tiles(function, backend, quick, generator):
-    if backend not in ("torch", "cpp"):
+    if backend == "reference":
         return
     count = 0
     for n in (32, 33, 47):
@@ -201,22 +219,24 @@ def _forced_tiles(function, backend, quick, generator):
                 inputs = _inputs(
                     regime, (n, 30, 34), (None, 2)[count % 2], count % 3 == 0, kernel == "rbf sigma", generator
                 )
-                fields = {"context": small_tiles, "gradient": _known(estimator, regime)}
-                yield _pair_case(function, kernel, estimator, f"{regime} tiles", inputs, **fields)
+                fields = {"context": partial(small_tiles, backend), "gradient": _known(estimator, regime)}
+                yield _pair_case(function, backend, kernel, estimator, f"{regime} tiles", inputs, **fields)
 
 
-def _degenerate(function, generator):
+def _degenerate(function, backend, generator):
     """A constant side gives 0 with zero gradient, a NaN in a row that counts gives NaN, in its own group only."""
     for kernel in ("linear", "polynomial", "cosine", "rbf", "laplacian"):
         for estimator in ("unbiased", "biased"):
             for value in (0.0, 3.1):
                 inputs = _inputs("bland", (9, 4, 5), 2, False, False, generator)
                 inputs["x"][0] = value
-                case = _pair_case(function, kernel, estimator, f"constant {value}", inputs, dtypes=(SINGLE, *HALF))
+                case = _pair_case(
+                    function, backend, kernel, estimator, f"constant {value}", inputs, dtypes=(SINGLE, *HALF)
+                )
                 yield case
         inputs = _inputs("bland", (9, 4, 5), 2, False, False, generator)
         inputs["y"][1, 3, 2] = float("nan")
-        yield _pair_case(function, kernel, "unbiased", "nan", inputs, gradient=False)
+        yield _pair_case(function, backend, kernel, "unbiased", "nan", inputs, gradient=False)
 
 
 def _gram_mse(op, backend, quick, generator):
@@ -229,22 +249,22 @@ def _gram_mse(op, backend, quick, generator):
                     if quick and count % 2:
                         continue
                     inputs = _inputs(regime, shape, (None, 3)[count % 5 < 2], count % 3 == 1, False, generator)
-                    yield _mse_case(normalize, reduction, regime, inputs, dtypes=_dtypes(count, regime))
+                    yield _mse_case(backend, normalize, reduction, regime, inputs, dtypes=_dtypes(count, regime))
     sizes = SIZES if quick else (*SIZES, *MORE_SIZES, *(TORCH_EDGES if backend in ("torch", "cpp") else ()))
     for n in sizes:
         inputs = _inputs("peaky", (n, 3, 4) if n % 2 else (n, n + 1, n), None, False, False, generator)
-        yield _mse_case((None, "row")[n % 3 == 0], "mean", "size", inputs)
-    if backend in ("torch", "cpp"):
+        yield _mse_case(backend, (None, "row")[n % 3 == 0], "mean", "size", inputs)
+    if backend != "reference":
         for n in (32, 33, 47):
             for normalize in (None, "row"):
                 inputs = _inputs("edge", (n, 40, 40 + n % 2), 2, n % 2 == 1, False, generator)
-                yield _mse_case(normalize, "mean", "edge tiles", inputs, context=small_tiles)
+                yield _mse_case(backend, normalize, "mean", "edge tiles", inputs, context=partial(small_tiles, backend))
     for normalize, shape, G, masked in ((None, (13, 6, 6), 2, True), ("row", (13, 20, 6), None, True)):
         inputs = _inputs("offset3", shape, G, masked, False, generator)
-        yield _mse_case(normalize, "mean", "probe", inputs, probe=True)
+        yield _mse_case(backend, normalize, "mean", "probe", inputs, probe=True)
 
 
-def _mse_case(normalize, reduction, label, inputs, **fields):
+def _mse_case(backend, normalize, reduction, label, inputs, **fields):
     def call(t, backend):
         how = {"normalize": normalize, "reduction": reduction, "mask": t.get("mask")}
         return ops.gram_mse(t["x"], t["y"], backend=backend, **how)
@@ -267,7 +287,7 @@ def _mse_case(normalize, reduction, label, inputs, **fields):
 
     masks = {"mask": ("x", "y")} if "mask" in inputs else {}
     name = f"{normalize} {reduction} {label} {_shape_of(inputs)}"
-    return Case(name, inputs, call, caps("linear"), scale, terms, masks=masks, **fields)
+    return Case(name, inputs, call, caps("linear", backend, _size(inputs)), scale, terms, masks=masks, **fields)
 
 
 def _mmd(op, backend, quick, generator):
@@ -284,20 +304,20 @@ def _mmd(op, backend, quick, generator):
                 m = None if regime == "near" else n + 4
                 G, masked = (None, 2)[count % 7 < 3], count % 4 == 1
                 inputs = _inputs(regime, (n, p, p), G, masked and m is not None, kernel == "rbf sigma", generator, m)
-                yield _mmd_case(kernel, unbiased, regime, inputs, dtypes=_dtypes(count, regime))
+                yield _mmd_case(backend, kernel, unbiased, regime, inputs, dtypes=_dtypes(count, regime))
     for n in SIZES if quick else (*SIZES, *MORE_SIZES):
         inputs = _inputs("peaky", (n, 3 + n % 5, 3 + n % 5), None, False, False, generator, n + n % 3)
-        yield _mmd_case("rbf", n > 1, "size", inputs)
-    if backend in ("torch", "cpp"):
+        yield _mmd_case(backend, "rbf", n > 1, "size", inputs)
+    if backend != "reference":
         for kernel in MMD_KERNELS:
             inputs = _inputs("offset3", (21, 30, 30), 2, True, kernel == "rbf sigma", generator, 26)
-            yield _mmd_case(kernel, True, "tiles", inputs, context=small_tiles)
+            yield _mmd_case(backend, kernel, True, "tiles", inputs, context=partial(small_tiles, backend))
     for kernel, unbiased, G in (("rbf sigma", True, 2), ("linear", False, None)):
         inputs = _inputs("offset3", (11, 5, 5), G, True, kernel == "rbf sigma", generator, 14)
-        yield _mmd_case(kernel, unbiased, "probe", inputs, probe=True)
+        yield _mmd_case(backend, kernel, unbiased, "probe", inputs, probe=True)
 
 
-def _mmd_case(kernel, unbiased, label, inputs, **fields):
+def _mmd_case(backend, kernel, unbiased, label, inputs, **fields):
     make = _kernel_of(kernel, inputs)
 
     def call(t, backend):
@@ -324,7 +344,7 @@ def _mmd_case(kernel, unbiased, label, inputs, **fields):
 
     masks = {"mask_x": ("x",), "mask_y": ("y",)} if "mask_x" in inputs else {}
     name = f"{kernel} {'unbiased' if unbiased else 'biased'} {label} {_shape_of(inputs)}"
-    return Case(name, inputs, call, caps(kernel), scale, terms, masks=masks, **fields)
+    return Case(name, inputs, call, caps(kernel, backend, _size(inputs)), scale, terms, masks=masks, **fields)
 
 
 def bytes_moved(G: int, n: int, p: int, q: int, itemsize: int, backward: bool = False, sides: int = 1) -> int:

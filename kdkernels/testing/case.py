@@ -83,9 +83,13 @@ def pair(regime: str, shape_x, shape_y, generator: torch.Generator, rows_match: 
 
 
 def rounded(case: Case, dtype, device) -> dict[str, torch.Tensor]:
-    """The inputs on the device, floating ones in `dtype` (or in one dtype each)."""
+    """The inputs on the device, features in `dtype` (or in one dtype each); a parameter is never below float32."""
     each = itertools.cycle(dtype if isinstance(dtype, tuple) else (dtype,))
-    return {name: t.to(device, next(each) if name in case.floats else None) for name, t in case.inputs.items()}
+    inputs = {name: t.to(device) for name, t in case.inputs.items()}
+    for name in case.floats:
+        own = next(each)
+        inputs[name] = inputs[name].to(own if inputs[name].dim() > 1 else torch.promote_types(own, torch.float32))
+    return inputs
 
 
 def evaluate(case: Case, inputs, backend: str, upstream, needs=None) -> Outcome:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m kdkernels info` says what is loaded and what runs where; `validate` certifies this machine's backends."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import time
+
+import torch
+
+from . import __version__, native, testing
+from . import backend as backends
+from .registry import OPS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kdkernels", description=__doc__.replace("`", ""))
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, compiled libraries, and the backend of each op on each device")
+    validate = commands.add_parser("validate", help="run the contract; the exit code is 1 if anything fails")
+    validate.add_argument("--op", choices=sorted(OPS), action="append", help="default: all; may be repeated")
+    validate.add_argument("--backend", choices=backends.BACKENDS, help="default: all that can run on the device")
+    validate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    validate.add_argument("--quick", action="store_true", help="fewer combinations of regimes, kernels and options")
+    given = parser.parse_args(arguments)
+    if given.command == "info":
+        print(info())
+        return 0
+    return run_validate(given.op or list(OPS), given.backend, given.device, given.quick)
+
+
+def info() -> str:
+    """What is installed, which compiled libraries are loaded and why not, and what runs on each device type."""
+    status = native.status()
+    lines = [
+        f"kdkernels   {__version__}",
+        f"python      {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch       {torch.__version__}",
+        f"triton      {_version('triton')}" + (" (TRITON_INTERPRET=1)" if backends.interpreting() else ""),
+        f"CUDA        {_cuda()}",
+        "",
+        "compiled libraries",
+        f"  cpu       {status.cpu_reason or 'loaded'}",
+        f"  cuda      {status.cuda_reason or 'loaded'}",
+    ]
+    for device in ("cpu", "cuda"):
+        lines += ["", f"float32 tensors on {device}" + _absence(device)]
+        lines += [f"  {name:<10}{found}" for name, found in backends.available_backends(device).items()]
+        for op in OPS:
+            chosen = backends.choose(op, "auto", device, (torch.float32,))
+            lines.append(f"  {op:<10}runs on {chosen[0]}: {chosen[1]}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "none in this torch"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, no device"
+    names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+def _absence(device: str) -> str:
+    return " (none here)" if device == "cuda" and not torch.cuda.is_available() else ""
+
+
+def run_validate(ops: list[str], backend: str | None, device: str, quick: bool) -> int:
+    """Prints one line for each op, backend and check, then every failure; 0, 1 (failed) or 2 (cannot run)."""
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        return _refuse(f"device is {device!r}: give cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        return _refuse("device is 'cuda', but torch finds no CUDA device here: pass --device cpu")
+    jobs = []
+    for op in ops:
+        for name in OPS[op].backends if backend is None else (backend,):
+            why = backends.obstacle(name, kind) if name in OPS[op].backends else f"{op} has {OPS[op].backends}"
+            if why is None:
+                jobs.append((op, name))
+            elif backend is not None:
+                return _refuse(f"{op} on {name} cannot run: {why}")
+            else:
+                print(f"{op} on {name} left out: {why}")
+    failures, start = [], time.perf_counter()
+    print(f"{'op':<9} {'backend':<10} {'check':<15} {'measured':>8} {'failed':>7}  worst error / its budget")
+    for op, name in jobs:
+        results = testing.contract(op, name, device, quick)
+        for check in dict.fromkeys(result.check for result in results):
+            failures += [(op, name, result) for result in _print_check(op, name, check, results)]
+    for op, name, result in failures:
+        print(f"FAILED {op} {name} {result.check}: {result.case}: {_ratio_text(result)} {result.note}".rstrip())
+    verdict = f"{len(failures)} measurements failed" if failures else "every measurement is within its budget"
+    print(f"{verdict}; {len(jobs)} pairs of op and backend on {device}, {time.perf_counter() - start:.0f} s")
+    return 1 if failures else 0
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+def _print_check(op: str, backend: str, check: str, results) -> list:
+    own = [result for result in results if result.check == check]
+    failed = [result for result in own if not result.ok]
+    worst = max(own, key=lambda result: result.error / result.budget if result.budget else result.error)
+    counts = f"{len(own):>8} {len(failed):>7}"
+    print(f"{op:<9} {backend:<10} {check:<15} {counts}  {_ratio_text(worst)}  {worst.case}", flush=True)
+    return failed
+
+
+def _ratio_text(result) -> str:
+    return f"{result.error:.1e} / {result.budget:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
