@@ -74,10 +74,12 @@ def without_autocast(device: str):
 
 def _gram_fwd_fake(x, y, mask, sigma_x, sigma_y, problem, need):
     problem = decode(problem)
-    dtype = torch_impl.compute_dtype(x, y)
     (G, n, p), q = x.shape, y.shape[2]
-    rows, kept = _implementation(problem).saved_shapes(problem, G, n, p, q, need)
-    return x.new_empty(G, dtype=dtype), x.new_empty(rows, dtype=dtype), x.new_empty(kept, dtype=dtype)
+    implementation = _implementation(problem)
+    rows, kept = implementation.saved_shapes(problem, G, n, p, q, need)
+    saved = implementation.saved_dtype(problem, x, y)
+    value = x.new_empty(G, dtype=torch_impl.compute_dtype(x, y))
+    return value, x.new_empty(rows, dtype=saved), x.new_empty(kept, dtype=saved)
 
 
 def _gram_bwd_fake(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):

@@ -42,9 +42,15 @@ def compute_dtype(x, y):
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
 
 
+def saved_dtype(problem: Problem, x, y):
+    """The dtype of the work and of what is saved: float64 where row norms meet centring, as `prepare` may then not
+    centre the features and float32 sums would cancel down to nothing under a large mean."""
+    return torch.float64 if problem.row_normalize and problem.center else compute_dtype(x, y)
+
+
 def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     """value [G], row vectors and products for `backward` (shapes: `saved_shapes`)."""
-    dtype = compute_dtype(x, y)
+    dtype = saved_dtype(problem, x, y)
     G, n, p = x.shape
     pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype)
     kept, u = None, [None, None]
@@ -56,25 +62,32 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
     eps = torch.finfo(dtype).eps
     value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho)
-    if mask is not None:
+    value, rows = pack_rows(value, sides, u, count, problem, need, dtype)
+    kept = rows.new_empty(0) if kept is None or not need else torch.stack(kept)
+    return value.to(compute_dtype(x, y)), rows, kept
+
+
+def pack_rows(value, sides, u, count, problem: Problem, need: int, dtype):
+    """The value and [G, 12, n] = u, p, q, e, f, h of x and of y; both 0 for a group whose mask leaves too few rows."""
+    if isinstance(count, torch.Tensor):
         enough = count >= problem.minimum
         value = torch.where(enough, value, torch.zeros_like(value))
     if not need:
-        return value.to(dtype), x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+        return value.to(dtype), value.new_empty(0, dtype=dtype)
     rows = []
     for means, side in zip(u, sides, strict=True):
-        nothing = torch.zeros_like(stats.a)
+        nothing = torch.zeros_like(side.p)
         vectors = [nothing if means is None else means, *(v if v.shape[-1] else nothing for v in side)]
         rows.append(torch.stack([v.to(dtype) for v in vectors], dim=1))
     rows = torch.cat(rows, dim=1)
-    if mask is not None:
+    if isinstance(count, torch.Tensor):
         rows = torch.where(enough[:, None, None], rows, torch.zeros_like(rows))
-    return value.to(dtype), rows, x.new_empty(0, dtype=dtype) if kept is None else torch.stack(kept)
+    return value.to(dtype), rows
 
 
 def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
     """dx, dy, dsigma_x, dsigma_y (empty where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
-    dtype = compute_dtype(x, y)
+    dtype = saved_dtype(problem, x, y)
     pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype)
     in_features = in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2])
     half = SIDE_ROWS
@@ -87,7 +100,7 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
         if not need & (0b101 << k):
             continue
         side = pairs if k == 0 else Pairs(problem.swapped(), pairs.y, pairs.x, pairs.weight)
-        weights = _weights(rows[:, half * k + 1 : half * (k + 1)], problem)
+        weights = unpack_weights(rows, k, problem)
         want_sigma = bool(need & (0b100 << k))
         if in_features:
             gradient = feature.apply(side, weights)
@@ -100,16 +113,16 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
             spec = (problem.kx, problem.ky)[k]
             out[k] = unprepare_gradient(dz, gradient.row_sums * g[:, None], features, side.x.P, spec, mask)
         if want_sigma:
-            out[2 + k] = _sigma_gradient(gradient.dsigma * side.x.P.scale * g, (sigma_x, sigma_y)[k])
+            out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale * g, (sigma_x, sigma_y)[k])
     return tuple(out)
 
 
-def _sigma_gradient(per_group, sigma):
+def sigma_gradient(per_group, sigma):
     total = per_group if sigma.numel() == len(per_group) else per_group.sum()
     return total.reshape(sigma.shape).to(sigma.dtype)
 
 
-def _weights(rows, problem: Problem) -> Weights:
-    p, q, e, f, h = rows.unbind(1)
+def unpack_weights(rows, side: int, problem: Problem) -> Weights:
+    p, q, e, f, h = rows[:, SIDE_ROWS * side + 1 : SIDE_ROWS * (side + 1)].unbind(1)
     none = f[:, :0]
     return Weights(p, q, e, f, h) if problem.row_normalize else Weights(p, q, e, none, none)

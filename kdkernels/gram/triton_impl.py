@@ -29,6 +29,11 @@ def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int):
     return ((G, SMALL_ROWS, n), (2, G, n, n)) if need else ((0,), (0,))
 
 
+def saved_dtype(problem: Problem, x, y):
+    in_features = not _small(x.shape[1]) and torch_impl.in_feature_space(problem, *x.shape[1:], y.shape[2])
+    return torch_impl.saved_dtype(problem, x, y) if in_features else torch_impl.compute_dtype(x, y)
+
+
 def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     if _small(x.shape[1]):
         return small_forward(x, y, mask, sigma_x, sigma_y, problem, need)
