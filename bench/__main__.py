@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures this machine: every row with its provenance, losses first, nothing dropped.
+
+python -m bench run        time, launches, memory and percent of roof of every case      -> JSON lines
+python -m bench accuracy   error of CKA against float64 beside the naive formula         -> JSON lines
+python -m bench report     Markdown from rows, and plots with the roof drawn in
+python -m bench list       the cases of a device
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=raw)
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | accuracy | report | list")
+    run = commands.add_parser("run", help="time the cases", description=_doc("drive"), formatter_class=raw)
+    accuracy = commands.add_parser(
+        "accuracy", help="error against float64", description=_doc("accuracy"), formatter_class=raw
+    )
+    report = commands.add_parser("report", help="Markdown and plots", description=_doc("report"), formatter_class=raw)
+    listing = commands.add_parser("list", help="the cases of a device")
+    for command in (run, accuracy):
+        command.add_argument("--out", help="file of rows; default bench/results/<machine kind>-rows.jsonl (-accuracy)")
+        command.add_argument("--threads", type=int, help="torch.set_num_threads; default: as torch finds it")
+        command.add_argument("--backends", nargs="+", metavar="B", help="default: torch cpp | triton torch")
+    for command in (run, accuracy, listing):
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+        command.add_argument("--quick", action="store_true", help="a few small cases: to try the driver, not to quote")
+    run.add_argument("--case", help="only the cases with this in their name")
+    run.add_argument("--reps", type=int, default=200, help="rounds a case at most (default 200)")
+    run.add_argument("--seconds", type=float, default=480.0, help="of the whole run; later cases say so (default 480)")
+    run.add_argument("--case-seconds", type=float, default=12.0, help="of timed rounds a case (default 12)")
+    run.add_argument("--memory", action="store_true", help="CPU: peak memory of the small cases too (a process each)")
+    run.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile of the best plain PyTorch; default on CUDA only: it is slow to compile",
+    )
+    report.add_argument("rows", nargs="+", help="files written by run and accuracy")
+    report.add_argument("--plots", metavar="DIR", help="also write SVG and PNG plots there (needs matplotlib)")
+    return top
+
+
+def _doc(name: str) -> str:
+    from importlib import import_module
+
+    return import_module(f"bench.{name}").__doc__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.command == "report":
+        from . import report
+
+        return report.run(options)
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        top.error("--device cuda: torch sees no CUDA device")
+    if options.command == "list":
+        return _list(options)
+    from . import accuracy, drive
+
+    return (drive if options.command == "run" else accuracy).run(options)
+
+
+def _list(options) -> int:
+    from . import drive
+
+    for case in drive.listed(options.device, options.quick):
+        shape = " ".join(f"{k}={v}" for k, v in case.shape.items() if k != "groups" or v > 1)
+        wanted = "; ".join(f"{t.figure} against {t.against}: {t.bound:g}" for t in case.targets)
+        print(f"{case.name:34} {case.op:9} {case.kernel:11} {shape:28} {case.dtype:9} {case.regime:10} {wanted}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m bench report`: rows to Markdown on standard output, losses first and nothing dropped; plots on request.
+
+Speed is the median over rounds of (their ms / our ms) of one round, so above 1 is faster. A row that was refused,
+failed or not reached stands in the table with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+AGAINST = ("eager", "algebra", "compiled")
+
+
+def load(paths) -> list[dict]:
+    rows = []
+    for path in paths:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                rows.append(json.loads(line))
+    return rows
+
+
+def run(options) -> int:
+    rows = load(options.rows)
+    print(markdown(rows))
+    if options.plots:
+        for path in plots(rows, Path(options.plots)):
+            print(f"![{path.stem}]({path.name})")
+    return 0
+
+
+def markdown(rows: list[dict]) -> str:
+    parts = []
+    for _, group in _by_run(rows):
+        parts += [_heading(group[0]), _targets(group), _times(group), _misfits(group), _accuracy(group), _roofs(group)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _by_run(rows):
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["run"], row["device"], row["commit"]].append(row)
+    return sorted(groups.items(), key=lambda item: item[0][0])
+
+
+def _heading(row: dict) -> str:
+    where = row["gpu"] or f"{row['cpu']}, {row['threads']} threads"
+    extra = f", driver {row['driver']}, clocks {row['clocks']}, CUDA {row['cuda']}" if row["gpu"] else ""
+    state = " (with uncommitted changes)" if row["dirty"] else ""
+    versions = f"Python {row['python']}, torch {row['torch']}, triton {row['triton']}"
+    return f"**{where}**{extra}; {versions}; commit {row['commit']}{state}; {row['run']}"
+
+
+def _table(head, rows, caption) -> str:
+    if not rows:
+        return ""
+    lines = [caption, "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _targets(rows) -> str:
+    found = [(row, target) for row in rows for target in row.get("targets") or ()]
+    found.sort(key=lambda pair: pair[1]["holds"])
+    body = []
+    for row, target in found:
+        sign = ">=" if target["figure"] == "speed" else "<="
+        unit = {"speed": " x", "memory": " x", "overhead": " us"}[target["figure"]]
+        body.append(
+            [
+                "reached" if target["holds"] else "**missed**",
+                f"{row['case']} ({row['backend']}, {row.get('method') or 'eager'})",
+                f"{target['figure']} against {target['against']}",
+                f"{sign} {target['bound']:.3g}{unit}",
+                f"{target['value']:.3g}{unit}",
+            ]
+        )
+    return _table(["", "case", "figure", "target", "measured"], body, "Figures the project set itself")
+
+
+def speed(row: dict) -> float:
+    """Against the fastest of the others: what a user would give up by not using us."""
+    return min((ratio[1] for ratio in row["ratios"].values()), default=math.inf)
+
+
+def _ours(rows):
+    return [r for r in rows if r["kind"] == "time" and r["status"] == "ok" and r["contender"] == "kdkernels"]
+
+
+def _times(rows) -> str:
+    peaks = {
+        (r["case"], r["contender"]): r["peak_bytes"]
+        for r in rows
+        if r["kind"] == "time" and r["status"] == "ok" and r["contender"] != "kdkernels"
+    }
+    body = []
+    for row in sorted((r for r in _ours(rows) if r["phase"] == "step"), key=speed):
+        shape = " ".join(f"{k}={v}" for k, v in row["shape"].items() if k != "groups" or v > 1)
+        theirs = peaks.get((row["case"], "eager"))
+        memory = "" if row["peak_bytes"] is None else _bytes(row["peak_bytes"])
+        if memory and theirs:
+            memory += f" (eager {_bytes(theirs)})"
+        body.append(
+            [
+                row["case"],
+                f"{shape} {row['dtype']}",
+                f"{row['backend']}, {row['method']}",
+                f"{row['ms_p50']:.3g} ({row['ms_p20']:.3g} to {row['ms_p80']:.3g})",
+                *(_ratio(row["ratios"].get(name)) for name in AGAINST),
+                "" if row["roof_percent"] is None else f"{row['roof_percent']:.0f} % of {row['roof']}",
+                memory,
+                "" if row["launches"] is None else str(row["launches"]),
+            ]
+        )
+    head = ["case", "shape", "backend", "ms p50 (p20 to p80)", *(f"speed vs {a}" for a in AGAINST)]
+    caption = "Forward + backward, gradient to x; the slowest against the fastest contender first"
+    return _table([*head, "roof", "peak extra", "launches"], body, caption)
+
+
+def _ratio(ratio) -> str:
+    if ratio is None:
+        return ""
+    text = f"{ratio[1]:.2f} x"
+    return f"**{text}**" if ratio[1] < 1 else text
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def _misfits(rows) -> str:
+    body = [
+        [row["case"], row.get("contender") or "kdkernels", row.get("backend") or "", row["status"], row["note"] or ""]
+        for row in rows
+        if row["kind"] == "time" and row["status"] != "ok"
+    ]
+    return _table(["case", "contender", "backend", "", "why"], body, "Not measured")
+
+
+def _accuracy(rows) -> str:
+    """The worst of each kernel, bandwidth, dtype and contender over sizes and regimes."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "accuracy":
+            key = (row["dtype"], row["kernel"], row["sigma"] or "", row["backend"] or f"{row['contender']} (naive)")
+            groups[key].append(row)
+    body = []
+    for (dtype, kernel, sigma, who), group in groups.items():
+        worst = max(group, key=lambda r: math.inf if math.isnan(r["error"]) else r["error"])
+        slopes = [r["gradient_error"] for r in group if r["gradient_error"] is not None]
+        slope = max(slopes, key=lambda e: math.inf if math.isnan(e) else e) if slopes else None
+        missed = sum(not r["holds"] for r in group)
+        body.append(
+            (
+                missed > 0 and worst["contender"] == "kdkernels",
+                [
+                    f"{kernel} {sigma}".strip(),
+                    dtype,
+                    who,
+                    f"{worst['error']:.1e} (n={worst['shape']['n']}, {worst['regime']})",
+                    f"{worst['bound']:.0e}",
+                    "" if slope is None else f"{slope:.1e}",
+                    f"**{missed} of {len(group)} missed**" if missed else f"{len(group)} of {len(group)}",
+                ],
+            )
+        )
+    body = [cells for _, cells in sorted(body, key=lambda item: not item[0])]
+    head = ["kernel", "dtype", "backend", "worst error of CKA", "bound", "worst gradient error", "within"]
+    return _table(head, body, "Error against float64 of the same rounded inputs")
+
+
+def _roofs(rows) -> str:
+    body = []
+    for row in rows:
+        if row["kind"] == "roof":
+            unit = {"copy": (1e9, "GB/s"), "gemm": (1e9, "GFLOP/s")}.get(row["case"])
+            rate = f"{row['rate'] / unit[0]:.4g} {unit[1]}" if unit else f"{row['ms_p50'] * 1e3:.3g} us"
+            body.append([f"{row['case']} {row['dtype'] or ''}".strip(), rate])
+    return _table(["ceiling", "measured in this run"], body, "Roofs")
+
+
+def plots(rows: list[dict], folder: Path) -> list[Path]:
+    """Time against n for each series of cases that differ in n alone, the roof as a line; an SVG and a PNG each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kdkernels"
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for (device, op, kernel, p, q, dtype, method), series in sorted(_series(rows).items()):
+        figure, axes = plt.subplots(figsize=(6, 4))
+        for label, points in sorted(series["lines"].items()):
+            n, ms = zip(*sorted(points), strict=True)
+            ours = label.startswith("kdkernels")
+            axes.plot(n, ms, "o-" if ours else "s--", label=label, linewidth=2 if ours else 1)
+        n, ms = zip(*sorted(series["roof"].items()), strict=True)
+        axes.plot(n, ms, "k:", label="roof (measured)")
+        axes.set(xscale="log", yscale="log", xlabel="n samples", ylabel="ms, forward + backward")
+        axes.set_title(f"{op} {kernel}, p = {p}, q = {q}, {dtype}, {method}\n{series['where']}", fontsize=9)
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend(fontsize=8)
+        figure.tight_layout()
+        stem = f"{device}-{op}-{kernel}-p{p}-{dtype}-{method}"
+        for suffix in (".svg", ".png"):
+            path = folder / (stem + suffix)
+            figure.savefig(path, dpi=120, metadata={"Date": None} if suffix == ".svg" else {})
+            written.append(path)
+        plt.close(figure)
+    return [path for path in written if path.suffix == ".svg"]
+
+
+def _series(rows) -> dict:
+    """Lines of (n, ms), the roof by n and the machine, by what else they share; three sizes or more."""
+    found = defaultdict(lambda: {"lines": defaultdict(list), "roof": {}, "where": ""})
+    for row in rows:
+        if row["kind"] != "time" or row["status"] != "ok" or row["phase"] != "step" or row["options"]:
+            continue
+        shape = row["shape"]
+        key = (row["device"], row["op"], row["kernel"], shape["p"], shape["q"], row["dtype"], row["method"])
+        label = f"{row['contender']} ({row['backend']})" if row["backend"] else row["contender"]
+        found[key]["lines"][label].append((shape["n"], row["ms_p50"]))
+        found[key]["where"] = row["gpu"] or f"{row['cpu']}, {row['threads']} threads"
+        if row["roof_percent"]:
+            found[key]["roof"][shape["n"]] = row["ms_p50"] * row["roof_percent"] / 100
+    return {key: series for key, series in found.items() if len(series["roof"]) >= 3}
