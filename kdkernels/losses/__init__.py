@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation losses as modules: loss(student, teacher, ...) -> scalar. `base.py` holds what all of them share."""
+
+from .cka import CKALoss
+from .kd import KDLoss
+from .ramp import Ramp
+from .rcka import RCKALoss
+
+__all__ = ["CKALoss", "KDLoss", "RCKALoss", "Ramp"]

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every loss module shares: weights as buffers, rows and masks, detached teachers, parts, and the last batch.
+
+A loss is called student before teacher and returns a scalar in float32 (float64 for float64 input), whatever autocast
+says. The teacher never gets a gradient. Masked rows have no influence, even where they hold NaN, and gradient 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .. import checks
+
+TOKENS = ("tokens", "mean", "groups")  # how [B, T, d] becomes rows
+MAPS = ("gap", "positions")  # how [B, C, H, W] becomes rows
+ROWS = ("flatten", *TOKENS, *MAPS)
+
+
+class Loss(nn.Module):
+    """A scalar loss with a `weight` buffer: `loss.weight.fill_(w)` changes it and never recompiles.
+
+    `return_parts=True` in the call gives `(total, parts)`: a dict of the terms as they enter the total, weights
+    included, so that they sum to it. They carry gradients: detach them before logging.
+    """
+
+    _instances = itertools.count()
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        self.register_buffer("weight", weight_tensor(weight, "weight"))
+        if self.weight.dim() != 0:
+            raise ValueError(f"weight is {weight!r}: give one number")
+        self._token = next(Loss._instances)
+
+    def _total(self, parts: dict[str, torch.Tensor], return_parts: bool):
+        parts = {name: value * self.weight.to(value.dtype) for name, value in parts.items()}
+        total = sum(parts.values())
+        return (total, parts) if return_parts else total
+
+    def _too_small(self, n: int, least: int, what: str = "rows") -> bool:
+        """Whether a batch of n rows is too small for the estimator; says so once a module."""
+        if n >= least:
+            return False
+        _warn_once(
+            self._token,
+            f"{type(self).__name__} got a batch of {n} {what} and needs {least}: it gives 0 with zero gradient for "
+            "such a batch (drop_last=True in the data loader avoids it)",
+        )
+        return True
+
+    def _nothing(self, names, student, return_parts: bool):
+        """The loss of a batch that is too small: 0 for each part, differentiable in `student`."""
+        return self._total({name: zero_of(student) for name in names}, return_parts)
+
+    def extra_repr(self) -> str:
+        shown = {**self._shown(), "weight": weight_text(self.weight)}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+    def _shown(self) -> dict:
+        """What `repr` shows before the weight; subclasses add their own."""
+        return {}
+
+
+_warned = set()
+
+
+# while torch.compile traces, this runs once as plain Python; a warning in the graph would break it
+@torch.compiler.assume_constant_result
+def _warn_once(token: int, message: str) -> int:
+    if token not in _warned:
+        _warned.add(token)
+        warnings.warn(message, stacklevel=2)
+    return 0
+
+
+def weight_tensor(weight, name: str) -> torch.Tensor:
+    """A weight, or a list of weights, as the buffer that holds it."""
+    try:
+        value = torch.as_tensor(weight, dtype=torch.float32).detach().clone()
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {weight!r}: give a number") from None
+    if value.dim() > 1 or value.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number, or one number a level")
+    if not all(math.isfinite(w) for w in value.flatten().tolist()):
+        raise ValueError(f"{name} is {weight!r}: a weight must be finite")
+    return value
+
+
+def weight_text(weight: torch.Tensor) -> str:
+    numbers = [f"{w:g}" for w in weight.flatten().tolist()]
+    return numbers[0] if weight.dim() == 0 else f"[{', '.join(numbers)}]"
+
+
+def zero_of(student) -> torch.Tensor:
+    """0 whatever the values are, with gradient 0 for each of the tensors."""
+    if isinstance(student, torch.Tensor):
+        return student[:0].sum(dtype=at_least_float32(student))
+    return sum(zero_of(level) for level in student)
+
+
+def at_least_float32(*tensors) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def full_precision(tensor):
+    """Inside, autocast does not round: losses are computed in at least float32."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def check_pair(student, teacher, what: str, index: int | None = None):
+    """Both sides are float tensors of one device with the same number of samples; each may have its own dtype."""
+    level = "" if index is None else f"[{index}]"
+    names = f"student_{what}{level}", f"teacher_{what}{level}"
+    for tensor, name in zip((student, teacher), names, strict=True):
+        checks.floating(tensor, name)
+        if tensor.dim() == 0 or tensor[:0].numel() != 0 or 0 in tensor.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it needs a batch dimension and features")
+    checks.same_device(student, teacher, *names)
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{names[1]} has {teacher.shape[0]} rows, {names[0]} has {student.shape[0]}: "
+            "both sides must describe the same samples, in one order"
+        )
+    return names
+
+
+def levels(student, teacher, what: str = "features") -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs to compare, from a tensor or a list of levels on each side; the teacher's are detached."""
+    named = ((student, f"student_{what}"), (teacher, f"teacher_{what}"))
+    for side, name in named:
+        if not isinstance(side, (torch.Tensor, Sequence)):
+            raise TypeError(f"{name} is a {type(side).__name__}: pass a torch.Tensor or a list of them")
+    single = isinstance(student, torch.Tensor)
+    if single != isinstance(teacher, torch.Tensor):
+        raise TypeError(f"student_{what} and teacher_{what}: give two tensors, or two lists of levels")
+    if single:
+        return [(student, teacher.detach())]
+    for side, name in named:
+        for i, level in enumerate(side):
+            checks.is_tensor(level, f"{name}[{i}]")
+    if len(student) != len(teacher):
+        raise ValueError(f"teacher_{what} has {len(teacher)} levels, student_{what} has {len(student)}")
+    if not student:
+        raise ValueError(f"student_{what} is an empty list: it needs at least one level")
+    return [(s, t.detach()) for s, t in zip(student, teacher, strict=True)]
+
+
+def check_rows(rows):
+    if rows is not None and rows not in ROWS:
+        raise ValueError(f"rows is {rows!r}: give one of {ROWS}")
+    return rows
+
+
+def as_rows(x, rows: str | None, mask, name: str):
+    """Features of any rank as rows: [n, d], or [G, n, d] for rows="groups", and the mask of these rows (or None).
+
+    [B, d] is taken as it is. [B, T, d]: "tokens" (n = B T), "mean" over the tokens (n = B), "groups" (one comparison a
+    sample, n = T), "flatten" (n = B). [B, C, H, W]: "flatten" (the default), "gap" (mean over H, W), "positions"
+    (n = B H W). mask: bool [B], or one entry a token [B, T] or position [B, H, W].
+    """
+    shape = tuple(x.shape)
+    if x.dim() == 3 and rows is None:
+        raise ValueError(
+            f"{name} has shape {shape} and rows is not given: for [B, T, d] pass rows='tokens', 'mean' or 'groups' "
+            "(or 'flatten')"
+        )
+    if x.dim() < 2 or (x.dim() == 3 and rows in MAPS) or (x.dim() > 3 and rows in TOKENS):
+        raise ValueError(
+            f"{name} has shape {shape} with rows={rows!r}: tokens, mean and groups are for [B, T, d], gap and "
+            "positions for [B, C, H, W], flatten for any, [B, d] needs none"
+        )
+    if mask is not None:
+        checks.is_tensor(mask, "mask")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
+        checks.same_device(mask, x, "mask", name)
+    if x.dim() == 2 or rows in (None, "flatten"):
+        return x.flatten(1), _fit_mask(mask, shape[:1], (), name, rows)
+    tokens = x if x.dim() == 3 else x.flatten(2).mT
+    mask = _fit_mask(mask, shape[:1], shape[1:-1] if x.dim() == 3 else shape[2:], name, rows)
+    if rows in ("mean", "gap"):
+        if mask is None:
+            return tokens.mean(1, dtype=at_least_float32(x)), None
+        kept = zero_where_masked(tokens, mask).sum(1, dtype=at_least_float32(x))
+        return kept / mask.sum(1, keepdim=True).clamp_min(1), mask.any(1)
+    if rows == "groups":
+        return tokens, mask
+    return tokens.flatten(0, 1), None if mask is None else mask.flatten()
+
+
+def _fit_mask(mask, batch, inner, name: str, rows):
+    """The mask with one entry a row: [B] if `inner` is empty, else [B, T]."""
+    if mask is None:
+        return None
+    allowed = [tuple(batch)] + ([(*batch, *inner)] if inner else [])
+    if tuple(mask.shape) not in allowed:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}: for {name} with rows={rows!r} give {' or '.join(map(str, allowed))}"
+        )
+    if not inner:
+        return mask
+    return mask.reshape(*batch, -1).expand(*batch, math.prod(inner))
+
+
+def zero_where_masked(x, mask):
+    """x [..., d] with the masked rows 0: exact for what ignores zero rows, and their gradient is 0 even at NaN."""
+    return x if mask is None else torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def row_mask(mask, labels, ignore_index: int, like, name: str):
+    """The mask of a loss over rows, like [..., C]: `mask`, or labels != ignore_index, or both; None if neither."""
+    shape = tuple(like.shape[:-1])
+    for given, what in ((mask, "mask"), (labels, "labels")):
+        if given is not None:
+            checks.is_tensor(given, what)
+            checks.same_device(given, like, what, name)
+            if tuple(given.shape) != shape:
+                raise ValueError(f"{what} has shape {tuple(given.shape)}: one entry a row of {name} is {shape}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
+    if labels is None:
+        return mask
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels is {labels.dtype}: give class indices, {ignore_index} where a row is to be ignored")
+    counted = labels != ignore_index
+    return counted if mask is None else mask & counted
+
+
+def mean_of_rows(values, mask, normalizer, reduction: str = "mean"):
+    """Sum of `values` over the rows that count, divided by `normalizer`, or by their number for the mean."""
+    total = (values if mask is None else torch.where(mask, values, 0)).sum()
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError("normalizer replaces the divisor of the mean: use it with reduction='mean'")
+        if isinstance(normalizer, torch.Tensor):
+            if normalizer.numel() != 1:
+                raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: give one number to divide by")
+            return total / normalizer.reshape(())
+        if not normalizer > 0:
+            raise ValueError(f"normalizer is {normalizer!r}: give a positive number to divide by")
+        return total / normalizer
+    if reduction == "sum":
+        return total
+    return total / (values.numel() if mask is None else mask.sum().clamp_min(1))

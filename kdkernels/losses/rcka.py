@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RCKA: CKA of logits between samples and between classes, and of features by stage; C x C is never formed."""
+
+from __future__ import annotations
+
+import torch
+
+from ..gram.op import cka
+from ..gram.problem import minimum_rows
+from .base import Loss, check_rows, full_precision, levels, weight_tensor, weight_text, zero_where_masked
+from .cka import check_estimator, mean_of_groups, rows_of_pair
+
+PRESETS = {
+    "lcka": {"row_weight": 15.0, "class_weight": 15.0, "feature_weight": 0.0},
+    "dkcka": {"row_weight": 15.0, "class_weight": 0.0, "feature_weight": 1.0, "first_stage": 1},
+}
+
+
+class RCKALoss(Loss):
+    """- w_row CKA(z_t, z_s) - w_class CKA(z_t', z_s') - sum over stages of w_F CKA(G_t, G_s), logits z [B, C].
+
+    Source: Rethinking CKA in KD, arXiv 2401.11824. As in its public code CKA is linear, uncentred and biased, on raw
+    logits, with the Gram rows divided by sqrt(G_ii) (rows only) in the two logit terms, and the loss is -CKA: its least
+    value is minus the sum of the weights. FCKA: F the flattened features, each row divided by its L2 norm, G = F F';
+    G is the feature matrix of the same CKA without the row division, ||G_t'G_s||^2 / (||G_t'G_t|| ||G_s'G_s||).
+    15, 15 and 1 are the public code's, which runs either 15 + 15 without FCKA (`RCKALoss.preset("lcka")`) or 15 on rows
+    + 1 FCKA over the stages after the first (`preset("dkcka")`); all three together, the default, is ours.
+
+    CKA does not change with the scale of the logits, so its gradient goes as 1/|z|: at initialisation 15 + 15 can be 20
+    times the gradient of cross-entropy, and a small network may collapse. Wrap it in `kd.losses.Ramp`, rising over the
+    first third of training; gradient clipping and learning-rate warm-up did not help.
+
+    Args:
+        row_weight, class_weight: buffers; 0 drops the term for good.
+        feature_weight: None: 1 a stage if the call has features. A number, or one a stage: the call must have features.
+            0: it must have none. A buffer.
+        first_stage: the first stage of a list of features that is compared (FCKA).
+        row_normalize, center, unbiased, kernel: the estimator, see `kd.cka`; unbiased=True needs center=True and
+            row_normalize=False. In the class term a class is a row, so centring is over the classes.
+        rows: for logits [B, T, C] (tokens) or [B, C, H, W] (positions), as in `CKALoss`; feature_rows: the same for
+            features, [B, C, H, W] being flattened by default.
+        weight: factor of the whole loss, a buffer. backend: as in `kd.cka`.
+
+    Call: `(student_logits, teacher_logits, student_features=None, teacher_features=None, *, mask, rows, feature_rows,
+    return_parts)`; features are one tensor or a list of stages. mask: bool [B] (or a token, a position): False rows
+    take no part in any term. A batch with fewer rows than the estimator needs (1; centred 2; unbiased 4) gives 0 with
+    zero gradient and warns once; so does, without a warning, a mask that leaves too few. A zero row gives a finite
+    value; where a side is zero (or, centred, constant) CKA is undefined and counts as 0. A NaN in a row that counts
+    gives NaN. FCKA holds n x n matrices. Any float dtypes; computed in at least float32. Gradient to the student only.
+
+    >>> student, teacher = torch.randn(32, 10, requires_grad=True), torch.randn(32, 10)
+    >>> loss = kd.losses.RCKALoss()
+    >>> loss(student, teacher).backward()
+    >>> round(loss(teacher, teacher).item(), 3)
+    -30.0
+    """
+
+    def __init__(
+        self,
+        *,
+        row_weight: float = 15.0,
+        class_weight: float = 15.0,
+        feature_weight=None,
+        first_stage: int = 0,
+        row_normalize: bool = True,
+        center: bool = False,
+        unbiased: bool = False,
+        kernel="linear",
+        rows: str | None = None,
+        feature_rows: str | None = None,
+        weight: float = 1.0,
+        backend: str = "auto",
+    ):
+        super().__init__(weight)
+        check_estimator(kernel, unbiased, center, row_normalize)
+        self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
+        self.rows, self.feature_rows = check_rows(rows), check_rows(feature_rows)
+        self.first_stage, self.backend = first_stage, backend
+        self.register_buffer("row_weight", term_weight(row_weight, "row_weight"))
+        self.register_buffer("class_weight", term_weight(class_weight, "class_weight"))
+        given = 1.0 if feature_weight is None else feature_weight
+        self.register_buffer("feature_weight", term_weight(given, "feature_weight", per_stage=True))
+        only_features = self.row_weight is None and self.class_weight is None
+        self.needs_features = only_features or feature_weight is not None
+        if only_features and self.feature_weight is None:
+            raise ValueError("row_weight, class_weight and feature_weight are all 0: nothing is left to compute")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> RCKALoss:
+        """The two losses of the public code, "lcka" or "dkcka"; `changes` go to the constructor."""
+        if name not in PRESETS:
+            raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def forward(
+        self,
+        student_logits,
+        teacher_logits,
+        student_features=None,
+        teacher_features=None,
+        *,
+        mask=None,
+        rows: str | None = None,
+        feature_rows: str | None = None,
+        return_parts: bool = False,
+    ):
+        rows = self.rows if rows is None else check_rows(rows)
+        feature_rows = self.feature_rows if feature_rows is None else check_rows(feature_rows)
+        x, y, kept = rows_of_pair(student_logits, teacher_logits, rows, mask, "logits")
+        if self.class_weight is not None:
+            self._check_classes(x, y)
+        single = isinstance(student_features, torch.Tensor)
+        stages = [
+            rows_of_pair(s, t, feature_rows, mask, "features", None if single else i)
+            for i, (s, t) in self._stages(student_features, teacher_features)
+        ]
+        names = [name for name in ("rows", "classes") if getattr(self, TERMS[name]) is not None]
+        names += ["features"] if stages else []
+        least = minimum_rows(self.unbiased, self.center)
+        if any(self._too_small(side.shape[-2], least) for side, _, _ in [(x, y, kept), *stages]):
+            everything = [student_logits, *levels_or_none(student_features)]
+            return self._nothing(names, everything, return_parts)
+        parts = {}
+        with full_precision(x):
+            for name in names:
+                value = getattr(self, f"_{name}")(x, y, kept, stages, least)
+                parts[name] = value if name == "features" else value * getattr(self, TERMS[name]).to(value.dtype)
+            return self._total(parts, return_parts)
+
+    def _rows(self, x, y, kept, stages, least):
+        return mean_of_groups(-self._cka(x, y, kept, self.row_normalize), kept, least)
+
+    def _classes(self, x, y, kept, stages, least):
+        # a masked sample is a zero feature of each class: it enters no product, norm, distance or mean over classes
+        x, y = zero_where_masked(x, kept), zero_where_masked(y, kept)
+        return mean_of_groups(-self._cka(x.mT, y.mT, None, self.row_normalize), kept, least)
+
+    def _features(self, x, y, kept, stages, least):
+        total = 0
+        for i, (s, t, kept) in enumerate(stages):
+            gram = relations(s, kept), relations(t, kept)
+            weight = self.feature_weight if self.feature_weight.dim() == 0 else self.feature_weight[i]
+            total = total - mean_of_groups(self._cka(*gram, kept, False), kept, least) * weight.to(gram[0].dtype)
+        return total
+
+    def _cka(self, x, y, mask, row_normalize):
+        how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
+        return cka(x, y, mask=mask, row_normalize=row_normalize, **how)
+
+    def _stages(self, student, teacher):
+        """(index, pair) of each stage to compare."""
+        if (student is None) != (teacher is None):
+            raise ValueError("student_features and teacher_features: give both or neither")
+        if student is None:
+            if self.needs_features and self.feature_weight is not None:
+                raise ValueError(
+                    "student_features is not given, and feature_weight is: pass features, or feature_weight=0"
+                )
+            return []
+        if self.feature_weight is None:
+            raise ValueError("student_features is given and feature_weight is 0: pass a feature_weight, or no features")
+        pairs = list(enumerate(levels(student, teacher)))[self.first_stage :]
+        if not pairs:
+            raise ValueError(f"student_features has no stage from first_stage={self.first_stage} on: pass all stages")
+        if self.feature_weight.dim() == 1 and len(self.feature_weight) != len(pairs):
+            raise ValueError(f"feature_weight has {len(self.feature_weight)} numbers for {len(pairs)} stages")
+        return pairs
+
+    def _check_classes(self, x, y):
+        if x.shape[-1] != y.shape[-1]:
+            raise ValueError(
+                f"teacher_logits has {y.shape[-1]} classes, student_logits {x.shape[-1]}: the class term compares the "
+                "same classes; class_weight=0 drops it"
+            )
+        least = minimum_rows(self.unbiased, self.center)
+        if x.shape[-1] < least:
+            raise ValueError(
+                f"student_logits has {x.shape[-1]} classes: the class term with unbiased={self.unbiased}, "
+                f"center={self.center} needs {least}; class_weight=0 drops it"
+            )
+
+    def _shown(self):
+        shown = {}
+        for name in TERMS.values():
+            weight = getattr(self, name)
+            shown[name] = 0 if weight is None else weight_text(weight)
+        if self.first_stage:
+            shown["first_stage"] = self.first_stage
+        names = ("row_normalize", "center", "unbiased", "kernel")
+        return {**shown, **{name: getattr(self, name) for name in names}}
+
+
+TERMS = {"rows": "row_weight", "classes": "class_weight", "features": "feature_weight"}
+
+
+def term_weight(weight, name: str, per_stage: bool = False):
+    """The buffer of a term's weight, None where it is 0: the term is then never computed."""
+    value = weight_tensor(weight, name)
+    if value.dim() and not per_stage:
+        raise ValueError(f"{name} is {weight!r}: give one number")
+    return value if bool(value.any()) else None
+
+
+def relations(features, mask):
+    """G = F F', F the rows of `features` over their L2 norm; a zero or masked row stays zero."""
+    F = zero_where_masked(features, mask)
+    F = F.to(torch.promote_types(F.dtype, torch.float32))
+    norm2 = F.square().sum(-1, keepdim=True)
+    F = F / torch.where(norm2 > 0, norm2, 1).sqrt()
+    return F @ F.mT
+
+
+def levels_or_none(features):
+    if features is None:
+        return []
+    return [features] if isinstance(features, torch.Tensor) else list(features)

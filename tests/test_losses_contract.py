@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every loss module promises, tested on all of them: a new loss is one row of CASES."""
+
+import copy
+import doctest
+import inspect
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import losses
+
+
+class Case(NamedTuple):
+    make: object  # () -> the loss
+    what: str  # what it compares, as its arguments are called: logits or features
+    least: int  # the fewest rows it can do with
+    classes: int = 10  # width of the teacher's side; the student's is 10
+
+
+CASES = {
+    "kd": Case(lambda: losses.KDLoss(), "logits", 1),
+    "kd reverse": Case(lambda: losses.KDLoss(tau=2.0, divergence="reverse"), "logits", 1),
+    "kd jsd": Case(lambda: losses.KDLoss(divergence="jsd", weight=3.0), "logits", 1),
+    "cka": Case(lambda: losses.CKALoss(), "features", 4, 14),
+    "cka rbf": Case(lambda: losses.CKALoss(kd.RBF(sigma=3.0), unbiased=False, weight=2.0), "features", 2, 14),
+    "rcka": Case(lambda: losses.RCKALoss(), "logits", 1),
+    "rcka textbook": Case(lambda: losses.RCKALoss(row_normalize=False, center=True, unbiased=True), "logits", 4),
+    "rcka rows": Case(lambda: losses.RCKALoss(class_weight=0), "logits", 1, 14),
+    "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
+}
+# 13 rows: odd, so that no even split or padding hides a lost row
+N = 13
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
+def case(request):
+    torch.manual_seed(1)
+    return CASES[request.param]
+
+
+def sides(case, n=N, dtype=torch.float32):
+    student, teacher = torch.randn(n, 10, dtype=dtype), torch.randn(n, case.classes, dtype=dtype)
+    teacher[:, :10] += student
+    return student.requires_grad_(), teacher
+
+
+def kept_rows():
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[[0, 4, 5, 12]] = False
+    return mask
+
+
+def gradient(loss, student, *others, **options):
+    (grad,) = torch.autograd.grad(loss(student, *others, **options), student)
+    return grad
+
+
+def test_every_loss_module_stands_in_the_contract():
+    covered = {type(case.make()).__name__ for case in CASES.values()}
+    assert covered == set(losses.__all__)
+
+
+def test_a_loss_is_one_finite_number_with_a_gradient_to_the_student_only(case):
+    student, teacher = sides(case)
+    teacher.requires_grad_()
+    value = case.make()(student, teacher)
+    value.backward()
+    assert value.shape == () and value.dtype == torch.float32
+    assert teacher.grad is None
+    assert student.grad.shape == student.shape and student.grad.abs().max() > 1e-4
+
+
+def test_the_gradient_is_the_derivative_of_the_value(case):
+    student, teacher = sides(case, dtype=torch.float64)
+    loss = case.make()
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher), student)
+
+
+def test_the_parts_sum_to_the_total(case):
+    student, teacher = sides(case)
+    loss = case.make()
+    total, parts = loss(student, teacher, return_parts=True)
+    assert total.equal(loss(student, teacher))
+    torch.testing.assert_close(sum(parts.values()), total, rtol=1e-6, atol=0)
+    assert all(part.requires_grad and part != 0 for part in parts.values())
+
+
+def test_the_weight_is_a_buffer_that_scales_the_loss_and_travels_in_the_state_dict(case):
+    student, teacher = sides(case)
+    loss = case.make().eval()
+    before = loss(student, teacher)
+    loss.weight.mul_(3)
+    torch.testing.assert_close(loss(student, teacher), 3 * before, rtol=1e-6, atol=0)
+    fresh = case.make().eval()
+    fresh.load_state_dict(loss.state_dict())
+    assert fresh(student, teacher).equal(loss(student, teacher))
+    assert copy.deepcopy(loss)(student, teacher).equal(loss(student, teacher))
+
+
+def test_a_masked_batch_gives_what_its_kept_rows_give(case):
+    student, teacher = sides(case, dtype=torch.float64)
+    mask = kept_rows()
+    kept = student.detach()[mask].requires_grad_()
+    loss = case.make()
+    torch.testing.assert_close(loss(student, teacher, mask=mask), loss(kept, teacher[mask]), rtol=1e-10, atol=1e-12)
+    grad = gradient(loss, student, teacher, mask=mask)
+    torch.testing.assert_close(grad[mask], gradient(loss, kept, teacher[mask]), rtol=1e-9, atol=1e-12)
+    assert (grad[~mask] == 0).all()
+
+
+def test_a_masked_row_has_no_influence_even_where_it_holds_nan(case):
+    student, teacher = sides(case)
+    mask = kept_rows()
+    poisoned, poison = student.detach().clone(), teacher.clone()
+    poisoned[~mask], poison[~mask] = float("nan"), float("inf")
+    poisoned.requires_grad_()
+    loss = case.make()
+    assert loss(poisoned, poison, mask=mask).equal(loss(student, teacher, mask=mask))
+    assert gradient(loss, poisoned, poison, mask=mask).equal(gradient(loss, student, teacher, mask=mask))
+
+
+def test_an_all_masked_batch_gives_zero_with_zero_gradient(case):
+    student, teacher = sides(case)
+    value = case.make()(student, teacher, mask=torch.zeros(N, dtype=torch.bool))
+    value.backward()
+    assert value == 0 and (student.grad == 0).all()
+
+
+def test_nan_in_a_row_that_counts_gives_nan(case):
+    student, teacher = sides(case)
+    teacher[3, 2] = float("nan")
+    assert case.make()(student, teacher).isnan()
+
+
+@pytest.mark.parametrize("student_dtype, teacher_dtype", [(torch.float32, torch.bfloat16), (torch.float16,) * 2])
+def test_each_side_has_its_own_float_dtype_and_is_computed_in_float32(case, student_dtype, teacher_dtype):
+    student, teacher = sides(case)
+    student, teacher = student.detach().to(student_dtype).requires_grad_(), teacher.to(teacher_dtype)
+    wide = student.detach().float().requires_grad_()
+    loss = case.make()
+    value = loss(student, teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(wide, teacher.float()), rtol=0, atol=2e-4)
+    grad = gradient(loss, student, teacher)
+    assert grad.dtype == student_dtype
+    torch.testing.assert_close(grad.float(), gradient(loss, wide, teacher.float()), rtol=2e-3, atol=2e-4)
+
+
+def test_autocast_changes_nothing(case):
+    student, teacher = sides(case)
+    loss = case.make()
+    plain = loss(student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss(student, teacher).equal(plain)
+
+
+def test_a_batch_below_the_estimators_minimum_gives_a_differentiable_zero_and_warns_once(case):
+    loss = case.make()
+    for n in range(case.least):
+        student, teacher = sides(case, n)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = loss(student, teacher)
+        value.backward()
+        assert value == 0 and student.grad.shape == (n, 10) and (student.grad == 0).all()
+        assert [f"a batch of {n} rows and needs {case.least}" in str(w.message) for w in caught] == [True] * (n == 0)
+    student, teacher = sides(case, case.least)
+    assert loss(student, teacher).isfinite()
+
+
+def test_an_all_nan_batch_that_is_too_small_is_still_zero(case):
+    student = torch.full((case.least - 1, 10), float("nan"), requires_grad=True)
+    with pytest.warns(UserWarning, match="zero gradient"):
+        value = case.make()(student, torch.randn(case.least - 1, case.classes))
+    assert value == 0 and (torch.autograd.grad(value, student)[0] == 0).all()
+
+
+def test_bad_input_is_refused_with_the_callers_argument_in_the_message(case):
+    student, teacher = sides(case)
+    loss, what = case.make(), case.what
+    with pytest.raises(TypeError, match=rf"teacher_{what} is torch.int64: convert it"):
+        loss(student, teacher.long())
+    with pytest.raises(TypeError, match=rf"student_{what} is a ndarray"):
+        loss(student.detach().numpy(), teacher)
+    with pytest.raises(ValueError, match=rf"teacher_{what} .*12.*student_{what} .*13"):
+        loss(student, teacher[:12])
+    with pytest.raises(ValueError, match=rf"teacher_{what} has shape \(13, 0\)"):
+        loss(student, teacher[:, :0])
+    with pytest.raises(ValueError, match=rf"student_{what} is on cpu, teacher_{what} on meta"):
+        loss(student, teacher.to("meta"))
+    with pytest.raises(TypeError, match="mask is torch.int64: pass a bool tensor"):
+        loss(student, teacher, mask=kept_rows().long())
+    with pytest.raises(ValueError, match=r"mask has shape \(12,\)"):
+        loss(student, teacher, mask=kept_rows()[:12])
+
+
+def test_a_loss_compiles_to_one_graph_and_a_new_weight_does_not_recompile_it(case):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    loss = case.make().eval()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    student, teacher = sides(case)
+    mask = kept_rows()
+    for weight in (1.0, 0.5):
+        loss.weight.fill_(weight)
+        torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+    assert len(graphs) == 1
+    torch.testing.assert_close(compiled(student, teacher, mask=mask), loss(student, teacher, mask=mask))
+
+
+def test_gradients_through_a_compiled_loss_are_those_of_the_eager_one(case):
+    torch._dynamo.reset()
+    loss = case.make()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    student, teacher = sides(case)
+    expected = gradient(loss, student, teacher)
+    torch.testing.assert_close(gradient(compiled, student, teacher), expected)
+
+
+def test_a_compiled_loss_survives_a_last_batch_that_is_too_small(case):
+    torch._dynamo.reset()
+    compiled = torch.compile(case.make(), fullgraph=True, backend="aot_eager")
+    student, teacher = sides(case, case.least - 1)
+    with pytest.warns(UserWarning, match="drop_last"):
+        value = compiled(student, teacher)
+    assert value == 0 and (torch.autograd.grad(value, student)[0] == 0).all()
+
+
+def test_repr_shows_the_weight(case):
+    loss = case.make().eval()
+    loss.weight.fill_(0.125)
+    assert "weight=0.125" in repr(loss)
+
+
+@pytest.mark.parametrize("weight, error", [("big", TypeError), (float("nan"), ValueError), ([1.0, 2.0], ValueError)])
+def test_a_weight_that_is_no_finite_number_is_refused(weight, error):
+    for make in (losses.KDLoss, losses.CKALoss, losses.RCKALoss):
+        with pytest.raises(error, match="weight"):
+            make(weight=weight)
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+def test_the_docstring_has_a_formula_a_default_and_four_lines_that_run(name):
+    found = doctest.DocTestFinder(recurse=False).find(getattr(losses, name), name, globs={"kd": kd, "torch": torch})
+    assert len(found) == 1 and len(found[0].examples) >= 4
+    torch.manual_seed(0)
+    report = []
+    outcome = doctest.DocTestRunner().run(found[0], out=report.append)
+    assert outcome.failed == 0, "".join(report)
+    assert "Args:" in inspect.getdoc(getattr(losses, name))
