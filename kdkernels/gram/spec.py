@@ -83,7 +83,7 @@ def caps(kernel: str, backend: str, shape: tuple[int, int]):
         # the rows are rounded again once centred: n * width roundings average out, the figures hold from 64 x 64 on
         rounding = torch.finfo(dtype).eps / 2
         spread = (n * width) ** -0.5
-        return Caps(max(1e-4, 4 * rounding * spread), max(1e-3, 4 * rounding * min(1.0, 16 * spread)))
+        return Caps(max(1e-4, 8 * rounding * spread), max(1e-3, 4 * rounding * min(1.0, 16 * spread)))
 
     return of
 
@@ -286,7 +286,7 @@ def _mse_case(backend, normalize, reduction, label, inputs, **fields):
         return 2 * (K * L).sum((-2, -1)) / (weight.sum((-2, -1)) ** 2 if reduction == "mean" else 1.0)
 
     masks = {"mask": ("x", "y")} if "mask" in inputs else {}
-    name = f"{normalize} {reduction} {label} {_shape_of(inputs)}"
+    name = f"{normalize or 'plain'} {reduction} {label} {_shape_of(inputs)}"
     return Case(name, inputs, call, caps("linear", backend, _size(inputs)), scale, terms, masks=masks, **fields)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
 
 from .. import backend as backends
 from ..registry import OPS
@@ -24,6 +25,7 @@ __all__ = [
     "Result",
     "checks_for",
     "contract",
+    "measure",
     "pair",
     "poison",
     "sample",
@@ -46,6 +48,11 @@ def contract(op: str, backend: str, device: str = "cpu", quick: bool = False, ch
     >>> all(result.ok for result in testing.contract("mmd", "torch", quick=True, checks=["twice"]))
     True
     """
+    return list(measure(op, backend, device, quick, checks))
+
+
+def measure(op: str, backend: str, device: str = "cpu", quick: bool = False, checks=None) -> Iterator[Result]:
+    """The measurements of `contract`, one by one as they are made."""
     if op not in OPS:
         raise ValueError(f"op is {op!r}: the ops are {sorted(OPS)}")
     why = backends.obstacle(backend, device.split(":")[0])
@@ -56,19 +63,19 @@ def contract(op: str, backend: str, device: str = "cpu", quick: bool = False, ch
     if unknown:
         raise ValueError(f"checks holds {sorted(unknown)}: the checks are {['accuracy', *STRUCTURAL]}")
     spec = importlib.import_module(f"kdkernels.{OPS[op].family}.spec")
-    results = []
     for case in spec.cases(op, backend, quick):
         if "accuracy" in checks:
-            results += _caught("accuracy", case, accuracy, case, backend, device)
+            yield from _caught("accuracy", case, accuracy, case, backend, device)
         structural = [name for name in checks if name != "accuracy"] if case.probe else []
-        if structural:
-            probe = probe_of(case, backend, device)
+        probe = _caught("probe", case, lambda *a: [probe_of(*a)], case, backend, device) if structural else []
+        if probe and isinstance(probe[0], Result):
+            yield probe[0]
+            continue
         for name in structural:
-            results += _caught(name, case, STRUCTURAL[name], probe)
-    return results
+            yield from _caught(name, case, STRUCTURAL[name], *probe)
 
 
-def _caught(name: str, case: Case, check, *args) -> list[Result]:
+def _caught(name: str, case: Case, check, *args) -> list:
     try:
         return list(check(*args))
     except Exception as error:

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: one thread, fixed seeds, and which backends and devices can run here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdkernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# the library's own backends on the CPU; triton runs in a process of its own, under TRITON_INTERPRET=1
+BACKENDS = [
+    "reference",
+    "torch",
+    pytest.param(
+        "cpp",
+        marks=[
+            pytest.mark.native,
+            pytest.mark.skipif(not native.has("cpu"), reason=native.status().cpu_reason or "loaded"),
+        ],
+    ),
+]
+
+
+def pytest_configure(config):
+    if "OMP_NUM_THREADS" not in os.environ:  # the tensors are small: a second thread only waits
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def python():
+    """Runs Python in the repository root with more environment variables; returns the finished process."""
+
+    def run(*arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run

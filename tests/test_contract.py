@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op keeps the contract of `kdkernels.testing` on every backend that runs here; Triton in its interpreter."""
+
+import pytest
+from conftest import BACKENDS
+
+from kdkernels import testing
+from kdkernels.__main__ import main
+from kdkernels.registry import OPS
+from kdkernels.testing.checks import CUDA_ONLY, STRUCTURAL
+
+ON_THE_CPU = ["accuracy", *(name for name in STRUCTURAL if name not in CUDA_ONLY)]
+
+
+def assert_kept(results):
+    failed = [result for result in results if not result.ok]
+    lines = [f"{r.check}: {r.case}: {r.error:.1e} > {r.budget:.1e} {r.note}" for r in failed]
+    assert not failed, "\n".join([f"{len(failed)} of {len(results)} measurements failed", *lines[:20]])
+    assert results
+
+
+@pytest.mark.parametrize("check", ON_THE_CPU)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_keeps_the_contract(op, backend, check):
+    if check not in testing.checks_for(backend, "cpu"):
+        assert backend == "reference" and check in ("accuracy", "autocast")
+        return
+    assert_kept(testing.contract(op, backend, "cpu", quick=True, checks=[check]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_keeps_the_contract_in_every_combination_of_options(op):
+    assert_kept(testing.contract(op, "torch", "cpu", checks=["accuracy"]))
+
+
+# the real kernels: in a process of its own, as triton reads the variable when it is imported
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.slow] if op in ("cka", "hsic", "mmd") else []) for op in OPS]
+)
+def test_an_op_keeps_the_contract_in_tritons_interpreter(op, python):
+    done = python(
+        "-m", "kdkernels", "validate", "--op", op, "--backend", "triton", "--device", "cpu", "--quick",
+        TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert "every measurement is within its budget" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_keeps_the_contract_on_a_gpu(op, backend):
+    assert_kept(testing.contract(op, backend, "cuda"))
+
+
+def test_every_regime_kernel_and_estimator_is_in_the_quick_contract():
+    from kdkernels.gram import spec
+
+    names = [case.name for case in spec.cases("cka", "torch", quick=True)]
+    for word in (*spec.REGIMES, *spec.KERNELS, *spec.ESTIMATORS, "tiles", "size", "width", "masked", "nan", "constant"):
+        assert any(word in name for name in names), word
+    assert {d for case in spec.cases("cka", "torch", quick=True) for d in case.dtypes} == set(spec.EVERY_DTYPE)
+
+
+def test_the_contract_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="op is 'nothing': the ops are"):
+        testing.contract("nothing", "torch")
+    with pytest.raises(ValueError, match=r"checks holds \['speed'\]: the checks are"):
+        testing.contract("cka", "torch", checks=["speed"])
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run cka here: compiled CUDA library not built"):
+        testing.contract("cka", "cuda")
+
+
+def test_validate_prints_a_table_and_returns_zero(capsys):
+    assert main(["validate", "--op", "gram_mse", "--backend", "torch", "--device", "cpu", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "gram_mse  torch      gradient x" in out and "every measurement is within its budget" in out
+
+
+def test_validate_returns_one_and_names_the_case_of_a_broken_op(monkeypatch, capsys):
+    from kdkernels.gram import torch_impl
+
+    right = torch_impl.forward
+    monkeypatch.setattr(torch_impl, "forward", lambda *a: (right(*a)[0] * 1.01, *right(*a)[1:]))
+    assert main(["validate", "--op", "gram_mse", "--backend", "torch", "--device", "cpu", "--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED gram_mse torch value: plain sum bland 33x7x5 float32: " in out
+
+
+def test_validate_refuses_a_backend_that_cannot_run(capsys):
+    assert main(["validate", "--backend", "cuda", "--device", "cpu", "--quick"]) == 2
+    assert "cka on cuda cannot run: cka has" in capsys.readouterr().err
+    assert main(["validate", "--device", "tpu"]) == 2
+    assert "device is 'tpu': give cpu or cuda" in capsys.readouterr().err
+
+
+def test_info_says_what_is_loaded_and_what_runs_where(capsys, python):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch      ", "triton     ", "compiled libraries", "float32 tensors on cpu", "gram_mse  runs on"):
+        assert word in out
+    done = python("-m", "kdkernels", "info", KDK_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    assert "not cpp: switched off by KDK_NATIVE=0" in done.stdout and "cka       runs on torch" in done.stdout

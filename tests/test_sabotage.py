@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract can fail: each of these breaks the torch backend in one way, and the named check must notice it.
+
+A wrong stream needs a GPU: `side stream` and `graph` are the checks for it there.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from kdkernels import testing
+from kdkernels.gram import function, torch_impl
+
+FORWARD, BACKWARD = torch_impl.forward, torch_impl.backward
+# rows of one side in what forward saves: u, p, q, e, f, h (torch_impl.SIDE_ROWS)
+P, Q, E = 1, 2, 3
+DX, DY, DSIGMA = 0, 1, 2
+
+
+def value(change):
+    """A forward pass whose value is changed."""
+    return {"forward": lambda *a: (change(FORWARD(*a)[0]), *FORWARD(*a)[1:])}
+
+
+def gradient(change, which=DX):
+    """A backward pass with one changed gradient, where that gradient is asked for."""
+
+    def backward(*a):
+        out = list(BACKWARD(*a))
+        if a[-1] >> which & 1:
+            out[which] = change(out[which])
+        return tuple(out)
+
+    return {"backward": backward}
+
+
+def saved(row):
+    """A gradient without one of its terms, on both sides."""
+
+    def backward(grad, x, y, mask, sx, sy, rows, *rest):
+        rows = rows.clone()
+        rows[:, [row, torch_impl.SIDE_ROWS + row]] = 0
+        return BACKWARD(grad, x, y, mask, sx, sy, rows, *rest)
+
+    return {"backward": backward}
+
+
+def inputs(change):
+    """Both passes see other features."""
+
+    def backward(grad, x, y, *rest):
+        return BACKWARD(grad, change(x), change(y), *rest)
+
+    return {"forward": lambda x, y, *rest: FORWARD(change(x), change(y), *rest), "backward": backward}
+
+
+def without_last(dim):
+    def change(x):
+        x = x.clone()
+        x.narrow(dim, x.shape[dim] - 1, 1).zero_()
+        return x
+
+    return change
+
+
+def unwritten(t):
+    out = t.new_empty(t.shape)
+    out.flatten()[:-3] = t.flatten()[:-3]
+    return out
+
+
+def transposed(t):
+    return t.mT.reshape(t.shape)
+
+
+def packed(x):
+    """The first numbers of the storage, as a kernel that trusts strides it never read would see them."""
+    return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride())
+
+
+def ignored_upstream(grad, *rest):
+    return BACKWARD(torch.ones_like(grad), *rest)
+
+
+def half_when_alone(*a):
+    out = BACKWARD(*a)
+    return tuple(g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
+
+
+def noisy(t):
+    return t * (1 + 1e-7 * torch.randn(()))
+
+
+def no_mask_forward(x, y, mask, *rest):
+    return FORWARD(x, y, None, *rest)
+
+
+def no_mask_backward(grad, x, y, mask, *rest):
+    return BACKWARD(grad, x, y, None, *rest)
+
+
+def mask_by_product(x, y, mask, *rest):
+    out = FORWARD(x, y, mask, *rest)
+    leak = 0 if mask is None else (x * mask[..., None]).sum((1, 2)) * 0
+    return (out[0] + leak, *out[1:])
+
+
+SABOTAGE = {
+    "zeros": ("value", value(torch.zeros_like)),
+    "sign flip": ("value", value(torch.neg)),
+    "5 % scale": ("value", value(lambda v: v * 1.05)),
+    "wrong group": ("value", value(lambda v: v.roll(1, 0))),
+    "wrong dtype": ("value", value(torch.Tensor.double)),
+    "not a number": ("value", value(lambda v: v * float("nan"))),
+    "lost last row": ("value", inputs(without_last(1))),
+    "lost last column": ("value", inputs(without_last(2))),
+    "ignored mask": ("value", {"forward": no_mask_forward, "backward": no_mask_backward}),
+    "zero gradient": ("gradient x", gradient(torch.zeros_like)),
+    "gradient sign flip": ("gradient x", gradient(torch.neg)),
+    "gradient 5 % scale": ("gradient x", gradient(lambda g: g * 1.05)),
+    "gradient of the other side, 5 % scale": ("gradient y", gradient(lambda g: g * 1.05, DY)),
+    "gradient of sigma, 5 % scale": ("gradient sigma", gradient(lambda g: g * 1.05, DSIGMA)),
+    "gradient without the other side's term": ("gradient x", saved(P)),
+    "gradient without its own side's term": ("gradient x", saved(Q)),
+    "gradient without the row sums": ("gradient x", saved(E)),
+    "transposed gradient": ("gradient x", gradient(transposed)),
+    "gradient of the wrong group": ("gradient x", gradient(lambda g: g.roll(1, 0))),
+    "gradient without its last row": ("gradient x", gradient(without_last(1))),
+    "gradient without its last column": ("gradient x", gradient(without_last(2))),
+    "ignored upstream gradient": ("gradient x", {"backward": ignored_upstream}),
+    "unwritten tail": ("poison", gradient(unwritten)),
+    "wrong where one gradient is asked for": ("needs", {"backward": half_when_alone}),
+    "not the same twice": ("twice", value(noisy)),
+    "strides not read": ("layouts", inputs(packed)),
+    "mask by multiplication": ("masks", {"forward": mask_by_product}),
+    "gradient in masked rows": ("masks", gradient(lambda g: g + 1e-4)),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_the_contract_rejects(name, monkeypatch):
+    check, broken = SABOTAGE[name]
+    for part, replacement in broken.items():
+        monkeypatch.setattr(torch_impl, part, replacement)
+    family = "accuracy" if check.startswith(("value", "gradient")) else check
+    results = testing.measure("cka", "torch", quick=True, checks=[family])
+    assert any(result.check == check and not result.ok for result in results)
+
+
+def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
+    monkeypatch.setattr(function, "without_autocast", lambda device: contextlib.nullcontext())
+    results = testing.contract("cka", "torch", quick=True)
+    assert {result.check for result in results if not result.ok} == {"autocast"}
+
+
+def test_the_contract_accepts_the_unbroken_op():
+    assert all(result.ok for result in testing.measure("cka", "torch", quick=True))
+
+
+def test_an_exception_is_a_failed_measurement(monkeypatch):
+    def backward(*a):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(torch_impl, "backward", backward)
+    results = testing.contract("mmd", "torch", quick=True)
+    assert any("RuntimeError: no such thing" in result.note for result in results)
+
+
+def test_poison_fills_what_nobody_wrote_and_is_taken_back():
+    before = torch.are_deterministic_algorithms_enabled()
+    with testing.poison():
+        x = torch.ones(3)
+        for fresh in (torch.empty(5), x.new_empty(2, 2), torch.empty_like(x), torch.empty_strided((2, 2), (1, 2))):
+            assert fresh.isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() == before
