@@ -224,7 +224,7 @@ def _apply_tiles(pairs, weights, kept, want_sigma):
             dz[..., j, :] += V.mT @ z[..., i, :]
             row_sums[..., j] += V.sum(-2)
     if row_norm is not None and not x.spec.of_distance:
-        dz, row_sums = _row_norm_diagonal(x, weights, row_norm, dz, row_sums)
+        dz, row_sums = row_norm_diagonal(x, weights, row_norm, dz, row_sums)
     return Gradient(dz, row_sums, dsigma)
 
 
@@ -247,7 +247,7 @@ def _pair_weights(pairs, weights, K, L, i, j, row_norm):
     return pairs.only_counted(forward + backward, i, j, False)
 
 
-def _row_norm_diagonal(x: Side, weights, row_norm, dz, row_sums):
+def row_norm_diagonal(x: Side, weights, row_norm, dz, row_sums):
     """1/sqrt(K_ii) also moves: an extra diagonal weight -rho_i^2 sum_j c_ij K_ij, times dK_ii/dg_ii."""
     d = -weights.f.square() * row_norm
     if x.spec.name == "polynomial":

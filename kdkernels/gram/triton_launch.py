@@ -12,6 +12,7 @@ import triton
 from .kernels import KernelSpec
 from .prepare import bandwidths, prepare, unprepare_gradient
 from .problem import Problem
+from .torch_impl import sigma_gradient
 from .triton_maps import KINDS
 from .triton_small import STATS, finish, row_sums, split_gram, weighted_rows
 
@@ -29,7 +30,10 @@ SPLIT_CONFIGS = (
     (1024, Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
 )
 FUSED_ROWS = 128  # up to here one program holds all rows of a group
-BACKWARD_HALF = (64, 64, 64, 4, 3)  # BM, BN, BP, warps, stages
+# row_sums in float64: (columns a step, warps)
+FUSED_SUMS, SPLIT_SUMS = (16, 8), (32, 4)
+SUMS_BLOCK = 16  # rows of a program above FUSED_ROWS
+BACKWARD_HALF = (64, 32, 64, 4, 3)  # BM, BN, BP, warps, stages
 BACKWARD_FLOAT = (32, 32, 64, 4, 2)
 
 
@@ -141,12 +145,13 @@ def small_forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
         "KEEP": bool(need),
         "MINIMUM": problem.minimum,
     }
-    block = max(16, triton.next_power_of_2(n)) if fused else 16
+    block = max(16, triton.next_power_of_2(n)) if fused else SUMS_BLOCK
+    step, warps = FUSED_SUMS if fused else SPLIT_SUMS
     row_sums[(triton.cdiv(n, block) * G,)](
         part, square, keep, a.alpha, b.alpha, a.par, b.par, a.typical, b.typical, kept, stats, value, rows, unit,
         n, G, splits, a.par_stride, b.par_stride, a.sigma, b.sigma,
-        BM=block, BN=32 if fused else 64, **_kernel_constants("X", a), **_kernel_constants("Y", b), **shared,
-        FUSED=fused, num_warps=8 if block > 64 else 4,
+        BM=block, BN=step, **_kernel_constants("X", a), **_kernel_constants("Y", b), **shared,
+        FUSED=fused, num_warps=warps,
     )  # fmt: skip
     if not fused:
         finish[(G,)](stats, keep, value, rows, unit, n, G, BLOCK=triton.next_power_of_2(n), **shared, num_warps=4)
@@ -194,13 +199,8 @@ def small_backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Prob
             out[own] = dz if prepared is None else unprepare_gradient(dz, sums, features, prepared, spec, mask)
         if want_sigma:
             per_group = dsigma.sum(1) if prepared is None else dsigma.sum(1) * prepared.scale
-            out[2 + own] = torch_sigma(per_group, sigma)
+            out[2 + own] = sigma_gradient(per_group, sigma)
     return tuple(out)
-
-
-def torch_sigma(per_group, sigma):
-    total = per_group if sigma.numel() == len(per_group) else per_group.sum()
-    return total.reshape(sigma.shape).to(sigma.dtype)
 
 
 def _launch_backward(grad, a, b, keep, ref, rows, kept, problem, mask, own, want_sigma):

@@ -129,4 +129,4 @@ def pair_weights(
             W += f_i[:, None] * h_j[None, :] + h_i[:, None] * f_j[None, :]
         return W
     else:
-        return 2 * p_i[:, None] * L + 2 * q_i[:, None] * K + e_i[:, None] + e_j[None, :]
+        return 2 * p_i * L + 2 * q_i * K + e_i[:, None] + e_j[None, :]

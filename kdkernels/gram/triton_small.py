@@ -21,16 +21,22 @@ STATS = {"cka": 0, "hsic": 1, "mse": 2, "row_mse": 3, "sum": 4}
 
 @triton.jit
 def load_rows(
-    x_ptr, o_n, o_p, m_n, m_p, stride_n, stride_p, ref, keep,
+    tile_ptr, ref_ptr, o_n, o_p, m_n, m_p, stride_n, stride_p, keep,
     SHIFT: tl.constexpr, MASK: tl.constexpr, HALVE: tl.constexpr,
 ):  # fmt: skip
-    """Rows o_n, columns o_p as float32 z = x - x_ref (if SHIFT), halved for float16 so that no difference overflows."""
-    b_x = tl.load(x_ptr + o_n[:, None] * stride_n + o_p[None, :] * stride_p, mask=m_n[:, None] & m_p[None, :], other=0)
+    """Rows as float32 z = x - x_ref (if SHIFT), halved for float16 so that no difference overflows.
+
+    tile_ptr and ref_ptr are the tile's first element and the reference row at the tile's first column: the offsets
+    inside a tile then fit 32 bits (the launcher sees to it), which is what leaves registers for the products.
+    """
+    b_x = tl.load(
+        tile_ptr + o_n[:, None] * stride_n + o_p[None, :] * stride_p, mask=m_n[:, None] & m_p[None, :], other=0
+    )
     b_z = b_x.to(tl.float32)
     if HALVE:
         b_z *= 0.5
     if SHIFT:
-        b_ref = tl.load(x_ptr + ref * stride_n + o_p * stride_p, mask=m_p, other=0).to(tl.float32)
+        b_ref = tl.load(ref_ptr + o_p * stride_p, mask=m_p, other=0).to(tl.float32)
         if HALVE:
             b_ref *= 0.5
         b_z = tl.where(m_n[:, None], b_z - b_ref[None, :], 0.0)
@@ -41,18 +47,25 @@ def load_rows(
 
 @triton.jit
 def _partial_product(
-    x_ptr, stride_n, stride_p, o_i, o_j, m_i, m_j, keep_i, keep_j, ref, p, start, stop,
+    x_ptr, stride_n, stride_p, i, j, m_i, m_j, keep_i, keep_j, ref, p, start, stop,
     BM: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr, HALVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros([BM, BM], tl.float32)
+    o_n, o_k = tl.arange(0, BM), tl.arange(0, BK)
+    first = x_ptr + start.to(tl.int64) * stride_p
+    rows_i = first + (i * BM).to(tl.int64) * stride_n
+    rows_j = first + (j * BM).to(tl.int64) * stride_n
+    row_ref = first + ref.to(tl.int64) * stride_n
     for k in range(start, stop, BK):
-        o_k = (k + tl.arange(0, BK)).to(tl.int64)
-        m_k = o_k < p
-        b_i = load_rows(x_ptr, o_i, o_k, m_i, m_k, stride_n, stride_p, ref, keep_i, SHIFT, MASK, HALVE)
-        b_j = load_rows(x_ptr, o_j, o_k, m_j, m_k, stride_n, stride_p, ref, keep_j, SHIFT, MASK, HALVE)
+        m_k = k + o_k < p
+        b_i = load_rows(rows_i, row_ref, o_n, o_k, m_i, m_k, stride_n, stride_p, keep_i, SHIFT, MASK, HALVE)
+        b_j = load_rows(rows_j, row_ref, o_n, o_k, m_j, m_k, stride_n, stride_p, keep_j, SHIFT, MASK, HALVE)
         dtype = x_ptr.dtype.element_ty
         acc = tl.dot(b_i.to(dtype), tl.trans(b_j.to(dtype)), acc, input_precision=PRECISION)
+        rows_i += BK * stride_p
+        rows_j += BK * stride_p
+        row_ref += BK * stride_p
     if HALVE:
         acc *= 4
     return acc
@@ -77,22 +90,22 @@ def split_gram(
     side, g = sg // G, (sg % G).to(tl.int64)
     if j < i:
         return
-    o_i = (i * BM + tl.arange(0, BM)).to(tl.int64)
-    o_j = (j * BM + tl.arange(0, BM)).to(tl.int64)
+    o_i = i * BM + tl.arange(0, BM)
+    o_j = j * BM + tl.arange(0, BM)
     m_i, m_j = o_i < n, o_j < n
-    keep_i, keep_j, ref = m_i, m_j, 0
+    keep_i, keep_j, ref = m_i, m_j, i * 0
     if MASK:
         keep_i = tl.load(mask_ptr + g * n + o_i, mask=m_i, other=0) != 0
         keep_j = tl.load(mask_ptr + g * n + o_j, mask=m_j, other=0) != 0
         ref = tl.load(ref_ptr + g)
     if side == 0:
         acc = _partial_product(
-            x_ptr + g * x_g, x_n, x_p, o_i, o_j, m_i, m_j, keep_i, keep_j, ref, p,
+            x_ptr + g * x_g, x_n, x_p, i, j, m_i, m_j, keep_i, keep_j, ref, p,
             split * per_x, tl.minimum(split * per_x + per_x, p), BM, BK, SHIFT_X, MASK, HALVE_X, PRECISION,
         )  # fmt: skip
     else:
         acc = _partial_product(
-            y_ptr + g * y_g, y_n, y_p, o_i, o_j, m_i, m_j, keep_i, keep_j, ref, q,
+            y_ptr + g * y_g, y_n, y_p, i, j, m_i, m_j, keep_i, keep_j, ref, q,
             split * per_y, tl.minimum(split * per_y + per_y, q), BM, BK, SHIFT_Y, MASK, HALVE_Y, PRECISION,
         )  # fmt: skip
     slot = (side.to(tl.int64) * splits + split) * G + g
@@ -211,7 +224,7 @@ def row_sums(
         m_j = o_j < n
         inside = m_i[:, None] & m_j[None, :]
         diagonal = o_i[:, None] == o_j[None, :]
-        o_ij = o_i[:, None].to(tl.int64) * n + o_j[None, :]
+        o_ij = o_i[:, None] * n + o_j[None, :]  # n <= 1024: one matrix fits 32 bits
         sx_j = _sum_splits(square_x, step_square, splits, o_j, m_j)
         sy_j = _sum_splits(square_y, step_square, splits, o_j, m_j)
         ax_j = tl.load(alpha_x_ptr + g * n + o_j, mask=m_j, other=0) if KIND_X == 1 else sx_j
@@ -413,8 +426,8 @@ def weighted_rows(
     blocks = tl.cdiv(n, BM)
     g = (tl.program_id(0) // blocks).to(tl.int64)
     o_i = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
-    o_p = (tl.program_id(1) * BP + tl.arange(0, BP)).to(tl.int64)
-    m_i, m_p = o_i < n, o_p < p
+    o_c = tl.arange(0, BP)
+    m_i, m_p = o_i < n, tl.program_id(1) * BP + o_c < p
     nn = n.to(tl.int64) * n
     t_x_ptr, t_y_ptr = kept_ptr + (own * G + g) * nn, kept_ptr + ((1 - own) * G + g) * nn
     w_x = rows_ptr + g * 16 * n + own * 6 * n
@@ -425,14 +438,19 @@ def weighted_rows(
         typical_x = tl.load(rows_ptr + (g * 16 + 14 + own) * n)
     if KIND_Y >= RBF:
         typical_y = tl.load(rows_ptr + (g * 16 + 15 - own) * n)
-    keep_i, ref = m_i, 0
+    keep_i, ref = m_i, g * 0
     if MASK:
         keep_i = tl.load(mask_ptr + g * n + o_i, mask=m_i, other=0) != 0
         ref = tl.load(ref_ptr + g)
+    columns = x_ptr + g * x_g + (tl.program_id(1) * BP).to(tl.int64) * x_p
+    row_ref = columns + ref * x_n
     ux_i = tl.load(w_x + o_i, mask=m_i, other=0)
     uy_i = tl.load(u_y_ptr + o_i, mask=m_i, other=0)
-    p_i = tl.load(w_x + n + o_i, mask=m_i, other=0)
-    q_i = tl.load(w_x + 2 * n + o_i, mask=m_i, other=0)
+    if ROWWISE:
+        p_i = tl.load(w_x + n + o_i, mask=m_i, other=0)
+        q_i = tl.load(w_x + 2 * n + o_i, mask=m_i, other=0)
+    else:
+        p_i, q_i = tl.load(w_x + n), tl.load(w_x + 2 * n)
     e_i = tl.load(w_x + 3 * n + o_i, mask=m_i, other=0)
     f_i = tl.load(w_x + 4 * n + o_i, mask=m_i, other=0)
     h_i = tl.load(w_x + 5 * n + o_i, mask=m_i, other=0)
@@ -446,13 +464,15 @@ def weighted_rows(
         o_j = start + tl.arange(0, BN)
         m_j = o_j < n
         inside = m_i[:, None] & m_j[None, :]
-        o_ij = o_i[:, None].to(tl.int64) * n + o_j[None, :]
+        o_ij = o_i[:, None] * n + o_j[None, :]
         t_x = tl.load(t_x_ptr + o_ij, mask=inside, other=0)
         t_y = tl.load(t_y_ptr + o_ij, mask=inside, other=0)
         ux_j = tl.load(w_x + o_j, mask=m_j, other=0)
         uy_j = tl.load(u_y_ptr + o_j, mask=m_j, other=0)
-        p_j = tl.load(w_x + n + o_j, mask=m_j, other=0)
-        q_j = tl.load(w_x + 2 * n + o_j, mask=m_j, other=0)
+        p_j, q_j = p_i, q_i
+        if ROWWISE:
+            p_j = tl.load(w_x + n + o_j, mask=m_j, other=0)
+            q_j = tl.load(w_x + 2 * n + o_j, mask=m_j, other=0)
         e_j = tl.load(w_x + 3 * n + o_j, mask=m_j, other=0)
         f_j = tl.load(w_x + 4 * n + o_j, mask=m_j, other=0)
         h_j = tl.load(w_x + 5 * n + o_j, mask=m_j, other=0)
@@ -481,7 +501,8 @@ def weighted_rows(
             norm += tl.sum(tl.where(counted, c_ij * K, 0.0), axis=1)
         if SIGMA:
             dsigma += tl.sum(W * sigma_slope(t_x, par_x, sigma_x, KIND_X, HAS_PAR_X), axis=1)
-        z_j = load_rows(x_ptr + g * x_g, o_j.to(tl.int64), o_p, m_j, m_p, x_n, x_p, ref, keep_j, SHIFT, MASK, HALVE)
+        rows_j = columns + tl.cast(start, tl.int64) * x_n
+        z_j = load_rows(rows_j, row_ref, tl.arange(0, BN), o_c, m_j, m_p, x_n, x_p, keep_j, SHIFT, MASK, HALVE)
         dtype = x_ptr.dtype.element_ty
         if dtype == tl.float32:
             acc = tl.dot(V, z_j, acc, input_precision=PRECISION)
@@ -489,28 +510,30 @@ def weighted_rows(
             high = V.to(dtype)
             acc = tl.dot(high, z_j.to(dtype), acc)
             acc = tl.dot((V - high.to(tl.float32)).to(dtype), z_j.to(dtype), acc)
+    rows_i = columns + ((tl.program_id(0) % blocks) * BM).to(tl.int64) * x_n
     if ROW_NORM and KIND_X < RBF:
         # 1/sqrt(K_ii) moves too: an extra diagonal weight -rho_i^2 sum_j c_ij K_ij, times dK_ii/dg_ii
         d = -f_i * f_i * norm
         if KIND_X == 1:
-            t_ii = tl.load(t_x_ptr + o_i.to(tl.int64) * n + o_i, mask=m_i, other=0)
+            t_ii = tl.load(t_x_ptr + o_i * n + o_i, mask=m_i, other=0)
             t0, a = tl.load(par_x), tl.load(par_x + 1)
             d *= DEGREE_X * a
             for _ in tl.static_range(DEGREE_X - 1):
                 d *= t0 + a * t_ii
-        z_i = load_rows(x_ptr + g * x_g, o_i.to(tl.int64), o_p, m_i, m_p, x_n, x_p, ref, keep_i, SHIFT, MASK, HALVE)
+        z_i = load_rows(rows_i, row_ref, tl.arange(0, BM), o_c, m_i, m_p, x_n, x_p, keep_i, SHIFT, MASK, HALVE)
         acc += d[:, None] * z_i
         sums += d
     scale = tl.load(grad_ptr + g) * tl.load(rows_ptr + g * 16 * n + (12 + own) * n)
     m_out = m_i[:, None] & m_p[None, :]
-    o_out = dx_ptr + (g * n + o_i[:, None]) * p + o_p[None, :]
+    out = dx_ptr + (g * n + (tl.program_id(0) % blocks) * BM) * p + tl.program_id(1) * BP
+    o_out = out + tl.arange(0, BM)[:, None] * p + o_c[None, :]
     if PREPARED:
         tl.store(o_out, acc * scale, mask=m_out)
         if tl.program_id(1) == 0:
             tl.store(sums_ptr + g * n + o_i, sums * scale, mask=m_i)
     else:
         if KIND_X >= RBF:
-            z_i = load_rows(x_ptr + g * x_g, o_i.to(tl.int64), o_p, m_i, m_p, x_n, x_p, ref, keep_i, SHIFT, MASK, HALVE)
+            z_i = load_rows(rows_i, row_ref, tl.arange(0, BM), o_c, m_i, m_p, x_n, x_p, keep_i, SHIFT, MASK, HALVE)
             z_i = z_i.to(x_ptr.dtype.element_ty).to(tl.float32)  # as in the products
             acc -= sums[:, None] * z_i
         if HALVE:

@@ -1,4 +1,244 @@
 # SPDX-License-Identifier: Apache-2.0
-from . import torch_impl
-forward = torch_impl.forward
-backward = torch_impl.backward
+"""Launches of the schedules above 1024 samples: prepared rows, banded tile sums, then flash-style or panel gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import panels
+from .combine import RowStats, combine
+from .maps import Side
+from .panels import Gradient, Pairs
+from .prepare import unprepare_gradient
+from .problem import Problem
+from .torch_impl import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
+from .triton_launch import precision
+from .triton_maps import KINDS
+from .triton_tile_kernels import gradient_rows, tile_sums, weight_panel
+
+BAND_BYTES = 64 << 20  # workspace of one launch of tile_sums, and of one panel of V
+FLASH_WIDTH = 256  # widest feature whose gradient tile stays in registers
+
+
+class TileConfig(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# (half inputs, float32 inputs); unmeasured: chosen for zero spills on sm_80, sm_90 and sm_100
+SUMS = (TileConfig(128, 128, 64, 8, 3), TileConfig(64, 64, 32, 8, 2))
+PANEL = (TileConfig(128, 64, 64, 8, 3), TileConfig(64, 32, 32, 8, 2))
+# (widest feature, half, float32)
+FLASH = (
+    (64, TileConfig(128, 32, 64, 8, 2), TileConfig(32, 32, 32, 8, 2)),
+    (128, TileConfig(64, 32, 64, 8, 2), TileConfig(32, 16, 32, 8, 2)),
+    (256, TileConfig(64, 16, 64, 8, 2), TileConfig(32, 16, 32, 8, 2)),
+)
+
+
+def _pick(pair, half: bool):
+    return pair[0] if half else pair[1]
+
+
+class Operands(NamedTuple):
+    """Both sides as the kernels take them; `half` is whether the products run on half-precision tensor cores."""
+
+    pairs: Pairs
+    tensors: tuple[torch.Tensor, ...]  # z, w, square x2, u x2, alpha x2, par x2, typical x2, keep
+    half: bool
+
+    def group(self, g: int) -> tuple[torch.Tensor, ...]:
+        return tuple(t[g] for t in self.tensors)
+
+
+def _operands(pairs: Pairs, x, y, mask) -> Operands:
+    """Prepared rows have norm about 1: float16 then holds them with 11 bits, whatever the half dtype of the input."""
+    half = x.dtype != torch.float32 and y.dtype != torch.float32
+    columns = []
+    for side in (pairs.x, pairs.y):
+        P = side.P
+        z = P.z.half() if half else P.z
+        square = z.float().square().sum(-1) if half and side.spec.of_distance else P.square
+        zero = torch.zeros_like(P.square)
+        par = torch.zeros_like(P.square[:, :1]) if P.par is None else P.par
+        typical = zero[:, 0] if P.typical is None else P.typical
+        u = zero if side.u is None else side.u
+        columns.append((z, square, u, zero if P.alpha is None else P.alpha, par, typical))
+    keep = pairs.x.P.square if mask is None else mask.view(torch.uint8)
+    tensors = [t.contiguous() for both in zip(*columns, strict=True) for t in both] + [keep.contiguous()]
+    return Operands(pairs, tuple(tensors), half)
+
+
+def _constants(pairs: Pairs, mask) -> dict:
+    problem, out = pairs.problem, {}
+    for name, side in (("X", pairs.x), ("Y", pairs.y)):
+        polynomial = side.spec.name == "polynomial"
+        out[f"KIND_{name}"] = KINDS[side.spec.name]
+        out[f"DEGREE_{name}"] = int(side.spec.params[0]) if polynomial else 1
+        out[f"S_{name}"] = 1 if side.P.par is None else side.P.par.shape[1]
+    return out | {
+        "STABLE": problem.stable,
+        "UNBIASED": problem.unbiased,
+        "MASK": mask is not None,
+        "ROWWISE": problem.rowwise,
+        "ROW_NORM": problem.row_normalize,
+    }
+
+
+def _with_means(side: Side, weight) -> Side:
+    """Landmark means of all groups."""
+    if not side.stable or side.spec.linear:
+        return side
+    weights = [None] * side.left.shape[0] if weight is None else weight
+    means = [panels.landmark_means(side.group(g), w) for g, w in enumerate(weights)]
+    return side._replace(u=torch.stack(means))
+
+
+def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, torch.float32)
+    pairs = pairs._replace(x=_with_means(pairs.x, pairs.weight), y=_with_means(pairs.y, pairs.weight))
+    rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
+    stats = _banded_sums(_operands(pairs, x, y, mask), mask, rho, precision(x, y))
+    count = x.shape[1] if mask is None else mask.sum(1)
+    eps = torch.finfo(torch.float32).eps
+    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho)
+    value, rows = pack_rows(value, sides, (pairs.x.u, pairs.y.u), count, problem, need, torch.float32)
+    return value, rows, value.new_empty(0)
+
+
+def _banded_sums(operands: Operands, mask, rho, how: str) -> RowStats:
+    """Bands of row tiles bound the workspace; every slot is written, so nothing is cleared."""
+    z, w, problem = operands.tensors[0], operands.tensors[1], operands.pairs.problem
+    (G, n, p), q = z.shape, w.shape[2]
+    config = _pick(SUMS, operands.half)
+    tiles = triton.cdiv(n, config.rows)
+    band = max(1, min(tiles, BAND_BYTES // (2 * 7 * 4 * n * G)))
+    fields = 7 if problem.rowwise else 5
+    stats = torch.zeros((fields, G, n), dtype=torch.float64, device=z.device)
+    rhos = z if rho is None else torch.stack(rho).float()
+    row_slots = torch.empty((tiles, G, 7, band * config.rows), dtype=torch.float32, device=z.device)
+    column_slots = torch.empty((band, G, 7, n), dtype=torch.float32, device=z.device)
+    for first in range(0, tiles, band):
+        used = min(band, tiles - first)
+        tile_sums[(band * tiles * G,)](
+            *operands.tensors, rhos, row_slots, column_slots, n, p, q, G, first, band,
+            BM=config.rows, BK=config.depth, **_constants(operands.pairs, mask), MSE=problem.stat == "mse",
+            PRECISION=how, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        start, stop = first * config.rows, min(n, (first + used) * config.rows)
+        rows = row_slots[..., : stop - start].sum(0, dtype=torch.float64)
+        columns = column_slots[:used].sum(0, dtype=torch.float64)
+        written = 5 + 2 * problem.row_normalize
+        stats[:written, :, start:stop] += rows.movedim(1, 0)[:written]
+        mirrored = written if problem.rowwise else 2
+        stats[:mirrored] += columns.movedim(1, 0)[:mirrored]
+    extra = (stats[5], stats[6]) if problem.row_normalize and problem.center else (None, None)
+    return RowStats(*stats[:5], *extra)
+
+
+def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
+    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, torch.float32)
+    if problem.stable:
+        means = rows[:, 0], rows[:, SIDE_ROWS]
+        pairs = pairs._replace(x=pairs.x._replace(u=means[0]), y=pairs.y._replace(u=means[1]))
+    grad = grad.float()
+    out = [x.new_empty(0)] * 4
+    for k, (features, sigma) in enumerate(((x, sigma_x), (y, sigma_y))):
+        if not need & (0b101 << k):
+            continue
+        side = pairs if k == 0 else Pairs(problem.swapped(), pairs.y, pairs.x, pairs.weight)
+        operands = _operands(side, *((x, y) if k == 0 else (y, x)), mask)
+        want_sigma = bool(need & (0b100 << k))
+        weights = unpack_weights(rows, k, problem)
+        gradient = _gradient(operands, weights, mask, want_sigma, precision(x, y))
+        spec = side.problem.kx
+        if need & (1 << k):
+            dz, sums = gradient.dz * grad[:, None, None], gradient.row_sums * grad[:, None]
+            out[k] = unprepare_gradient(dz, sums, features, side.x.P, spec, mask)
+        if want_sigma:
+            out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale * grad, sigma)
+    return tuple(out)
+
+
+def _scaled(weights, side: Side):
+    """Weights as [G, 5, n] divided by their largest (and a polynomial's slope): V is then of order 1 in half precision."""
+    p, q, e, f, h = (v if v.shape[-1] else torch.zeros_like(weights.p) for v in weights)
+    scale = (p.abs() + q.abs() + e.abs() + (f * h).abs()).amax(-1) * 2
+    if side.spec.name == "polynomial":
+        scale = scale * side.P.par[:, 1].abs()
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    over = scale[:, None]
+    return torch.stack([p / over, q / over, e / over, f, h / over], dim=1).contiguous(), scale
+
+
+def _gradient(operands: Operands, weights, mask, want_sigma: bool, how: str) -> Gradient:
+    side = operands.pairs.x
+    scaled, scale = _scaled(weights, side)
+    launch = _flash if side.P.z.shape[2] <= FLASH_WIDTH else _panels
+    dz, sums, norms, dsigma = launch(operands, scaled, mask, want_sigma, how)
+    if operands.pairs.problem.row_normalize and not side.spec.of_distance:
+        dz, sums = panels.row_norm_diagonal(side, weights, norms, dz, sums)
+    over = scale[:, None]
+    return Gradient(dz * over[..., None], sums * over, dsigma.double() * scale)
+
+
+def _flash(operands: Operands, scaled, mask, want_sigma, how):
+    z, w = operands.tensors[:2]
+    (G, n, p), q = z.shape, w.shape[2]
+    config = _pick(next(row for row in FLASH if p <= row[0])[1:], operands.half)
+    dz = torch.empty((G, n, p), dtype=torch.float32, device=z.device)
+    extra = torch.empty((G, 3, n), dtype=torch.float32, device=z.device)
+    gradient_rows[(triton.cdiv(n, config.rows) * G,)](
+        *operands.tensors, scaled, dz, extra, n, p, q,
+        BM=config.rows, BN=config.columns, BK=config.depth, BP=max(16, triton.next_power_of_2(p)),
+        **_constants(operands.pairs, mask), SIGMA=want_sigma, PRECISION=how,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return dz, extra[:, 0], extra[:, 1], extra[:, 2].sum(1)
+
+
+def _panels(operands: Operands, scaled, mask, want_sigma, how):
+    z, w = operands.tensors[:2]
+    (G, n, p), q = z.shape, w.shape[2]
+    config = _pick(PANEL, operands.half)
+    tiles = triton.cdiv(n, config.columns)
+    height = max(config.rows, min(triton.cdiv(n, config.rows) * config.rows, BAND_BYTES // (n * z.element_size())))
+    height -= height % config.rows
+    dz = torch.empty((G, n, p), dtype=torch.float32, device=z.device)
+    sums, norms, dsigma = (torch.zeros((G, n), dtype=torch.float32, device=z.device) for _ in range(3))
+    panel = torch.empty((height, n), dtype=z.dtype, device=z.device)
+    row_norm = operands.pairs.problem.row_normalize
+    extra = torch.empty((tiles, 3, height), dtype=torch.float32, device=z.device)
+    for g in range(G):
+        tensors = operands.group(g)
+        for first in range(0, n, height):
+            rows = min(height, n - first)
+            weight_panel[(triton.cdiv(rows, config.rows) * tiles,)](
+                *tensors, scaled[g], panel, extra, n, p, q, first, height,
+                BM=config.rows, BN=config.columns, BK=config.depth, **_constants(operands.pairs, mask),
+                SIGMA=want_sigma, PRECISION=how, num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+            used = slice(first, first + rows)
+            _product_into(dz[g, used], panel[:rows], tensors[0])
+            sums[g, used] = extra[:, 0, :rows].sum(0)
+            if row_norm:
+                norms[g, used] = extra[:, 1, :rows].sum(0)
+            if want_sigma:
+                dsigma[g, used] = extra[:, 2, :rows].sum(0)
+    return dz, sums, norms, dsigma.sum(1)
+
+
+def _product_into(out, a, b):
+    """out = a b with float32 accumulation and result, whatever the operands."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        out.copy_(torch.mm(a, b, out_dtype=torch.float32))
+    else:  # the interpreter's tensors: no CPU product of halves gives float32
+        torch.mm(a.float(), b.float(), out=out)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel of the family in its default configurations, as ahead-of-time compilation needs it.
+
+Used by the compile-only test leg, which has no GPU: kernel, argument types, compile-time constants and launch options.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .triton_launch import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
+from .triton_maps import KINDS
+from .triton_small import finish, row_sums, split_gram, weighted_rows
+from .triton_tile_kernels import gradient_rows, tile_sums, weight_panel
+from .triton_tiles import FLASH, PANEL, SUMS
+
+
+class CompileCase(NamedTuple):
+    name: str
+    kernel: object
+    signature: dict
+    attributes: dict  # divisibility by 16 of pointers and widths, as a launch finds it
+    constants: dict
+    warps: int
+    stages: int
+    tensor_cores: bool  # half-precision products: on sm_90 they must become wgmma
+
+
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+ALIGNED = ("n", "p", "q", "x_g", "x_n", "y_g", "y_n", "per_x", "per_y")
+_FLOAT32 = ("part", "square", "kept", "value", "rows", "alpha", "par", "typical", "rho", "row", "column", "weights")
+_FLOAT32 += ("dz", "extra", "u_x", "u_y", "grad", "sums", "dsigma")
+
+
+def _type(argument: str, dtype: str) -> str:
+    """The Triton type of a kernel argument by its name."""
+    stem = argument.removesuffix("_ptr")
+    if stem == argument:
+        return "fp32" if argument.startswith("sigma") else "i32"
+    if stem in ("stats", "unit"):
+        return "*fp64"
+    if stem in ("mask", "keep"):
+        return "*u8"
+    if stem == "ref":
+        return "*i64"
+    return "*fp32" if stem.startswith(_FLOAT32) else POINTERS[dtype]
+
+
+def _case(name, kernel, dtype, warps, stages, tensor_cores=False, **constants) -> CompileCase:
+    signature = {a: "constexpr" if a in constants else _type(a, dtype) for a in kernel.arg_names}
+    aligned = [k for k, a in enumerate(kernel.arg_names) if a.endswith("_ptr") or a in ALIGNED]
+    attributes = {(k,): [["tt.divisibility", 16]] for k in aligned if kernel.arg_names[k] not in constants}
+    return CompileCase(f"{name}-{dtype}", kernel, signature, attributes, constants, warps, stages, tensor_cores)
+
+
+def _sides(kind: str) -> dict:
+    out = {}
+    for name in "XY":
+        out |= {f"KIND_{name}": KINDS[kind], f"DEGREE_{name}": 2 if kind == "polynomial" else 1, f"S_{name}": 1}
+    return out
+
+
+def compile_cases():
+    """Default configurations with the options that training uses: unbiased CKA, gradient to one side."""
+    flags = {"STABLE": True, "UNBIASED": True, "MASK": False, "ROW_NORM": False}
+    for dtype in POINTERS:
+        half = dtype != "float32"
+        pick = 0 if half else 1
+        for limit, *pair in SPLIT_CONFIGS:
+            c = pair[pick]
+            yield _case(
+                f"split_gram-n{limit}", split_gram, dtype, c.warps, c.stages, half, BM=c.tile, BK=c.depth, SHIFT_X=True,
+                SHIFT_Y=True, MASK=False, HALVE_X=dtype == "float16", HALVE_Y=dtype == "float16", PRECISION="ieee",
+                x_p=1, y_p=1,
+            )  # fmt: skip
+        BM, BN, BP, warps, stages = BACKWARD_HALF if half else BACKWARD_FLOAT
+        for kind in ("linear", "rbf"):
+            yield _case(
+                f"weighted_rows-{kind}", weighted_rows, dtype, warps, stages, half, BM=BM, BN=BN, BP=BP, **_sides(kind),
+                HAS_PAR_X=False, HAS_PAR_Y=False, **flags, ROWWISE=False, PREPARED=False, SHIFT=True,
+                HALVE=dtype == "float16", SIGMA=False, PRECISION="ieee", x_p=1,
+            )  # fmt: skip
+    for kind in KINDS:
+        if kind == "cosine":
+            continue
+        for rows, fused in ((SUMS_BLOCK, False), (64, True), (FUSED_ROWS, True)):
+            step, warps = FUSED_SUMS if fused else SPLIT_SUMS
+            yield _case(
+                f"row_sums-{kind}-{rows}", row_sums, "float32", warps, 3, BM=rows, BN=step, **_sides(kind), HAS_PAR_X=kind == "polynomial", HAS_PAR_Y=kind == "polynomial",
+                STAT=0, CENTER=True, MEAN=True, PREPARED=kind == "polynomial", KEEP=True, FUSED=fused, MINIMUM=4,
+                **flags,
+            )  # fmt: skip
+    yield _case(
+        "finish", finish, "float32", 4, 3, BLOCK=1024, STAT=0, CENTER=True, MEAN=True, PREPARED=False, KEEP=True,
+        MINIMUM=4, **flags,
+    )  # fmt: skip
+    yield from _tile_cases(flags)
+
+
+def _tile_cases(flags):
+    for dtype in ("float16", "float32"):  # bfloat16 rows are prepared as float16
+        half = dtype == "float16"
+        pick = 0 if half else 1
+        for kind in ("linear", "polynomial", "rbf", "laplacian"):
+            c = SUMS[pick]
+            shared = {**_sides(kind), **flags, "ROWWISE": False, "PRECISION": "ieee"}
+            yield _case(
+                f"tile_sums-{kind}", tile_sums, dtype, c.warps, c.stages, half, BM=c.rows, BK=c.depth, MSE=False,
+                **shared,
+            )  # fmt: skip
+            c = PANEL[pick]
+            yield _case(
+                f"weight_panel-{kind}", weight_panel, dtype, c.warps, c.stages, half, BM=c.rows, BN=c.columns,
+                BK=c.depth, SIGMA=False, **shared,
+            )  # fmt: skip
+            for width, *pair in FLASH:
+                c = pair[pick]
+                yield _case(
+                    f"gradient_rows-{kind}-p{width}", gradient_rows, dtype, c.warps, c.stages, half, BM=c.rows,
+                    BN=c.columns, BK=c.depth, BP=width, SIGMA=False, **shared,
+                )  # fmt: skip
