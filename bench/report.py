@@ -150,8 +150,6 @@ def _accuracy(rows) -> str:
     body = []
     for (dtype, kernel, sigma, who), group in groups.items():
         worst = max(group, key=lambda r: math.inf if math.isnan(r["error"]) else r["error"])
-        slopes = [r["gradient_error"] for r in group if r["gradient_error"] is not None]
-        slope = max(slopes, key=lambda e: math.inf if math.isnan(e) else e) if slopes else None
         missed = sum(not r["holds"] for r in group)
         body.append(
             (
@@ -162,14 +160,29 @@ def _accuracy(rows) -> str:
                     who,
                     f"{worst['error']:.1e} (n={worst['shape']['n']}, {worst['regime']})",
                     f"{worst['bound']:.0e}",
-                    "" if slope is None else f"{slope:.1e}",
+                    *(_worst(group, name) for name in ("gradient_error", "gradient_floor", "gradient_excess")),
                     f"**{missed} of {len(group)} missed**" if missed else f"{len(group)} of {len(group)}",
                 ],
             )
         )
     body = [cells for _, cells in sorted(body, key=lambda item: not item[0])]
-    head = ["kernel", "dtype", "backend", "worst error of CKA", "bound", "worst gradient error", "within"]
+    head = [
+        "kernel",
+        "dtype",
+        "backend",
+        "worst error of CKA",
+        "bound",
+        "gradient error",
+        "of its rounding",
+        "beyond it",
+        "within",
+    ]
     return _table(head, body, "Error against float64 of the same rounded inputs")
+
+
+def _worst(group, name: str) -> str:
+    found = [row[name] for row in group if row[name] is not None]
+    return f"{max(found, key=lambda e: math.inf if math.isnan(e) else e):.1e}" if found else ""
 
 
 def _roofs(rows) -> str:
