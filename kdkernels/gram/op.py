@@ -141,6 +141,8 @@ def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
         )
     if mask is not None:
         check_mask(mask, x, "mask")
+        # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
+        mask = mask & (mask.sum(-1, keepdim=True) >= least)
     name = "gram_mse" if stat in ("mse", "row_mse") else stat
     chosen = backends.resolve(name, backend, x.device.type, (x.dtype, y.dtype))
     if chosen == "reference":

@@ -81,10 +81,13 @@ def cka_one(x, y, kernels, unbiased, center, row_normalize):
     K, L = gram_pair(x, y, kernels, row_normalize)
     kk, ll = hsic_of(K, K, unbiased, center), hsic_of(L, L, unbiased, center)
     kl = hsic_of(K, L, unbiased, center)
-    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN
-    least = (8 * torch.finfo(K.dtype).eps / max(len(K) - 1, 1)) ** 2
+    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN. HSIC_1 is a difference of
+    # sums of squares, HSIC_0 a sum of squared differences
+    eps = 8 * torch.finfo(K.dtype).eps
+    least = (eps if unbiased else eps**2) / max(len(K) - 1, 1) ** 2
     if not (kk > least * K.square().sum() and ll > least * L.square().sum()):
-        return (kk * ll * kl).nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0) * 0
+        undefined = kk * ll * kl
+        return undefined if undefined.isnan() else zero_of(x, y, *(k.sigma for k in kernels))
     return kl / (kk.sqrt() * ll.sqrt())
 
 
