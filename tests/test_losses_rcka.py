@@ -209,3 +209,12 @@ def test_the_class_term_holds_no_class_by_class_matrix():
     value = RCKALoss()(student, teacher)
     value.backward()
     assert value.isfinite() and student.grad.abs().max() > 0
+
+
+def test_autocast_rounds_no_relation_between_features():
+    student, teacher, stages, others = batch()
+    loss = RCKALoss(backend="reference")
+    sides = [student.float(), teacher.float(), [f.float() for f in stages], [f.float() for f in others]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(*sides)
+    assert value.equal(loss(*sides))

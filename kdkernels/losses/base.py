@@ -138,7 +138,7 @@ def check_pair(student, teacher, what: str, index: int | None = None):
 
 
 def levels(student, teacher, what: str = "features") -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pairs to compare, from a tensor or a list of levels on each side; the teacher's are detached."""
+    """The pairs to compare, from a tensor or a list of levels on each side."""
     named = ((student, f"student_{what}"), (teacher, f"teacher_{what}"))
     for side, name in named:
         if not isinstance(side, (torch.Tensor, Sequence)):
@@ -147,7 +147,7 @@ def levels(student, teacher, what: str = "features") -> list[tuple[torch.Tensor,
     if single != isinstance(teacher, torch.Tensor):
         raise TypeError(f"student_{what} and teacher_{what}: give two tensors, or two lists of levels")
     if single:
-        return [(student, teacher.detach())]
+        return [(student, teacher)]
     for side, name in named:
         for i, level in enumerate(side):
             checks.is_tensor(level, f"{name}[{i}]")
@@ -155,7 +155,7 @@ def levels(student, teacher, what: str = "features") -> list[tuple[torch.Tensor,
         raise ValueError(f"teacher_{what} has {len(teacher)} levels, student_{what} has {len(student)}")
     if not student:
         raise ValueError(f"student_{what} is an empty list: it needs at least one level")
-    return [(s, t.detach()) for s, t in zip(student, teacher, strict=True)]
+    return list(zip(student, teacher, strict=True))
 
 
 def check_rows(rows):
@@ -213,6 +213,19 @@ def _fit_mask(mask, batch, inner, name: str, rows):
     if not inner:
         return mask
     return mask.reshape(*batch, -1).expand(*batch, math.prod(inner))
+
+
+def rows_of_pair(student, teacher, rows, mask, what: str, index: int | None = None):
+    """Both sides as rows, the teacher's detached, and the mask of these rows."""
+    names = check_pair(student, teacher, what, index)
+    x, kept = as_rows(student, rows, mask, names[0])
+    y, _ = as_rows(teacher.detach(), rows, mask, names[1])
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"{names[1]} gives {tuple(y.shape[:-1])} rows, {names[0]} {tuple(x.shape[:-1])} with rows={rows!r}: "
+            "both sides need the same tokens or positions; rows='mean', 'gap' or 'flatten' compare samples"
+        )
+    return x, y, kept
 
 
 def zero_where_masked(x, mask):

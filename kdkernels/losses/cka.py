@@ -10,11 +10,10 @@ from ..gram.op import cka
 from ..gram.problem import minimum_rows
 from .base import (
     Loss,
-    as_rows,
-    check_pair,
     check_rows,
     full_precision,
     levels,
+    rows_of_pair,
     weight_tensor,
     weight_text,
 )
@@ -119,19 +118,6 @@ def level_weights(weights, name: str):
     if value.dim() != 1:
         raise ValueError(f"{name} is {weights!r}: give a list, one weight a level")
     return value
-
-
-def rows_of_pair(student, teacher, rows, mask, what: str, index: int | None = None):
-    """Both sides as rows, and the mask of these rows."""
-    names = check_pair(student, teacher, what, index)
-    x, kept = as_rows(student, rows, mask, names[0])
-    y, _ = as_rows(teacher.detach(), rows, mask, names[1])
-    if x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(
-            f"{names[1]} gives {tuple(y.shape[:-1])} rows, {names[0]} {tuple(x.shape[:-1])} with rows={rows!r}: "
-            "both sides need the same tokens or positions; rows='mean', 'gap' or 'flatten' compare samples"
-        )
-    return x, y, kept
 
 
 def mean_of_groups(values, mask, least: int):

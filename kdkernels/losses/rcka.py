@@ -7,8 +7,8 @@ import torch
 
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
-from .base import Loss, check_rows, full_precision, levels, weight_tensor, weight_text, zero_where_masked
-from .cka import check_estimator, mean_of_groups, rows_of_pair
+from .base import Loss, check_rows, full_precision, levels, rows_of_pair, weight_tensor, weight_text, zero_where_masked
+from .cka import check_estimator, mean_of_groups
 
 PRESETS = {
     "lcka": {"row_weight": 15.0, "class_weight": 15.0, "feature_weight": 0.0},

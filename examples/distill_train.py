@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a student is trained here: cross-entropy on the labelled rows, plus one distillation loss on all rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from distill_data import Data, Split, augment, draw_labelled
+from distill_nets import Output, Setup
+from torch import nn
+
+import kdkernels as kd
+
+
+class PseudoLabel(nn.Module):
+    """The control: the teacher's argmax as if it were the label."""
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, student_logits, teacher_logits):
+        return self.weight * F.cross_entropy(student_logits, teacher_logits.argmax(-1))
+
+
+class Method(NamedTuple):
+    title: str
+    make: Callable[[float, int], nn.Module] | None  # (weight, number of steps) -> loss(student, teacher)
+    uses: str = "logits"  # field of Output that the loss compares
+    grid: tuple[float, ...] = ()  # weights that --tune tries; the first is used where nothing was tuned
+    op: str | None = None  # the kdkernels op inside
+
+
+def ramped(loss: nn.Module, steps: int) -> nn.Module:
+    """CKA does not see the scale of the logits and its gradient is largest at the start: rise over a third."""
+    return kd.losses.Ramp(loss, start=0, end=steps // 3)
+
+
+def rcka(weight: float, steps: int) -> nn.Module:
+    return ramped(kd.losses.RCKALoss.preset("lcka", row_weight=weight, class_weight=weight), steps)
+
+
+METHODS = {
+    "ce": Method("cross-entropy alone", None),
+    "pseudo": Method("control: teacher's argmax", lambda w, steps: PseudoLabel(w), "logits", (1.0, 0.3, 3.0, 10.0)),
+    "kd": Method("KD, tau 4", lambda w, steps: kd.losses.KDLoss(tau=4.0, weight=w), "logits", (1.0, 0.3, 3.0, 10.0)),
+    "cka": Method(
+        "CKA of features, ramp",
+        lambda w, steps: ramped(kd.losses.CKALoss(weight=w), steps),
+        "features",
+        (15.0, 1.0, 3.0, 5.0, 30.0),
+        "cka",
+    ),
+    "rcka": Method("RCKA of logits, ramp", rcka, "logits", (15.0, 1.0, 3.0, 5.0, 30.0), "cka"),
+}
+CONTROLS = ("ce", "pseudo", "kd")  # always in the table
+
+
+class Run(NamedTuple):
+    method: str
+    seed: int
+    weight: float | None
+    curve: list[float]  # validation accuracy after each epoch, %
+    test: float | None  # test accuracy after the last one, %; None while weights are chosen
+
+
+class Timing(NamedTuple):
+    step_ms: float  # a whole training step
+    loss_ms: float | None  # forward and backward of the added loss alone
+    backend: str
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, split: Split) -> float:
+    """Per cent."""
+    net.eval()
+    right = sum(
+        (net(x).logits.argmax(1) == y).sum().item() for x, y in zip(*(t.split(1024) for t in split), strict=True)
+    )
+    net.train()
+    return 100 * right / len(split.labels)
+
+
+def optimiser(net: nn.Module, setup: Setup, steps: int):
+    sgd = torch.optim.SGD(net.parameters(), setup.lr, momentum=0.9, nesterov=True, weight_decay=setup.weight_decay)
+    return sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)
+
+
+def train_teacher(data: Data, setup: Setup, seed: int, epochs: int, on_epoch=lambda: None) -> nn.Module:
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    net = setup.teacher(data.classes).to(data.train.images.device)
+    sgd, schedule = optimiser(net, setup, epochs * (len(data.train.labels) // setup.unlabelled))
+    for _ in range(epochs):
+        order = torch.randperm(len(data.train.labels), generator=generator)
+        for rows in order.split(setup.unlabelled):
+            if len(rows) < setup.unlabelled:
+                break
+            logits = net(augment(data.train.images[rows], data, generator)).logits
+            sgd.zero_grad()
+            F.cross_entropy(logits, data.train.labels[rows]).backward()
+            sgd.step()
+            schedule.step()
+        on_epoch()
+    return net.eval().requires_grad_(False)
+
+
+class Student:
+    """One student and what one step of its training does; the same seed gives every method the same start and data."""
+
+    def __init__(self, method: str, weight: float | None, data: Data, teacher, setup: Setup, seed: int, epochs: int):
+        torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.method, self.data, self.teacher, self.setup = METHODS[method], data, teacher, setup
+        self.labelled = draw_labelled(data.train.labels, setup.labels, seed)
+        self.net = setup.student(data.classes).to(data.train.images.device)
+        self.steps_per_epoch = len(data.train.labels) // setup.unlabelled
+        steps = epochs * self.steps_per_epoch
+        self.loss = self.method.make(weight, steps).to(data.train.images.device) if self.method.make else None
+        self.sgd, self.schedule = optimiser(self.net, setup, steps)
+
+    def batch(self, order: torch.Tensor):
+        """Labelled rows first, then rows whose label nobody reads."""
+        drawn = self.labelled[torch.randint(len(self.labelled), (self.setup.labelled,), generator=self.generator)]
+        images = self.data.train.images[torch.cat([drawn, order])]
+        return augment(images, self.data, self.generator), self.data.train.labels[drawn]
+
+    def outputs(self, images) -> tuple[Output, Output]:
+        with torch.no_grad():
+            teacher = self.teacher(images)
+        return self.net(images), teacher
+
+    def distillation(self, student: Output, teacher: Output):
+        return self.loss(getattr(student, self.method.uses), getattr(teacher, self.method.uses))
+
+    def step(self, order: torch.Tensor):
+        images, labels = self.batch(order)
+        student, teacher = self.outputs(images)
+        total = F.cross_entropy(student.logits[: len(labels)], labels)
+        if self.loss is not None:
+            total = total + self.distillation(student, teacher)
+        self.sgd.zero_grad()
+        total.backward()
+        self.sgd.step()
+        self.schedule.step()
+        return student, teacher
+
+    def epoch(self):
+        order = torch.randperm(len(self.data.train.labels), generator=self.generator)
+        for rows in order[: self.steps_per_epoch * self.setup.unlabelled].split(self.setup.unlabelled):
+            self.step(rows)
+
+
+def train_student(
+    method: str, weight, data: Data, teacher, setup: Setup, seed: int, epochs: int, on_epoch=lambda: None
+) -> Run:
+    student = Student(method, weight, data, teacher, setup, seed, epochs)
+    curve = []
+    for _ in range(epochs):
+        student.epoch()
+        curve.append(accuracy(student.net, data.validation))
+        on_epoch()
+    test = None if data.test is None else accuracy(student.net, data.test)
+    return Run(method, seed, weight, curve, test)
+
+
+def time_method(method: str, weight, data: Data, teacher, setup: Setup, repeats: int = 60) -> Timing:
+    """Medians over steps, nothing else running; the loss is timed on the outputs of the same steps, cut off the net."""
+    device = data.train.images.device
+    student = Student(method, weight, data, teacher, setup, seed=0, epochs=1 + repeats // 10)
+    rows = torch.arange(setup.unlabelled)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    steps, losses, output = [], [], None
+    for i in range(repeats + 10):
+        start = clock()
+        output, target = student.step(rows)
+        middle = clock()
+        if student.loss is not None:
+            leaves = Output(*(t.detach().requires_grad_() for t in output))
+            begin = clock()
+            student.distillation(leaves, target).backward()
+            end = clock()
+            if i >= 10:
+                losses.append(end - begin)
+        if i >= 10:
+            steps.append(middle - start)
+    op = METHODS[method].op
+    field = METHODS[method].uses
+    backend = kd.explain(op, getattr(output, field), getattr(target, field)).backend if op else "plain PyTorch"
+    return Timing(1e3 * _median(steps), 1e3 * _median(losses) if losses else None, backend)
+
+
+def _median(values) -> float:
+    return sorted(values)[len(values) // 2]
