@@ -4,6 +4,7 @@
 "median" is NumPy's (the mean of the two middle values) over all n^2 ordered pairs, the zero diagonal included, as in
 Kornblith et al. 2019: exact up to `EXACT` samples, above that over a fixed strided subset of `EXACT` rows. "mean" is
 the closed form 2 (mean |x|^2 - |mean x|^2), O(n p). Per group; a median of 0 falls back to the mean, a mean of 0 to 1.
+An operator of its own, `kdkernels::gram_bandwidth`: traced, its index arithmetic would compile again for every n.
 """
 
 import torch
@@ -11,10 +12,13 @@ import torch
 EXACT = 1024
 
 
-@torch.no_grad()
 def bandwidth(x, mask, rule: str, factor: float):
     """sigma [G] for x [G, n, p], in at least float32."""
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return torch.ops.kdkernels.gram_bandwidth(x.detach(), mask, rule, factor)
+
+
+def _bandwidth(x, mask, rule: str, factor: float):
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if rule == "median" and x.shape[1] > EXACT:
         rows = torch.arange(EXACT, device=x.device) * x.shape[1] // EXACT
         x, mask = x[:, rows], None if mask is None else mask[:, rows]
@@ -53,3 +57,13 @@ def _median(x, square, mask, count):
 def _place(position, count):
     """Index into [0, sorted triangle] of the value at `position` among all count^2 sorted values."""
     return torch.where(position < count, 0, (position - count) // 2 + 1)
+
+
+def _fake(x, mask, rule, factor):
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+torch.library.define("kdkernels::gram_bandwidth", "(Tensor x, Tensor? mask, str rule, float factor) -> Tensor")
+for device in ("CPU", "CUDA"):
+    torch.library.impl("kdkernels::gram_bandwidth", device)(_bandwidth)
+torch.library.register_fake("kdkernels::gram_bandwidth")(_fake)

@@ -40,11 +40,12 @@ class Kernel:
     name = ""
     sigma = None
     domain = "any real features"
+    _code = ""  # made once: torch.compile(dynamic=True) takes the numbers of an object for variables, but not its text
 
     @property
     def code(self) -> str:
         """The static part as text, for example rbf:2.0 (`problem.decode` reads it back as a KernelSpec)."""
-        return self.name
+        return self._code
 
     def of_group(self, g: int) -> Kernel:
         """The kernel function of group g, where sigma is a tensor [G]."""
@@ -53,19 +54,19 @@ class Kernel:
         return self
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k[0] != '_')})"
 
 
 class Linear(Kernel):
     """k(x, y) = x . y"""
 
-    name = "linear"
+    name = _code = "linear"
 
 
 class Cosine(Kernel):
     """k(x, y) = x . y / (|x| |y|); a zero row has similarity 0 with every row, itself included."""
 
-    name = "cosine"
+    name = _code = "cosine"
     domain = "rows away from zero"
 
 
@@ -82,10 +83,7 @@ class Polynomial(Kernel):
         if not math.isfinite(coef0):
             raise ValueError(f"coef0 is {coef0!r}: Polynomial needs a finite number")
         self.degree, self.scale, self.coef0 = int(degree), float(scale), float(coef0)
-
-    @property
-    def code(self) -> str:
-        return f"polynomial:{self.degree}:{self.scale!r}:{self.coef0!r}"
+        self._code = f"polynomial:{self.degree}:{self.scale!r}:{self.coef0!r}"
 
 
 class _Bandwidth(Kernel):
@@ -93,11 +91,8 @@ class _Bandwidth(Kernel):
 
     def __init__(self, sigma="median"):
         self.sigma = _check_sigma(sigma, type(self).__name__)
-
-    @property
-    def code(self) -> str:
         numbers = self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
-        return ":".join((self.name, *map(repr, numbers)))
+        self._code = ":".join((self.name, *map(repr, numbers)))
 
 
 class RBF(_Bandwidth):

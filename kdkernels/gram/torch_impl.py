@@ -94,8 +94,7 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
     u = (rows[:, 0], rows[:, half]) if problem.stable and not in_features else (None, None)
     pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))
     products = kept.unbind(0) if kept.dim() == 4 else None
-    empty = x.new_empty(0)
-    out = [empty] * 4
+    out = [x.new_empty(0) for _ in range(4)]  # an operator's outputs may not alias
     for k, features in enumerate((x, y)):
         if not need & (0b101 << k):
             continue

@@ -8,23 +8,27 @@ n > p + q stay in feature space, where cuBLAS is the kernel.
 
 from __future__ import annotations
 
-import torch
-
 from . import torch_impl, triton_tiles
+from . import triton_launch as triton_small_launch
 from .panels import SMALL
 from .problem import Problem
-from .triton_launch import small_backward, small_forward
 
 SMALL_ROWS = 16  # vectors a group that the small schedule saves, see `triton_small.py`
 
 
-def _small(n: int) -> bool:
-    return n <= SMALL
+saved_dtype = torch_impl.saved_dtype
+
+
+def _in_pytorch(problem: Problem, n: int, p: int, q: int) -> bool:
+    """Forms whose kernel is cuBLAS: feature space, and centred row-normalised statistics, which need float64."""
+    if problem.row_normalize and problem.center:
+        return True
+    return n > SMALL and torch_impl.in_feature_space(problem, n, p, q)
 
 
 def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int):
     """As `torch_impl.saved_shapes`: below `SMALL` a launch is dearer than arithmetic, so Gram space always wins there."""
-    if not _small(n):
+    if n > SMALL or _in_pytorch(problem, n, p, q):
         return torch_impl.saved_shapes(problem, G, n, p, q, need)
     return ((G, SMALL_ROWS, n), (2, G, n, n)) if need else ((0,), (0,))
 
@@ -34,17 +38,15 @@ def saved_dtype(problem: Problem, x, y):
     return torch_impl.saved_dtype(problem, x, y) if in_features else torch_impl.compute_dtype(x, y)
 
 
+def _schedule(problem: Problem, x, y):
+    if _in_pytorch(problem, x.shape[1], x.shape[2], y.shape[2]):
+        return torch_impl
+    return triton_small_launch if x.shape[1] <= SMALL else triton_tiles
+
+
 def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
-    if _small(x.shape[1]):
-        return small_forward(x, y, mask, sigma_x, sigma_y, problem, need)
-    if torch_impl.in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2]):
-        return torch_impl.forward(x, y, mask, sigma_x, sigma_y, problem, need)
-    return triton_tiles.forward(x, y, mask, sigma_x, sigma_y, problem, need)
+    return _schedule(problem, x, y).forward(x, y, mask, sigma_x, sigma_y, problem, need)
 
 
 def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    if _small(x.shape[1]):
-        return small_backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
-    if torch_impl.in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2]):
-        return torch_impl.backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
-    return triton_tiles.backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+    return _schedule(problem, x, y).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)

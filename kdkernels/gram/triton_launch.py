@@ -119,7 +119,7 @@ def _kernel_constants(name: str, side: SideArguments) -> dict:
     }
 
 
-def small_forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     G, n, _ = x.shape
     a = side_arguments(x, mask, problem.kx, sigma_x, problem)
     b = side_arguments(y, mask, problem.ky, sigma_y, problem)
@@ -181,7 +181,7 @@ def _launch_split(a: SideArguments, b: SideArguments, keep, ref, masked: bool):
     return part, square, splits
 
 
-def small_backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
+def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
     a = side_arguments(x, mask, problem.kx, sigma_x, problem)
     b = side_arguments(y, mask, problem.ky, sigma_y, problem)
     keep, ref = _mask_arguments(mask, x)
