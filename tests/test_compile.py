@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops are good citizens of PyTorch: opcheck, gradcheck, torch.compile without breaks or recompiles, torch.func."""
+
+import pytest
+import torch
+from conftest import BACKENDS
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kdkernels as kd
+from kdkernels.gram.kernels import spec_of
+from kdkernels.gram.problem import encode
+
+FAST = [backend for backend in BACKENDS if backend != "reference"]
+KERNELS = {
+    "linear": lambda s: "linear",
+    "polynomial": lambda s: kd.Polynomial(3, 0.5, 1.0),
+    "cosine": lambda s: "cosine",
+    "rbf": kd.RBF,
+    "laplacian": kd.Laplacian,
+    "rbf and linear": lambda s: (kd.RBF(s), "linear"),
+}
+ESTIMATORS = {
+    "unbiased": {},
+    "biased": {"unbiased": False},
+    "uncentred": {"unbiased": False, "center": False},
+    "row": {"unbiased": False, "center": False, "row_normalize": True},
+    "centred row": {"unbiased": False, "row_normalize": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+# the calls that compile and torch.func are tried with: every statistic, feature and Gram space, a rule, a mask, groups
+CALLS = {
+    "cka linear": lambda x, y, m, b: kd.cka(x, y, backend=b),
+    "cka rbf masked": lambda x, y, m, b: kd.cka(x, y, kernel="rbf", mask=m, backend=b),
+    "hsic row": lambda x, y, m, b: kd.hsic(x, y, kernel="polynomial", unbiased=False, row_normalize=True, backend=b),
+    "mmd": lambda x, y, m, b: kd.mmd(x, y, kernel=kd.RBF((0.5, 2.0)), backend=b),
+    "mmd masked": lambda x, y, m, b: kd.mmd(x, y, mask=(m, None), backend=b),
+    "gram_mse": lambda x, y, m, b: kd.gram_mse(x, y, normalize="row", mask=m, backend=b),
+}
+
+
+def arguments(n=12, p=4, groups=None, dtype=torch.float32):
+    lead = () if groups is None else (groups,)
+    x, y = torch.randn(*lead, n, p, dtype=dtype), torch.randn(*lead, n, p, dtype=dtype) + 0.5
+    mask = torch.rand(*lead, n) > 0.2
+    mask[..., :4] = True
+    return x.requires_grad_(), y.requires_grad_(), mask
+
+
+def value_and_gradients(f, x, y, mask):
+    value = f(x, y, mask)
+    return value, *torch.autograd.grad(value.sum(), (x, y))
+
+
+def operator_arguments(kernel, stat, flags, backend, groups=2, permuted=False):
+    x, y = torch.randn(groups, 9, 4), torch.randn(groups, 9, 3)
+    if permuted:
+        x, y = (t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in (x, y))
+    sigma = torch.full((groups,), 1.5) if kernel in ("rbf", "laplacian") else None
+    mask = torch.rand(groups, 9) > 0.2
+    return x, y, mask, sigma, sigma, encode(stat, *spec_of(kernel), *flags, backend)
+
+
+PROBLEMS = [  # kernel, statistic, (unbiased, center, row_normalize, mean)
+    ("linear", "cka", (True, True, False, True)),
+    ("rbf", "cka", (True, True, False, True)),
+    ("polynomial", "hsic", (False, True, True, True)),
+    ("laplacian", "sum", (True, False, False, True)),
+    ("linear", "mse", (False, False, False, True)),
+    ("linear", "row_mse", (False, False, False, False)),
+]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p[1]} {p[0]}")
+def test_both_operators_pass_opcheck(problem, permuted, backend):
+    inputs = operator_arguments(*problem, backend, permuted=permuted)
+    need = 0b1111 if inputs[3] is not None else 0b11
+    torch.library.opcheck(torch.ops.kdkernels.gram_fwd.default, (*inputs, 0))
+    torch.library.opcheck(torch.ops.kdkernels.gram_fwd.default, (*inputs, need))
+    value, rows, kept = torch.ops.kdkernels.gram_fwd(*inputs, need)
+    saved = (*inputs[:5], rows, kept, inputs[5])
+    torch.library.opcheck(torch.ops.kdkernels.gram_bwd.default, (torch.ones_like(value), *saved, need))
+    torch.library.opcheck(torch.ops.kdkernels.gram_bwd.default, (torch.ones_like(value), *saved, 0b10))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_to_both_sides_and_sigma_are_finite_differences(kernel, estimator, backend):
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    inputs = [x, y]
+    if kernel.startswith(("rbf", "laplacian")):
+        inputs.append(torch.tensor(1.3, dtype=torch.float64, requires_grad=True))
+
+    def f(f_x, f_y, sigma=None):
+        return kd.cka(f_x, f_y, kernel=KERNELS[kernel](sigma), backend=backend, **ESTIMATORS[estimator])
+
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_masked_and_grouped_gradients_are_finite_differences(name, backend):
+    x, y, mask = arguments(6, 3, groups=2, dtype=torch.float64)
+    if name == "mmd masked":  # the rule is detached: finite differences see it move
+        assert torch.autograd.gradcheck(lambda a, b: kd.mmd(a, b, kernel=kd.RBF(1.5), mask=(mask, None)), (x, y))
+    elif name == "cka rbf masked":
+        assert torch.autograd.gradcheck(lambda a, b: kd.cka(a, b, kernel=kd.Laplacian(1.5), mask=mask), (x, y))
+    else:
+        assert torch.autograd.gradcheck(lambda a, b: CALLS[name](a, b, mask, backend), (x, y))
+
+
+def test_the_reference_has_second_derivatives():
+    x, y, _ = arguments(6, 3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda a, b: kd.cka(a, b, kernel=kd.RBF(1.5), backend="reference"), (x, y))
+
+
+def test_the_fast_backends_refuse_a_second_derivative():
+    x, y, _ = arguments()
+    (gradient,) = torch.autograd.grad(kd.cka(x, y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative .* pass backend='reference'"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_whole_it_equals_eager_forward_and_backward(name, groups):
+    def f(x, y, mask):
+        return CALLS[name](x, y, mask, "auto")
+
+    inputs = arguments(groups=groups)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for got, want in zip(value_and_gradients(compiled, *inputs), value_and_gradients(f, *inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_inductor_compiles_a_loss_around_the_op():
+    def loss(x, y, mask):
+        return 1 - kd.cka(x.relu() * 2, y, kernel="rbf", mask=mask) + kd.gram_mse(x, y)
+
+    inputs = arguments(20, 5)
+    compiled = torch.compile(loss, fullgraph=True)
+    for got, want in zip(value_and_gradients(compiled, *inputs), value_and_gradients(loss, *inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# batches of a training loop, then its short last one
+@pytest.mark.parametrize("dynamic, allowed", [(True, 1), (None, 2)])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_new_number_of_samples_does_not_compile_again(name, dynamic, allowed):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, y, mask: CALLS[name](x, y, mask, "auto"), fullgraph=True, dynamic=dynamic, backend=counter
+    )
+    once = None
+    for n in (12, 13, 30, 7):
+        inputs = arguments(n)
+        got = value_and_gradients(compiled, *inputs)
+        want = value_and_gradients(lambda x, y, mask: CALLS[name](x, y, mask, "auto"), *inputs)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        once = once or counter.frame_count
+    assert 0 < counter.frame_count <= allowed * once
+
+
+def test_a_bandwidth_that_changes_does_not_compile_again_when_it_is_a_tensor():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def f(x, y, sigma):
+        return kd.cka(x, y, kernel=kd.RBF(sigma))
+
+    x, y, _ = arguments()
+    for sigma in (0.5, 1.0, 2.0):
+        torch.testing.assert_close(f(x, y, torch.tensor(sigma)), kd.cka(x, y, kernel=kd.RBF(sigma)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_func_grad_equals_autograd(name):
+    x, y, mask = arguments()
+    got = torch.func.grad(lambda a, b: CALLS[name](a, b, mask, "auto"), argnums=(0, 1))(x.detach(), y.detach())
+    want = value_and_gradients(lambda a, b, m: CALLS[name](a, b, m, "auto"), x, y, mask)[1:]
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["cka linear", "cka rbf masked", "gram_mse"])
+def test_vmap_equals_a_loop_over_the_batch(name):
+    x, y, mask = arguments(groups=3)
+    x, y = x.detach(), y.detach()
+    got = torch.func.vmap(lambda a, b, m: CALLS[name](a, b, m, "auto"))(x, y, mask)
+    torch.testing.assert_close(got, torch.stack([CALLS[name](*one, "auto") for one in zip(x, y, mask, strict=True)]))
