@@ -8,7 +8,6 @@ travels as the string of `problem.py`.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import torch_impl
 from .problem import decode
@@ -29,11 +28,29 @@ class GramStatistic(torch.autograd.Function):
         ctx.save_for_backward(*tensors, rows, kept)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _rows, _kept):
-        gradients = torch.ops.kdkernels.gram_bwd(grad, *ctx.saved_tensors, ctx.problem, ctx.need)
+        # with create_graph=True the gradient must carry a graph, if only to say that it has none: dropped silently, a
+        # gradient penalty would be a constant
+        run = GramGradient.apply if torch.is_grad_enabled() else torch.ops.kdkernels.gram_bwd
+        gradients = run(grad, *ctx.saved_tensors, ctx.problem, ctx.need)
         dx, dy, dsx, dsy = (g if ctx.need >> bit & 1 else None for bit, g in enumerate(gradients))
         return dx, dy, None, dsx, dsy, None, None
+
+
+class GramGradient(torch.autograd.Function):
+    """The backward pass as something that refuses to be differentiated again."""
+
+    @staticmethod
+    def forward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
+        return torch.ops.kdkernels.gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the second derivative of a Gram op is not written out: pass backend='reference' for it")
 
 
 def _implementation(problem):
@@ -53,7 +70,8 @@ def _gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need):
 def _gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
     problem = decode(problem)
     with without_autocast(x.device.type):
-        return _implementation(problem).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+        gradients = _implementation(problem).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+    return tuple(g.contiguous() for g in gradients)  # as the fake promises: permuted features give permuted ones
 
 
 class _Nothing:
