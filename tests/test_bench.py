@@ -11,8 +11,9 @@ import socket
 import pytest
 import torch
 
+import kdkernels as kd
 from bench import __main__ as command
-from bench import accuracy, cases, contenders, data, drive, machine, measure, memory, report, roof
+from bench import accuracy, cases, contenders, data, drive, machine, measure, memory, overhead, report, roof
 from kdkernels import testing
 from kdkernels.testing import Result
 
@@ -258,6 +259,15 @@ def test_accuracy_catches_a_value_or_a_gradient_that_is_off(monkeypatch, value_o
     point = accuracy.Point("linear", 1.0, "relu:3:1", 64, "float32" if value_off else "bfloat16")
     row = accuracy.measure(point, ["torch"], "cpu")[0]
     assert row["contender"] == "kdkernels" and not row["holds"]
+
+
+def test_the_overhead_is_that_of_the_whole_call_and_leaves_the_op_as_it_was():
+    row = overhead.measure("torch", "cpu", 20)
+    assert [target["against"] for target in row["targets"]] == ["bare", "floor"]
+    bare, floor = (target["value"] for target in row["targets"])
+    assert bare > 0 and bare > floor
+    x = torch.randn(8, 4)
+    assert kd.cka(x, x, backend="torch").item() == pytest.approx(1)
 
 
 def timed_row(case, ratio, n=64, contender="kdkernels", roof_percent=10.0):
