@@ -7,8 +7,8 @@ call   kd.cka(x, y).backward()
 
 call - bare is argument checks, backend choice, the operator's dispatch and autograd's engine; floor - bare is the part
 of autograd, which no differentiable op avoids. The arithmetic takes milliseconds, and its noise more than the overhead:
-so the three run on the real implementation (`real_us_*`) and on one that returns answers computed before, tensors of the
-same shapes (`us_*`, the figure). Rotating order, medians of the differences of each round; microseconds of host time.
+so the three run on the real implementation (`real_us_*`) and on one that returns answers computed before, of the same
+shapes (`us_*`, the figure). Rotating order, medians of the differences of each round; microseconds of host time.
 """
 
 from __future__ import annotations
