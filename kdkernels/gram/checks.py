@@ -50,3 +50,15 @@ def check_mmd_masks(mask, x, y):
         if one is not None:
             check_mask(one, features, name)
     return tuple(mask)
+
+
+def check_bandwidths(kernels, x):
+    for kernel in kernels:
+        sigma = kernel.sigma
+        if not isinstance(sigma, torch.Tensor):
+            continue
+        groups = x.shape[0] if x.dim() == 3 else 1
+        if sigma.dim() == 1 and len(sigma) not in (1, groups):
+            raise ValueError(f"sigma has {len(sigma)} values: give one, or one for each of the {groups} groups")
+        if checks.may_read(sigma) and not bool((sigma > 0).all()):
+            raise ValueError("sigma holds a value that is not positive: a bandwidth must be > 0")

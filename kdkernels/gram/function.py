@@ -16,6 +16,8 @@ from .problem import decode
 class GramStatistic(torch.autograd.Function):
     """One differentiable call of the family; the vectors saved for backward are O(n), see `torch_impl.saved_shapes`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, y, mask, sigma_x, sigma_y, problem, need):
         return torch.ops.kdkernels.gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need)
@@ -39,6 +41,8 @@ class GramStatistic(torch.autograd.Function):
 
 class GramGradient(torch.autograd.Function):
     """The backward pass as something that refuses to be differentiated again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):

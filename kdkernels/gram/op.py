@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
-from .. import checks
 from . import reference, two_sample
 from .bandwidth import bandwidth
-from .checks import check_features, check_mask, check_mmd_masks
+from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
 from .function import GramStatistic, without_autocast
 from .kernels import Kernel, spec_of
 from .problem import encode, minimum_rows
@@ -117,6 +116,7 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, backend="auto") -> torc
         if n < least:
             raise ValueError(f"{name} has {n} rows: mmd with unbiased={unbiased} needs at least {least}")
     masks = check_mmd_masks(mask, x, y)
+    check_bandwidths(kernels, x)
     chosen = backends.resolve("mmd", backend, x.device.type, (x.dtype, y.dtype))
     if chosen == "reference":
         with without_autocast(x.device.type):
@@ -139,6 +139,7 @@ def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
         raise ValueError(
             f"x and y have {x.shape[-2]} rows: {stat} with unbiased={unbiased}, center={center} needs at least {least}"
         )
+    check_bandwidths(kernels, x)
     if mask is not None:
         check_mask(mask, x, "mask")
         # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
@@ -184,9 +185,5 @@ def _sigma(kernel: Kernel, x, mask):
     if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
         return None
     if isinstance(sigma, torch.Tensor):
-        if sigma.dim() == 1 and len(sigma) not in (1, x.shape[0]):
-            raise ValueError(f"sigma has {len(sigma)} values: give one, or one for each of the {x.shape[0]} groups")
-        if checks.may_read(sigma) and not bool((sigma > 0).all()):
-            raise ValueError("sigma holds a value that is not positive: a bandwidth must be > 0")
         return sigma.to(x.device).reshape(-1)
     return bandwidth(x, mask, *sigma)
