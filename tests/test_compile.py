@@ -198,3 +198,11 @@ def test_vmap_equals_a_loop_over_the_batch(name):
     x, y = x.detach(), y.detach()
     got = torch.func.vmap(lambda a, b, m: CALLS[name](a, b, m, "auto"))(x, y, mask)
     torch.testing.assert_close(got, torch.stack([CALLS[name](*one, "auto") for one in zip(x, y, mask, strict=True)]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_of_grad_equals_a_loop_over_the_batch():
+    x, y, _ = arguments(groups=3)
+    one = torch.func.grad(lambda a, b: kd.cka(a, b, kernel=kd.RBF(2.0)))
+    (want,) = torch.autograd.grad(kd.cka(x, y, kernel=kd.RBF(2.0)).sum(), x)
+    torch.testing.assert_close(torch.func.vmap(one)(x.detach(), y.detach()), want)

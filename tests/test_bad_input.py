@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every bad input has one documented behaviour: an error that names the argument and the fix, never a wrong number."""
+
+import math
+
+import pytest
+import torch
+from conftest import BACKENDS
+
+import kdkernels as kd
+
+X, Y = torch.randn(8, 4), torch.randn(8, 5)
+PAIRED = [kd.cka, kd.hsic, kd.gram_mse]
+EVERY = [*PAIRED, kd.mmd]
+by_name = {"ids": lambda f: getattr(f, "__name__", None)}
+
+
+def call(f, x, y, **how):
+    """mmd wants features of one width."""
+    return f(x, y[..., : x.shape[-1]] if f is kd.mmd and y.dim() > 1 else y, **how)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("f", PAIRED, **by_name)
+def test_different_numbers_of_samples(f, backend):
+    with pytest.raises(ValueError, match="y has 7 rows, x has 8: both sides must describe the same samples"):
+        f(X, Y[:7], backend=backend)
+
+
+def test_mmd_takes_different_numbers_of_samples_but_one_width():
+    assert kd.mmd(X, Y[:7, :4]).isfinite()
+    with pytest.raises(ValueError, match="y has 5 features, x has 4: mmd compares samples of one space"):
+        kd.mmd(X, Y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("f", [kd.cka, kd.hsic], **by_name)
+@pytest.mark.parametrize(
+    "n, how, least",
+    [(3, {}, 4), (1, {}, 4), (1, {"unbiased": False}, 2)],
+)
+def test_too_few_samples_for_the_estimator(f, n, how, least, backend):
+    with pytest.raises(ValueError, match=rf"x and y have {n} rows: .* needs at least {least}"):
+        f(X[:n], Y[:n], backend=backend, **how)
+    assert f(X[:least], Y[:least], backend=backend, **how).isfinite()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_few_samples_for_mmd(backend):
+    with pytest.raises(ValueError, match="y has 1 rows: mmd with unbiased=True needs at least 2"):
+        kd.mmd(X, X[:1], backend=backend)
+    assert kd.mmd(X, X[:1], unbiased=False, backend=backend).isfinite()
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_a_dtype_that_is_not_float(f, dtype):
+    with pytest.raises(TypeError, match=rf"x is {dtype}: convert it to a float dtype, e.g. x.float\(\)"):
+        call(f, X.to(dtype), Y)
+    with pytest.raises(TypeError, match=f"y is {dtype}: convert it to a float dtype"):
+        call(f, X, Y.to(dtype))
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+def test_something_that_is_no_tensor(f):
+    with pytest.raises(TypeError, match="x is a ndarray: pass a torch.Tensor"):
+        f(X.numpy(), Y)
+    with pytest.raises(TypeError, match="y is a list: pass a torch.Tensor"):
+        f(X, [[1.0]])
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+def test_two_devices(f):
+    with pytest.raises(ValueError, match="x is on cpu, y on meta: move both to one device"):
+        call(f, X, Y.to("meta"))
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+@pytest.mark.parametrize("shape", [(0, 4), (8, 0), (0, 8, 4), (2, 0, 4)])
+def test_an_empty_tensor(f, shape):
+    with pytest.raises(ValueError, match=r"x is empty, shape .*: it needs at least one sample and one feature"):
+        f(torch.empty(shape), torch.empty(shape))
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 8, 4), ()])
+def test_a_shape_that_is_neither_samples_nor_groups(f, shape):
+    with pytest.raises(ValueError, match=r"x has shape .*: give \[n, p\], or \[G, n, p\] for G groups"):
+        f(torch.ones(shape), Y)
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+def test_groups_on_one_side_only_or_not_the_same_number(f):
+    with pytest.raises(ValueError, match="give both with the same number of dims"):
+        f(X[None], Y)
+    with pytest.raises(ValueError, match="y has 3 groups, x has 2: groups are compared one to one"):
+        f(X.expand(2, 8, 4), Y.expand(3, 8, 5))
+
+
+@pytest.mark.parametrize("f", [kd.cka, kd.hsic, kd.mmd], **by_name)
+@pytest.mark.parametrize("kernel", ["gaussian", None, 3, kd.RBF], ids=str)
+def test_an_unknown_kernel(f, kernel):
+    with pytest.raises(ValueError, match=r"kernel is .*: give one of \['cosine', 'laplacian', 'linear', .*kd.RBF"):
+        call(f, X, Y, kernel=kernel)
+
+
+def test_a_pair_of_kernels_that_is_none():
+    with pytest.raises(ValueError, match=r"kernel\[1\] is 'gaussian': give one of"):
+        kd.cka(X, Y, kernel=("rbf", "gaussian"))
+    with pytest.raises(ValueError, match="kernel has 3 entries: give one kernel function, or a pair"):
+        kd.cka(X, Y, kernel=("rbf", "rbf", "rbf"))
+    with pytest.raises(ValueError, match="kernel is a pair: mmd compares x and y under one kernel function"):
+        kd.mmd(X, X, kernel=("rbf", "linear"))
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+def test_an_unknown_or_missing_backend(f):
+    with pytest.raises(ValueError, match="backend is 'numpy': give one of"):
+        call(f, X, Y, backend="numpy")
+    with pytest.raises(ValueError, match="backend is 'cuda': .* has"):
+        call(f, X, Y, backend="cuda")
+
+
+def test_an_explicit_backend_that_cannot_run_raises_and_says_why(python):
+    code = (
+        "import torch, kdkernels as kd\n"
+        "x = torch.randn(8, 4)\n"
+        "for backend in ('triton', 'cpp'):\n"
+        "    try:\n"
+        "        kd.cka(x, x, backend=backend)\n"
+        "    except RuntimeError as error:\n"
+        "        print(error)\n"
+    )
+    out = python("-c", code, KDK_NATIVE="0", TRITON_INTERPRET="0").stdout
+    assert "backend='triton' cannot run cka here: the" in out
+    assert "backend='cpp' cannot run cka here: switched off by KDK_NATIVE=0" in out
+
+
+@pytest.mark.parametrize("kernel", [kd.RBF, kd.Laplacian], **by_name)
+@pytest.mark.parametrize("sigma", [0, 0.0, -1.0, math.nan, math.inf, (1.0, 0.0), ("median", -1.0), ("mean", 0)])
+def test_a_bandwidth_that_is_not_positive(kernel, sigma):
+    with pytest.raises(ValueError, match=r"sigma is .*needs a positive finite number"):
+        kernel(sigma)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_a_tensor_bandwidth_that_is_not_positive(value, backend):
+    with pytest.raises(ValueError, match="sigma holds a value that is not positive: a bandwidth must be > 0"):
+        kd.cka(X, Y, kernel=kd.RBF(torch.tensor(value)), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_bandwidth_of_the_wrong_shape_or_dtype(backend):
+    with pytest.raises(ValueError, match=r"sigma has shape \(2, 1\): RBF takes a 0-d tensor, or one value a group"):
+        kd.RBF(torch.ones(2, 1))
+    with pytest.raises(TypeError, match="sigma is a tensor of torch.int64: RBF needs a floating-point tensor"):
+        kd.RBF(torch.tensor(2))
+    with pytest.raises(ValueError, match="sigma has 3 values: give one, or one for each of the 2 groups"):
+        kd.cka(X.expand(2, 8, 4), Y.expand(2, 8, 5), kernel=kd.RBF(torch.ones(3)), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("f", [kd.cka, kd.hsic, kd.mmd], **by_name)
+def test_a_sum_of_kernels_or_a_rule_is_written_right(f, backend):
+    for sigma, error, message in (
+        ("mode", ValueError, "sigma is 'mode': the rules are 'median' and 'mean'"),
+        ((), ValueError, "sigma is empty: RBF needs at least one bandwidth"),
+        (None, TypeError, "sigma is None: RBF needs a positive number, a tensor or a rule"),
+    ):
+        with pytest.raises(error, match=message):
+            call(f, X, Y, kernel=kd.RBF(sigma), backend=backend)
+
+
+def test_a_polynomial_that_is_none():
+    with pytest.raises(ValueError, match="degree is 1.5: Polynomial needs an integer from 1 to 8"):
+        kd.Polynomial(1.5)
+    with pytest.raises(ValueError, match="scale is -1.0: Polynomial needs a positive number"):
+        kd.Polynomial(2, scale=-1.0)
+    with pytest.raises(ValueError, match="coef0 is nan: Polynomial needs a finite number"):
+        kd.Polynomial(2, coef0=math.nan)
+
+
+@pytest.mark.parametrize("f", [kd.cka, kd.hsic], **by_name)
+def test_options_that_contradict_each_other(f):
+    with pytest.raises(ValueError, match="center=False with unbiased=True: .* pass unbiased=False"):
+        f(X, Y, center=False)
+    with pytest.raises(
+        ValueError, match="row_normalize=True with unbiased=True: row normalisation needs unbiased=False"
+    ):
+        f(X, Y, row_normalize=True)
+
+
+def test_gram_mse_options():
+    with pytest.raises(ValueError, match="normalize is 'column': give None or 'row'"):
+        kd.gram_mse(X, Y, normalize="column")
+    with pytest.raises(ValueError, match="reduction is 'none': give 'mean' or 'sum'"):
+        kd.gram_mse(X, Y, reduction="none")
+
+
+@pytest.mark.parametrize("f", PAIRED, **by_name)
+def test_a_mask_of_the_wrong_kind(f):
+    with pytest.raises(TypeError, match="mask is torch.float32: pass a bool tensor, True for the rows that count"):
+        f(X, Y, mask=torch.ones(8))
+    with pytest.raises(ValueError, match=r"mask has shape \(7,\): one entry a row of x is \(8,\)"):
+        f(X, Y, mask=torch.ones(7, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask is on meta, x on cpu: move both to one device"):
+        f(X, Y, mask=torch.ones(8, dtype=torch.bool, device="meta"))
+    with pytest.raises(TypeError, match="mask is a list: pass a torch.Tensor"):
+        f(X, Y, mask=[True] * 8)
+
+
+def test_a_mask_of_mmd_is_a_pair():
+    keep = torch.ones(8, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"mask: mmd takes a pair \(mask_x, mask_y\)"):
+        kd.mmd(X, X, mask=keep)
+    with pytest.raises(ValueError, match=r"mask\[1\] has shape \(7,\): one entry a row of x is \(8,\)|of y is"):
+        kd.mmd(X, X, mask=(None, keep[:7]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("f", PAIRED, **by_name)
+def test_an_all_masked_batch_is_zero_with_zero_gradient(f, backend):
+    x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
+    value = f(x, y, mask=torch.zeros(8, dtype=torch.bool), backend=backend)
+    assert value.item() == 0
+    assert not any(g.any() for g in torch.autograd.grad(value, (x, y)))
+
+
+@pytest.mark.parametrize("f", EVERY, **by_name)
+def test_debug_checks_name_the_argument_that_holds_nan(f):
+    bad = X.clone()
+    bad[3, 1] = math.nan
+    assert call(f, bad, Y).isnan()
+    with kd.debug_checks():
+        with pytest.raises(ValueError, match="x holds NaN or infinity"):
+            call(f, bad, Y)
+        with pytest.raises(ValueError, match="y holds NaN or infinity"):
+            call(f, X, bad)
+        assert call(f, X, Y).isfinite()
+    assert call(f, bad, Y).isnan()
+
+
+def test_explain_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="op is 'cca': the ops are"):
+        kd.explain("cca", X, Y)
+    with pytest.raises(ValueError, match="explain needs the tensors of the call"):
+        kd.explain("cka")
+    with pytest.raises(ValueError, match="backend is 'numpy': give one of"):
+        kd.explain("cka", X, Y, backend="numpy")
+    assert str(kd.explain("cka", X, Y, backend="reference")) == "cka runs on reference: requested"
+
+
+def test_auto_says_why_it_passed_over_a_better_backend():
+    why = kd.explain("cka", X, Y).why
+    assert "not triton: the tensors are on cpu" in why or "not triton: the package triton is not installed" in why
+    assert set(kd.available_backends("cpu")) == {"reference", "torch", "cpp", "triton", "cuda"}
