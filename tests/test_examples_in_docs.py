@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation shows runs: Python blocks of the Markdown files, and the examples in docstrings."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import kdkernels as kd
+
+MARKDOWN = [
+    p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "kdkernels").rglob("MATH.md")) if p.is_file()
+]
+BLOCKS = [
+    pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}")
+    for path in MARKDOWN
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.S | re.M), 1)
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_of_the_documentation_runs(block):
+    exec(compile(block, "documentation", "exec"), {"__name__": "documentation"})
+
+
+def documented():
+    names = [m.name for m in pkgutil.walk_packages(kd.__path__, "kdkernels.")]
+    # the triton files need triton, and __main__ would run
+    names = [n for n in names if not n.split(".")[-1].startswith(("triton_", "signatures", "__main__"))]
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in ("kdkernels", *names):
+        module = importlib.import_module(name)
+        for test in finder.find(module, name, globs={"kd": kd, "torch": torch}):
+            if test.examples:
+                yield test
+
+
+EXAMPLES = list(documented())
+
+
+@pytest.mark.parametrize("test", EXAMPLES, ids=lambda test: test.name)
+def test_an_example_of_a_docstring_prints_what_it_says(test):
+    failures = []
+    doctest.DocTestRunner(verbose=False).run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+def test_the_readme_shows_the_package_in_use_and_every_op_has_an_example():
+    assert any("README" in block.id for block in BLOCKS)
+    shown = {test.name.split(".")[-1] for test in EXAMPLES}
+    assert {"cka", "hsic", "mmd", "gram_mse", "explain", "contract"} <= shown
