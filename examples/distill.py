@@ -24,7 +24,7 @@ try:
     from distill_data import load
     from distill_nets import SETUPS, parameters
     from distill_parallel import Job, run_all
-    from distill_report import CAVEAT, legend, make_row, save_plot, save_records, table
+    from distill_report import CAVEAT, against_control, legend, make_row, save_plot, save_records, table
     from distill_train import CONTROLS, METHODS, accuracy, time_method, train_teacher
     from tqdm import tqdm
 except ModuleNotFoundError as error:
@@ -62,7 +62,7 @@ def parse(arguments=None):
     add("--out", type=Path, default=Path("out/distill.png"), help="the plot; .json and .csv go beside it")
     add("--weights", type=Path, default=None, help="record of the weights (default: examples/weights.json)")
     add("--tune", action="store_true", help="choose the weights on the validation split and write them to --weights")
-    add("--dry-run", action="store_true", help="one seed, one epoch: does everything run?")
+    add("--dry-run", action="store_true", help="one seed, one epoch, 256 images: does everything run?")
     options = parser.parse_args(arguments)
     finish(parser, options)
     return options
@@ -92,7 +92,10 @@ def finish(parser, options):
         parser.error(f"--out is {options.out}: name a .png, .pdf or .svg file")
     # a dry run must not replace the committed record
     options.record = options.weights or (options.out.with_suffix(".weights.json") if options.dry_run else WEIGHTS)
-    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        parser.error(f"--device {options.device}: {error}")
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no CUDA device; python -m kdkernels info says more")
     options.processes = 1 if options.device.type != "cpu" or options.dry_run else options.threads
@@ -108,6 +111,8 @@ def main(arguments=None) -> int:
         data = load(options.data, options.root)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
+    if options.dry_run:
+        data = data.first(256)
     data, key = data.to(options.device), (options.data, options.setup)
     setup = SETUPS[key]
     if options.tune:
@@ -168,14 +173,18 @@ def report(options, data, teacher, setup, runs):
     by_method = {name: [run for run in runs if run.method == name] for name in options.losses}
     rows = []
     for name, own in by_method.items():
-        timing = time_method(name, options.chosen[name], data, teacher, setup, 5 if options.dry_run else 60)
+        timing = time_method(name, options.chosen[name], data, teacher, setup, 3 if options.dry_run else 60)
         rows.append(make_row(name, METHODS[name].title, options.chosen[name], own, by_method["ce"], timing))
     teacher_test = accuracy(teacher, data.test)
-    where = "on one thread" if options.device.type == "cpu" else f"on {torch.cuda.get_device_name(options.device)}"
-    print(f"\n{table(rows)}\n\nThe teacher reaches {teacher_test:.1f} %.")
-    print(f"{legend(options.seeds > 1, where)}\n\n{CAVEAT}\n")
+    where = (
+        "of 60 steps on one CPU thread, nothing else running"
+        if options.device.type == "cpu"
+        else f"of 60 steps on {torch.cuda.get_device_name(options.device)}"
+    )
+    print(f"\n{table(rows)}\n\n{legend(options.seeds > 1, where)}\n")
+    print(f"The teacher reaches {teacher_test:.1f} %. {against_control(rows)}\n\n{CAVEAT}\n")
     if options.dry_run:
-        print("This was a dry run: one epoch, so the accuracies mean nothing.\n")
+        print("This was a dry run: one epoch on 256 images, so the figures mean nothing.\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "data": options.data, "setup": options.setup, "seeds": options.seeds, "seed": options.seed,

@@ -32,6 +32,11 @@ class Data(NamedTuple):
     validation: Split  # weights are chosen here
     test: Split | None  # read once, after training; None while weights are chosen
 
+    def first(self, count: int) -> Data:
+        """Only so many images of each split."""
+        parts = {name: Split(*(t[:count] for t in getattr(self, name))) for name in ("train", "validation", "test")}
+        return self._replace(**parts)
+
     def to(self, device) -> Data:
         test = None if self.test is None else self.test.to(device)
         return self._replace(train=self.train.to(device), validation=self.validation.to(device), test=test)

@@ -52,10 +52,10 @@ METHODS = {
         "CKA of features, ramp",
         lambda w, steps: ramped(kd.losses.CKALoss(weight=w), steps),
         "features",
-        (15.0, 1.0, 3.0, 5.0, 30.0),
+        (15.0, 5.0, 30.0, 60.0, 120.0),
         "cka",
     ),
-    "rcka": Method("RCKA of logits, ramp", rcka, "logits", (15.0, 1.0, 3.0, 5.0, 30.0), "cka"),
+    "rcka": Method("RCKA of logits, ramp", rcka, "logits", (15.0, 1.0, 5.0, 30.0, 60.0), "cka"),
 }
 CONTROLS = ("ce", "pseudo", "kd")  # always in the table
 
@@ -171,7 +171,7 @@ def train_student(
 def time_method(method: str, weight, data: Data, teacher, setup: Setup, repeats: int = 60) -> Timing:
     """Medians over steps, nothing else running; the loss is timed on the outputs of the same steps, cut off the net."""
     device = data.train.images.device
-    student = Student(method, weight, data, teacher, setup, seed=0, epochs=1 + repeats // 10)
+    student = Student(method, weight, data, teacher, setup, seed=0, epochs=repeats)
     rows = torch.arange(setup.unlabelled)
 
     def clock() -> float:
@@ -179,8 +179,8 @@ def time_method(method: str, weight, data: Data, teacher, setup: Setup, repeats:
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    steps, losses, output = [], [], None
-    for i in range(repeats + 10):
+    steps, losses, output, warm_up = [], [], None, 1 + repeats // 6
+    for i in range(warm_up + repeats):
         start = clock()
         output, target = student.step(rows)
         middle = clock()
@@ -189,9 +189,9 @@ def time_method(method: str, weight, data: Data, teacher, setup: Setup, repeats:
             begin = clock()
             student.distillation(leaves, target).backward()
             end = clock()
-            if i >= 10:
+            if i >= warm_up:
                 losses.append(end - begin)
-        if i >= 10:
+        if i >= warm_up:
             steps.append(middle - start)
     op = METHODS[method].op
     field = METHODS[method].uses
