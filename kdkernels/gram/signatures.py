@@ -24,8 +24,10 @@ class CompileCase(NamedTuple):
     warps: int
     stages: int
     tensor_cores: bool  # half-precision products: on sm_90 they must become wgmma
+    architectures: tuple[int, ...]  # compute capabilities this configuration is chosen on
 
 
+ALL = (80, 90, 100)
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ALIGNED = ("n", "p", "q", "x_g", "x_n", "y_g", "y_n", "per_x", "per_y")
 _FLOAT32 = ("part", "square", "kept", "value", "rows", "alpha", "par", "typical", "rho", "row", "column", "weights")
@@ -46,11 +48,12 @@ def _type(argument: str, dtype: str) -> str:
     return "*fp32" if stem.startswith(_FLOAT32) else POINTERS[dtype]
 
 
-def _case(name, kernel, dtype, warps, stages, tensor_cores=False, **constants) -> CompileCase:
+def _case(name, kernel, dtype, warps, stages, tensor_cores=False, architectures=ALL, **constants) -> CompileCase:
     signature = {a: "constexpr" if a in constants else _type(a, dtype) for a in kernel.arg_names}
     aligned = [k for k, a in enumerate(kernel.arg_names) if a.endswith("_ptr") or a in ALIGNED]
     attributes = {(k,): [["tt.divisibility", 16]] for k in aligned if kernel.arg_names[k] not in constants}
-    return CompileCase(f"{name}-{dtype}", kernel, signature, attributes, constants, warps, stages, tensor_cores)
+    name = f"{name}-{dtype}" + ("" if architectures == ALL else f"-sm{architectures[0]}")
+    return CompileCase(name, kernel, signature, attributes, constants, warps, stages, tensor_cores, architectures)
 
 
 def _sides(kind: str) -> dict:
@@ -86,7 +89,8 @@ def compile_cases():
         for rows, fused in ((SUMS_BLOCK, False), (64, True), (FUSED_ROWS, True)):
             step, warps = FUSED_SUMS if fused else SPLIT_SUMS
             yield _case(
-                f"row_sums-{kind}-{rows}", row_sums, "float32", warps, 3, BM=rows, BN=step, **_sides(kind), HAS_PAR_X=kind == "polynomial", HAS_PAR_Y=kind == "polynomial",
+                f"row_sums-{kind}-{rows}", row_sums, "float32", warps, 3, BM=rows, BN=step, **_sides(kind),
+                HAS_PAR_X=kind == "polynomial", HAS_PAR_Y=kind == "polynomial",
                 STAT=0, CENTER=True, MEAN=True, PREPARED=kind == "polynomial", KEEP=True, FUSED=fused, MINIMUM=4,
                 **flags,
             )  # fmt: skip
@@ -100,21 +104,23 @@ def compile_cases():
 def _tile_cases(flags):
     for dtype in ("float16", "float32"):  # bfloat16 rows are prepared as float16
         half = dtype == "float16"
-        pick = 0 if half else 1
+        picks = ((0, (80, 90)), (2, (100,))) if half else ((1, ALL),)
         for kind in ("linear", "polynomial", "rbf", "laplacian"):
-            c = SUMS[pick]
             shared = {**_sides(kind), **flags, "ROWWISE": False, "PRECISION": "ieee"}
-            yield _case(
-                f"tile_sums-{kind}", tile_sums, dtype, c.warps, c.stages, half, BM=c.rows, BK=c.depth, MSE=False,
-                **shared,
-            )  # fmt: skip
-            c = PANEL[pick]
-            yield _case(
-                f"weight_panel-{kind}", weight_panel, dtype, c.warps, c.stages, half, BM=c.rows, BN=c.columns,
-                BK=c.depth, SIGMA=False, **shared,
-            )  # fmt: skip
+            sums = {key: value for key, value in shared.items() if key != "ROW_NORM"}
+            for pick, architectures in picks:
+                c = SUMS[pick]
+                yield _case(
+                    f"tile_sums-{kind}", tile_sums, dtype, c.warps, c.stages, half, architectures, BM=c.rows,
+                    BK=c.depth, MSE=False, **sums,
+                )  # fmt: skip
+                c = PANEL[pick]
+                yield _case(
+                    f"weight_panel-{kind}", weight_panel, dtype, c.warps, c.stages, half, architectures, BM=c.rows,
+                    BN=c.columns, BK=c.depth, SIGMA=False, **shared,
+                )  # fmt: skip
             for width, *pair in FLASH:
-                c = pair[pick]
+                c = pair[0 if half else 1]
                 yield _case(
                     f"gradient_rows-{kind}-p{width}", gradient_rows, dtype, c.warps, c.stages, half, BM=c.rows,
                     BN=c.columns, BK=c.depth, BP=width, SIGMA=False, **shared,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Gram family on a GPU: three schedules by n and p, ordered reductions, nothing n x n above 1024 samples.
 
-n <= 1024: `triton_small.py` (2 or 3 launches forward, 1 backward). Above: `triton_tiles.py`, whose backward pass keeps the
-gradient in registers (p <= 256) or writes row panels of pair weights for a matrix product. Linear kernels with
+n <= 1024: `triton_small.py` (2 or 3 launches forward, 1 backward). Above: `triton_tiles.py`, whose backward pass keeps
+the gradient in registers (p <= 256) or writes row panels of pair weights for a matrix product. Linear kernels with
 n > p + q stay in feature space, where cuBLAS is the kernel.
 """
 
@@ -13,7 +13,7 @@ from . import triton_launch as triton_small_launch
 from .panels import SMALL
 from .problem import Problem
 
-SMALL_ROWS = 16  # vectors a group that the small schedule saves, see `triton_small.py`
+SMALL_ROWS = 14  # vectors a group that the small schedule saves, see `triton_small.py`
 
 
 saved_dtype = torch_impl.saved_dtype
@@ -27,15 +27,10 @@ def _in_pytorch(problem: Problem, n: int, p: int, q: int) -> bool:
 
 
 def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int):
-    """As `torch_impl.saved_shapes`: below `SMALL` a launch is dearer than arithmetic, so Gram space always wins there."""
+    """As `torch_impl.saved_shapes`: up to `SMALL` a launch is dearer than arithmetic: always Gram space."""
     if n > SMALL or _in_pytorch(problem, n, p, q):
         return torch_impl.saved_shapes(problem, G, n, p, q, need)
     return ((G, SMALL_ROWS, n), (2, G, n, n)) if need else ((0,), (0,))
-
-
-def saved_dtype(problem: Problem, x, y):
-    in_features = not _small(x.shape[1]) and torch_impl.in_feature_space(problem, *x.shape[1:], y.shape[2])
-    return torch_impl.saved_dtype(problem, x, y) if in_features else torch_impl.compute_dtype(x, y)
 
 
 def _schedule(problem: Problem, x, y):

@@ -31,7 +31,7 @@ SPLIT_CONFIGS = (
 )
 FUSED_ROWS = 128  # up to here one program holds all rows of a group
 # row_sums in float64: (columns a step, warps)
-FUSED_SUMS, SPLIT_SUMS = (16, 8), (32, 4)
+FUSED_SUMS, SPLIT_SUMS = (32, 8), (32, 4)
 SUMS_BLOCK = 16  # rows of a program above FUSED_ROWS
 BACKWARD_HALF = (64, 32, 64, 4, 3)  # BM, BN, BP, warps, stages
 BACKWARD_FLOAT = (32, 32, 64, 4, 2)
@@ -55,7 +55,7 @@ def precision(*tensors) -> str:
 
 
 class SideArguments(NamedTuple):
-    """One side as the kernels take it: the caller's rows, or prepared ones where a kernel needs a pass over them first."""
+    """One side as the kernels take it: the caller's rows, or prepared ones where they need a pass first."""
 
     rows: torch.Tensor
     alpha: torch.Tensor
@@ -81,6 +81,8 @@ def needs_pass(problem: Problem) -> bool:
 
 
 def side_arguments(x, mask, spec: KernelSpec, sigma, problem: Problem) -> SideArguments:
+    if max(128 * x.stride(1), 64 * x.stride(2)) >= 2**31:  # offsets inside a tile are 32-bit
+        x = x.contiguous()
     prepared, rows, alpha, typical = None, x, x, x
     par, stride, number, has_par, count = x, 0, 1.0, False, max(1, len(spec.params) if spec.of_distance else 1)
     if needs_pass(problem):
@@ -126,13 +128,13 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     keep, ref = _mask_arguments(mask, x)
     part, square, splits = _launch_split(a, b, keep, ref, mask is not None)
     new = lambda *shape, dtype=torch.float32: x.new_empty(shape, dtype=dtype)  # noqa: E731
-    value, rows = new(G), new(G, 16, n) if need else new(0)
+    value, rows = new(G), new(G, 14, n) if need else new(0)
     kept = new(2, G, n, n) if need else new(0)
     unit = x
     if a.prepared is not None:
         unit = torch.stack([a.prepared.unit, b.prepared.unit])
     fused = n <= FUSED_ROWS
-    stats = x if fused else new(G, 9, n, dtype=torch.float64)
+    stats = x if fused else new(G, 7, n, dtype=torch.float64)
     shared = {
         "STAT": STATS[problem.stat],
         "STABLE": problem.stable,

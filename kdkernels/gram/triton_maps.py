@@ -119,14 +119,12 @@ def sigma_slope(t, par, sigma, KIND: tl.constexpr, HAS_PAR: tl.constexpr):
 
 
 @triton.jit
-def pair_weights(
-    K, L, p_i, q_i, e_i, f_i, h_i, p_j, q_j, e_j, f_j, h_j, ROWWISE: tl.constexpr, ROW_NORM: tl.constexpr,
-):  # fmt: skip
-    """c_ij + c_ji with c_ij = p_i L_ij + q_i K_ij + e_i + f_i h_j; p and q are the same for every row unless ROWWISE."""
+def pair_weights(K, L, p_i, q_i, e_i, p_j, q_j, e_j, ROWWISE: tl.constexpr):
+    """c_ij + c_ji with c_ij = p_i L_ij + q_i K_ij + e_i; p and q are the same for every row unless ROWWISE.
+
+    (The term f_i h_j of MATH.md belongs to row-normalised and centred statistics, which run in PyTorch.)
+    """
     if ROWWISE:
-        W = (p_i[:, None] + p_j[None, :]) * L + (q_i[:, None] + q_j[None, :]) * K + e_i[:, None] + e_j[None, :]
-        if ROW_NORM:
-            W += f_i[:, None] * h_j[None, :] + h_i[:, None] * f_j[None, :]
-        return W
+        return (p_i[:, None] + p_j[None, :]) * L + (q_i[:, None] + q_j[None, :]) * K + e_i[:, None] + e_j[None, :]
     else:
         return 2 * p_i * L + 2 * q_i * K + e_i[:, None] + e_j[None, :]

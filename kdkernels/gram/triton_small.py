@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: Apache-2.0. Over 400 lines: the launches of one schedule, in the order in which they run.
 """Up to 1024 samples: both sides' Gram matrices in one split-K launch, then one or two launches to value and weights.
 
 1. `split_gram` reads x and y once and writes partial products t of both sides (no atomics).
@@ -6,8 +6,8 @@
 3. `finish` turns them into the value and the pair weights of the gradient (`combine.py`, in Triton); up to 128 samples
    one program holds a group and launches 2 and 3 are one.
 Backward: `weighted_rows`, one launch a side: V = (c_ij + c_ji) dK/dg formed on the fly, times the rows.
-Shapes: x [G, n, p], part [2, splits, G, n, n], square [2, splits, G, n], kept t [2, G, n, n], stats [G, 9, n] float64,
-rows [G, 16, n] = u, p, q, e, f, h of x, the same of y, the scale of the weights of x and y, typical distance of x and y.
+Shapes: x [G, n, p], part [2, splits, G, n, n], square [2, splits, G, n], kept t [2, G, n, n], stats [G, 7, n] float64,
+rows [G, 14, n] = u, p, q, e, f of x, the same of y, then of x and y the scale of the weights and a typical distance.
 """
 
 import triton
@@ -154,26 +154,24 @@ def _rho(square, par, alpha, KIND: tl.constexpr, DEGREE: tl.constexpr, S: tl.con
 
 
 @triton.jit
-def _store_stats(stats_ptr, n, o_i, m_i, a, b, kk, kl, ll, aw, bw, rho_x, rho_y, ROW_NORM: tl.constexpr):
+def _store_stats(stats_ptr, n, o_i, m_i, a, b, kk, kl, ll, rho_x, rho_y, ROW_NORM: tl.constexpr):
     tl.store(stats_ptr + o_i, a, mask=m_i)
     tl.store(stats_ptr + n + o_i, b, mask=m_i)
     tl.store(stats_ptr + 2 * n + o_i, kk, mask=m_i)
     tl.store(stats_ptr + 3 * n + o_i, kl, mask=m_i)
     tl.store(stats_ptr + 4 * n + o_i, ll, mask=m_i)
     if ROW_NORM:
-        tl.store(stats_ptr + 5 * n + o_i, aw, mask=m_i)
-        tl.store(stats_ptr + 6 * n + o_i, bw, mask=m_i)
-        tl.store(stats_ptr + 7 * n + o_i, rho_x, mask=m_i)
-        tl.store(stats_ptr + 8 * n + o_i, rho_y, mask=m_i)
+        tl.store(stats_ptr + 5 * n + o_i, rho_x, mask=m_i)
+        tl.store(stats_ptr + 6 * n + o_i, rho_y, mask=m_i)
 
 
 @triton.jit
 def row_sums(
     part_ptr, square_ptr, mask_ptr, alpha_x_ptr, alpha_y_ptr, par_x_ptr, par_y_ptr, typical_x_ptr, typical_y_ptr,
     kept_ptr,  # [2, G, n, n] float32
-    stats_ptr,  # [G, 9, n] float64
+    stats_ptr,  # [G, 7, n] float64
     value_ptr,  # [G] float32
-    rows_ptr,  # [G, 16, n] float32
+    rows_ptr,  # [G, 14, n] float32
     unit_ptr,  # [2, G] float64
     n, G, splits, par_x_g, par_y_g, sigma_x, sigma_y,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -211,14 +209,14 @@ def row_sums(
             typical_y = _typical(square_y, step_square, splits, count, n, BN)
     if KEEP:
         if tl.program_id(0) % blocks == 0:
-            tl.store(rows_ptr + (g * 16 + 14) * n, typical_x)
-            tl.store(rows_ptr + (g * 16 + 15) * n, typical_y)
+            tl.store(rows_ptr + (g * 14 + 12) * n, typical_x)
+            tl.store(rows_ptr + (g * 14 + 13) * n, typical_y)
     sx_i = _sum_splits(square_x, step_square, splits, o_i, m_i)
     sy_i = _sum_splits(square_y, step_square, splits, o_i, m_i)
     ax_i = tl.load(alpha_x_ptr + g * n + o_i, mask=m_i, other=0) if KIND_X == 1 else sx_i
     ay_i = tl.load(alpha_y_ptr + g * n + o_i, mask=m_i, other=0) if KIND_Y == 1 else sy_i
     a = tl.zeros([BM], tl.float64)
-    b, kk, kl, ll, aw, bw = a, a, a, a, a, a
+    b, kk, kl, ll = a, a, a, a
     for start in range(0, n, BN):
         o_j = start + tl.arange(0, BN)
         m_j = o_j < n
@@ -249,20 +247,17 @@ def row_sums(
         kk += tl.sum(K * K, axis=1)
         kl += tl.sum((K - L) * (K - L), axis=1) if STAT == MSE else tl.sum(K * L, axis=1)
         ll += tl.sum(L * L, axis=1)
-        if ROW_NORM:
-            aw += tl.sum(K * _rho(sx_j, par_x, ax_j, KIND_X, DEGREE_X, S_X).to(tl.float64)[None, :], axis=1)
-            bw += tl.sum(L * _rho(sy_j, par_y, ay_j, KIND_Y, DEGREE_Y, S_Y).to(tl.float64)[None, :], axis=1)
     rho_x, rho_y = a, a
     if ROW_NORM:
         rho_x = _rho(sx_i, par_x, ax_i, KIND_X, DEGREE_X, S_X).to(tl.float64)
         rho_y = _rho(sy_i, par_y, ay_i, KIND_Y, DEGREE_Y, S_Y).to(tl.float64)
     if FUSED:
         _finish(
-            a, b, kk, kl, ll, aw, bw, rho_x, rho_y, keep_i, o_i, m_i, g, G, n, value_ptr, rows_ptr, unit_ptr,
+            a, b, kk, kl, ll, rho_x, rho_y, keep_i, o_i, m_i, g, G, n, value_ptr, rows_ptr, unit_ptr,
             STAT, UNBIASED, CENTER, ROW_NORM, STABLE, MEAN, MASK, PREPARED, KEEP, MINIMUM,
         )  # fmt: skip
     else:
-        _store_stats(stats_ptr + g * 9 * n, n, o_i, m_i, a, b, kk, kl, ll, aw, bw, rho_x, rho_y, ROW_NORM)
+        _store_stats(stats_ptr + g * 7 * n, n, o_i, m_i, a, b, kk, kl, ll, rho_x, rho_y, ROW_NORM)
 
 
 @triton.jit
@@ -275,7 +270,7 @@ def finish(
     g = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     m = o < n
-    at = stats_ptr + g * 9 * n + o
+    at = stats_ptr + g * 7 * n + o
     keep = m
     if MASK:
         keep = tl.load(mask_ptr + g * n + o, mask=m, other=0) != 0
@@ -284,30 +279,25 @@ def finish(
     kk = tl.load(at + 2 * n, mask=m, other=0)
     kl = tl.load(at + 3 * n, mask=m, other=0)
     ll = tl.load(at + 4 * n, mask=m, other=0)
-    aw, bw, rho_x, rho_y = a, b, a, b
+    rho_x, rho_y = a, b
     if ROW_NORM:
-        aw = tl.load(at + 5 * n, mask=m, other=0)
-        bw = tl.load(at + 6 * n, mask=m, other=0)
-        rho_x = tl.load(at + 7 * n, mask=m, other=0)
-        rho_y = tl.load(at + 8 * n, mask=m, other=0)
+        rho_x = tl.load(at + 5 * n, mask=m, other=0)
+        rho_y = tl.load(at + 6 * n, mask=m, other=0)
     _finish(
-        a, b, kk, kl, ll, aw, bw, rho_x, rho_y, keep, o, m, g, G, n, value_ptr, rows_ptr, unit_ptr,
+        a, b, kk, kl, ll, rho_x, rho_y, keep, o, m, g, G, n, value_ptr, rows_ptr, unit_ptr,
         STAT, UNBIASED, CENTER, ROW_NORM, STABLE, MEAN, MASK, PREPARED, KEEP, MINIMUM,
     )  # fmt: skip
 
 
 @triton.jit
-def _hsic(total, u, v, uc, vc, r, s, ROW_NORM: tl.constexpr):
-    """S_KL - r a.b + s A B of plain matrices; of row-normalised ones the row and the column sums share r."""
-    cross = tl.sum(u * v)
-    if ROW_NORM:
-        cross = 0.5 * (cross + tl.sum(uc * vc))
-    return total - r * cross + s * tl.sum(u) * tl.sum(v)
+def _hsic(total, u, v, r, s):
+    """S_KL - r a.b + s A B"""
+    return total - r * tl.sum(u * v) + s * tl.sum(u) * tl.sum(v)
 
 
 @triton.jit
 def _finish(
-    a, b, kk, kl, ll, aw, bw, rho_x, rho_y, keep, o, m, g, G, n, value_ptr, rows_ptr, unit_ptr,
+    a, b, kk, kl, ll, rho_x, rho_y, keep, o, m, g, G, n, value_ptr, rows_ptr, unit_ptr,
     STAT: tl.constexpr, UNBIASED: tl.constexpr, CENTER: tl.constexpr, ROW_NORM: tl.constexpr, STABLE: tl.constexpr,
     MEAN: tl.constexpr, MASK: tl.constexpr, PREPARED: tl.constexpr, KEEP: tl.constexpr, MINIMUM: tl.constexpr,
 ):  # fmt: skip
@@ -327,7 +317,7 @@ def _finish(
         c, r, s = 1 / (nf * (nf - 3)), 2 / (nf - 2), 1 / ((nf - 1) * (nf - 2))
     elif CENTER:
         r, s = 2 / nf, 1 / (nf * nf)
-    f_x, f_y, h_x, h_y = zero, zero, zero, zero
+    f_x, f_y = zero, zero
     if STAT == MSE:
         w = one / (nf * nf) if MEAN else one
         value = tl.sum(w * kl)
@@ -347,14 +337,12 @@ def _finish(
         p_y, q_y, e_y = p_x, zero, zero
     else:
         s_kl, s_kk, s_ll = tl.sum(kl), tl.sum(kk), tl.sum(ll)
-        u, v, uc, vc = a, b, a, b
         if ROW_NORM:
             s_kl, s_kk, s_ll = tl.sum(rho_x * rho_y * kl), tl.sum(rho_x * rho_x * kk), tl.sum(rho_y * rho_y * ll)
-            u, v, uc, vc = rho_x * a, rho_y * b, aw, bw
-        h_kl = c * _hsic(s_kl, u, v, uc, vc, r, s, ROW_NORM)
+        h_kl = c * _hsic(s_kl, a, b, r, s)
         if STAT == CKA:
-            h_kk = c * _hsic(s_kk, u, u, uc, uc, r, s, ROW_NORM)
-            h_ll = c * _hsic(s_ll, v, v, vc, vc, r, s, ROW_NORM)
+            h_kk = c * _hsic(s_kk, a, a, r, s)
+            h_ll = c * _hsic(s_ll, b, b, r, s)
             floor = 9.094947017729282e-13 * c  # (8 eps)^2 of float32
             undefined = (h_kk <= floor * s_kk) | (h_ll <= floor * s_ll)
             h_kk, h_ll = tl.where(undefined, 1.0, h_kk), tl.where(undefined, 1.0, h_ll)
@@ -364,16 +352,12 @@ def _finish(
         else:
             alpha, beta_x, beta_y = unit_x * unit_y, nf * 0, nf * 0
             value = h_kl * alpha
-        sums_x, sums_y = alpha * v + beta_x * u, alpha * u + beta_y * v
-        if ROW_NORM:
-            p_x, q_x = c * alpha * rho_x * rho_y, c * beta_x * rho_x * rho_x
-            p_y, q_y = c * alpha * rho_x * rho_y, c * beta_y * rho_y * rho_y
-            e_x = rho_x * c * (s * tl.sum(sums_x) - 0.5 * r * sums_x)
-            e_y = rho_y * c * (s * tl.sum(sums_y) - 0.5 * r * sums_y)
+        if ROW_NORM:  # never centred here: no additive terms
+            p_x, q_x, e_x = c * alpha * rho_x * rho_y, c * beta_x * rho_x * rho_x, zero
+            p_y, q_y, e_y = p_x, c * beta_y * rho_y * rho_y, zero
             f_x, f_y = rho_x, rho_y
-            h_x = -0.5 * c * r * (alpha * vc + beta_x * uc)
-            h_y = -0.5 * c * r * (alpha * uc + beta_y * vc)
         else:
+            sums_x, sums_y = alpha * b + beta_x * a, alpha * a + beta_y * b
             p_x, q_x, p_y, q_y = one * (c * alpha), one * (c * beta_x), one * (c * alpha), one * (c * beta_y)
             e_x = c * (s * tl.sum(sums_x) - r * sums_x)
             e_y = c * (s * tl.sum(sums_y) - r * sums_y)
@@ -387,16 +371,16 @@ def _finish(
             u_y = b / others - 0.5 * tl.sum(b) / (others * nf)
             e_x += 2 * p_x * u_y + 2 * q_x * u_x
             e_y += 2 * p_y * u_x + 2 * q_y * u_y
-        at = rows_ptr + g * 16 * n + o
+        at = rows_ptr + g * 14 * n + o
         live = tl.where(enough, 1.0, 0.0).to(tl.float64)
-        _store_side(at, at + 12 * n, n, m, keep, u_x, p_x, q_x, e_x, f_x, h_x, live)
-        _store_side(at + 6 * n, at + 13 * n, n, m, keep, u_y, p_y, q_y, e_y, f_y, h_y, live)
+        _store_side(at, at + 10 * n, n, m, keep, u_x, p_x, q_x, e_x, f_x, live)
+        _store_side(at + 5 * n, at + 11 * n, n, m, keep, u_y, p_y, q_y, e_y, f_y, live)
 
 
 @triton.jit
-def _store_side(at, at_scale, n, m, keep, u, p, q, e, f, h, live):
+def _store_side(at, at_scale, n, m, keep, u, p, q, e, f, live):
     """Weights divided by their largest, so that half-precision products of V neither overflow nor vanish."""
-    size = 2 * tl.abs(p) + 2 * tl.abs(q) + 2 * tl.abs(e) + 2 * tl.abs(f * h)
+    size = 2 * tl.abs(p) + 2 * tl.abs(q) + 2 * tl.abs(e)
     largest = tl.max(tl.where(keep, size, 0.0))
     scale = tl.where(largest == 0, 1.0, largest)
     tl.store(at, tl.where(keep, u, 0.0).to(tl.float32), mask=m)
@@ -404,7 +388,6 @@ def _store_side(at, at_scale, n, m, keep, u, p, q, e, f, h, live):
     tl.store(at + 2 * n, (q / scale * live).to(tl.float32), mask=m)
     tl.store(at + 3 * n, (e / scale * live).to(tl.float32), mask=m)
     tl.store(at + 4 * n, f.to(tl.float32), mask=m)
-    tl.store(at + 5 * n, (h / scale * live).to(tl.float32), mask=m)
     tl.store(at_scale, (tl.zeros_like(p) + scale).to(tl.float32), mask=m)
 
 
@@ -430,14 +413,14 @@ def weighted_rows(
     m_i, m_p = o_i < n, tl.program_id(1) * BP + o_c < p
     nn = n.to(tl.int64) * n
     t_x_ptr, t_y_ptr = kept_ptr + (own * G + g) * nn, kept_ptr + ((1 - own) * G + g) * nn
-    w_x = rows_ptr + g * 16 * n + own * 6 * n
-    u_y_ptr = rows_ptr + g * 16 * n + (1 - own) * 6 * n
+    w_x = rows_ptr + g * 14 * n + own * 5 * n
+    u_y_ptr = rows_ptr + g * 14 * n + (1 - own) * 5 * n
     par_x, par_y = par_x_ptr + g * par_x_g, par_y_ptr + g * par_y_g
     typical_x, typical_y = 0.0, 0.0
     if KIND_X >= RBF:
-        typical_x = tl.load(rows_ptr + (g * 16 + 14 + own) * n)
+        typical_x = tl.load(rows_ptr + (g * 14 + 12 + own) * n)
     if KIND_Y >= RBF:
-        typical_y = tl.load(rows_ptr + (g * 16 + 15 - own) * n)
+        typical_y = tl.load(rows_ptr + (g * 14 + 13 - own) * n)
     keep_i, ref = m_i, g * 0
     if MASK:
         keep_i = tl.load(mask_ptr + g * n + o_i, mask=m_i, other=0) != 0
@@ -453,7 +436,6 @@ def weighted_rows(
         p_i, q_i = tl.load(w_x + n), tl.load(w_x + 2 * n)
     e_i = tl.load(w_x + 3 * n + o_i, mask=m_i, other=0)
     f_i = tl.load(w_x + 4 * n + o_i, mask=m_i, other=0)
-    h_i = tl.load(w_x + 5 * n + o_i, mask=m_i, other=0)
     ax_i = tl.load(alpha_x_ptr + g * n + o_i, mask=m_i, other=0) if KIND_X == 1 else ux_i
     ay_i = tl.load(alpha_y_ptr + g * n + o_i, mask=m_i, other=0) if KIND_Y == 1 else ux_i
     acc = tl.zeros([BM, BP], tl.float32)
@@ -474,8 +456,6 @@ def weighted_rows(
             p_j = tl.load(w_x + n + o_j, mask=m_j, other=0)
             q_j = tl.load(w_x + 2 * n + o_j, mask=m_j, other=0)
         e_j = tl.load(w_x + 3 * n + o_j, mask=m_j, other=0)
-        f_j = tl.load(w_x + 4 * n + o_j, mask=m_j, other=0)
-        h_j = tl.load(w_x + 5 * n + o_j, mask=m_j, other=0)
         ax_j = tl.load(alpha_x_ptr + g * n + o_j, mask=m_j, other=0) if KIND_X == 1 else ux_j
         ay_j = tl.load(alpha_y_ptr + g * n + o_j, mask=m_j, other=0) if KIND_Y == 1 else ux_j
         K = kernel_value(t_x, ax_i, ax_j, par_x, sigma_x, typical_x, KIND_X, DEGREE_X, S_X, HAS_PAR_X, STABLE)
@@ -490,14 +470,14 @@ def weighted_rows(
             counted = keep_i[:, None] & keep_j[None, :]
         if UNBIASED:
             counted = counted & (o_i[:, None] != o_j[None, :])
-        W = pair_weights(K, L, p_i, q_i, e_i, f_i, h_i, p_j, q_j, e_j, f_j, h_j, ROWWISE, ROW_NORM)
+        W = pair_weights(K, L, p_i, q_i, e_i, p_j, q_j, e_j, ROWWISE)
         W = tl.where(counted, W, 0.0)
         V = W * kernel_slope(t_x, ax_i, ax_j, par_x, sigma_x, KIND_X, DEGREE_X, S_X, HAS_PAR_X)
         if KIND_X >= RBF:
             V = tl.where(diagonal, 0.0, V)
         sums += tl.sum(V, axis=1)
         if ROW_NORM:
-            c_ij = p_i[:, None] * L + q_i[:, None] * K + e_i[:, None] + f_i[:, None] * h_j[None, :]
+            c_ij = p_i[:, None] * L + q_i[:, None] * K + e_i[:, None]
             norm += tl.sum(tl.where(counted, c_ij * K, 0.0), axis=1)
         if SIGMA:
             dsigma += tl.sum(W * sigma_slope(t_x, par_x, sigma_x, KIND_X, HAS_PAR_X), axis=1)
@@ -523,7 +503,7 @@ def weighted_rows(
         z_i = load_rows(rows_i, row_ref, tl.arange(0, BM), o_c, m_i, m_p, x_n, x_p, keep_i, SHIFT, MASK, HALVE)
         acc += d[:, None] * z_i
         sums += d
-    scale = tl.load(grad_ptr + g) * tl.load(rows_ptr + g * 16 * n + (12 + own) * n)
+    scale = tl.load(grad_ptr + g) * tl.load(rows_ptr + g * 14 * n + (10 + own) * n)
     m_out = m_i[:, None] & m_p[None, :]
     out = dx_ptr + (g * n + (tl.program_id(0) % blocks) * BM) * p + tl.program_id(1) * BP
     o_out = out + tl.arange(0, BM)[:, None] * p + o_c[None, :]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Above 1024 samples: tiles of both Gram matrices live in registers, and only sums or the gradient leave them.
 
-`tile_sums` visits each unordered pair of row blocks once and writes its row and column sums to slots that PyTorch adds in
-a fixed order, in float64. `gradient_rows` is the flash-style backward pass for p <= 256: tiles are computed again, dz
-stays in registers. `weight_panel` writes the pair weights V of a few rows for a matrix product, for wider features.
-Shapes: z [G, n, p], w [G, n, q] prepared rows (float32 or half), square, u, alpha [G, n] float32, weights [G, 5, n].
+`tile_sums` visits each unordered pair of row blocks once and writes its row and column sums to slots that PyTorch adds
+in a fixed order, in float64. `gradient_rows` is the flash-style backward pass for p <= 256: tiles are computed again,
+dz stays in registers. `weight_panel` writes the pair weights V of a few rows for a matrix product, for wider features.
+Shapes: z [G, n, p], w [G, n, q] prepared rows (float32 or half); square, u, alpha [G, n] and weights [G, 3, n] = p, q,
+e in float32.
 """
 
 import triton
@@ -66,13 +67,12 @@ def _counted(keep_ptr, o_i, o_j, m_i, m_j, MASK: tl.constexpr, UNBIASED: tl.cons
 def tile_sums(
     z_ptr, w_ptr, square_x_ptr, square_y_ptr, u_x_ptr, u_y_ptr, alpha_x_ptr, alpha_y_ptr, par_x_ptr, par_y_ptr,
     typical_x_ptr, typical_y_ptr, keep_ptr,
-    rho_ptr,  # [2, G, n] float32 (ROW_NORM)
-    row_ptr,  # [T, G, 7, band * BM] float32: sums over the columns of tile j
-    column_ptr,  # [band, G, 7, n] float32: sums over the rows of tile i
+    row_ptr,  # [T, G, 5, band * BM] float32: sums over the columns of tile j
+    column_ptr,  # [band, G, 5, n] float32: sums over the rows of tile i
     n, p, q, G, first, band, S_X: tl.constexpr, S_Y: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, KIND_X: tl.constexpr, DEGREE_X: tl.constexpr, KIND_Y: tl.constexpr,
     DEGREE_Y: tl.constexpr, STABLE: tl.constexpr, UNBIASED: tl.constexpr, MASK: tl.constexpr, MSE: tl.constexpr,
-    ROWWISE: tl.constexpr, ROW_NORM: tl.constexpr, PRECISION: tl.constexpr,
+    ROWWISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BM)
     pid = tl.program_id(0)
@@ -82,14 +82,14 @@ def tile_sums(
     o_i = i * BM + tl.arange(0, BM)
     o_j = j * BM + tl.arange(0, BM)
     m_i, m_j = o_i < n, o_j < n
-    rows = row_ptr + ((j.to(tl.int64) * G + g) * 7) * band * BM + local * BM + tl.arange(0, BM)
-    columns = column_ptr + ((local.to(tl.int64) * G + g) * 7) * n + o_j
+    rows = row_ptr + ((j.to(tl.int64) * G + g) * 5) * band * BM + local * BM + tl.arange(0, BM)
+    columns = column_ptr + ((local.to(tl.int64) * G + g) * 5) * n + o_j
     step = band * BM
     if i >= tiles:
         return
     if j < i:  # the mirror image is summed by tile (j, i): these slots count nothing
         zero = tl.zeros([BM], tl.float32)
-        for k in tl.static_range(7):
+        for k in tl.static_range(5):
             tl.store(rows + k * step, zero)
             tl.store(columns + k * n, zero, mask=m_j)
         return
@@ -121,13 +121,6 @@ def tile_sums(
         tl.store(columns + 2 * n, mirrored * tl.sum(K * K, 0), mask=m_j)
         tl.store(columns + 3 * n, mirrored * tl.sum(KL, 0), mask=m_j)
         tl.store(columns + 4 * n, mirrored * tl.sum(L * L, 0), mask=m_j)
-    if ROW_NORM:  # column sums of the row-normalised matrices, by symmetry rho-weighted row sums
-        rx_i, rx_j = _vector(rho_ptr + g * n, o_i, m_i), _vector(rho_ptr + g * n, o_j, m_j)
-        ry_i, ry_j = _vector(rho_ptr + (G + g) * n, o_i, m_i), _vector(rho_ptr + (G + g) * n, o_j, m_j)
-        tl.store(rows + 5 * step, tl.sum(K * rx_j[None, :], 1))
-        tl.store(rows + 6 * step, tl.sum(L * ry_j[None, :], 1))
-        tl.store(columns + 5 * n, mirrored * tl.sum(K * rx_i[:, None], 0), mask=m_j)
-        tl.store(columns + 6 * n, mirrored * tl.sum(L * ry_i[:, None], 0), mask=m_j)
 
 
 @triton.jit
@@ -143,9 +136,7 @@ def _tile_weights(
         p_i, q_i = tl.load(weights_ptr), tl.load(weights_ptr + n)
         p_j, q_j = p_i, q_i
     e_i, e_j = _vector(weights_ptr + 2 * n, o_i, m_i), _vector(weights_ptr + 2 * n, o_j, m_j)
-    f_i, f_j = _vector(weights_ptr + 3 * n, o_i, m_i), _vector(weights_ptr + 3 * n, o_j, m_j)
-    h_i, h_j = _vector(weights_ptr + 4 * n, o_i, m_i), _vector(weights_ptr + 4 * n, o_j, m_j)
-    W = pair_weights(K, L, p_i, q_i, e_i, f_i, h_i, p_j, q_j, e_j, f_j, h_j, ROWWISE, ROW_NORM)
+    W = pair_weights(K, L, p_i, q_i, e_i, p_j, q_j, e_j, ROWWISE)
     W = tl.where(counted, W, 0.0)
     a_i, a_j = _vector(alpha_ptr, o_i, m_i), _vector(alpha_ptr, o_j, m_j)
     V = W * kernel_slope(t_x, a_i, a_j, par, 1.0, KIND, DEGREE, S, True)
@@ -153,14 +144,14 @@ def _tile_weights(
         V = tl.where(o_i[:, None] == o_j[None, :], 0.0, V)
     norm = tl.zeros_like(e_i)
     if ROW_NORM:
-        c_ij = p_i[:, None] * L + q_i[:, None] * K + e_i[:, None] + f_i[:, None] * h_j[None, :]
+        c_ij = p_i[:, None] * L + q_i[:, None] * K + e_i[:, None]
         norm = tl.sum(tl.where(counted, c_ij * K, 0.0), axis=1)
     return W, V, norm
 
 
 @triton.jit
 def _row_sum(V, dtype: tl.constexpr, KIND: tl.constexpr):
-    """Row sums of V: of the rounded V for distances, whose two terms cancel; exact ones where a mean multiplies them."""
+    """Row sums of V: of the rounded V for distances, whose two terms cancel; exact where a mean multiplies them."""
     if KIND >= RBF:
         return tl.sum(V.to(dtype).to(tl.float32), axis=1)
     else:
@@ -212,7 +203,7 @@ def gradient_rows(
         )  # fmt: skip
         counted = _counted(keep_ptr + g * n, o_i, o_j, m_i, m_j, MASK, UNBIASED)
         W, V, norm = _tile_weights(
-            K, L, t_x, weights_ptr + g * 5 * n, n, alpha_x_ptr + g * n, par_x, o_i, o_j, m_i, m_j, counted,
+            K, L, t_x, weights_ptr + g * 3 * n, n, alpha_x_ptr + g * n, par_x, o_i, o_j, m_i, m_j, counted,
             KIND_X, DEGREE_X, S_X, ROWWISE, ROW_NORM,
         )  # fmt: skip
         sums += _row_sum(V, z_ptr.dtype.element_ty, KIND_X)
@@ -234,7 +225,8 @@ def weight_panel(
     extra_ptr,  # [T, 3, rows] float32: the sums of gradient_rows, by column tile
     n, p, q, first, rows, S_X: tl.constexpr, S_Y: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND_X: tl.constexpr, DEGREE_X: tl.constexpr,
-    KIND_Y: tl.constexpr, DEGREE_Y: tl.constexpr, STABLE: tl.constexpr, UNBIASED: tl.constexpr, MASK: tl.constexpr, ROWWISE: tl.constexpr,
+    KIND_Y: tl.constexpr, DEGREE_Y: tl.constexpr,
+    STABLE: tl.constexpr, UNBIASED: tl.constexpr, MASK: tl.constexpr, ROWWISE: tl.constexpr,
     ROW_NORM: tl.constexpr, SIGMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All pointers are those of the group; row tiles run fastest so that a column tile is read once by all of them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of the schedules above 1024 samples: prepared rows, banded tile sums, then flash-style or panel gradients."""
+"""Launches of the schedules above 1024 samples: prepared rows, banded sums, then flash-style or panel gradients."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ class TileConfig(NamedTuple):
     stages: int
 
 
-# (half inputs, float32 inputs); unmeasured: chosen for zero spills on sm_80, sm_90 and sm_100
-SUMS = (TileConfig(128, 128, 64, 8, 3), TileConfig(64, 64, 32, 8, 2))
-PANEL = (TileConfig(128, 64, 64, 8, 3), TileConfig(64, 32, 32, 8, 2))
+# (half inputs on sm_80 and sm_90, float32 inputs, half inputs on sm_100); unmeasured: the largest without spills there
+SUMS = (TileConfig(128, 128, 64, 8, 3), TileConfig(64, 64, 16, 8, 2), TileConfig(64, 64, 64, 4, 3))
+PANEL = (TileConfig(128, 64, 64, 8, 3), TileConfig(64, 32, 32, 8, 2), TileConfig(64, 64, 64, 8, 3))
 # (widest feature, half, float32)
 FLASH = (
-    (64, TileConfig(128, 32, 64, 8, 2), TileConfig(32, 32, 32, 8, 2)),
+    (64, TileConfig(128, 32, 64, 8, 2), TileConfig(32, 16, 32, 4, 2)),
     (128, TileConfig(64, 32, 64, 8, 2), TileConfig(32, 16, 32, 8, 2)),
     (256, TileConfig(64, 16, 64, 8, 2), TileConfig(32, 16, 32, 8, 2)),
 )
 
 
-def _pick(pair, half: bool):
-    return pair[0] if half else pair[1]
+def _pick(table, half: bool, device) -> TileConfig:
+    if half and len(table) > 2 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10:
+        return table[2]
+    return table[0] if half else table[1]
 
 
 class Operands(NamedTuple):
@@ -86,9 +88,11 @@ def _constants(pairs: Pairs, mask) -> dict:
         "STABLE": problem.stable,
         "UNBIASED": problem.unbiased,
         "MASK": mask is not None,
-        "ROWWISE": problem.rowwise,
-        "ROW_NORM": problem.row_normalize,
     }
+
+
+def _row_constants(problem: Problem) -> dict:
+    return {"ROWWISE": problem.rowwise, "ROW_NORM": problem.row_normalize}
 
 
 def _with_means(side: Side, weight) -> Side:
@@ -104,7 +108,7 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, torch.float32)
     pairs = pairs._replace(x=_with_means(pairs.x, pairs.weight), y=_with_means(pairs.y, pairs.weight))
     rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
-    stats = _banded_sums(_operands(pairs, x, y, mask), mask, rho, precision(x, y))
+    stats = _banded_sums(_operands(pairs, x, y, mask), mask, precision(x, y))
     count = x.shape[1] if mask is None else mask.sum(1)
     eps = torch.finfo(torch.float32).eps
     value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho)
@@ -112,34 +116,30 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     return value, rows, value.new_empty(0)
 
 
-def _banded_sums(operands: Operands, mask, rho, how: str) -> RowStats:
+def _banded_sums(operands: Operands, mask, how: str) -> RowStats:
     """Bands of row tiles bound the workspace; every slot is written, so nothing is cleared."""
     z, w, problem = operands.tensors[0], operands.tensors[1], operands.pairs.problem
     (G, n, p), q = z.shape, w.shape[2]
-    config = _pick(SUMS, operands.half)
+    config = _pick(SUMS, operands.half, z.device)
     tiles = triton.cdiv(n, config.rows)
-    band = max(1, min(tiles, BAND_BYTES // (2 * 7 * 4 * n * G)))
-    fields = 7 if problem.rowwise else 5
-    stats = torch.zeros((fields, G, n), dtype=torch.float64, device=z.device)
-    rhos = z if rho is None else torch.stack(rho).float()
-    row_slots = torch.empty((tiles, G, 7, band * config.rows), dtype=torch.float32, device=z.device)
-    column_slots = torch.empty((band, G, 7, n), dtype=torch.float32, device=z.device)
+    band = max(1, min(tiles, BAND_BYTES // (2 * 5 * 4 * n * G)))
+    stats = torch.zeros((5, G, n), dtype=torch.float64, device=z.device)
+    row_slots = torch.empty((tiles, G, 5, band * config.rows), dtype=torch.float32, device=z.device)
+    column_slots = torch.empty((band, G, 5, n), dtype=torch.float32, device=z.device)
     for first in range(0, tiles, band):
         used = min(band, tiles - first)
         tile_sums[(band * tiles * G,)](
-            *operands.tensors, rhos, row_slots, column_slots, n, p, q, G, first, band,
-            BM=config.rows, BK=config.depth, **_constants(operands.pairs, mask), MSE=problem.stat == "mse",
-            PRECISION=how, num_warps=config.warps, num_stages=config.stages,
+            *operands.tensors, row_slots, column_slots, n, p, q, G, first, band,
+            BM=config.rows, BK=config.depth, **_constants(operands.pairs, mask), ROWWISE=problem.rowwise,
+            MSE=problem.stat == "mse", PRECISION=how, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         start, stop = first * config.rows, min(n, (first + used) * config.rows)
         rows = row_slots[..., : stop - start].sum(0, dtype=torch.float64)
         columns = column_slots[:used].sum(0, dtype=torch.float64)
-        written = 5 + 2 * problem.row_normalize
-        stats[:written, :, start:stop] += rows.movedim(1, 0)[:written]
-        mirrored = written if problem.rowwise else 2
+        stats[..., start:stop] += rows.movedim(1, 0)
+        mirrored = 5 if problem.rowwise else 2  # of the squares only totals are asked for, and the rows hold them
         stats[:mirrored] += columns.movedim(1, 0)[:mirrored]
-    extra = (stats[5], stats[6]) if problem.row_normalize and problem.center else (None, None)
-    return RowStats(*stats[:5], *extra)
+    return RowStats(*stats)
 
 
 def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
@@ -167,14 +167,14 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
 
 
 def _scaled(weights, side: Side):
-    """Weights as [G, 5, n] divided by their largest (and a polynomial's slope): V is then of order 1 in half precision."""
-    p, q, e, f, h = (v if v.shape[-1] else torch.zeros_like(weights.p) for v in weights)
-    scale = (p.abs() + q.abs() + e.abs() + (f * h).abs()).amax(-1) * 2
+    """Weights as [G, 3, n] over their largest (and a polynomial's slope): V is then of order 1, fit for halves."""
+    p, q, e = weights[:3]
+    scale = (p.abs() + q.abs() + e.abs()).amax(-1) * 2
     if side.spec.name == "polynomial":
         scale = scale * side.P.par[:, 1].abs()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     over = scale[:, None]
-    return torch.stack([p / over, q / over, e / over, f, h / over], dim=1).contiguous(), scale
+    return torch.stack([p, q, e], dim=1) / over[:, None], scale
 
 
 def _gradient(operands: Operands, weights, mask, want_sigma: bool, how: str) -> Gradient:
@@ -191,13 +191,13 @@ def _gradient(operands: Operands, weights, mask, want_sigma: bool, how: str) -> 
 def _flash(operands: Operands, scaled, mask, want_sigma, how):
     z, w = operands.tensors[:2]
     (G, n, p), q = z.shape, w.shape[2]
-    config = _pick(next(row for row in FLASH if p <= row[0])[1:], operands.half)
+    config = _pick(next(row for row in FLASH if p <= row[0])[1:], operands.half, z.device)
     dz = torch.empty((G, n, p), dtype=torch.float32, device=z.device)
     extra = torch.empty((G, 3, n), dtype=torch.float32, device=z.device)
     gradient_rows[(triton.cdiv(n, config.rows) * G,)](
         *operands.tensors, scaled, dz, extra, n, p, q,
         BM=config.rows, BN=config.columns, BK=config.depth, BP=max(16, triton.next_power_of_2(p)),
-        **_constants(operands.pairs, mask), SIGMA=want_sigma, PRECISION=how,
+        **_constants(operands.pairs, mask), SIGMA=want_sigma, PRECISION=how, **_row_constants(operands.pairs.problem),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return dz, extra[:, 0], extra[:, 1], extra[:, 2].sum(1)
@@ -206,7 +206,7 @@ def _flash(operands: Operands, scaled, mask, want_sigma, how):
 def _panels(operands: Operands, scaled, mask, want_sigma, how):
     z, w = operands.tensors[:2]
     (G, n, p), q = z.shape, w.shape[2]
-    config = _pick(PANEL, operands.half)
+    config = _pick(PANEL, operands.half, z.device)
     tiles = triton.cdiv(n, config.columns)
     height = max(config.rows, min(triton.cdiv(n, config.rows) * config.rows, BAND_BYTES // (n * z.element_size())))
     height -= height % config.rows
@@ -222,7 +222,8 @@ def _panels(operands: Operands, scaled, mask, want_sigma, how):
             weight_panel[(triton.cdiv(rows, config.rows) * tiles,)](
                 *tensors, scaled[g], panel, extra, n, p, q, first, height,
                 BM=config.rows, BN=config.columns, BK=config.depth, **_constants(operands.pairs, mask),
-                SIGMA=want_sigma, PRECISION=how, num_warps=config.warps, num_stages=config.stages,
+                SIGMA=want_sigma, PRECISION=how, **_row_constants(operands.pairs.problem),
+        num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
             used = slice(first, first + rows)
             _product_into(dz[g, used], panel[:rows], tensors[0])
