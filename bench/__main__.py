@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--reps", type=int, default=200, help="rounds a case at most (default 200)")
     run.add_argument("--seconds", type=float, default=480.0, help="of the whole run; later cases say so (default 480)")
     run.add_argument("--case-seconds", type=float, default=12.0, help="of timed rounds a case (default 12)")
+    run.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="CPU: cpu for one thread on a shared machine"
+    )
     run.add_argument("--memory", action="store_true", help="CPU: peak memory of the small cases too (a process each)")
     run.add_argument(
         "--compiled",

@@ -90,7 +90,7 @@ def run(options) -> int:
     device = options.device
     if options.threads:
         torch.set_num_threads(options.threads)
-    shared = machine.provenance(device)
+    shared = {**machine.provenance(device), "clock": options.clock if device == "cpu" else "events"}
     path = Path(options.out) if options.out else default_path(shared, "rows")
     write = Writer(path, shared)
     begin = time.monotonic()
@@ -98,7 +98,7 @@ def run(options) -> int:
     if not chosen:
         print(f"no case has {options.case!r} in its name: python -m bench list", file=sys.stderr)
         return 2
-    ceilings = roof.measure(device, options.quick)
+    ceilings = roof.measure(device, options.quick, options.clock)
     for row in ceilings:
         write(row)
     refused: dict[tuple[str, str], str | None] = {}
@@ -170,7 +170,7 @@ def _measure_case(index, case, backends, seconds, ceilings, write, options) -> N
         runners = []
         for name, backend in wanted:
             try:
-                runner = _runner(build(case, sigma, name, backend), method, draws, flush)
+                runner = _runner(build(case, sigma, name, backend), method, draws, flush, options.clock)
                 runner.call(0)
                 if method == "eager":
                     extras[name, backend] = _extras(index, case, runner.contender, inputs, options)
@@ -191,9 +191,9 @@ def _note(error: Exception) -> str:
     return f"{type(error).__name__}: " + re.sub(r"(?:/[\w.+-]+)+/", "", line)
 
 
-def _runner(contender: Contender, method: str, draws, flush):
+def _runner(contender: Contender, method: str, draws, flush, clock: str):
     if flush is None:
-        return measure.cpu_runner(contender, draws)
+        return measure.cpu_runner(contender, draws, clock)
     return (measure.graph_runner if method == "graph" else measure.cuda_runner)(contender, draws, flush)
 
 

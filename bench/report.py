@@ -52,7 +52,9 @@ def _heading(row: dict) -> str:
     extra = f", driver {row['driver']}, clocks {row['clocks']}, CUDA {row['cuda']}" if row["gpu"] else ""
     state = " (with uncommitted changes)" if row["dirty"] else ""
     versions = f"Python {row['python']}, torch {row['torch']}, triton {row['triton']}"
-    return f"**{where}**{extra}; {versions}; commit {row['commit']}{state}; {row['run']}"
+    timed = {"cpu": "; processor time", "wall": "; wall time"}.get(row.get("clock"), "")
+    busy = f", load {row['load']} at the start" if timed else ""
+    return f"**{where}**{extra}{timed}{busy}; {versions}; commit {row['commit']}{state}; {row['run']}"
 
 
 def _table(head, rows, caption) -> str:

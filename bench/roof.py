@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
-from .measure import percentiles
+from .measure import CLOCKS, percentiles
 
 
-def measure(device: str, quick: bool = False) -> list[dict]:
+def measure(device: str, quick: bool = False, clock: str = "wall") -> list[dict]:
     """Roof rows: copy (bytes read + written a second), gemm by dtype (flop/s); on CUDA an empty launch and graph."""
-    return _cuda(quick) if device == "cuda" else _cpu(quick)
+    return _cuda(quick) if device == "cuda" else _cpu(quick, CLOCKS[clock])
 
 
-def _cpu(quick: bool) -> list[dict]:
+def _cpu(quick: bool, now) -> list[dict]:
     size, edge = (2**22, 256) if quick else (2**27, 2048)
     source = torch.randint(0, 127, (size,), dtype=torch.int8)
     target = torch.empty_like(source)
-    rows = [_row("copy", None, 2 * size, _wall(lambda: target.copy_(source)))]
+    rows = [_row("copy", None, 2 * size, _host(lambda: target.copy_(source), now))]
     for dtype in (torch.float32, torch.float64):
         a, b = (torch.randn(edge, edge, dtype=dtype) for _ in range(2))
-        rows.append(_row("gemm", dtype, 2 * edge**3, _wall(lambda a=a, b=b: a @ b)))
+        rows.append(_row("gemm", dtype, 2 * edge**3, _host(lambda a=a, b=b: a @ b, now)))
     return rows
 
 
@@ -45,13 +43,13 @@ def _cuda(quick: bool) -> list[dict]:
     return rows
 
 
-def _wall(function, reps: int = 9) -> list[float]:
+def _host(function, now, reps: int = 9) -> list[float]:
     function()
     times = []
     for _ in range(reps):
-        start = time.perf_counter()
+        start = now()
         function()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((now() - start) * 1e3)
     return times
 
 

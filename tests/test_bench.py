@@ -7,6 +7,7 @@ No test here asserts a time: a shared machine would fail it.
 import json
 import re
 import socket
+import time
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(drive, "listed", lambda device, quick: TINY)
     monkeypatch.setattr(testing, "contract", lambda *a, **k: [Result("value", "c", 0.0, 1.0, True)])
     measured = roof.measure
-    monkeypatch.setattr(roof, "measure", lambda device, quick: measured(device, True))
+    monkeypatch.setattr(roof, "measure", lambda device, quick, clock: measured(device, True, clock))
 
 
 def run_tiny(path, *more):
@@ -74,6 +75,16 @@ def test_a_run_times_every_case_contender_and_phase_with_full_rows(tiny, tmp_pat
         assert row["roof_percent"] > 0 and row["minimum_bytes"] > 0 and row["flops"] > 0
         assert row["launches"] is None and row["status"] == "ok"
         assert set(row["ratios"]) == ({"eager", "algebra"} if row["contender"] == "kdkernels" else set())
+
+
+def test_the_processor_clock_does_not_count_waiting(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    waiting = lambda case, sigma: lambda x, y: (time.sleep(0.05), (x * y).sum())[1]  # noqa: E731
+    monkeypatch.setattr(contenders, "eager", waiting)
+    assert run_tiny(path, "--case", "mse tiny", "--clock", "cpu") == 0
+    (row,) = [r for r in rows_of(path) if r.get("contender") == "eager" and r["phase"] == "step"]
+    assert row["clock"] == "cpu" and row["ms_p20"] < 50
+    assert "processor time" in report.markdown(rows_of(path))
 
 
 def test_a_row_names_no_host_and_no_folder(tiny, tmp_path):
