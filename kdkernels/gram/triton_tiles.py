@@ -36,7 +36,7 @@ SUMS = (TileConfig(128, 128, 64, 8, 3), TileConfig(64, 64, 16, 8, 2), TileConfig
 PANEL = (TileConfig(128, 64, 64, 8, 3), TileConfig(64, 32, 32, 8, 2), TileConfig(64, 64, 64, 8, 3))
 # (widest feature, half, float32)
 FLASH = (
-    (64, TileConfig(128, 32, 64, 8, 2), TileConfig(32, 16, 32, 4, 2)),
+    (64, TileConfig(128, 32, 64, 8, 2), TileConfig(32, 16, 32, 4, 1)),
     (128, TileConfig(64, 32, 64, 8, 2), TileConfig(32, 16, 32, 8, 2)),
     (256, TileConfig(64, 16, 64, 8, 2), TileConfig(32, 16, 32, 8, 2)),
 )
