@@ -44,6 +44,7 @@ ESTIMATORS = {
 }
 # n, p, q: more rows than features (feature space for linear kernels), fewer, and equal widths
 SHAPES = ((33, 7, 5), (19, 40, 43), (23, 9, 9))
+WIDE = (19, 40, 40)
 # the estimators' minimum, odd, prime, and around the power-of-two tiles of every backend
 SIZES = (1, 2, 3, 4, 5, 7, 13, 15, 16, 17, 31, 32, 33)
 MORE_SIZES = (63, 64, 65, 127, 128, 129)
@@ -125,10 +126,12 @@ def _statistic(op, backend, quick, generator):
                 inputs = _inputs(regime, shape, G, count % 4 == 1, kernel == "rbf sigma", generator)
                 fields = {"dtypes": _dtypes(count, regime), "gradient": _known(estimator, regime)}
                 yield _pair_case(function, backend, kernel, estimator, regime, inputs, **fields)
-    yield from _sizes(function, backend, quick, generator)
-    yield from _forced_tiles(function, backend, quick, generator)
+    if op == "cka" or not quick:  # hsic is cka without its last division: it need not try every size again
+        yield from _sizes(function, backend, quick, generator)
+        yield from _forced_tiles(function, backend, quick, generator)
     if op == "cka":
         yield from _degenerate(function, backend, generator)
+        yield from _far_from_one(function, backend, generator)
     for kernel, estimator, shape, G, masked in (
         ("rbf sigma", "unbiased", (13, 6, 5), 2, True),
         ("linear", "unbiased", (33, 5, 4), None, False),
@@ -220,7 +223,17 @@ def _forced_tiles(function, backend, quick, generator):
                     regime, (n, 30, 34), (None, 2)[count % 2], count % 3 == 0, kernel == "rbf sigma", generator
                 )
                 fields = {"context": partial(small_tiles, backend), "gradient": _known(estimator, regime)}
+                fields["dtypes"] = (SINGLE, *HALF) if count % 5 == 0 else (SINGLE,)
                 yield _pair_case(function, backend, kernel, estimator, f"{regime} tiles", inputs, **fields)
+
+
+def _far_from_one(function, backend, generator):
+    """Features whose bandwidths, products and slopes leave the range of half precision."""
+    for kernel in ("linear", "rbf", "rbf sum", "laplacian"):
+        for size in (1e-2, 300.0):
+            inputs = _inputs("bland", (33, 24, 20), None, False, False, generator)
+            inputs |= {name: size * inputs[name] for name in "xy"}
+            yield _pair_case(function, backend, kernel, "unbiased", f"size {size:g}", inputs, dtypes=(SINGLE, *HALF))
 
 
 def _degenerate(function, backend, generator):
@@ -243,7 +256,7 @@ def _gram_mse(op, backend, quick, generator):
     count = 0
     for regime in REGIMES:
         for normalize in (None, "row"):
-            for shape in SHAPES:
+            for shape in (*SHAPES, WIDE):
                 for reduction in ("mean", "sum"):
                     count += 1
                     if quick and count % 2:
@@ -265,19 +278,23 @@ def _gram_mse(op, backend, quick, generator):
 
 
 def _mse_case(backend, normalize, reduction, label, inputs, **fields):
+    # feature space with p = q works on x - y itself (MATH.md), so that nothing is lost as x nears y
+    (n, p), q = inputs["x"].shape[-2:], inputs["y"].shape[-1]
+    strict = normalize is None and p == q and backend in ("torch", "cpp") and 3 * p * p < n * (2 * p + 40)
+
     def call(t, backend):
         how = {"normalize": normalize, "reduction": reduction, "mask": t.get("mask")}
         return ops.gram_mse(t["x"], t["y"], backend=backend, **how)
 
     def scale(t):
-        if normalize is None and t["x"].shape == t["y"].shape:  # no cancellation is excused where p = q
+        if strict:
             return call(t, "reference").max()
         sides = [call(t | {s: torch.zeros_like(t[s])}, "reference") for s in "xy"]  # |L|^2 and |K|^2
         return (sides[0] + sides[1]).max()
 
     def terms(t):
-        """2 <K, L>, plain or on rows of fixed norm; plain with p = q the gradient has no such excuse."""
-        if normalize is None and t["x"].shape == t["y"].shape:
+        """2 <K, L>, plain or on rows of fixed norm: the gradient of |K|^2 nearly cancels it where x is close to y."""
+        if strict:
             return call(t, "reference")
         weight = t["mask"][..., None] if "mask" in t else torch.ones_like(t["x"][..., :1])
         K, L = ((t[s] * weight) @ (t[s] * weight).mT for s in "xy")
@@ -305,7 +322,7 @@ def _mmd(op, backend, quick, generator):
                 G, masked = (None, 2)[count % 7 < 3], count % 4 == 1
                 inputs = _inputs(regime, (n, p, p), G, masked and m is not None, kernel == "rbf sigma", generator, m)
                 yield _mmd_case(backend, kernel, unbiased, regime, inputs, dtypes=_dtypes(count, regime))
-    for n in SIZES if quick else (*SIZES, *MORE_SIZES):
+    for n in SIZES[::3] if quick else (*SIZES, *MORE_SIZES):
         inputs = _inputs("peaky", (n, 3 + n % 5, 3 + n % 5), None, False, False, generator, n + n % 3)
         yield _mmd_case(backend, "rbf", n > 1, "size", inputs)
     if backend != "reference":
