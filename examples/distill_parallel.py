@@ -7,6 +7,7 @@ import concurrent.futures
 import io
 import multiprocessing
 import queue
+import signal
 from typing import NamedTuple
 
 import distill_data
@@ -62,6 +63,7 @@ def _pack(data, teacher) -> bytes:
 
 def _start(packed: bytes, key, epochs: int, finished):
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool
     torch.set_num_threads(1)
     facts, splits, state = torch.load(io.BytesIO(packed))
     splits = {name: distill_data.Split(*split) if split else None for name, split in splits.items()}

@@ -90,7 +90,7 @@ def legend(several: bool, where: str) -> str:
     spreads = "One seed, so no spread."
     if several:
         spreads = "Accuracy: mean ± standard deviation over seeds. Gain: points, paired by seed, ± its standard error."
-    return f"{spreads}\nStep, and the share of it that the added loss takes forward and backward: medians {where}."
+    return f"{spreads}\nStep, and the share of it that the added loss takes forward and backward: medians, {where}."
 
 
 def against_control(rows: list[Row]) -> str:
@@ -101,7 +101,7 @@ def against_control(rows: list[Row]) -> str:
         if row.name not in ("ce", "pseudo"):
             gains = [own - other for own, other in zip(row.tests, control.tests, strict=True)]
             said.append(f"{row.title} {spread(statistics.mean(gains), standard_error(gains), '+')}")
-    return f"Against the control, paired: {'; '.join(said)}."
+    return f"Against the control, paired by seed: {'; '.join(said)}."
 
 
 def standard_error(values) -> float | None:

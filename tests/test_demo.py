@@ -109,6 +109,7 @@ def test_a_missing_gpu_is_said_plainly(capsys):
     assert "this PyTorch sees no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_run_again_and_in_any_number_of_processes(digits, teacher):
     jobs = [
         distill_parallel.Job("kd", 1.0, 3),
@@ -296,6 +297,7 @@ def test_cifar_files_are_read_as_normalised_images_with_a_validation_split(tmp_p
     assert image[label % 3, label].min() >= image.amax() - 1e-5
 
 
+@pytest.mark.slow
 def test_the_demonstration_runs_on_cifar_files(tmp_path, monkeypatch, capsys):
     cifar_folder(tmp_path / "files")
     setup = distill_nets.SETUPS["cifar100", "B"]
