@@ -176,13 +176,11 @@ def report(options, data, teacher, setup, runs):
         timing = time_method(name, options.chosen[name], data, teacher, setup, 3 if options.dry_run else 60)
         rows.append(make_row(name, METHODS[name].title, options.chosen[name], own, by_method["ce"], timing))
     teacher_test = accuracy(teacher, data.test)
-    where = (
-        "of 60 steps on one CPU thread, nothing else running"
-        if options.device.type == "cpu"
-        else f"of 60 steps on {torch.cuda.get_device_name(options.device)}"
-    )
+    where = "CPU time of one thread"
+    if options.device.type == "cuda":
+        where = f"on {torch.cuda.get_device_name(options.device)}"
     print(f"\n{table(rows)}\n\n{legend(options.seeds > 1, where)}\n")
-    print(f"The teacher reaches {teacher_test:.1f} %. {against_control(rows)}\n\n{CAVEAT}\n")
+    print(f"The teacher reaches {teacher_test:.1f} %.\n{against_control(rows)}\n\n{CAVEAT}\n")
     if options.dry_run:
         print("This was a dry run: one epoch on 256 images, so the figures mean nothing.\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def test_gain_is_paired_by_seed_with_its_standard_error():
     base = distill_report.make_row("ce", "CE", None, ce, ce, timing._replace(loss_ms=None))
     assert distill_report.cells(base) == ("CE", "-", "85.0 ± 5.0", "-", "8.0", "-", "cpp")
     control = row._replace(name="pseudo", tests=[84.0, 91.0, 86.0])
-    assert distill_report.against_control([base, control, row]) == "Against the control, paired: X +0.0 ± 0.6."
+    assert distill_report.against_control([base, control, row]) == "Against the control, paired by seed: X +0.0 ± 0.6."
     worse = distill_report.make_row("x", "X", 1.0, runs(79.0, 89.0, 81.0), ce, timing)
     assert distill_report.cells(worse)[3] == "-2.0 ± 1.0"
 
