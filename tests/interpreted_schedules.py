@@ -64,7 +64,7 @@ def family(name, kernels, x, y, mask):
         compare(f"{name} gram_mse", kd.gram_mse, x, y, normalize=normalize, mask=mask)
     other, keep = data(x.shape[-2] + 3, x.shape[-1], 1, *x.shape[:-2])[::2]
     compare(f"{name} mmd", kd.mmd, x, other, kernel=kd.RBF(sigma=(1.0, 2.0)), mask=(mask, keep))
-    for kernel in ("linear", kd.RBF(3.0), "laplacian"):
+    for kernel in ("linear", kd.RBF(3.0), "laplacian", kd.RBF(300.0), kd.Laplacian(0.5)):
         compare(f"{name} float16", kd.cka, x + 20, y, torch.float16, 2e-3, kernel=kernel)
     for kernel in (kd.RBF, kd.Laplacian):
         sigma_gradient(name, kernel, x, y)

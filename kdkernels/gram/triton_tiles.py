@@ -166,20 +166,42 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
     return tuple(out)
 
 
-def _scaled(weights, side: Side):
-    """Weights as [G, 3, n] over their largest (and a polynomial's slope): V is then of order 1, fit for halves."""
+def _scaled(weights, side: Side, teacher: Side):
+    """Weights as [G, 3, n] over their largest and the slope of a typical pair: V is then of order 1, fit for halves."""
     p, q, e = weights[:3]
-    scale = (p.abs() + q.abs() + e.abs()).amax(-1) * 2
-    if side.spec.name == "polynomial":
-        scale = scale * side.P.par[:, 1].abs()
+    own, other = _typical_value(side)[..., None], _typical_value(teacher)[..., None]
+    scale = (p.abs() * other + q.abs() * own + e.abs()).amax(-1) * 2
+    scale = scale * _typical_slope(side)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     over = scale[:, None]
     return torch.stack([p, q, e], dim=1) / over[:, None], scale
 
 
+def _typical_value(side: Side):
+    """[G]: the size of K^ for a typical pair: a wide kernel's k - exp(level) is as small as its exponent."""
+    if not side.spec.of_distance:
+        return torch.ones_like(side.P.scale)
+    levels = torch.stack(side.levels())[..., 0, 0]
+    return (levels.exp().clamp(min=1e-3) * levels.abs().clamp(max=1.0)).amax(0)
+
+
+def _typical_slope(side: Side):
+    """[G] or 1: the size of dK^/dg^ for a typical pair, so that V stays in float16's range at any bandwidth."""
+    if side.spec.linear:
+        return 1.0
+    if side.spec.name == "polynomial":
+        return side.P.par[:, 1].abs()
+    order = 2 if side.spec.name == "rbf" else 1
+    slopes = [
+        level.exp().clamp(min=1e-3) / sigma**order
+        for sigma, level in zip(side.parameters(), side.levels(), strict=True)
+    ]
+    return torch.stack(slopes).amax(0)[:, 0, 0]
+
+
 def _gradient(operands: Operands, weights, mask, want_sigma: bool, how: str) -> Gradient:
     side = operands.pairs.x
-    scaled, scale = _scaled(weights, side)
+    scaled, scale = _scaled(weights, side, operands.pairs.y)
     launch = _flash if side.P.z.shape[2] <= FLASH_WIDTH else _panels
     dz, sums, norms, dsigma = launch(operands, scaled, mask, want_sigma, how)
     if operands.pairs.problem.row_normalize and not side.spec.of_distance:
