@@ -35,32 +35,27 @@ TUNING_SEED = 1000  # the seeds of --tune start here: none of them appears in a 
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
+    names = f"any of {', '.join(METHODS)} (default: all); {', '.join(CONTROLS)} always take part"
+    add("--losses", nargs="+", default=list(METHODS), metavar="NAME", help=names)
+    add("--seeds", type=int, metavar="N", help="number of seeds (default: 5; 3 with --tune)")
+    add("--seed", type=int, metavar="N", help=f"the first seed (default: 0; {TUNING_SEED} with --tune)")
     add(
-        "--losses",
-        nargs="+",
-        default=list(METHODS),
-        metavar="NAME",
-        help=f"any of {', '.join(METHODS)}; {', '.join(CONTROLS)} always take part",
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="epochs of a student (default: 30 on digits, 15 in set-up B; 240 on CIFAR)",
     )
-    add("--seeds", type=int, default=None, help="number of seeds (default: 5; 3 with --tune)")
-    add("--seed", type=int, default=None, help="the first seed (default: 0; 1000 with --tune)")
-    add("--epochs", type=int, default=None, help="epochs of a student (default: the set-up's, 30 or 15 on digits)")
-    add(
-        "--setup",
-        choices=("A", "B"),
-        default="A",
-        help="A: few labels, the rest of the images without; B: all labels and a smaller student",
-    )
-    add("--data", choices=("digits", "cifar100"), default="digits", help="which images")
-    add("--root", help="folder of the CIFAR-100 files (default: none)")
-    add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--threads", type=int, default=None, help="CPU cores: so many runs at once (default: all cores)")
-    add("--out", type=Path, default=Path("out/distill.png"), help="the plot; .json and .csv go beside it")
-    add("--weights", type=Path, default=None, help="record of the weights (default: examples/weights.json)")
+    setups = "A: few labels, the rest of the images without (default); B: all labels, on digits a smaller student"
+    add("--setup", choices=("A", "B"), default="A", help=setups)
+    add("--data", choices=("digits", "cifar100"), default="digits", help="which images (default: digits)")
+    add("--root", metavar="DIR", help="the folder with the CIFAR-100 files")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--threads", type=int, metavar="N", help="CPU cores to use: so many runs at once (default: all)")
+    add("--out", type=Path, default=Path("out/distill.png"), metavar="FILE",
+        help="the plot (default: out/distill.png); a .json and a .csv file go beside it")  # fmt: skip
+    add("--weights", type=Path, metavar="FILE", help="record of the weights (default: examples/weights.json)")
     add("--tune", action="store_true", help="choose the weights on the validation split and write them to --weights")
     add("--dry-run", action="store_true", help="one seed, one epoch, 256 images: does everything run?")
     options = parser.parse_args(arguments)

@@ -95,6 +95,7 @@ def test_the_weight_is_a_buffer_that_scales_the_loss_and_travels_in_the_state_di
     before = loss(student, teacher)
     loss.weight.mul_(3)
     torch.testing.assert_close(loss(student, teacher), 3 * before, rtol=1e-6, atol=0)
+    assert loss.double()(student, teacher).dtype == torch.float32
     fresh = case.make().eval()
     fresh.load_state_dict(loss.state_dict())
     assert fresh(student, teacher).equal(loss(student, teacher))

@@ -109,6 +109,11 @@ def test_logits_of_a_thousand_stay_finite_in_float16(divergence):
     assert value.isfinite() and student.grad.isfinite().all()
 
 
+def test_a_float64_normalizer_leaves_the_dtype_of_the_loss():
+    student, teacher = (side.float() for side in logits(4, 7))
+    assert KDLoss()(student, teacher, normalizer=torch.tensor(4.0, dtype=torch.float64)).dtype == torch.float32
+
+
 def test_bad_arguments_are_named():
     student, teacher = logits(4, 7)
     for bad in ({"tau": 0.0}, {"tau": float("inf")}, {"divergence": "js"}, {"reduction": "batchmean"}):

@@ -261,7 +261,7 @@ def mean_of_rows(values, mask, normalizer, reduction: str = "mean"):
         if isinstance(normalizer, torch.Tensor):
             if normalizer.numel() != 1:
                 raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: give one number to divide by")
-            return total / normalizer.reshape(())
+            return total / normalizer.reshape(()).to(total.dtype)
         if not normalizer > 0:
             raise ValueError(f"normalizer is {normalizer!r}: give a positive number to divide by")
         return total / normalizer

@@ -86,7 +86,7 @@ class CKALoss(Loss):
                 aligned = cka(x, y, mask=kept, **self._estimator())
                 parts[name] = mean_of_groups(1 - aligned, kept, least)
                 if self.weights is not None:
-                    parts[name] = parts[name] * self.weights[i]
+                    parts[name] = parts[name] * self.weights[i].to(parts[name].dtype)
         return self._total(parts, return_parts)
 
     def _rows(self, rows):
