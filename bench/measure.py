@@ -5,9 +5,9 @@ CUDA: before each timed call a buffer twice the size of L2 is written and the de
 several draws, so every call starts with cold caches and pays for its own launches. `graph` replays the same step
 captured once.
 
-CPU: the inputs rotate there too, but nothing flushes the caches (l2 "hot"). Two clocks: "wall", what a user waits, needs
-a quiet machine; "cpu", the processor time of all threads of this process, also tells contenders apart on a shared one,
-where waiting for a core is most of the wall time. It is meant for one thread: threads that spin at a barrier count.
+CPU: the inputs rotate there too, but nothing flushes the caches (l2 "hot"). Two clocks: "wall", what a user waits,
+needs a quiet machine; "cpu", the processor time of all threads of this process, also tells contenders apart on a shared
+one, where waiting for a core is most of the wall time. It is meant for one thread: spinning at a barrier counts.
 """
 
 from __future__ import annotations
