@@ -239,7 +239,7 @@ def _series(rows) -> dict:
         key = (row["device"], row["op"], row["kernel"], shape["p"], shape["q"], row["dtype"], row["method"])
         label = f"{row['contender']} ({row['backend']})" if row["backend"] else row["contender"]
         found[key]["lines"][label].append((shape["n"], row["ms_p50"]))
-        found[key]["where"] = row["gpu"] or f"{row['cpu']}, {row['threads']} threads"
+        found[key]["where"] = row["gpu"] or f"{row['cpu']}, {row['threads']} threads, {row.get('clock')} clock"
         if row["roof_percent"]:
             found[key]["roof"][shape["n"]] = row["ms_p50"] * row["roof_percent"] / 100
     return {key: series for key, series in found.items() if len(series["roof"]) >= 3}
