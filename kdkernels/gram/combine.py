@@ -39,8 +39,8 @@ class Weights(NamedTuple):
     h: torch.Tensor
 
 
-def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=None):
-    """value [G] float64 and the Weights of both sides.
+def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=None, need=(True, True)):
+    """value [G] float64 and the Weights of both sides (None where `need` says that nobody asks).
 
     count: rows kept, an int or [G] float64. eps: of the dtype in which K and L were computed. units = (unit_x, unit_y)
     with K = unit * K^. rho = (rho_x, rho_y) [G, n], 1/sqrt(K_ii), where `row_normalize`.
@@ -58,7 +58,11 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
     form = _estimator(problem, n)
     kl, kk, ll = rows.hsic("kl", form), rows.hsic("kk", form), rows.hsic("ll", form)
     if problem.stat == "hsic":
-        return kl * ux * uy, (rows.x_side(form, ux * uy, 0 * ux), rows.y_side(form, ux * uy, 0 * uy))
+        unit, zero = ux * uy, torch.zeros_like(ux)
+        return kl * unit, (
+            rows.x_side(form, unit, zero) if need[0] else None,
+            rows.y_side(form, unit, zero) if need[1] else None,
+        )
     # a side whose centred sum of squares is below its own rounding has no direction: CKA is 0 there, with zero gradient
     floor = (8 * eps) ** 2 * form.c
     defined = ~((kk <= floor * rows.total("kk")) | (ll <= floor * rows.total("ll")))
@@ -66,7 +70,10 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
     kk, ll = torch.where(defined, kk, one), torch.where(defined, ll, one)
     alpha = (1 / (kk.sqrt() * ll.sqrt())) * defined
     value = kl * alpha
-    return value, (rows.x_side(form, alpha, -value / kk), rows.y_side(form, alpha, -value / ll))
+    return value, (
+        rows.x_side(form, alpha, -value / kk) if need[0] else None,
+        rows.y_side(form, alpha, -value / ll) if need[1] else None,
+    )
 
 
 class _Form(NamedTuple):
@@ -101,26 +108,31 @@ class _Plain:
 
     def __init__(self, stats: RowStats):
         self.stats = stats
+        self.sums = {"k": stats.a, "l": stats.b}
+        self.totals = {"k": stats.a.sum(-1), "l": stats.b.sum(-1)}
+        self.squares = {which: getattr(stats, which).sum(-1) for which in ("kk", "kl", "ll")}
 
     def total(self, which):
-        return getattr(self.stats, which).sum(-1)
+        return self.squares[which]
 
     def hsic(self, which, form):
-        u, v = (getattr(self.stats, "a" if letter == "k" else "b") for letter in which)
-        return form.c * (self.total(which) - form.r * (u * v).sum(-1) + form.s * u.sum(-1) * v.sum(-1))
+        first, second = which
+        cross = (self.sums[first] * self.sums[second]).sum(-1)
+        return form.c * (self.squares[which] - form.r * cross + form.s * self.totals[first] * self.totals[second])
 
     def _weights(self, form, alpha, beta, own, other):
         """c_ij = c [alpha C(L) + beta C(K)]_ij, C(L)_ij = L_ij - r/2 (b_i + b_j) + s B, split evenly over i and j."""
-        sums = alpha[:, None] * other + beta[:, None] * own
-        e = _column(form.c) * (_column(form.s) * sums.sum(-1, keepdim=True) - _column(form.r) * sums)
-        ones = torch.ones_like(own)
-        return _side(_column(form.c * alpha) * ones, _column(form.c * beta) * ones, e)
+        p, q = form.c * alpha, form.c * beta
+        mean = form.s * (p * self.totals[other] + q * self.totals[own])
+        sums = p[:, None] * self.sums[other] + q[:, None] * self.sums[own]
+        e = mean[:, None] - _column(form.r) * sums
+        return _side(p[:, None].expand_as(e), q[:, None].expand_as(e), e)
 
     def x_side(self, form, alpha, beta):
-        return self._weights(form, alpha, beta, self.stats.a, self.stats.b)
+        return self._weights(form, alpha, beta, "k", "l")
 
     def y_side(self, form, alpha, beta):
-        return self._weights(form, alpha, beta, self.stats.b, self.stats.a)
+        return self._weights(form, alpha, beta, "l", "k")
 
 
 class _RowNormalized:

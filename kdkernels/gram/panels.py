@@ -70,13 +70,15 @@ def tiles(n: int, small: bool):
             yield slice(i, min(i + edge, n)), slice(j, min(j + edge, n))
 
 
-def build(x, y, mask, sigma_x, sigma_y, problem: Problem, dtype) -> Pairs:
-    P = prepare(x, mask, problem.kx, sigma_x, problem, dtype)
-    Q = prepare(y, mask, problem.ky, sigma_y, problem, dtype)
-    weight = None if mask is None else mask.to(dtype)
-    return Pairs(
-        problem, maps.side_of(P, problem.kx, problem.stable), maps.side_of(Q, problem.ky, problem.stable), weight
-    )
+def build(x, y, mask, sigma_x, sigma_y, problem: Problem, dtype, kept_only=(False, False)) -> Pairs:
+    """Both sides prepared; one that is `kept_only`, linear with its products kept, is never looked at again."""
+    sides = []
+    for features, spec, sigma, skip in zip((x, y), problem[1:3], (sigma_x, sigma_y), kept_only, strict=True):
+        if skip:
+            sides.append(Side(None, spec, problem.stable, None, None))
+        else:
+            sides.append(maps.side_of(prepare(features, mask, spec, sigma, problem, dtype), spec, problem.stable))
+    return Pairs(problem, *sides, None if mask is None else mask.to(dtype))
 
 
 def landmark_means(side: Side, weight) -> torch.Tensor | None:
@@ -88,13 +90,17 @@ def landmark_means(side: Side, weight) -> torch.Tensor | None:
     everything = slice(0, n)
     K = maps.kernel(side, maps.product(side, everything, subset), everything, subset)
     w = torch.ones_like(side.P.square) if weight is None else weight
-    return _row_means(K, w.index_select(-1, subset), lambda row: row.index_select(-1, subset))
-
-
-def _row_means(K, w, columns=lambda row: row):
+    w = w.index_select(-1, subset)
     total = w.sum(-1, keepdim=True).clamp(min=1)
     row = (K * w[..., None, :]).sum(-1) / total
-    return row - (columns(row) * w).sum(-1, keepdim=True) / (2 * total)
+    return row - (row.index_select(-1, subset) * w).sum(-1, keepdim=True) / (2 * total)
+
+
+def _exact_means(K, weight):
+    """u_i = mean_j K_ij - mean/2 of a kept K^ whose uncounted pairs are zero."""
+    total = K.shape[-1] if weight is None else weight.sum(-1, keepdim=True).clamp(min=1)
+    row = K.sum(-1) / total
+    return row - row.sum(-1, keepdim=True) / (2 * total)
 
 
 def _moments(K, L, problem: Problem, columns: bool):
@@ -127,14 +133,17 @@ def row_stats(pairs: Pairs):
     """RowStats [G, n], the row means u of both sides, and the products t where they are kept."""
     if pairs.small:
         i = slice(0, pairs.n)
-        t, u = [], []
+        t, u, grams = [], [], []
         for side in (pairs.x, pairs.y):
             t.append(maps.product(side, i, i))
-            K = pairs.only_counted(maps.kernel(side, t[-1], i, i), i, i, True)
-            w = torch.ones_like(side.P.square) if pairs.weight is None else pairs.weight
-            u.append(_row_means(K, w) if side.stable else None)
-        pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))
-        K, L = (pairs.gram(s, product, i, i) for s, product in zip((pairs.x, pairs.y), t, strict=True))
+            K, means = maps.kernel(side, t[-1], i, i), None
+            K = pairs.only_counted(K, i, i, K is t[-1])
+            if side.stable and not side.spec.linear:  # rows of a centred linear K sum to about zero by themselves
+                means = _exact_means(K, pairs.weight)
+                K = pairs.only_counted(K.sub_(means[..., None]).sub_(means[..., None, :]), i, i, False)
+            u.append(means)
+            grams.append(K)
+        K, L = grams
         rows, _ = _moments(K, L, pairs.problem, False)
         extra = _column_sums(pairs, K, L) if _needs_columns(pairs.problem) else (None, None)
         return RowStats(*rows, *extra), u, t
@@ -188,7 +197,7 @@ def _tiled_stats(pairs: Pairs):
 
 class Gradient(NamedTuple):
     dz: torch.Tensor  # [..., n, p] sum_j V_ij z_j
-    row_sums: torch.Tensor  # [..., n] sum_j V_ij
+    row_sums: torch.Tensor  # [..., n] sum_j V_ij (left 0 for linear kernels, which do not use it)
     dsigma: torch.Tensor  # [...] with respect to sigma^
 
 
@@ -204,7 +213,7 @@ def apply(pairs: Pairs, weights: Weights, kept, want_sigma: bool) -> Gradient:
 
 def _apply_tiles(pairs, weights, kept, want_sigma):
     x, z = pairs.x, pairs.x.P.z
-    dz, row_sums = torch.zeros_like(z), torch.zeros_like(x.P.square)
+    dz, row_sums = None if pairs.small else torch.zeros_like(z), torch.zeros_like(x.P.square)
     dsigma = torch.zeros(z.shape[:-2], dtype=torch.float64, device=z.device)
     row_norm = torch.zeros_like(x.P.square) if pairs.problem.row_normalize else None
     for i, j in tiles(pairs.n, pairs.small):
@@ -215,14 +224,19 @@ def _apply_tiles(pairs, weights, kept, want_sigma):
         V = W if V is None else V.mul_(W)
         if x.spec.of_distance and i == j:  # a point has no distance to itself: keep its large k_ii out of the sums
             V.diagonal(dim1=-2, dim2=-1).zero_()
-        dz[..., i, :] += V @ z[..., j, :]
-        row_sums[..., i] += V.sum(-1)
+        if pairs.small:
+            dz = V @ z
+        else:
+            dz[..., i, :] += V @ z[..., j, :]
+        if not x.spec.linear:
+            row_sums[..., i] += V.sum(-1)
         if want_sigma:
             part = (W * maps.sigma_slope(x, t_x)).sum((-2, -1), dtype=torch.float64)
             dsigma += part / 2 if i == j else part
         if i != j:
             dz[..., j, :] += V.mT @ z[..., i, :]
-            row_sums[..., j] += V.sum(-2)
+            if not x.spec.linear:
+                row_sums[..., j] += V.sum(-2)
     if row_norm is not None and not x.spec.of_distance:
         dz, row_sums = row_norm_diagonal(x, weights, row_norm, dz, row_sums)
     return Gradient(dz, row_sums, dsigma)
@@ -232,7 +246,7 @@ def _pair_weights(pairs, weights, K, L, i, j, row_norm):
     """W_ij = c_ij + c_ji on a tile, zero for the pairs that do not count."""
     p, q, e, f, h = weights
     if not pairs.problem.rowwise:
-        W = L * (2 * p[..., :1, None]) + K * (2 * q[..., :1, None])
+        W = (L * (2 * p[..., :1, None])).addcmul_(K, 2 * q[..., :1, None])
         W += e[..., i][..., None]
         W += e[..., j][..., None, :]
         return pairs.only_counted(W, i, j, False)

@@ -37,17 +37,19 @@ def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepar
         mean = z.sum(1, keepdim=True) / count
         z = _masked(z - mean, mask)
         mean2 = mean.square().sum((1, 2))
-    square = z.square().sum(-1)
+    square = torch.linalg.vector_norm(z, dim=-1).square_()
     spread = square.sum(1) / (count if mask is None else count[:, 0, 0])
+    scale = torch.ones_like(spread)
+    if problem.stat != "mse":  # there K - L needs both sides in one unit
+        scale = torch.exp2(torch.log2(torch.where(spread == 0, scale, spread)).div_(-2).round_())
+    factor = scale
     if centred:
         # rows that differ by less than the rounding of their mean are constant: exact zeros keep CKA's 0/0 recognisable
         varies = ~(spread <= (4 * torch.finfo(dtype).eps) ** 2 * mean2)
-        z, square, spread = z * varies[:, None, None], square * varies[:, None], spread * varies
-    if problem.stat == "mse":  # K - L needs both sides in one unit
-        scale = torch.ones_like(spread)
-    else:
-        scale = torch.exp2(-torch.round(torch.log2(torch.where(spread == 0, torch.ones_like(spread), spread)) / 2))
-        z, square = z * scale[:, None, None], square * scale[:, None] ** 2
+        factor, spread = scale * varies, spread * varies
+    if problem.stat != "mse":
+        z = z * factor[:, None, None] if z is x else z.mul_(factor[:, None, None])
+        square = square.mul_(factor.square()[:, None])
     shift = None if mean is None else mean * scale[:, None, None]
     unit = scale.double() ** -2
     if spec.of_distance:
@@ -98,12 +100,12 @@ def diagonal(P: Prepared, spec: KernelSpec) -> torch.Tensor:
 
 
 def unprepare_gradient(dz, row_sums, x, P: Prepared, spec: KernelSpec, mask):
-    """dL/dx from dz_i = sum_j V_ij z_j and V's row sums, V = pair weights times dK^/dg^ (MATH.md, "Gradient")."""
+    """dL/dx from dz_i = sum_j V_ij z_j (overwritten) and V's row sums, V = pair weights times dK^/dg^ (MATH.md)."""
     if spec.of_distance:
-        dz = dz - row_sums[..., None] * P.z
+        dz = dz.addcmul_(row_sums[..., None], P.z, value=-1)
     elif spec.name == "polynomial" and P.shift is not None:
-        dz = dz + row_sums[..., None] * P.shift
-    dz = dz * P.scale[:, None, None]
+        dz = dz.addcmul_(row_sums[..., None], P.shift)
+    dz = dz.mul_(P.scale[:, None, None])
     if spec.name == "cosine":
         norm = torch.linalg.vector_norm(_masked(x.to(dz.dtype), mask), dim=-1, keepdim=True)
         unit = unit_rows(x, mask, dz.dtype)

@@ -61,7 +61,8 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     count = n if mask is None else mask.sum(1)
     rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
     eps = torch.finfo(dtype).eps
-    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho)
+    asked = (bool(need & 0b101), bool(need & 0b1010))
+    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho, asked)
     value, rows = pack_rows(value, sides, u, count, problem, need, dtype)
     kept = rows.new_empty(0) if kept is None or not need else torch.stack(kept)
     return value.to(compute_dtype(x, y)), rows, kept
@@ -74,12 +75,12 @@ def pack_rows(value, sides, u, count, problem: Problem, need: int, dtype):
         value = torch.where(enough, value, torch.zeros_like(value))
     if not need:
         return value.to(dtype), value.new_empty(0, dtype=dtype)
-    rows = []
-    for means, side in zip(u, sides, strict=True):
-        nothing = torch.zeros_like(side.p)
-        vectors = [nothing if means is None else means, *(v if v.shape[-1] else nothing for v in side)]
-        rows.append(torch.stack([v.to(dtype) for v in vectors], dim=1))
-    rows = torch.cat(rows, dim=1)
+    some = next(side for side in sides if side is not None)
+    rows = some.e.new_zeros((some.e.shape[0], 2 * SIDE_ROWS, some.e.shape[1]), dtype=dtype)
+    for k, (means, side) in enumerate(zip(u, sides, strict=True)):
+        for place, vector in enumerate((means, *(side or ()))):
+            if vector is not None and vector.shape[-1]:
+                rows[:, SIDE_ROWS * k + place] = vector
     if isinstance(count, torch.Tensor):
         rows = torch.where(enough[:, None, None], rows, torch.zeros_like(rows))
     return value.to(dtype), rows
@@ -88,31 +89,30 @@ def pack_rows(value, sides, u, count, problem: Problem, need: int, dtype):
 def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
     """dx, dy, dsigma_x, dsigma_y (empty where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
     dtype = saved_dtype(problem, x, y)
-    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype)
     in_features = in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2])
-    half = SIDE_ROWS
-    u = (rows[:, 0], rows[:, half]) if problem.stable and not in_features else (None, None)
-    pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))
     products = kept.unbind(0) if kept.dim() == 4 else None
+    skip = [products is not None and spec.linear and not need & (0b101 << k) for k, spec in enumerate(problem[1:3])]
+    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype, skip)
+    if problem.stable and not in_features:
+        u = [None if spec.linear else rows[:, SIDE_ROWS * k] for k, spec in enumerate(problem[1:3])]
+        pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))
     out = [x.new_empty(0) for _ in range(4)]  # an operator's outputs may not alias
     for k, features in enumerate((x, y)):
         if not need & (0b101 << k):
             continue
         side = pairs if k == 0 else Pairs(problem.swapped(), pairs.y, pairs.x, pairs.weight)
-        weights = unpack_weights(rows, k, problem)
+        weights = unpack_weights(rows, grad.to(dtype), k, problem)
         want_sigma = bool(need & (0b100 << k))
         if in_features:
             gradient = feature.apply(side, weights)
         else:
             own = products if products is None or k == 0 else products[::-1]
             gradient = panels.apply(side, weights, own, want_sigma)
-        g = grad.to(dtype)
         if need & (1 << k):
-            dz = gradient.dz * g[:, None, None]
-            spec = (problem.kx, problem.ky)[k]
-            out[k] = unprepare_gradient(dz, gradient.row_sums * g[:, None], features, side.x.P, spec, mask)
+            spec = side.x.spec
+            out[k] = unprepare_gradient(gradient.dz, gradient.row_sums, features, side.x.P, spec, mask)
         if want_sigma:
-            out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale * g, (sigma_x, sigma_y)[k])
+            out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale, (sigma_x, sigma_y)[k])
     return tuple(out)
 
 
@@ -121,7 +121,9 @@ def sigma_gradient(per_group, sigma):
     return total.reshape(sigma.shape).to(sigma.dtype)
 
 
-def unpack_weights(rows, side: int, problem: Problem) -> Weights:
+def unpack_weights(rows, grad, side: int, problem: Problem) -> Weights:
+    """One side's weights times the upstream gradient [G]: multiplying n-vectors here spares a pass over n x p later."""
     p, q, e, f, h = rows[:, SIDE_ROWS * side + 1 : SIDE_ROWS * (side + 1)].unbind(1)
+    p, q, e, h = (v * grad[:, None] for v in (p, q, e, h))
     none = f[:, :0]
     return Weights(p, q, e, f, h) if problem.row_normalize else Weights(p, q, e, none, none)

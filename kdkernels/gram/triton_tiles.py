@@ -110,8 +110,9 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
     stats = _banded_sums(_operands(pairs, x, y, mask), mask, precision(x, y))
     count = x.shape[1] if mask is None else mask.sum(1)
+    asked = (bool(need & 0b101), bool(need & 0b1010))
     eps = torch.finfo(torch.float32).eps
-    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho)
+    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho, asked)
     value, rows = pack_rows(value, sides, (pairs.x.u, pairs.y.u), count, problem, need, torch.float32)
     return value, rows, value.new_empty(0)
 
@@ -155,14 +156,13 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
         side = pairs if k == 0 else Pairs(problem.swapped(), pairs.y, pairs.x, pairs.weight)
         operands = _operands(side, *((x, y) if k == 0 else (y, x)), mask)
         want_sigma = bool(need & (0b100 << k))
-        weights = unpack_weights(rows, k, problem)
+        weights = unpack_weights(rows, grad, k, problem)
         gradient = _gradient(operands, weights, mask, want_sigma, precision(x, y))
         spec = side.problem.kx
         if need & (1 << k):
-            dz, sums = gradient.dz * grad[:, None, None], gradient.row_sums * grad[:, None]
-            out[k] = unprepare_gradient(dz, sums, features, side.x.P, spec, mask)
+            out[k] = unprepare_gradient(gradient.dz, gradient.row_sums, features, side.x.P, spec, mask)
         if want_sigma:
-            out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale * grad, sigma)
+            out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale, sigma)
     return tuple(out)
 
 
