@@ -35,16 +35,17 @@ def run_all(jobs: list[Job], data, teacher, key: tuple[str, str], epochs: int, p
     with concurrent.futures.ProcessPoolExecutor(processes, context, _start, arguments) as pool:
         futures = [pool.submit(_work, job) for job in jobs]
         try:
-            waiting = set(futures)
+            waiting, shown = set(futures), 0
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, timeout=0.1)
-                _advance(bar, finished)
+                shown += _advance(bar, finished)
                 for future in done:
                     future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        _advance(bar, finished)
+        # a result can overtake the last epochs in the queue
+        bar.update(len(jobs) * epochs - shown)
         return [future.result() for future in futures]
 
 
@@ -78,9 +79,12 @@ def _work(job: Job) -> Run:
     return _run(job, data, teacher, setup, epochs, lambda: finished.put(1))
 
 
-def _advance(bar, finished):
+def _advance(bar, finished) -> int:
+    """Show the epochs that have ended since the last look, and return how many."""
+    count = 0
     try:
         while True:
-            bar.update(finished.get_nowait())
+            count += finished.get_nowait()
     except queue.Empty:
-        pass
+        bar.update(count)
+        return count
