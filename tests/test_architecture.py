@@ -61,8 +61,12 @@ def parts_imported(path: Path):
         first, *rest = module.split(".")
         if first != "kdkernels":
             continue
-        # `from .. import backend` names its parts in the names
-        yield from ((rest[0], rest[1:]),) if rest else ((name, []) for name in names)
+        # `from .. import backend` and `from ..gram import panels` name modules after the word import
+        here = PACKAGE.joinpath(*rest)
+        for name in names or [""]:
+            is_module = (here / f"{name}.py").is_file() or (here / name / "__init__.py").is_file()
+            dotted = [*rest, name] if is_module or not rest else rest
+            yield dotted[0], dotted[1:]
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

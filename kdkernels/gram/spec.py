@@ -136,6 +136,7 @@ def _statistic(op, backend, quick, generator):
         ("rbf sigma", "unbiased", (13, 6, 5), 2, True),
         ("linear", "unbiased", (33, 5, 4), None, False),
         ("linear", "biased", (11, 20, 17), 2, True),
+        ("rbf sum", "unbiased", (12, 6, 5), None, True),
         ("polynomial", "centred row", (11, 5, 6), None, True),
         ("cosine", "row", (33, 4, 4), 2, False),
     ):

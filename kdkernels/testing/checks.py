@@ -246,7 +246,8 @@ def side_stream(probe: Probe) -> Iterator[Result]:
 def graph(probe: Probe) -> Iterator[Result]:
     """CUDA: forward and backward can be captured, and a replay uses the data of its time."""
     # captured on other data of the same shapes: what is baked in then differs from what the replay must return
-    static = {k: (t * 1.5).flip(0) if k in probe.case.floats else t.clone() for k, t in probe.inputs.items()}
+    static = {k: t * 1.5 if k in probe.case.floats else t.clone() for k, t in probe.inputs.items()}
+    static = {k: t.flip(-2) if t.dim() > 1 and k in probe.case.floats else t for k, t in static.items()}
     with _another_stream():
         for _ in range(3):
             probe.run(static)
