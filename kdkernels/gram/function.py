@@ -2,7 +2,7 @@
 """The one differentiable operator of the family: schema, fake, autograd and dispatch to the implementation.
 
 Two operators of fixed arity (`kdkernels::gram_fwd`, `kdkernels::gram_bwd`) serve every statistic; what is asked of them
-travels as the string of `problem.py`.
+travels as the string of `problem.py`. Both take [n, p] or [G, n, p]: a view made outside would cost a graph node.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ class GramGradient(torch.autograd.Function):
         raise RuntimeError("the second derivative of a Gram op is not written out: pass backend='reference' for it")
 
 
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_apply_directly = super(torch.autograd.Function, GramStatistic).apply
+
+
+def differentiable(x, y, mask, sigma_x, sigma_y, problem, need):
+    """The value, with its gradient. `Function.apply` binds a signature anew in each call, which torch.func needs."""
+    if torch.compiler.is_compiling() or _transforms_active():
+        return GramStatistic.apply(x, y, mask, sigma_x, sigma_y, problem, need)[0]
+    return _apply_directly(x, y, mask, sigma_x, sigma_y, problem, need)[0]
+
+
 def _implementation(problem):
     if problem.backend == "triton":
         from . import triton_impl
@@ -65,17 +76,29 @@ def _implementation(problem):
     return torch_impl
 
 
+def _grouped(x, y, mask):
+    """One group is the case G = 1."""
+    if x.dim() == 3:
+        return x, y, mask
+    return x[None], y[None], None if mask is None else mask[None]
+
+
 def _gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need):
     problem = decode(problem)
+    features = _grouped(x, y, mask)
     with without_autocast(x.device.type):
-        return _implementation(problem).forward(x, y, mask, sigma_x, sigma_y, problem, need)
+        value, rows, kept = _implementation(problem).forward(*features, sigma_x, sigma_y, problem, need)
+    return value.reshape(x.shape[:-2]), rows, kept
 
 
 def _gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
     problem = decode(problem)
+    features = _grouped(x, y, mask)
     with without_autocast(x.device.type):
-        gradients = _implementation(problem).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
-    return tuple(g.contiguous() for g in gradients)  # as the fake promises: permuted features give permuted ones
+        implementation = _implementation(problem)
+        gradients = implementation.backward(grad.reshape(-1), *features, sigma_x, sigma_y, rows, kept, problem, need)
+    dx, dy, *dsigma = (g.contiguous() for g in gradients)  # as the fake promises: permuted features give permuted ones
+    return dx.reshape(x.shape) if need & 1 else dx, dy.reshape(y.shape) if need & 2 else dy, *dsigma
 
 
 class _Nothing:
@@ -96,11 +119,11 @@ def without_autocast(device: str):
 
 def _gram_fwd_fake(x, y, mask, sigma_x, sigma_y, problem, need):
     problem = decode(problem)
-    (G, n, p), q = x.shape, y.shape[2]
+    (n, p), q, G = x.shape[-2:], y.shape[-1], x.shape[0] if x.dim() == 3 else 1
     implementation = _implementation(problem)
     rows, kept = implementation.saved_shapes(problem, G, n, p, q, need)
     saved = implementation.saved_dtype(problem, x, y)
-    value = x.new_empty(G, dtype=torch_impl.compute_dtype(x, y))
+    value = x.new_empty(x.shape[:-2], dtype=torch_impl.compute_dtype(x, y))
     return value, x.new_empty(rows, dtype=saved), x.new_empty(kept, dtype=saved)
 
 

@@ -12,7 +12,7 @@ from .. import backend as backends
 from . import reference, two_sample
 from .bandwidth import bandwidth
 from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
-from .function import GramStatistic, without_autocast
+from .function import differentiable, without_autocast
 from .kernels import Kernel, spec_of
 from .problem import encode, minimum_rows
 
@@ -164,9 +164,6 @@ def _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
 
 def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen):
     """Resolve bandwidth rules, then the operator: with its gradient where one is needed."""
-    grouped = x.dim() == 3
-    if not grouped:
-        x, y, mask = x[None], y[None], None if mask is None else mask[None]
     sigma_x, sigma_y = _sigma(kernels[0], x, mask), _sigma(kernels[1], y, mask)
     problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, chosen)
     need = 0
@@ -174,10 +171,8 @@ def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chos
         for bit, tensor in enumerate((x, y, sigma_x, sigma_y)):
             need |= (tensor is not None and tensor.requires_grad) << bit
     if need:
-        value = GramStatistic.apply(x, y, mask, sigma_x, sigma_y, problem, need)[0]
-    else:
-        value = torch.ops.kdkernels.gram_fwd(x, y, mask, sigma_x, sigma_y, problem, 0)[0]
-    return value if grouped else value[0]
+        return differentiable(x, y, mask, sigma_x, sigma_y, problem, need)
+    return torch.ops.kdkernels.gram_fwd(x, y, mask, sigma_x, sigma_y, problem, 0)[0]
 
 
 def _sigma(kernel: Kernel, x, mask):
@@ -187,4 +182,6 @@ def _sigma(kernel: Kernel, x, mask):
         return None
     if isinstance(sigma, torch.Tensor):
         return sigma.to(x.device).reshape(-1)
+    if x.dim() == 2:
+        x, mask = x[None], None if mask is None else mask[None]
     return bandwidth(x, mask, *sigma)
