@@ -144,6 +144,19 @@ def test_every_method_starts_from_the_same_student_and_sees_the_same_batches(dig
     assert all(state[key].equal(states[0][key]) for state in states for key in state)
 
 
+def test_the_curve_is_of_the_validation_split_and_the_last_figure_of_the_test_split(digits, teacher):
+    def run(**splits):
+        setup = distill_nets.SETUPS["digits", "A"]
+        return distill_train.train_student("kd", 1.0, digits._replace(**splits), teacher, setup, 0, 1)
+
+    splits = {"validation": digits.validation, "test": digits.test}
+    wrong = {name: split._replace(labels=(split.labels + 1) % 10) for name, split in splits.items()}
+    right = run()
+    assert run(test=wrong["test"]).curve == right.curve and run(test=wrong["test"]).test != right.test
+    assert run(validation=wrong["validation"]).test == right.test
+    assert run(validation=wrong["validation"]).curve != right.curve
+
+
 @pytest.mark.demo
 @pytest.mark.parametrize("method", [name for name in distill_train.METHODS if name != "ce"])
 def test_a_student_learns_more_with_the_teacher_than_from_fifty_labels_alone(digits, teacher, method):
