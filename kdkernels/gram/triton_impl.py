@@ -8,6 +8,8 @@ n > p + q stay in feature space, where cuBLAS is the kernel.
 
 from __future__ import annotations
 
+import torch
+
 from . import torch_impl, triton_tiles
 from . import triton_launch as triton_small_launch
 from .panels import SMALL
@@ -40,8 +42,10 @@ def _schedule(problem: Problem, x, y):
 
 
 def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
-    return _schedule(problem, x, y).forward(x, y, mask, sigma_x, sigma_y, problem, need)
+    with torch.cuda.device_of(x):  # a launch goes to the current device, wherever its tensors are
+        return _schedule(problem, x, y).forward(x, y, mask, sigma_x, sigma_y, problem, need)
 
 
 def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    return _schedule(problem, x, y).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+    with torch.cuda.device_of(x):
+        return _schedule(problem, x, y).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)

@@ -29,6 +29,7 @@ SPLIT_CONFIGS = (
     (64, Config(64, 64, 4, 3), Config(64, 32, 4, 2)),
     (1024, Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
 )
+LARGE_SHARED = 166912  # bytes a block may use on sm_80; sm_86 and sm_89 have 101376, under the 128 x 128 tile's need
 FUSED_ROWS = 128  # up to here one program holds all rows of a group
 # row_sums in float64: (columns a step, warps)
 FUSED_SUMS, SPLIT_SUMS = (32, 8), (32, 4)
@@ -37,14 +38,16 @@ BACKWARD_HALF = (64, 32, 64, 4, 3)  # BM, BN, BP, warps, stages
 BACKWARD_FLOAT = (32, 32, 64, 4, 2)
 
 
-def split_config(n: int, half: bool) -> Config:
-    limit, of_half, of_float = next(row for row in SPLIT_CONFIGS if n <= row[0])
+def split_config(n: int, half: bool, shared: int = LARGE_SHARED) -> Config:
+    limit, of_half, of_float = next(row for row in SPLIT_CONFIGS if n <= row[0] or shared < LARGE_SHARED)
     return of_half if half else of_float
 
 
 @cache
-def multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def machine(index: int | None) -> tuple[int, int]:
+    """How many there are, and the bytes of shared memory that a block may use."""
+    device = torch.cuda.get_device_properties(index)
+    return device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", LARGE_SHARED)
 
 
 def precision(*tensors) -> str:
@@ -165,12 +168,12 @@ def _launch_split(a: SideArguments, b: SideArguments, keep, ref, masked: bool):
     x, y = a.rows, b.rows
     (G, n, p), q = x.shape, y.shape[2]
     half = x.dtype != torch.float32 and y.dtype != torch.float32
-    config = split_config(n, half)
+    count, shared = machine(x.device.index) if x.is_cuda else (1, LARGE_SHARED)
+    config = split_config(n, half, shared)
     blocks = triton.cdiv(n, config.tile)
     steps = triton.cdiv(max(p, q), config.depth)
     busy = blocks * (blocks + 1) // 2 * 2 * G
-    wanted = 2 * multiprocessors(x.device.index) if x.is_cuda else 2
-    splits = max(1, min(128, steps, wanted // busy))
+    splits = max(1, min(128, steps, 2 * count // busy))
     per_x, per_y = (triton.cdiv(triton.cdiv(width, config.depth), splits) * config.depth for width in (p, q))
     part = x.new_empty((2, splits, G, n, n), dtype=torch.float32)
     square = x.new_empty((2, splits, G, n), dtype=torch.float32)
@@ -188,7 +191,7 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
     b = side_arguments(y, mask, problem.ky, sigma_y, problem)
     keep, ref = _mask_arguments(mask, x)
     grad = grad.float().contiguous()
-    out = [x.new_empty(0)] * 4
+    out = [x.new_empty(0) for _ in range(4)]  # an operator's outputs may not alias
     for own, (features, sigma) in enumerate(((x, sigma_x), (y, sigma_y))):
         if not need & (0b101 << own):
             continue
@@ -213,7 +216,7 @@ def _launch_backward(grad, a, b, keep, ref, rows, kept, problem, mask, own, want
     sums = x.new_empty((G, n), dtype=torch.float32) if prepared else dx
     dsigma = x.new_empty((G, n), dtype=torch.float32) if want_sigma else dx
     BM, BN, BP, warps, stages = BACKWARD_FLOAT if x.dtype == torch.float32 else BACKWARD_HALF
-    weighted_rows[(triton.cdiv(n, BM) * G, triton.cdiv(p, BP))](
+    weighted_rows[(triton.cdiv(n, BM) * G * triton.cdiv(p, BP),)](
         x, grad, kept, rows, keep, ref, a.alpha, b.alpha, a.par, b.par, dx, sums, dsigma,
         n, p, G, *x.stride(), a.par_stride, b.par_stride, a.sigma, b.sigma, own,
         BM=BM, BN=BN, BP=BP, **_kernel_constants("X", a), **_kernel_constants("Y", b),

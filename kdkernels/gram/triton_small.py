@@ -71,7 +71,7 @@ def _partial_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "splits"])
 def split_gram(
     x_ptr,  # [G, n, p], any strides
     y_ptr,  # [G, n, q]
@@ -165,7 +165,7 @@ def _store_stats(stats_ptr, n, o_i, m_i, a, b, kk, kl, ll, rho_x, rho_y, ROW_NOR
         tl.store(stats_ptr + 6 * n + o_i, rho_y, mask=m_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "splits"])
 def row_sums(
     part_ptr, square_ptr, mask_ptr, alpha_x_ptr, alpha_y_ptr, par_x_ptr, par_y_ptr, typical_x_ptr, typical_y_ptr,
     kept_ptr,  # [2, G, n, n] float32
@@ -194,8 +194,8 @@ def row_sums(
             o_j = start + tl.arange(0, BN)
             count += tl.sum(tl.load(mask_ptr + g * n + o_j, mask=o_j < n, other=0).to(tl.float32))
         count = tl.maximum(count, 1.0)
-    nn = n.to(tl.int64) * n
-    step, step_square = G * nn, G.to(tl.int64) * n
+    nn = tl.cast(n, tl.int64) * n
+    step, step_square = G * nn, tl.cast(G, tl.int64) * n
     part_x, part_y = part_ptr + g * nn, part_ptr + (splits * G + g) * nn
     square_x, square_y = square_ptr + g * n, square_ptr + (splits * G + g) * n
     par_x, par_y = par_x_ptr + g * par_x_g, par_y_ptr + g * par_y_g
@@ -260,7 +260,7 @@ def row_sums(
         _store_stats(stats_ptr + g * 7 * n, n, o_i, m_i, a, b, kk, kl, ll, rho_x, rho_y, ROW_NORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def finish(
     stats_ptr, mask_ptr, value_ptr, rows_ptr, unit_ptr, n, G,
     BLOCK: tl.constexpr, STAT: tl.constexpr, STABLE: tl.constexpr, UNBIASED: tl.constexpr, CENTER: tl.constexpr,
@@ -391,7 +391,7 @@ def _store_side(at, at_scale, n, m, keep, u, p, q, e, f, live):
     tl.store(at_scale, (tl.zeros_like(p) + scale).to(tl.float32), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "own"])
 def weighted_rows(
     x_ptr, grad_ptr, kept_ptr, rows_ptr, mask_ptr, ref_ptr, alpha_x_ptr, alpha_y_ptr, par_x_ptr, par_y_ptr,
     dx_ptr,  # [G, n, p] the gradient, or float32 dz of a PREPARED side
@@ -406,12 +406,14 @@ def weighted_rows(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx_i = grad sum_j V_ij z_j (- z_i sum_j V_ij for distances); `own` is 0 for x and 1 for y."""
-    blocks = tl.cdiv(n, BM)
-    g = (tl.program_id(0) // blocks).to(tl.int64)
-    o_i = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    blocks = tl.cdiv(n, BM)  # one axis for all: the others end at 65535
+    block, column = tl.program_id(0) % (blocks * G), tl.program_id(0) // (blocks * G)
+    g = (block // blocks).to(tl.int64)
+    row = (block % blocks) * BM
+    o_i = row + tl.arange(0, BM)
     o_c = tl.arange(0, BP)
-    m_i, m_p = o_i < n, tl.program_id(1) * BP + o_c < p
-    nn = n.to(tl.int64) * n
+    m_i, m_p = o_i < n, column * BP + o_c < p
+    nn = tl.cast(n, tl.int64) * n
     t_x_ptr, t_y_ptr = kept_ptr + (own * G + g) * nn, kept_ptr + ((1 - own) * G + g) * nn
     w_x = rows_ptr + g * 14 * n + own * 5 * n
     u_y_ptr = rows_ptr + g * 14 * n + (1 - own) * 5 * n
@@ -425,7 +427,7 @@ def weighted_rows(
     if MASK:
         keep_i = tl.load(mask_ptr + g * n + o_i, mask=m_i, other=0) != 0
         ref = tl.load(ref_ptr + g)
-    columns = x_ptr + g * x_g + (tl.program_id(1) * BP).to(tl.int64) * x_p
+    columns = x_ptr + g * x_g + (column * BP).to(tl.int64) * x_p
     row_ref = columns + ref * x_n
     ux_i = tl.load(w_x + o_i, mask=m_i, other=0)
     uy_i = tl.load(u_y_ptr + o_i, mask=m_i, other=0)
@@ -496,7 +498,7 @@ def weighted_rows(
             high = V.to(dtype)
             acc = tl.dot(high, z_j.to(dtype), acc)
             acc = tl.dot((V - high.to(tl.float32)).to(dtype), z_j.to(dtype), acc)
-    rows_i = columns + ((tl.program_id(0) % blocks) * BM).to(tl.int64) * x_n
+    rows_i = columns + row.to(tl.int64) * x_n
     if ROW_NORM and KIND_X < RBF:
         # 1/sqrt(K_ii) moves too: an extra diagonal weight -rho_i^2 sum_j c_ij K_ij, times dK_ii/dg_ii
         d = -f_i * f_i * norm
@@ -511,11 +513,11 @@ def weighted_rows(
         sums += d
     scale = tl.load(grad_ptr + g) * tl.load(rows_ptr + g * 14 * n + (10 + own) * n)
     m_out = m_i[:, None] & m_p[None, :]
-    out = dx_ptr + (g * n + (tl.program_id(0) % blocks) * BM) * p + tl.program_id(1) * BP
+    out = dx_ptr + (g * n + row) * p + column * BP
     o_out = out + tl.arange(0, BM)[:, None] * p + o_c[None, :]
     if PREPARED:
         tl.store(o_out, acc * scale, mask=m_out)
-        if tl.program_id(1) == 0:
+        if column == 0:
             tl.store(sums_ptr + g * n + o_i, sums * scale, mask=m_i)
     else:
         if KIND_X >= RBF:
@@ -527,5 +529,5 @@ def weighted_rows(
         acc = tl.where(keep_i[:, None], acc * scale, 0.0)
         tl.store(o_out, acc.to(dx_ptr.dtype.element_ty), mask=m_out)
     if SIGMA:
-        if tl.program_id(1) == 0:
+        if column == 0:
             tl.store(dsigma_ptr + g * n + o_i, 0.5 * dsigma * scale, mask=m_i)

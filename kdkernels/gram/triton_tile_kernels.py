@@ -63,7 +63,7 @@ def _counted(keep_ptr, o_i, o_j, m_i, m_j, MASK: tl.constexpr, UNBIASED: tl.cons
     return pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "first", "band"])
 def tile_sums(
     z_ptr, w_ptr, square_x_ptr, square_y_ptr, u_x_ptr, u_y_ptr, alpha_x_ptr, alpha_y_ptr, par_x_ptr, par_y_ptr,
     typical_x_ptr, typical_y_ptr, keep_ptr,
@@ -217,7 +217,7 @@ def gradient_rows(
     tl.store(extra_ptr + g * 3 * n + 2 * n + o_i, dsigma, mask=m_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])
 def weight_panel(
     z_ptr, w_ptr, square_x_ptr, square_y_ptr, u_x_ptr, u_y_ptr, alpha_x_ptr, alpha_y_ptr, par_x_ptr, par_y_ptr,
     typical_x_ptr, typical_y_ptr, keep_ptr, weights_ptr,

@@ -60,12 +60,17 @@ class Operands(NamedTuple):
 
 
 def _operands(pairs: Pairs, x, y, mask) -> Operands:
-    """Prepared rows have norm about 1: float16 then holds them with 11 bits, whatever the half dtype of the input."""
+    """Prepared rows have norm about 1: float16 then holds them with 11 bits, whatever the half dtype of the input.
+
+    Those of "mse" are the caller's own, of any size: their own dtype holds them exactly.
+    """
     half = x.dtype != torch.float32 and y.dtype != torch.float32
     columns = []
-    for side in (pairs.x, pairs.y):
+    for side, features in ((pairs.x, x), (pairs.y, y)):
         P = side.P
-        z = P.z.half() if half else P.z
+        z = P.z
+        if half:
+            z = z.to(features.dtype) if pairs.problem.stat == "mse" else z.half()
         square = z.float().square().sum(-1) if half and side.spec.of_distance else P.square
         zero = torch.zeros_like(P.square)
         par = torch.zeros_like(P.square[:, :1]) if P.par is None else P.par
@@ -136,10 +141,10 @@ def _banded_sums(operands: Operands, mask, how: str) -> RowStats:
         )  # fmt: skip
         start, stop = first * config.rows, min(n, (first + used) * config.rows)
         rows = row_slots[..., : stop - start].sum(0, dtype=torch.float64)
-        columns = column_slots[:used].sum(0, dtype=torch.float64)
-        stats[..., start:stop] += rows.movedim(1, 0)
         mirrored = 5 if problem.rowwise else 2  # of the squares only totals are asked for, and the rows hold them
-        stats[:mirrored] += columns.movedim(1, 0)[:mirrored]
+        columns = column_slots[:used, :, :mirrored].sum(0, dtype=torch.float64)
+        stats[..., start:stop] += rows.movedim(1, 0)
+        stats[:mirrored] += columns.movedim(1, 0)
     return RowStats(*stats)
 
 
@@ -149,7 +154,7 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
         means = rows[:, 0], rows[:, SIDE_ROWS]
         pairs = pairs._replace(x=pairs.x._replace(u=means[0]), y=pairs.y._replace(u=means[1]))
     grad = grad.float()
-    out = [x.new_empty(0)] * 4
+    out = [x.new_empty(0) for _ in range(4)]  # an operator's outputs may not alias
     for k, (features, sigma) in enumerate(((x, sigma_x), (y, sigma_y))):
         if not need & (0b101 << k):
             continue
@@ -166,10 +171,10 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
     return tuple(out)
 
 
-def _scaled(weights, side: Side, teacher: Side):
+def _scaled(weights, side: Side, teacher: Side, stat: str):
     """Weights as [G, 3, n] over their largest and the slope of a typical pair: V is then of order 1, fit for halves."""
     p, q, e = weights[:3]
-    own, other = _typical_value(side)[..., None], _typical_value(teacher)[..., None]
+    own, other = _typical_value(side, stat)[..., None], _typical_value(teacher, stat)[..., None]
     scale = (p.abs() * other + q.abs() * own + e.abs()).amax(-1) * 2
     scale = scale * _typical_slope(side)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -177,8 +182,10 @@ def _scaled(weights, side: Side, teacher: Side):
     return torch.stack([p, q, e], dim=1) / over[:, None], scale
 
 
-def _typical_value(side: Side):
+def _typical_value(side: Side, stat: str):
     """[G]: the size of K^ for a typical pair: a wide kernel's k - exp(level) is as small as its exponent."""
+    if stat == "mse":  # unscaled rows: the bound of |K_ij|
+        return side.P.square.amax(-1)
     if not side.spec.of_distance:
         return torch.ones_like(side.P.scale)
     levels = torch.stack(side.levels())[..., 0, 0]
@@ -201,7 +208,7 @@ def _typical_slope(side: Side):
 
 def _gradient(operands: Operands, weights, mask, want_sigma: bool, how: str) -> Gradient:
     side = operands.pairs.x
-    scaled, scale = _scaled(weights, side, operands.pairs.y)
+    scaled, scale = _scaled(weights, side, operands.pairs.y, operands.pairs.problem.stat)
     launch = _flash if side.P.z.shape[2] <= FLASH_WIDTH else _panels
     dz, sums, norms, dsigma = launch(operands, scaled, mask, want_sigma, how)
     if operands.pairs.problem.row_normalize and not side.spec.of_distance:
@@ -236,24 +243,25 @@ def _panels(operands: Operands, scaled, mask, want_sigma, how):
     sums, norms, dsigma = (torch.zeros((G, n), dtype=torch.float32, device=z.device) for _ in range(3))
     panel = torch.empty((height, n), dtype=z.dtype, device=z.device)
     row_norm = operands.pairs.problem.row_normalize
-    extra = torch.empty((tiles, 3, height), dtype=torch.float32, device=z.device)
+    space = torch.empty(tiles * 3 * height, dtype=torch.float32, device=z.device)
     for g in range(G):
         tensors = operands.group(g)
         for first in range(0, n, height):
-            rows = min(height, n - first)
+            rows = min(height, n - first)  # the last panel may have fewer row blocks: its sums lie closer too
+            extra = space[: tiles * 3 * rows].view(tiles, 3, rows)
             weight_panel[(triton.cdiv(rows, config.rows) * tiles,)](
-                *tensors, scaled[g], panel, extra, n, p, q, first, height,
+                *tensors, scaled[g], panel, extra, n, p, q, first, rows,
                 BM=config.rows, BN=config.columns, BK=config.depth, **_constants(operands.pairs, mask),
                 SIGMA=want_sigma, PRECISION=how, **_row_constants(operands.pairs.problem),
-        num_warps=config.warps, num_stages=config.stages,
+                num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
             used = slice(first, first + rows)
             _product_into(dz[g, used], panel[:rows], tensors[0])
-            sums[g, used] = extra[:, 0, :rows].sum(0)
+            sums[g, used] = extra[:, 0].sum(0)
             if row_norm:
-                norms[g, used] = extra[:, 1, :rows].sum(0)
+                norms[g, used] = extra[:, 1].sum(0)
             if want_sigma:
-                dsigma[g, used] = extra[:, 2, :rows].sum(0)
+                dsigma[g, used] = extra[:, 2].sum(0)
     return dz, sums, norms, dsigma.sum(1)
 
 
