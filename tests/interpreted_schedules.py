@@ -33,7 +33,10 @@ def relative(a, b, floor=0.0):
 
 
 def compare(name, function, x, y, dtype=torch.float32, budget=2e-5, **options):
-    """Value and both gradients of the Triton backend against float64 on the same rounded inputs."""
+    """Value and both gradients of the Triton backend against float64 on the same rounded inputs.
+
+    What a gradient loses by being stored in the dtype of its input is not counted.
+    """
     global checks
     seen = {}
     for backend, work in (("reference", torch.float64), ("triton", dtype)):
@@ -41,7 +44,9 @@ def compare(name, function, x, y, dtype=torch.float32, budget=2e-5, **options):
         value = function(a, b, backend=backend, **options)
         seen[backend] = (value.detach().double(), *(g.double() for g in torch.autograd.grad(value.sum(), (a, b))))
     floor = 1.0 if function is kd.cka else 0.0
-    errors = [relative(seen["triton"][k], seen["reference"][k], 0.0 if k else floor) for k in range(3)]
+    errors = [relative(seen["triton"][0], seen["reference"][0], floor)]
+    for got, want in zip(seen["triton"][1:], seen["reference"][1:], strict=True):
+        errors.append(relative(got, want) - relative(want.to(dtype).double(), want))
     checks += 1
     if not all(error < budget for error in errors):  # NaN too
         failures.append(f"{name} {options}: {errors}")
@@ -64,8 +69,10 @@ def family(name, kernels, x, y, mask):
         compare(f"{name} gram_mse", kd.gram_mse, x, y, normalize=normalize, mask=mask)
     other, keep = data(x.shape[-2] + 3, x.shape[-1], 1, *x.shape[:-2])[::2]
     compare(f"{name} mmd", kd.mmd, x, other, kernel=kd.RBF(sigma=(1.0, 2.0)), mask=(mask, keep))
+    # the small schedule keeps both terms of a difference of rows, the others round it to float16
+    half = 1e-4 if x.shape[-2] <= panels.SMALL else 2e-3
     for kernel in ("linear", kd.RBF(3.0), "laplacian", kd.RBF(300.0), kd.Laplacian(0.5)):
-        compare(f"{name} float16", kd.cka, x + 20, y, torch.float16, 2e-3, kernel=kernel)
+        compare(f"{name} float16", kd.cka, x + 20, y, torch.float16, half, kernel=kernel)
     for kernel in (kd.RBF, kd.Laplacian):
         sigma_gradient(name, kernel, x, y)
 

@@ -46,6 +46,13 @@ def load_rows(
 
 
 @triton.jit
+def two_terms(b_z, like_ptr):
+    """z as the sum of two half-precision terms: one alone would round a difference of rows, which no input holds."""
+    b_high = b_z.to(like_ptr.dtype.element_ty)
+    return b_high, (b_z - b_high.to(tl.float32)).to(like_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _partial_product(
     x_ptr, stride_n, stride_p, i, j, m_i, m_j, keep_i, keep_j, ref, p, start, stop,
     BM: tl.constexpr, BK: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr, HALVE: tl.constexpr,
@@ -62,7 +69,14 @@ def _partial_product(
         b_i = load_rows(rows_i, row_ref, o_n, o_k, m_i, m_k, stride_n, stride_p, keep_i, SHIFT, MASK, HALVE)
         b_j = load_rows(rows_j, row_ref, o_n, o_k, m_j, m_k, stride_n, stride_p, keep_j, SHIFT, MASK, HALVE)
         dtype = x_ptr.dtype.element_ty
-        acc = tl.dot(b_i.to(dtype), tl.trans(b_j.to(dtype)), acc, input_precision=PRECISION)
+        if SHIFT and dtype != tl.float32:
+            high_i, low_i = two_terms(b_i, x_ptr)
+            high_j, low_j = two_terms(b_j, x_ptr)
+            acc = tl.dot(high_i, tl.trans(high_j), acc)
+            acc = tl.dot(high_i, tl.trans(low_j), acc)
+            acc = tl.dot(low_i, tl.trans(high_j), acc)
+        else:
+            acc = tl.dot(b_i.to(dtype), tl.trans(b_j.to(dtype)), acc, input_precision=PRECISION)
         rows_i += BK * stride_p
         rows_j += BK * stride_p
         row_ref += BK * stride_p
@@ -488,16 +502,18 @@ def weighted_rows(
         dtype = x_ptr.dtype.element_ty
         if dtype == tl.float32:
             acc = tl.dot(V, z_j, acc, input_precision=PRECISION)
-        elif dtype == tl.float16:  # as below, in the unit of the tile: under 6e-5 float16 drops digits, then everything
-            unit = tl.maximum(tl.max(tl.max(tl.abs(V), axis=1), axis=0), 1e-30)
-            V /= unit
-            high = V.to(dtype)
-            part = tl.dot(high, z_j.to(dtype))
-            acc += unit * tl.dot((V - high.to(tl.float32)).to(dtype), z_j.to(dtype), part)
-        else:  # two half-precision terms of V: one alone would round the gradient a second time
-            high = V.to(dtype)
-            acc = tl.dot(high, z_j.to(dtype), acc)
-            acc = tl.dot((V - high.to(tl.float32)).to(dtype), z_j.to(dtype), acc)
+        else:
+            unit = 1.0
+            if dtype == tl.float16:  # under 6e-5 float16 drops digits, then everything: V in the unit of the tile
+                unit = tl.maximum(tl.max(tl.max(tl.abs(V), axis=1), axis=0), 1e-30)
+                V /= unit
+            high_v, low_v = two_terms(V, x_ptr)
+            high_z, low_z = two_terms(z_j, x_ptr)
+            part = tl.dot(high_v, high_z)
+            part = tl.dot(low_v, high_z, part)
+            if SHIFT:  # rows as given are half-precision numbers already
+                part = tl.dot(high_v, low_z, part)
+            acc += unit * part
     rows_i = columns + row.to(tl.int64) * x_n
     if ROW_NORM and KIND_X < RBF:
         # 1/sqrt(K_ii) moves too: an extra diagonal weight -rho_i^2 sum_j c_ij K_ij, times dK_ii/dg_ii
@@ -522,7 +538,6 @@ def weighted_rows(
     else:
         if KIND_X >= RBF:
             z_i = load_rows(rows_i, row_ref, tl.arange(0, BM), o_c, m_i, m_p, x_n, x_p, keep_i, SHIFT, MASK, HALVE)
-            z_i = z_i.to(x_ptr.dtype.element_ty).to(tl.float32)  # as in the products
             acc -= sums[:, None] * z_i
         if HALVE:
             acc *= 2
