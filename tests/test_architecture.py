@@ -16,9 +16,10 @@ from kdkernels.registry import OPS
 
 PACKAGE = ROOT / "kdkernels"
 FAMILIES = sorted({op.family for op in OPS.values()})
-FOUNDATIONS = {"checks", "backend", "native"}
+FOUNDATIONS = {"autograd", "checks", "backend", "native"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
+    "autograd": set(),
     "checks": set(),
     "registry": set(),
     "native": set(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..autograd import apply, plain, without_autocast
 from . import torch_impl
 from .problem import decode
 
@@ -19,21 +20,24 @@ class GramStatistic(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, y, mask, sigma_x, sigma_y, problem, need):
-        return torch.ops.kdkernels.gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need)
+    def forward(*arguments):
+        return forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.problem, ctx.need = inputs
         _, rows, kept = output
         ctx.mark_non_differentiable(rows, kept)
+        ctx.set_materialize_grads(False)  # else backward gets zeros the size of `kept`
         ctx.save_for_backward(*tensors, rows, kept)
 
     @staticmethod
     def backward(ctx, grad, _rows, _kept):
+        if grad is None:  # the value was not used
+            return (None,) * 7
         # with create_graph=True the gradient must carry a graph, if only to say that it has none: dropped silently, a
         # gradient penalty would be a constant
-        run = GramGradient.apply if torch.is_grad_enabled() else torch.ops.kdkernels.gram_bwd
+        run = GramGradient.apply if torch.is_grad_enabled() else backward
         gradients = run(grad, *ctx.saved_tensors, ctx.problem, ctx.need)
         dx, dy, dsx, dsy = (g if ctx.need >> bit & 1 else None for bit, g in enumerate(gradients))
         return dx, dy, None, dsx, dsy, None, None
@@ -45,8 +49,8 @@ class GramGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
-        return torch.ops.kdkernels.gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+    def forward(*arguments):
+        return backward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -57,15 +61,19 @@ class GramGradient(torch.autograd.Function):
         raise RuntimeError("the second derivative of a Gram op is not written out: pass backend='reference' for it")
 
 
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_apply_directly = super(torch.autograd.Function, GramStatistic).apply
-
-
 def differentiable(x, y, mask, sigma_x, sigma_y, problem, need):
-    """The value, with its gradient. `Function.apply` binds a signature anew in each call, which torch.func needs."""
-    if torch.compiler.is_compiling() or _transforms_active():
-        return GramStatistic.apply(x, y, mask, sigma_x, sigma_y, problem, need)[0]
-    return _apply_directly(x, y, mask, sigma_x, sigma_y, problem, need)[0]
+    """The value, with its gradient."""
+    return apply(GramStatistic, x, y, mask, sigma_x, sigma_y, problem, need)[0]
+
+
+def forward(x, y, mask, sigma_x, sigma_y, problem, need):
+    run = _gram_fwd if plain(x, y, mask, sigma_x, sigma_y) else torch.ops.kdkernels.gram_fwd
+    return run(x, y, mask, sigma_x, sigma_y, problem, need)
+
+
+def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
+    run = _gram_bwd if plain(grad, x, y, mask, sigma_x, sigma_y) else torch.ops.kdkernels.gram_bwd
+    return run(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
 
 
 def _implementation(problem):
@@ -77,7 +85,7 @@ def _implementation(problem):
 
 
 def _grouped(x, y, mask):
-    """One group is the case G = 1."""
+    """One group is the case G = 1. Indexing by None or 0 is the cheapest view there is; `reshape` costs thrice that."""
     if x.dim() == 3:
         return x, y, mask
     return x[None], y[None], None if mask is None else mask[None]
@@ -88,7 +96,7 @@ def _gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need):
     features = _grouped(x, y, mask)
     with without_autocast(x.device.type):
         value, rows, kept = _implementation(problem).forward(*features, sigma_x, sigma_y, problem, need)
-    return value.reshape(x.shape[:-2]), rows, kept
+    return value if x.dim() == 3 else value[0], rows, kept
 
 
 def _gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
@@ -96,25 +104,12 @@ def _gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
     features = _grouped(x, y, mask)
     with without_autocast(x.device.type):
         implementation = _implementation(problem)
-        gradients = implementation.backward(grad.reshape(-1), *features, sigma_x, sigma_y, rows, kept, problem, need)
+        upstream = grad if x.dim() == 3 else grad[None]
+        gradients = implementation.backward(upstream, *features, sigma_x, sigma_y, rows, kept, problem, need)
     dx, dy, *dsigma = (g.contiguous() for g in gradients)  # as the fake promises: permuted features give permuted ones
-    return dx.reshape(x.shape) if need & 1 else dx, dy.reshape(y.shape) if need & 2 else dy, *dsigma
-
-
-class _Nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-
-_NOTHING = _Nothing()
-
-
-def without_autocast(device: str):
-    """Products inside keep the dtype they are given: autocast would round centred float32 rows to bfloat16."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+    if x.dim() == 3:
+        return dx, dy, *dsigma
+    return dx[0] if need & 1 else dx, dy[0] if need & 2 else dy, *dsigma
 
 
 def _gram_fwd_fake(x, y, mask, sigma_x, sigma_y, problem, need):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
+from ..autograd import without_autocast
 from . import reference, two_sample
 from .bandwidth import bandwidth
 from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
-from .function import differentiable, without_autocast
+from .function import differentiable, forward
 from .kernels import Kernel, spec_of
 from .problem import encode, minimum_rows
 
@@ -172,7 +173,7 @@ def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chos
             need |= (tensor is not None and tensor.requires_grad) << bit
     if need:
         return differentiable(x, y, mask, sigma_x, sigma_y, problem, need)
-    return torch.ops.kdkernels.gram_fwd(x, y, mask, sigma_x, sigma_y, problem, 0)[0]
+    return forward(x, y, mask, sigma_x, sigma_y, problem, 0)[0]
 
 
 def _sigma(kernel: Kernel, x, mask):

@@ -52,8 +52,13 @@ def minimum_rows(unbiased: bool, center: bool, stat: str = "cka") -> int:
 
 def encode(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, backend) -> str:
     """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch."""
-    flags = f"{unbiased:d}{center:d}{row_normalize:d}{mean:d}"
-    return f"{stat}|{kernel_x.code}|{kernel_y.code}|{flags}|{backend}"
+    # by their code: a cache of kernel objects would keep a sigma tensor's graph alive
+    return _text(stat, kernel_x.code, kernel_y.code, unbiased, center, row_normalize, mean, backend)
+
+
+@lru_cache(maxsize=1024)
+def _text(stat, x, y, unbiased, center, row_normalize, mean, backend) -> str:
+    return f"{stat}|{x}|{y}|{unbiased:d}{center:d}{row_normalize:d}{mean:d}|{backend}"
 
 
 def _decode_kernel(text: str) -> KernelSpec:
