@@ -63,7 +63,7 @@ up_to_date() { [ -f "$stamp" ] && [ -f kdkernels/_lib/build.json ] && [ "$(cat "
 use_existing() {
   case $purpose in
     demo) needs="sklearn matplotlib tqdm" ;;
-    test*) needs="pytest hypothesis sklearn matplotlib tqdm" ;;
+    test*) needs="pytest hypothesis pybind11 sklearn matplotlib tqdm" ;;
     lint) needs="ruff" ;;
     *) needs="" ;;
   esac

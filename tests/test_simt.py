@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, compiled for the host with an OS thread for each CUDA thread, agree with NumPy and are clean under
+AddressSanitizer, UBSan and ThreadSanitizer; planted faults are caught."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SIMT = Path(__file__).resolve().parent / "simt"
+sys.path.insert(0, str(SIMT))
+
+
+def _simt_build():
+    spec = importlib.util.spec_from_file_location("simt_build", SIMT / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+simt_build = _simt_build()
+import drive  # noqa: E402
+
+# where there is a compiler the module must build: a failure is an error of the fixture, never a skip
+pytestmark = pytest.mark.skipif(simt_build.compiler() is None, reason="no C++ compiler")
+FOUND = 66  # a sanitizer's exit code, apart from a failed comparison's 1
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    return drive.load(simt_build.build("plain"))
+
+
+def fixed_layout() -> bool:
+    """ThreadSanitizer needs a fixed layout where Linux randomises many address bits; containers may forbid setarch."""
+    return (
+        bool(shutil.which("setarch")) and subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0
+    )
+
+
+def sanitized(variant: str, *checks: str, timeout: float = 150) -> subprocess.CompletedProcess:
+    """drive.py in a process of its own under a sanitizer; only NumPy and the module are loaded there."""
+    folder = simt_build.build(variant)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": ":".join(simt_build.runtimes(variant)),
+        "ASAN_OPTIONS": f"detect_leaks=0:exitcode={FOUND}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={FOUND}",
+        "TSAN_OPTIONS": f"exitcode={FOUND}:halt_on_error=1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(SIMT / "drive.py"), str(folder), *checks]
+    if variant == "thread" and fixed_layout():
+        command = ["setarch", "-R", *command]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer cannot run here: too many random address bits and no `setarch -R`")
+    return done
+
+
+def assert_clean(done):
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr[-6000:]}"
+
+
+def planted_line(name: str) -> int:
+    lines = (SIMT / "planted.h").read_text().splitlines()
+    return next(i for i, line in enumerate(lines, 1) if f"planted: {name}" in line)
+
+
+class TestEmulation:
+    @pytest.mark.parametrize("name", ["clean", "primitives", "primitives_with_early_exits"])
+    def test_warp_and_block_primitives_do_what_cuda_says(self, kernels, name):
+        drive.CHECKS[name](kernels)
+
+    @pytest.mark.parametrize("bfloat", [False, True])
+    def test_half_formats_round_to_nearest_even(self, kernels, bfloat):
+        import torch
+
+        edges = [
+            0.0,
+            -0.0,
+            1.0,
+            65504,
+            65519.996,
+            65520,
+            1e-7,
+            2.0**-24,
+            2.0**-25,
+            3e-8,
+            6.1e-5,
+            3.4e38,
+            np.inf,
+            -np.inf,
+        ]
+        x = np.random.default_rng(0).standard_normal(20000) * np.exp(np.linspace(-40, 40, 20000))
+        x = np.concatenate([edges, [np.nan], x]).astype(np.float32)
+        expected = torch.from_numpy(x).to(torch.bfloat16 if bfloat else torch.float16).float().numpy()
+        assert np.array_equal(kernels.convert_half(x, bfloat), expected, equal_nan=True)
+
+    def test_a_wrong_merge_and_an_unwritten_cell_show_in_the_comparison(self, kernels):
+        assert drive.planted(kernels, "none") < 1e-10
+        assert drive.planted(kernels, "wrong_merge") > 1e-3
+        assert not drive.planted(kernels, "unwritten") < 1e-3
+
+    @pytest.mark.parametrize(
+        "plant, words",
+        [
+            ("divergent", r"threads meet at different calls, planted.h:\d+ and planted.h:\d+"),
+            ("deadlock", r"deadlock: \d+ threads left; .*__syncthreads planted.h:\d+; 16 of 32 at warp collective"),
+            ("bad_lane", r"planted.h:\d+: reads lane 16, which takes no part"),
+        ],
+    )
+    def test_a_barrier_that_cannot_work_is_an_error_and_no_hang(self, kernels, plant, words):
+        with pytest.raises(RuntimeError, match=words):
+            drive.planted(kernels, plant)
+        assert drive.planted(kernels, "none") < 1e-10  # the threads are back for the next launch
+
+
+class TestSanitizers:
+    @pytest.mark.parametrize("variant", ["address", "thread"])
+    def test_the_emulation_itself_is_clean(self, variant):
+        assert_clean(sanitized(variant, "clean", "primitives", "primitives_with_early_exits"))
+
+    def test_thread_sanitizer_names_the_line_of_a_missing_syncthreads(self):
+        done = sanitized("thread", "no_barrier")
+        assert done.returncode == FOUND, done.stderr[-3000:]
+        assert "data race" in done.stderr
+        lines = map(int, re.findall(r"planted\.h:(\d+)", done.stderr))
+        assert set(lines) & set(range(planted_line("race"), planted_line("race") + 3))
+
+    def test_address_sanitizer_names_the_line_of_a_write_past_shared_memory(self):
+        done = sanitized("address", "out_of_bounds")
+        assert done.returncode == FOUND, done.stderr[-3000:]
+        assert "heap-buffer-overflow" in done.stderr
+        assert f"planted.h:{planted_line('out of bounds')}" in done.stderr
