@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel with faults planted on request: what the simt leg must catch. One block per row; each thread takes the sum and
-// maximum of a chunk, neighbours merge in shared memory until one pair is left: the shape of the ranking kernels.
+// A kernel with faults planted on request: what the simt leg must catch. One block per row; each thread takes the sum
+// and maximum of a chunk, neighbours merge in shared memory until one pair is left: the shape of the ranking kernels.
 #pragma once
 
 enum class Plant { kNone, kNoBarrier, kOutOfBounds, kWrongMerge, kUnwritten, kDivergent, kDeadlock, kBadLane };

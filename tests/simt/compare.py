@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a result of the ranking kernels must satisfy, against the NumPy oracle; raises AssertionError with the row's name.
+
+`kernels` offers the native schemas on NumPy arrays (drive.py): values in float32 or float64, half formats as uint16.
+"""
+
+import numpy as np
+import oracle
+import rows
+
+# whole numbers and equal steps: a gap can equal eps to the last bit, where rounding decides the block but not the rank
+LATTICES = {"ties", "evenly", "constant", "zeros", "denormal", "convex", "clusters"}
+# of the oracle's own arithmetic and a float64 kernel's, relative to the terms that enter
+FLOAT64 = 1e-11
+
+
+def ulp(value, dtype):
+    """The spacing at |value|, at least of the smallest normal number."""
+    if dtype == "bfloat16":
+        return np.maximum(np.spacing(np.abs(value).astype(np.float32)).astype(np.float64) * 2.0**16, 2.0**-133)
+    kind = {"float16": np.float16, "float32": np.float32, "float64": np.float64}[dtype]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.spacing(np.minimum(np.abs(value), np.finfo(kind).max).astype(kind)).astype(np.float64)
+
+
+def near(found, expected, allowed, what, names):
+    found = np.asarray(found, np.float64)
+    missing = np.isnan(expected)
+    allowed = np.broadcast_to(allowed, expected.shape)
+    with np.errstate(invalid="ignore"):
+        # an infinite gradient of the right sign is right where the dtype ends
+        wrong = np.where(missing, ~np.isnan(found), ~((np.abs(found - expected) <= allowed) | (found == expected)))
+    if wrong.any():
+        at = tuple(np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{what}: {wrong.sum()} entries wrong, first in row {names[at[0]]!r} at {at[1:]}: "
+            f"{found[at]!r}, expected {expected[at]!r} within {allowed[at]:.3g}"
+        )
+
+
+def first_positions(x, block, descending):
+    """Block ids in the oracle's numbering: the first sorted position; -1 stays."""
+    out = np.full(block.shape, -1, np.int64)
+    for r, row in enumerate(x):
+        at = np.flatnonzero(row > -np.inf)
+        theta = row[at].astype(np.float64) * (-1 if descending else 1)
+        ids = block[r][at][np.argsort(-theta, kind="stable")]
+        assert (block[r][row == -np.inf] == -1).all(), "an absent element has a block"
+        for one in np.unique(ids[ids >= 0]):
+            inside = np.flatnonzero(ids == one)
+            assert len(inside) > 1, f"block {one} of row {r} holds one element"
+            assert len(inside) == inside[-1] - inside[0] + 1, f"block {one} of row {r} is no interval of values"
+            out[r][at[np.flatnonzero(block[r][at] == one)]] = inside[0]
+    return out
+
+
+def compare_rank(
+    kernels, n, dtype, strength, relative=False, kl=False, descending=False, factor=None, seed=0, names=None
+):
+    x, storage, names = rows.matrix(n, dtype, seed, names)
+    work = "float64" if dtype == "float64" else "float32"
+    what = f"rank n={n} {dtype} eps={strength} relative={relative} kl={kl} descending={descending}"
+    if factor is not None:
+        factor = np.linspace(0.5, 2.0, len(x)) if factor == "rows" else np.array([factor], np.float64)
+    call = (storage, dtype, factor, strength, relative, kl, descending)
+    rank, block, eps = kernels.rank_rows(*call, True)
+    again = kernels.rank_rows(*call, True)
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip((rank, block, eps), again, strict=True)), what
+    alone, none, _ = kernels.rank_rows(*call, False)
+    assert none.size == 0 and np.array_equal(alone, rank, equal_nan=True), f"{what}: ranks differ without blocks"
+
+    expected, expected_block, expected_eps = oracle.rank_rows(x, factor, strength, relative, kl, descending)
+    near(eps[:, None], expected_eps[:, None], 1e-12 * np.abs(expected_eps[:, None]), f"eps, {what}", names)
+    near(rank, expected, ulp(expected, work) if work == "float32" else FLOAT64 * n, what, names)
+    numbered = first_positions(x, block, descending)
+    for r, name in enumerate(names):
+        if strength == 0 or name not in LATTICES:
+            assert np.array_equal(numbered[r], expected_block[r]), f"{what}: blocks of row {name!r}"
+
+    grad = np.random.default_rng([seed, n, 1]).standard_normal(x.shape).astype(work)
+    found = kernels.rank_rows_backward(grad, storage, dtype, rank, block, eps, kl, descending)
+    again = kernels.rank_rows_backward(grad, storage, dtype, rank, block, eps, kl, descending)
+    assert np.array_equal(found, again, equal_nan=True), what
+    expected = oracle.rank_rows_backward(grad, rank.astype(np.float64), numbered, eps, kl, descending)
+    # a rounding of the terms that cancel, then of the result
+    terms = (
+        4 * (np.abs(rank) if kl else 1) * np.abs(grad).max(1, initial=0)[:, None] / np.where(eps > 0, eps, 1)[:, None]
+    )
+    slack = (2e-7 if work == "float32" else FLOAT64) * terms
+    near(found, expected, slack + ulp(expected, dtype), f"backward, {what}", names)
+
+
+def compare_sort(kernels, n, dtype, strength, relative=False, kl=False, factor=None, seed=0, names=None):
+    x, _, names = rows.matrix(n, dtype, seed, names)
+    what = f"sort n={n} {dtype} eps={strength} relative={relative} kl={kl}"
+    work = "float64" if dtype == "float64" else "float32"
+    # as torch.sort leaves them: NaN first, absent entries last
+    x = -np.sort(np.where(np.isnan(x), -np.inf, -x), axis=1)
+    x = np.where(np.isposinf(x) & oracle_nan(rows.matrix(n, dtype, seed, names)[0]), np.nan, x)
+    s, storage = rows.round_to(x.astype(np.float64), dtype)
+    if factor is not None:
+        factor = np.linspace(0.5, 2.0, len(x)) if factor == "rows" else np.array([factor], np.float64)
+    value, start, eps = kernels.sort_rows(storage, dtype, factor, strength, relative, kl)
+    again = kernels.sort_rows(storage, dtype, factor, strength, relative, kl)
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip((value, start, eps), again, strict=True)), what
+    expected, expected_start, expected_eps = oracle.sort_rows(s, factor, strength, relative, kl)
+    near(eps[:, None], expected_eps[:, None], 1e-12 * np.abs(expected_eps[:, None]), f"eps, {what}", names)
+    with np.errstate(invalid="ignore"):
+        top = np.where(np.isfinite(s), np.abs(s), 0).astype(np.float64).max(1, initial=0)[:, None]
+    steps = n / np.where(expected_eps > 0, expected_eps, 1)[:, None]
+    slack = 1e-13 * (top + steps)
+    near(value, expected, ulp(expected, work) * (work == "float32") + slack, what, names)
+    for r, name in enumerate(names):
+        if name not in LATTICES and not oracle.poisoned(s[r]):
+            assert np.array_equal(start[r], expected_start[r]), f"{what}: blocks of row {name!r}"
+
+    grad = np.random.default_rng([seed, n, 2]).standard_normal(x.shape).astype(work)
+    found = kernels.sort_rows_backward(grad, storage, dtype, start, kl)
+    expected = oracle.sort_rows_backward(grad, s, start, kl)
+    slack = (4e-7 if work == "float32" else FLOAT64) * np.abs(grad).max(1, initial=0)[:, None]
+    near(found, expected, slack + ulp(expected, dtype), f"backward, {what}", names)
+
+
+def oracle_nan(x):
+    return np.isnan(x).any(1)[:, None]
+
+
+def compare_spearman(kernels, n, dtype, strength, relative=False, kl=False, hard=False, seed=0, names=None):
+    x, x_storage, names = rows.matrix(n, dtype, seed, names)
+    # the target's regimes are turned by one, so that both sides meet several of the other's
+    turned = [*names[1:], names[0]]
+    y, y_storage, _ = rows.matrix(n, dtype, seed + 1, turned)
+    names = [f"{a} against {b}" for a, b in zip(names, turned, strict=True)]
+    what = f"spearman n={n} {dtype} eps={strength} relative={relative} kl={kl} hard={hard}"
+    call = (x_storage, y_storage, dtype, strength, relative, kl, hard)
+    value, dx, dy = kernels.spearman_rows(*call, True, not hard)
+    again = kernels.spearman_rows(*call, True, not hard)
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip((value, dx, dy), again, strict=True)), what
+    alone, no_dx, no_dy = kernels.spearman_rows(*call, False, False)
+    assert no_dx.size == no_dy.size == 0 and np.array_equal(alone, value, equal_nan=True), what
+    tight = dtype == "float64"
+    for r, name in enumerate(names):
+        rho, gx, gy, length = oracle.spearman_row(x[r], y[r], strength, relative, kl, hard)
+        if length < 1e-6 * n:  # ranks that are equal up to rounding: no correlation to speak of
+            continue
+        near(value[r : r + 1, None], np.full((1, 1), rho), 1e-10 if tight else 1e-6, what, [name])
+        for found, expected in ((dx, gx), (dy, gy)) if not hard else ((dx, gx),):
+            largest = np.abs(np.where(np.isfinite(expected), expected, 0)).max(initial=0)
+            slack = (1e-9 if tight else 2e-6) * largest + 1e-30
+            near(found[r][None], expected[None], slack, f"gradient, {what}", [name])
