@@ -5,6 +5,7 @@ from . import losses
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
+from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_sort, spearman, spearman_corr
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "Linear",
     "Polynomial",
     "RBF",
+    "RankDiagnostics",
     "available_backends",
     "cka",
     "debug_checks",
@@ -22,4 +24,10 @@ __all__ = [
     "hsic",
     "losses",
     "mmd",
+    "pearson",
+    "rank_diagnostics",
+    "soft_rank",
+    "soft_sort",
+    "spearman",
+    "spearman_corr",
 ]

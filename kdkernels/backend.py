@@ -21,7 +21,9 @@ def _triton_found() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def interpreting() -> bool:
+    """As Triton itself sees it: the variable counts when the kernels are first imported, not when it changes."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -37,8 +39,8 @@ def _triton_obstacle(device: str, dtypes) -> str | None:
     return None
 
 
-def obstacle(backend: str, device: str, dtypes=()) -> str | None:
-    """Why `backend` cannot run for tensors of this device type and these dtypes, or None if it can."""
+def obstacle(backend: str, device: str, dtypes=(), op: str | None = None) -> str | None:
+    """Why `backend` cannot run (an op) for tensors of this device type and these dtypes, or None if it can."""
     if backend in ("reference", "torch"):
         return None
     if backend == "triton":
@@ -46,8 +48,10 @@ def obstacle(backend: str, device: str, dtypes=()) -> str | None:
     if backend == "cpp":
         if device != "cpu":
             return f"the tensors are on {device} (cpp runs on the CPU)"
-        return None if native.has("cpu") else native.status().cpu_reason
-    return None if native.has("cuda") else native.status().cuda_reason
+        return native.lack("cpu", OPS[op].native if op else ())
+    if device != "cuda":
+        return f"the tensors are on {device} (cuda runs on CUDA tensors)"
+    return native.lack("cuda", OPS[op].native if op else ())
 
 
 def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -> tuple[str, str]:
@@ -57,7 +61,7 @@ def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) ->
             raise ValueError(f"backend is {requested!r}: give one of {('auto', *BACKENDS)}")
         if requested not in backends:
             raise ValueError(f"backend is {requested!r}: {op} has {('auto', *backends)}")
-        why = obstacle(requested, device, dtypes)
+        why = obstacle(requested, device, dtypes, op)
         if why is not None:
             raise RuntimeError(f"backend={requested!r} cannot run {op} here: {why}")
         return requested, "requested"
@@ -65,7 +69,7 @@ def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) ->
     for backend in backends:
         # the interpreter is for tests: it is never what a caller who asked for nothing wants
         why = "only on request under TRITON_INTERPRET=1" if backend == "triton" and device == "cpu" else None
-        why = obstacle(backend, device, dtypes) or why
+        why = obstacle(backend, device, dtypes, op) or why
         if why is None:
             return backend, "; ".join(passed) or "the first choice"
         passed.append(f"not {backend}: {why}")

@@ -36,6 +36,21 @@ def has(library: str) -> bool:
     return getattr(status(), library)
 
 
+def lack(library: str, operators: tuple[str, ...] = ()) -> str | None:
+    """Why the library is not there, or which of these operators it does not implement; None if all is well."""
+    if not has(library):
+        return getattr(status(), f"{library}_reason")
+    missing = [name for name in operators if not _implements(library, name)]
+    return f"the compiled {library.upper()} library has no {', '.join(missing)}: build it again" if missing else None
+
+
+def _implements(library: str, operator: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{operator}", library.upper())
+    except RuntimeError:  # no such operator
+        return False
+
+
 @functools.cache
 def status() -> Status:
     """What is loaded and, for what is not, the reason in one line; the first call loads what it can."""

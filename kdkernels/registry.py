@@ -10,9 +10,12 @@ class Op(NamedTuple):
     name: str
     family: str  # kdkernels/<family>/ holds op.py, reference.py, spec.py, MATH.md and the implementations
     backends: tuple[str, ...]
+    native: tuple[str, ...] = ()  # operators that a compiled library must implement to be its backend
 
 
 _GRAM = ("triton", "cpp", "torch", "reference")
+_RANK = ("cuda", "cpp", "torch", "reference")
+_RANKS = ("rank_rows", "rank_rows_backward")
 
 OPS = {
     op.name: op
@@ -21,5 +24,11 @@ OPS = {
         Op("hsic", "gram", _GRAM),
         Op("mmd", "gram", _GRAM),
         Op("gram_mse", "gram", _GRAM),
+        Op("soft_rank", "rank", _RANK, _RANKS),
+        Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward")),
+        Op("rank_diagnostics", "rank", _RANK, _RANKS),
+        Op("spearman", "rank", _RANK, (*_RANKS, "spearman_rows")),
+        Op("pearson", "rank", ("torch", "reference")),
+        Op("spearman_corr", "rank", _RANK, _RANKS),
     )
 }

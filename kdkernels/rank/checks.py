@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the arguments of the ranking ops must be; each error names the caller's argument and the fix."""
+
+from __future__ import annotations
+
+from ..checks import floating, same_device
+
+REGULARIZATIONS = ("l2", "kl")
+LONGEST = 2**31 - 1  # positions are int32
+
+
+def check_rows(x, dim, name: str = "x") -> int:
+    """x may be ranked along dim; returns dim counted from the front."""
+    floating(x, name)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim is a {type(dim).__name__}: give an integer")
+    if x.dim() == 0:
+        raise ValueError(f"{name} is 0-d: ranks need at least one dimension")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim is {dim}: {name} has {x.dim()} dimensions, give one from {-x.dim()} to {x.dim() - 1}")
+    if x.shape[dim] > LONGEST:
+        raise ValueError(f"{name} has {x.shape[dim]} elements along dim {dim}: a row may have {LONGEST}")
+    return dim % x.dim()
+
+
+def check_pair(x, y, dim) -> int:
+    dim = check_rows(x, dim)
+    floating(y, "y")
+    same_device(x, y, "x", "y")
+    if x.shape != y.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}, x has {tuple(x.shape)}: rows are compared one to one")
+    return dim
+
+
+def check_regularization(regularization) -> bool:
+    """Whether it is kl."""
+    if regularization not in REGULARIZATIONS:
+        raise ValueError(f"regularization is {regularization!r}: give 'l2' or 'kl'")
+    return regularization == "kl"

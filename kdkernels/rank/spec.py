@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contract and the benchmark need to know of the ranking family: cases in every data regime, caps, bytes.
+
+Ranks are judged in units of n, beyond the rounding of the result itself: what is left must be below one unit in the
+last place. Correlations are judged absolutely, gradients against their own size, or that of the terms they add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..testing import REGIMES, Caps, Case, pair
+from . import op as ops
+
+HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
+EVERY_DTYPE = (SINGLE, *HALF, DOUBLE)
+REGULARIZATIONS = ("l2", "kl")
+# a strength by name; "tensor" and "rows" are inputs of the case, with a gradient
+STRENGTHS = {
+    "tiny": 1e-9,
+    "small": 0.02,
+    "one": 1.0,
+    "large": 300.0,
+    "auto": "auto",
+    "auto 4": ("auto", 4.0),
+    "tensor": None,
+    "rows": None,
+    "hard": 0.0,
+}
+# one element, two, around the powers of two that merges and warps work on, odd and prime lengths
+SIZES = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 63, 64, 65)
+MORE_SIZES = (127, 128, 129, 255, 257, 362, 1023, 1025)
+SHAPES = ((3, 37), (2, 2, 40), (41,), (1, 64), (7, 5))
+
+
+def caps(dtype: torch.dtype) -> Caps:
+    """Blocks, means and offsets are float64 inside: half inputs are no worse than float32."""
+    return Caps(1e-12, 1e-10) if dtype == DOUBLE else Caps(2e-7, 1e-6)
+
+
+def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
+    """The cases of one op; quick keeps each value of each option and leaves out combinations."""
+    generator = torch.Generator().manual_seed(0)
+    family = {
+        "soft_rank": _rows,
+        "soft_sort": _rows,
+        "rank_diagnostics": _diagnostics,
+        "spearman": _spearman,
+        "pearson": _linear,
+        "spearman_corr": _linear,
+    }[op]
+    return family(op, backend, quick, generator)
+
+
+def _x(regime, shape, generator):
+    return pair(regime, shape, shape, generator)[0] if len(shape) > 1 else _x(regime, (1, *shape), generator)[0]
+
+
+def _strength_inputs(name, x):
+    """The inputs that a tensor strength adds, about the gap of neighbours."""
+    gap = float(x[x.isfinite()].std(correction=0)) * 4 / x.shape[-1] + 1e-3
+    if name == "tensor":
+        return {"strength": torch.tensor(gap, dtype=torch.float64)}
+    if name == "rows":
+        return {"strength": gap * torch.linspace(0.3, 3, max(1, x.shape[:-1].numel())).double().reshape(x.shape[:-1])}
+    return {}
+
+
+def _masked(x, generator):
+    """A third of the entries absent, and one row altogether."""
+    x = x.masked_fill(torch.rand(x.shape, generator=generator) < 0.3, -math.inf)
+    if x.dim() > 1:
+        x[0] = -math.inf
+    return x
+
+
+def _rows(op, backend, quick, generator):
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, strength in enumerate(STRENGTHS):
+            for k, regularization in enumerate(REGULARIZATIONS):
+                count += 1
+                if quick and (i + j + k) % 2:
+                    continue
+                x = _x(regime, SHAPES[count % len(SHAPES)], generator)
+                masked = count % 3 == 1
+                x = _masked(x, generator) if masked else x
+                how = {"descending": count % 4 < 2}
+                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+                yield _row_case(op, x, regularization, strength, regime + " masked" * masked, how, dtypes=dtypes)
+    for n in SIZES if quick else (*SIZES, *MORE_SIZES):
+        for regularization in REGULARIZATIONS:
+            x = _x("bland", (2, n), generator)
+            yield _row_case(op, x, regularization, "auto", "size", {}, dtypes=(SINGLE, HALF[n % 2]))
+    for label, x in _degenerate(generator):
+        for regularization in REGULARIZATIONS:
+            for strength in ("one", "auto", "hard"):
+                yield _row_case(op, x, regularization, strength, label, {}, dtypes=(SINGLE, *HALF))
+    for dim in (0, 1):
+        x = _x("peaky", (2, 9, 5), generator)
+        yield _row_case(op, x, "l2", "one", f"dim {dim}", {"dim": dim})
+    for regularization, strength in (("l2", "rows"), ("kl", "tensor"), ("l2", "auto")):
+        x = _x("offset3", (4, 33), generator)
+        yield _row_case(op, x, regularization, strength, "probe", {}, probe=True)
+
+
+def _degenerate(generator):
+    """Rows of ties, of few values, and poisoned ones between healthy ones."""
+    x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    yield "constant", torch.full((2, 9), 3.1, dtype=torch.float64)
+    yield "ties", (2 * x).round() / 2
+    yield "nan", x.clone().index_fill_(0, torch.tensor([1]), math.nan)
+    bad = x.clone()
+    bad[1, 3], bad[3, 0], bad[3, 5] = math.nan, math.inf, -math.inf
+    yield "poisoned", bad
+
+
+def _row_case(op, x, regularization, strength, label, how, **fields):
+    function = getattr(ops, op)
+    inputs = {"x": x} | _strength_inputs(strength, x)
+
+    def call(t, backend):
+        value = function(t["x"], regularization, t.get("strength", STRENGTHS[strength]), backend=backend, **how)
+        # absent entries of a sorted row are -inf: a number that errors can be measured by
+        return torch.where(value == -math.inf, -7.0, value)
+
+    def scale(t):
+        if op == "soft_rank":
+            return max(1, x.shape[how.get("dim", -1)])
+        value = call(t, "reference").abs().nan_to_num()
+        return torch.maximum(value.max(), t["x"].abs().nan_to_num(0, 0, 0).max()).clamp(min=1e-30)
+
+    name = f"{op} {regularization} {strength} {label} {'x'.join(map(str, x.shape))}"
+    return Case(name, inputs, call, caps, scale, **fields)
+
+
+def _diagnostics(op, backend, quick, generator):
+    for count, regime in enumerate(REGIMES):
+        for strength in ("tiny", "small", "one", "auto", "rows", "hard"):
+            x = _x(regime, SHAPES[count % 5], generator)
+            x = _masked(x, generator) if count % 2 else x
+            inputs = {"x": x} | _strength_inputs(strength, x)
+
+            def call(t, backend, strength=strength):
+                found = ops.rank_diagnostics(t["x"], t.get("strength", STRENGTHS[strength]), backend=backend)
+                return torch.stack([found.fraction_pooled, found.blocks.float()])
+
+            name = f"{strength} {regime} {'x'.join(map(str, x.shape))}"
+            yield Case(name, inputs, call, caps, lambda t: 1.0, dtypes=EVERY_DTYPE, gradient=False, probe=count == 4)
+
+
+def _spearman(op, backend, quick, generator):
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, strength in enumerate(("small", "one", "auto", "auto 4", "tensor", "rows")):
+            for k, regularization in enumerate(REGULARIZATIONS):
+                count += 1
+                if quick and (i + j + k) % 2:
+                    continue
+                x, y = _two(regime, SHAPES[count % len(SHAPES)], generator)
+                masked = count % 3 == 1
+                if masked:
+                    x, y = _masked(x, generator), _masked(y, generator)
+                how = {"hard_target": count % 4 == 0}
+                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, (SINGLE, torch.bfloat16))
+                yield _pair_case(op, x, y, regularization, strength, regime + " masked" * masked, how, dtypes=dtypes)
+    for n in SIZES if quick else (*SIZES, *MORE_SIZES):
+        x, y = _two("bland", (2, n), generator)
+        yield _pair_case(op, x, y, "l2", "auto", "size", {}, dtypes=(SINGLE, HALF[n % 2]))
+    for label, x in _degenerate(generator):
+        y = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        for sides in ((x, y), (y, x), (x, x)):
+            yield _pair_case(op, *sides, "l2", "auto", label, {}, dtypes=(SINGLE, *HALF))
+    for regularization, strength, hard in (("l2", "auto", False), ("kl", "rows", False), ("l2", "one", True)):
+        x, y = _two("offset3", (4, 33), generator)
+        yield _pair_case(op, x, y, regularization, strength, "probe", {"hard_target": hard}, probe=True)
+
+
+def _linear(op, backend, quick, generator):
+    for count, regime in enumerate(REGIMES):
+        for shape in SHAPES:
+            for masked in (False, True):
+                x, y = _two(regime, shape, generator)
+                if masked:
+                    x, y = _masked(x, generator), _masked(y, generator)
+                label = regime + " masked" * masked
+                yield _pair_case(op, x, y, None, None, label, {}, dtypes=(*EVERY_DTYPE, (SINGLE, torch.float16)))
+    for n in SIZES:
+        yield _pair_case(op, *_two("bland", (2, n), generator), None, None, "size", {})
+    for label, x in _degenerate(generator):
+        y = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        for sides in ((x, y), (y, x), (x, x)):
+            yield _pair_case(op, *sides, None, None, label, {}, dtypes=(SINGLE, *HALF))
+    for count in range(2):
+        x, y = _two("offset3", (4, 33 - count), generator)
+        yield _pair_case(op, x, y, None, None, "probe", {}, probe=True)
+
+
+def _two(regime, shape, generator):
+    if len(shape) == 1:
+        return (t[0] for t in pair(regime, (1, *shape), (1, *shape), generator))
+    return pair(regime, shape, shape, generator)
+
+
+def _pair_case(op, x, y, regularization, strength, label, how, **fields):
+    function = getattr(ops, op)
+    inputs = {"x": x, "y": y} | _strength_inputs(strength, x)
+    fields.setdefault("gradient", op != "spearman_corr")
+
+    def call(t, backend):
+        options = dict(how)
+        if op == "spearman":
+            options |= {"regularization": regularization}
+            options |= {"regularization_strength": t.get("strength", STRENGTHS[strength])}
+        return function(t["x"], t["y"], backend=backend, **options)
+
+    def terms(t):
+        """The correlation with one side fixed and its norms too: its gradient nearly cancels against the norms'."""
+        sides = []
+        for side in "xy":
+            v = t[side].masked_fill((t["x"] == -math.inf) | (t["y"] == -math.inf), -math.inf)
+            if op == "spearman":
+                v = ops.soft_rank(v, regularization, t.get("strength", STRENGTHS[strength]), backend="reference")
+            keep = v.isfinite() if op == "pearson" else v != 0
+            v = v.masked_fill(~keep, 0.0)
+            v = (v - v.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)).masked_fill(~keep, 0.0)
+            norm = v.detach().norm(dim=-1, keepdim=True)
+            sides.append(v / torch.where(norm > 0, norm, 1.0))
+        # both halves of the gradient, without their cancellation
+        return sum((v * torch.sign(w.detach()) * w.detach().abs()).sum(-1) for v, w in (sides, sides[::-1]))
+
+    name = f"{op} {regularization} {strength} {label} {'x'.join(map(str, x.shape))}"
+    return Case(name, inputs, call, caps, lambda t: 1.0, terms if op != "spearman_corr" else None, **fields)
+
+
+def bytes_moved(R: int, n: int, itemsize: int, op: str = "soft_rank", backward: bool = False) -> int:
+    """The least traffic of a call: rows are read once; ranks, block ids (int32) and gradients written once."""
+    if op in ("spearman", "pearson", "spearman_corr"):
+        return R * n * itemsize * (3 if backward else 2)
+    forward = R * n * (itemsize + 4)
+    return forward + R * n * (4 + 4 + 4 + itemsize) if backward else forward
+
+
+def flops(R: int, n: int) -> int:
+    """Comparisons of the sort, which dwarf the rest."""
+    return R * n * max(1, math.ceil(math.log2(max(n, 2))))

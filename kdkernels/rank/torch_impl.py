@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft ranks and sorts in portable PyTorch: rows together, O(n) memory, no host sync, the same bits every time.
+
+Sums over blocks are fixed-point int64, so their order does not matter: scatter_add is exact, on CUDA too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import isotonic, strength
+
+
+def compute_dtype(x) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Blocks:
+    """The blocks of sorted rows [R, n]: their number in the row, and sums over them."""
+
+    def __init__(self, V):
+        n = V.shape[-1]
+        first = torch.ones_like(V, dtype=torch.bool)
+        torch.ne(V[..., 1:], V[..., :-1], out=first[..., 1:])
+        i = torch.arange(n, device=V.device).expand(V.shape)
+        self.start = torch.where(first, i, 0).cummax(-1).values
+        self.count = block_sum(torch.ones_like(i), self.start)
+
+
+def block_sum(t, ids):
+    """The sum of t int64 [R, n] over each element's block; ids in [0, n) are unique to a block."""
+    return torch.zeros_like(t).scatter_add_(-1, ids, t).gather(-1, ids)
+
+
+def block_sum_of(t, ids, bits: int):
+    """The same of float64 t, rounded to multiples of 2^-bits."""
+    scale = 2.0**bits
+    return block_sum((t * scale).round_().to(torch.int64), ids).double() / scale
+
+
+def _length_bits(n: int) -> int:
+    return max(1, math.ceil(math.log2(n + 1)))
+
+
+def sorted_blocks(s, eps, kl: bool, sort: bool) -> Blocks:
+    """Blocks of s float64 [R, n], sorted descending, absent entries last; eps [R, 1] > 0."""
+    R, n = s.shape
+    N = 1 << (n - 1).bit_length()
+    absent = s == -math.inf
+    gap = torch.where(absent[:, 1:], 0.0, s[:, :-1] - s[:, 1:])
+    i = torch.arange(N, dtype=torch.float64, device=s.device)
+    if N > n:
+        gap = torch.nn.functional.pad(gap, (0, N - n))
+        absent = torch.nn.functional.pad(absent, (0, N - n), value=True)
+    valid = N - absent.sum(-1, keepdim=True)
+    far = isotonic.FAR + isotonic.APART * i
+
+    def from_gaps(g):
+        return torch.nn.functional.pad(-g.cumsum(-1), (1, 0))
+
+    if not kl:
+        g = gap * eps if sort else gap / eps
+        q = from_gaps(g.clamp(max=2.0 * N + 2))
+        q, slope = (-q, -1) if sort else (q, 1)
+        problem = isotonic.Squares(torch.where(absent, far, q), slope)
+    elif sort:
+        p = -i / eps
+        problem = isotonic.Exponentials(torch.where(absent, far, p), torch.where(absent, 0.0, from_gaps(gap)))
+    else:
+        p = from_gaps((gap / eps).clamp(max=2 * math.log(N + 1) + 2))
+        w = torch.log((valid - i).clamp(min=1))
+        problem = isotonic.Exponentials(torch.where(absent, far, p), w)
+    return Blocks(isotonic.solve(problem)[:, :n])
+
+
+def rank_forward(x, strengths, number, relative, kl, descending, need):
+    """rank in x's compute dtype, blocks int32 like x or [0], eps float64, of x [..., n]."""
+    shape, n = x.shape, x.shape[-1]
+    absent, poisoned = x == -math.inf, ((x == math.inf) | x.isnan()).any(-1)
+    eps = strength.of_rows(x, ~absent, poisoned, strength.Strength(number, strengths, relative))
+    theta = x.double()
+    theta = (-theta if descending else theta).masked_fill(absent, -math.inf).masked_fill(poisoned[..., None], 0.0)
+    s, order = torch.sort(theta.reshape(-1, n), descending=True, stable=True)
+    e = eps.reshape(-1, 1).masked_fill(poisoned.reshape(-1, 1), 1.0)
+    gone = s == -math.inf
+    if number == 0:
+        first = torch.nn.functional.pad(s[:, 1:] != s[:, :-1], (1, 0), value=True)
+        V = -(first | gone).cumsum(-1)
+        blocks = Blocks(V)
+    else:
+        blocks = sorted_blocks(s, e, kl, False)
+    start, c = blocks.start, blocks.count
+    valid = (~gone).sum(-1, keepdim=True)
+    mean_w = valid - (2 * start + c - 1).double() / 2
+    d = (s - s.gather(-1, start)).masked_fill(gone, 0.0)
+    if number == 0:
+        r = mean_w
+    elif kl:
+        E = torch.exp(d / e)
+        r = c * mean_w * E / block_sum_of(E, start, 60 - _length_bits(n))
+    else:
+        d = d / e
+        r = mean_w + (d - block_sum_of(d, start, 60 - 2 * _length_bits(n)) / c)
+    r = r.masked_fill(gone, 0.0).to(compute_dtype(x))
+    rank = torch.empty_like(r).scatter_(-1, order, r).masked_fill(poisoned.reshape(-1, 1), math.nan).reshape(shape)
+    if not need:
+        return rank, x.new_empty(0, dtype=torch.int32), eps
+    ids = start.masked_fill((c == 1) | gone, -1).to(torch.int32)
+    if number == 0:
+        ids.fill_(-1)
+    ids = torch.empty_like(ids).scatter_(-1, order, ids).masked_fill(poisoned.reshape(-1, 1), -1)
+    return rank, ids.reshape(shape), eps
+
+
+def rank_backward(grad, x, rank, blocks, eps, kl, descending):
+    """d/dx, in x's dtype."""
+    n = x.shape[-1]
+    u, ids = grad.reshape(-1, n).double(), blocks.reshape(-1, n).to(torch.int64)
+    alone, ids = ids < 0, ids.clamp(min=0)
+    e = eps.reshape(-1, 1)
+    u = u.masked_fill(alone, 0.0)
+    largest = u.abs().amax(-1, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1.0)
+    u = u / unit  # NaN or infinite gradients make their row NaN
+    finite = u.nan_to_num(0.0, 0.0, 0.0)
+    bits = 60 - _length_bits(n)
+    if kl:
+        r = rank.reshape(-1, n).double().masked_fill(alone, 0.0)
+        R = block_sum_of(r, ids, 60 - 2 * _length_bits(n)).clamp(min=0.5)
+        g = r * (u - block_sum_of(r / R * finite, ids, bits))
+    else:
+        c = block_sum((~alone).to(torch.int64), ids).clamp(min=1)
+        g = u - block_sum_of(finite, ids, bits) / c
+    g = g.masked_fill(alone, 0.0) * unit / e
+    # eps = 0: hard ranks, every element alone
+    g = torch.where(e == 0, 0.0, g)
+    return (-g if descending else g).to(x.dtype).reshape(x.shape)
+
+
+def sort_forward(s, strengths, number, relative, kl):
+    """value, start int32, eps of rows s [..., n] sorted descending, absent entries last; NaN where a row starts so."""
+    shape, n = s.shape, s.shape[-1]
+    absent = s == -math.inf
+    poisoned = ~(s[..., 0] < math.inf)
+    eps = strength.of_rows(s, ~absent, poisoned, strength.Strength(number, strengths, relative))
+    rows = s.reshape(-1, n).double().masked_fill(poisoned.reshape(-1, 1), 0.0)
+    e = eps.reshape(-1, 1).masked_fill(poisoned.reshape(-1, 1), 1.0)
+    i = torch.arange(n, device=s.device)
+    if number == 0:
+        start, value = i.expand(rows.shape), rows
+    else:
+        blocks = sorted_blocks(rows, e, kl, True)
+        start, c = blocks.start, blocks.count
+        top = rows.gather(-1, start)
+        gone = rows == -math.inf
+        d = (rows - top).masked_fill(gone, 0.0)
+        if kl:
+            lse = torch.log(block_sum_of(torch.exp(d), start, 60 - _length_bits(n)))
+            z = (start - i) / e
+            value = top + lse + (z - torch.log(block_sum_of(torch.exp(z), start, 60 - _length_bits(n))))
+        else:
+            span = d.abs().amax(-1, keepdim=True)
+            span = torch.where(span > 0, span, 1.0)
+            mean = block_sum_of(d / span, start, 60 - _length_bits(n)) / c * span
+            value = top + mean + ((2 * start + c - 1).double() / 2 - i) / e
+        value = torch.where(gone, -math.inf, value)
+    value = value.masked_fill(poisoned.reshape(-1, 1), math.nan).to(compute_dtype(s))
+    return value.reshape(shape), start.to(torch.int32).reshape(shape), eps
+
+
+def sort_backward(grad, s, start, kl):
+    """d/ds, in s's dtype."""
+    n = s.shape[-1]
+    rows, u, ids = s.reshape(-1, n).double(), grad.reshape(-1, n).double(), start.reshape(-1, n).to(torch.int64)
+    gone, poisoned = rows == -math.inf, ~(rows[:, :1] < math.inf)
+    u = u.masked_fill(gone, 0.0)
+    largest = u.abs().amax(-1, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1.0)
+    u = u / unit
+    bits = 60 - _length_bits(n)
+    total = block_sum_of(u.nan_to_num(0.0, 0.0, 0.0), ids, bits)
+    if kl:
+        E = torch.exp((rows - rows.gather(-1, ids)).masked_fill(gone | poisoned, 0.0))
+        g = E / block_sum_of(E, ids, bits) * total
+    else:
+        g = total / block_sum(torch.ones_like(ids), ids)
+    g = (g * unit).masked_fill(gone, 0.0)
+    bad = poisoned | ~largest.isfinite()
+    return g.masked_fill(bad, math.nan).to(s.dtype).reshape(s.shape)
+
+
+def negated(x):
+    """-x, where absent entries (-inf) stay so and +inf, which poisons a row, becomes NaN."""
+    return torch.where(x == -math.inf, x, torch.where(x == math.inf, math.nan, -x))
+
+
+def rank_strength_gradient(dx, grad, x, strengths, rank, blocks, eps, kl, descending):
+    """d/dstrengths: -(1/eps) <theta, J u> a row, times eps / strength; the Jacobian is symmetric."""
+    n = x.shape[-1]
+    rows, g = x.reshape(-1, n).double(), rank_backward(grad, x.double(), rank, blocks, eps, kl, descending)
+    top = rows.masked_fill(rows == -math.inf, 0.0)
+    # rows of J sum to 0 over a block: any centre will do, one near the values loses no digits
+    top = top - top.mean(-1, keepdim=True)
+    per_row = -(top * g.reshape(-1, n)).sum(-1)
+    return _to_strengths(per_row, strengths)
+
+
+def _to_strengths(per_row, strengths):
+    """per_row is -strength d/dstrength of each row."""
+    out = per_row / strengths
+    return out.sum().reshape(1) if strengths.numel() == 1 else out
+
+
+def sort_strength_gradient(grad, strengths, s, start, eps, kl, descending):
+    """d/dstrengths of the soft sort: only the part (mean_B z - z_i), or its exponential form, depends on eps."""
+    n = s.shape[-1]
+    a, u = start.reshape(-1, n).to(torch.int64), grad.reshape(-1, n).double()
+    e = eps.reshape(-1, 1)
+    i = torch.arange(n, device=s.device)
+    c = block_sum(torch.ones_like(a), a)
+    if kl:
+        z = (a - i) / e
+        W = torch.exp(z)
+        bits = 60 - _length_bits(n)
+        weighted = block_sum_of(W * (i - a) / n, a, bits) * n / block_sum_of(W, a, bits)
+        slope = ((i - a) - weighted) / e
+    else:
+        slope = (i - a - (c - 1).double() / 2) / e
+    slope = slope.masked_fill(s.reshape(-1, n) == -math.inf, 0.0)
+    per_row = (u * slope).sum(-1)
+    return _to_strengths(per_row if descending else -per_row, strengths)
