@@ -21,7 +21,10 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     """Eager; no functorch transform, dispatch mode, profiler or tensor subclass: the operator may be left out."""
     if torch.compiler.is_compiling() or _transforms_active() or _modes() or _profiling():
         return False
-    return all(t is None or type(t) in _PLAIN for t in tensors)
+    for tensor in tensors:  # `all` of a generator takes twice the time
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
@@ -45,3 +48,8 @@ _NOTHING = _Nothing()
 def without_autocast(device: str):
     """Products inside keep the dtype they are given: autocast would round centred float32 rows to bfloat16."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """`tensor.device.type`, which builds two objects, in a third of the time."""
+    return "cuda" if tensor.is_cuda else "cpu" if tensor.is_cpu else tensor.device.type

@@ -9,9 +9,19 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import apply, plain, without_autocast
+from ..autograd import apply, device_type, plain, without_autocast
 from . import torch_impl
 from .problem import decode
+
+
+def forward(x, y, mask, sigma_x, sigma_y, problem, need):
+    run = _gram_fwd if plain(x, y, mask, sigma_x, sigma_y) else torch.ops.kdkernels.gram_fwd
+    return run(x, y, mask, sigma_x, sigma_y, problem, need)
+
+
+def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
+    run = _gram_bwd if plain(grad, x, y, mask, sigma_x, sigma_y) else torch.ops.kdkernels.gram_bwd
+    return run(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
 
 
 class GramStatistic(torch.autograd.Function):
@@ -19,9 +29,7 @@ class GramStatistic(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*arguments):
-        return forward(*arguments)
+    forward = staticmethod(forward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -48,9 +56,7 @@ class GramGradient(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*arguments):
-        return backward(*arguments)
+    forward = staticmethod(backward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -64,16 +70,6 @@ class GramGradient(torch.autograd.Function):
 def differentiable(x, y, mask, sigma_x, sigma_y, problem, need):
     """The value, with its gradient."""
     return apply(GramStatistic, x, y, mask, sigma_x, sigma_y, problem, need)[0]
-
-
-def forward(x, y, mask, sigma_x, sigma_y, problem, need):
-    run = _gram_fwd if plain(x, y, mask, sigma_x, sigma_y) else torch.ops.kdkernels.gram_fwd
-    return run(x, y, mask, sigma_x, sigma_y, problem, need)
-
-
-def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
-    run = _gram_bwd if plain(grad, x, y, mask, sigma_x, sigma_y) else torch.ops.kdkernels.gram_bwd
-    return run(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
 
 
 def _implementation(problem):
@@ -94,7 +90,7 @@ def _grouped(x, y, mask):
 def _gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need):
     problem = decode(problem)
     features = _grouped(x, y, mask)
-    with without_autocast(x.device.type):
+    with without_autocast(device_type(x)):
         value, rows, kept = _implementation(problem).forward(*features, sigma_x, sigma_y, problem, need)
     return value if x.dim() == 3 else value[0], rows, kept
 
@@ -102,7 +98,7 @@ def _gram_fwd(x, y, mask, sigma_x, sigma_y, problem, need):
 def _gram_bwd(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
     problem = decode(problem)
     features = _grouped(x, y, mask)
-    with without_autocast(x.device.type):
+    with without_autocast(device_type(x)):
         implementation = _implementation(problem)
         upstream = grad if x.dim() == 3 else grad[None]
         gradients = implementation.backward(upstream, *features, sigma_x, sigma_y, rows, kept, problem, need)

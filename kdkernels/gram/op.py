@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
-from ..autograd import without_autocast
+from ..autograd import device_type, without_autocast
 from . import reference, two_sample
 from .bandwidth import bandwidth
 from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
@@ -147,7 +147,7 @@ def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
         # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
         mask = mask & (mask.sum(-1, keepdim=True) >= least)
     name = "gram_mse" if stat in ("mse", "row_mse") else stat
-    chosen = backends.resolve(name, backend, x.device.type, (x.dtype, y.dtype))
+    chosen = backends.resolve(name, backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
         with without_autocast(x.device.type):
             return _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least)
