@@ -9,7 +9,8 @@ forward  kd.cka(x, y) alone, its gradient recorded, beside `bare_forward`
 call - bare is argument checks, backend choice and autograd's engine; floor - bare is the part of autograd, which no
 differentiable op avoids and which alone is above the bound. The arithmetic takes milliseconds, and its noise more
 than the overhead: so all run on the real implementation (`real_us_*`) and on one that returns answers computed before,
-of the same shapes (`us_*`, the figure). Rotating order, medians of the differences of each round; microseconds of host time.
+of the same shapes (`us_*`, the figure). Rotating order, medians of the differences of each round; microseconds of host
+time.
 """
 
 from __future__ import annotations
