@@ -26,6 +26,7 @@ ARROWS = {
     "backend": {"native", "registry"},
     "testing": {"backend", "registry"},
     "losses": {*FOUNDATIONS, *FAMILIES},
+    "compat": {*FOUNDATIONS, *FAMILIES},
     "distributed": {*FOUNDATIONS},
     **{family: FOUNDATIONS for family in FAMILIES},
 }

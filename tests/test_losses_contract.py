@@ -30,6 +30,8 @@ CASES = {
     "rcka": Case(lambda: losses.RCKALoss(), "logits", 1),
     "rcka textbook": Case(lambda: losses.RCKALoss(row_normalize=False, center=True, unbiased=True), "logits", 4),
     "rcka rows": Case(lambda: losses.RCKALoss(class_weight=0), "logits", 1, 14),
+    "cmkd": Case(lambda: losses.CMKDLoss(), "logits", 1),
+    "cmkd classes": Case(lambda: losses.CMKDLoss(class_weight=1, regularization="kl", strength=0.3), "logits", 2),
     "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
 }
 # 13 rows: odd, so that no even split or padding hides a lost row
@@ -244,7 +246,7 @@ def test_repr_shows_the_weight(case):
 
 @pytest.mark.parametrize("weight, error", [("big", TypeError), (float("nan"), ValueError), ([1.0, 2.0], ValueError)])
 def test_a_weight_that_is_no_finite_number_is_refused(weight, error):
-    for make in (losses.KDLoss, losses.CKALoss, losses.RCKALoss):
+    for make in (losses.KDLoss, losses.CKALoss, losses.RCKALoss, losses.CMKDLoss):
         with pytest.raises(error, match="weight"):
             make(weight=weight)
 

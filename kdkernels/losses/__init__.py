@@ -2,8 +2,9 @@
 """Distillation losses as modules: loss(student, teacher, ...) -> scalar. `base.py` holds what all of them share."""
 
 from .cka import CKALoss
+from .cmkd import CMKDLoss
 from .kd import KDLoss
 from .ramp import Ramp
 from .rcka import RCKALoss
 
-__all__ = ["CKALoss", "KDLoss", "RCKALoss", "Ramp"]
+__all__ = ["CKALoss", "CMKDLoss", "KDLoss", "RCKALoss", "Ramp"]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchsort's `soft_rank` and `soft_sort` with its values, gradients, dtypes and errors, computed by kdkernels.
+
+    from kdkernels.compat import torchsort      # in place of: import torchsort
+
+What torchsort 0.1.10 does and this keeps: values [B, n] only; ranks from 1, ascending; the result and the gradient in
+the dtype of the input, integers giving float32; a strength that is a number or a tensor, without gradient to it; a
+negative strength of soft_rank ranks downwards; an infinite value has the rank NaN and the others count it (in
+kd.soft_rank -inf is absent and +inf spoils the row); under l2, soft_sort of a row with infinities is their sum n times.
+
+What it does not keep is what rounding spoils there: float32 ranks are here within rounding of the exact ones at any
+strength (there 0.11 off at n = 5000), float16 rows beyond n = 361 are finite (there NaN, and no return from n = 2049),
+and so are kl gradients where exp underflows; bfloat16 is accepted. torchsort is compiled with -ffast-math, so what it
+does with NaN, and under kl with infinities in soft_sort, follows no rule: here the row is NaN, or the sum as under l2.
+Its backward joins neighbouring blocks whose solutions differ by less than 1e-9; this one does not. Strength 0 raises
+in both functions, a negative one in soft_sort.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import checks
+from ..rank import op
+
+__all__ = ["soft_rank", "soft_sort"]
+
+
+def soft_rank(values, regularization="l2", regularization_strength=1.0):
+    """Soft ranks [B, n] of each row of values [B, n], in the dtype of `values`.
+
+    >>> from kdkernels.compat import torchsort
+    >>> torchsort.soft_rank(torch.tensor([[8, 0, 5, 3, 2, 1, 6, 7, 9]]))
+    tensor([[8., 1., 5., 4., 3., 2., 6., 7., 9.]])
+    """
+    values, strength = _arguments(values, regularization, regularization_strength)
+    if isinstance(strength, torch.Tensor):
+        values, strength = values * strength.sign().reshape(-1, 1).to(values.dtype), strength.abs()
+    elif strength < 0:
+        values, strength = -values, -strength
+    finite, beyond = _without_infinities(values, strength, regularization == "kl")
+    rank = op.soft_rank(finite, regularization, strength).to(values.dtype)
+    if beyond is None:
+        return rank
+    # inf - inf; the gradient passes all the same
+    return rank + torch.where(beyond, math.nan, 0).to(rank.dtype)
+
+
+def soft_sort(values, regularization="l2", regularization_strength=1.0):
+    """Soft-sorted values [B, n], ascending, of each row of values [B, n], in the dtype of `values`.
+
+    >>> from kdkernels.compat import torchsort
+    >>> torchsort.soft_sort(torch.tensor([[8, 0, 5, 3, 2, 1, 6, 7, 9]]), regularization_strength=0.1)
+    tensor([[0., 1., 2., 3., 5., 6., 7., 8., 9.]])
+    """
+    values, strength = _arguments(values, regularization, regularization_strength)
+    negative = bool((strength < 0).any()) if isinstance(strength, torch.Tensor) else strength < 0
+    if negative:
+        raise ValueError(f"regularization_strength is {regularization_strength!r}: soft_sort needs a positive one")
+    spoilt = ~values.detach().isfinite().all(1, keepdim=True)
+    clean = torch.where(spoilt, torch.zeros_like(values), values)
+    sorted_values = op.soft_sort(clean, regularization, strength).to(values.dtype)
+    if values.numel() == 0:
+        return sorted_values
+    # one block: w - (mean(w) - mean(-x)) with an infinite mean
+    return torch.where(spoilt, values.mean(1, keepdim=True), sorted_values)
+
+
+def _arguments(values, regularization, strength):
+    """values as floats, and the strength as a number or a tensor that kdkernels takes."""
+    if len(values.shape) != 2:
+        raise ValueError(f"'values' should be a 2d-tensor but got {values.shape}")
+    if regularization not in ["l2", "kl"]:
+        raise ValueError("'regularization' should be a 'l2' or 'kl'")
+    if not values.is_floating_point():
+        values = values.to(torch.get_default_dtype())
+    if isinstance(strength, torch.Tensor):
+        strength = strength.detach().to(values.device, torch.float64)
+        return values, strength if strength.numel() == 1 else strength.reshape(values.shape[0])
+    if strength == 0:
+        raise ZeroDivisionError("regularization_strength is 0: give a positive number; kd.soft_rank takes 0")
+    return values, float(strength)
+
+
+def _without_infinities(values, strength, kl: bool):
+    """values with infinities moved so far out that they pool with each other alone, and where they were, or None."""
+    seen = values.detach()
+    if seen.numel() == 0 or (checks.may_read(seen) and bool(seen.sum(dtype=torch.float64).isfinite())):
+        return values, None
+    beyond = seen.isinf()
+    # half precision has no room to move out
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    rest = torch.where(beyond, 0, wide.detach())
+    n = values.shape[1]
+    largest = rest.abs().amax(1, keepdim=True)
+    strength = strength.reshape(-1, 1) if isinstance(strength, torch.Tensor) else strength
+    # neighbours further apart than n strengths never pool, under l2 or kl
+    out = (3 * largest + 2 * n * strength + 1).to(wide.dtype)
+    return _MovedOut.apply(wide, beyond, out, kl), beyond
+
+
+class _MovedOut(torch.autograd.Function):
+    """x with out or -out in place of its infinities; their gradient is that of what replaces them, NaN under kl."""
+
+    @staticmethod
+    def forward(x, beyond, out, kl):
+        return torch.where(beyond, torch.where(x > 0, out, -out), x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, beyond, _, ctx.kl = inputs
+        ctx.save_for_backward(beyond)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (beyond,) = ctx.saved_tensors
+        return grad.masked_fill(beyond, math.nan) if ctx.kl else grad, None, None, None

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CMKD: Pearson and Spearman correlation of logits, mixed by the teacher's entropy; one z-score a side serves both."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..rank.op import spearman
+from .base import (
+    Loss,
+    check_pair,
+    full_precision,
+    mean_of_rows,
+    row_mask,
+    weight_tensor,
+    weight_text,
+    zero_where_masked,
+)
+from .base import at_least_float32 as dtype_of
+
+REGULARIZATIONS = ("l2", "kl")
+
+
+class CMKDLoss(Loss):
+    """mean_i [ w_P(i) (1 - pearson(z_s, z_t)) + w_S(i) (1 - spearman(z_s, z_t)) ], z the logits z-scored by row.
+
+    Source: KD from a Stronger Teacher by Correlation Matching, arXiv 2410.06561. From the paper: the two correlations,
+    the z-score, weights that change with the difficulty of the sample, differentiable ranks. Its code is not public, so
+    every constant here is ours: the weights w_S(i) = H(softmax(y_i / weight_tau)) / log C, y the teacher's logits as
+    they come, and w_P = 1 - w_S, with weight_tau = 4 (at temperature 1 a trained teacher is so sure that w_S is about
+    0.03: Spearman would vanish); the factors 1 and 1; the strength. The class term, Pearson over the batch, is that of
+    DIST (arXiv 2205.10536) on z in place of its softmax; off by default.
+
+    Args:
+        weight_tau: temperature of the entropy.
+        spearman_share: "entropy": the w_S above; a number in [0, 1]: the same w_S for each row; or a function of the
+            teacher's logits [..., C] in float that gives w_S [...].
+        pearson_weight, spearman_weight: factors of the two terms beside w_P and w_S; buffers, 0 drops the term for
+            good.
+        class_weight: factor of mean_c (1 - pearson over the rows of z_s[:, c], z_t[:, c]); a buffer, 0 drops it.
+        regularization, strength: of the soft ranks, see `kd.spearman`. "auto" or ("auto", c) is
+            c sqrt(12) / C standard deviations of the row; a number is meant in standard deviations too. At 1 and C >=
+            100 the ranks are one block, and Spearman is Pearson: see kdkernels/rank/STRENGTH.md.
+        hard_target: hard ranks, ties averaged, on the teacher's side.
+        weight: factor of the whole loss, a buffer. reduction: "mean" over the rows that count, or "sum".
+        backend: as in `kd.spearman`.
+
+    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
+    `KDLoss`: logits [..., C], each leading index a row, C >= 2; float16 to float64, each side its own dtype, computed
+    in at least float32; masked rows take no part. normalizer replaces the number of rows, of the row terms alone: the
+    class term is one statistic of the batch, 0 where fewer than two rows count. A logit of -inf on either side takes
+    the class out of that row (in the class term it stands at the row's mean). A constant row correlates 0: it adds
+    w_P + w_S, with zero gradient. NaN or +inf in a row that counts gives NaN. A batch without rows (with class_weight:
+    fewer than 2) gives 0 with zero gradient and warns once; all masked gives 0. Gradient to the student only, through
+    its z-score too: it does not change the logits' mean or scale.
+
+    >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> loss = kd.losses.CMKDLoss()
+    >>> loss(student, teacher).backward()
+    >>> bool(loss(3 * teacher + 1, teacher).abs() < 1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_tau: float = 4.0,
+        spearman_share="entropy",
+        pearson_weight: float = 1.0,
+        spearman_weight: float = 1.0,
+        class_weight: float = 0.0,
+        regularization: str = "l2",
+        strength="auto",
+        hard_target: bool = False,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(weight)
+        if not (weight_tau > 0 and math.isfinite(weight_tau)):
+            raise ValueError(f"weight_tau is {weight_tau!r}: a temperature is a positive number")
+        if regularization not in REGULARIZATIONS:
+            raise ValueError(f"regularization is {regularization!r}: give one of {REGULARIZATIONS}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
+        self.weight_tau, self.spearman_share, self.reduction = float(weight_tau), check_share(spearman_share), reduction
+        self.regularization, self.strength = regularization, check_strength(strength)
+        self.hard_target, self.backend = hard_target, backend
+        for name, given in zip(TERMS.values(), (pearson_weight, spearman_weight, class_weight), strict=True):
+            self.register_buffer(name, term_weight(given, name))
+        if all(getattr(self, name) is None for name in TERMS.values()):
+            raise ValueError("pearson_weight, spearman_weight and class_weight are all 0: nothing is left to compute")
+
+    def forward(
+        self,
+        student_logits,
+        teacher_logits,
+        *,
+        mask=None,
+        labels=None,
+        ignore_index: int = -100,
+        normalizer=None,
+        return_parts: bool = False,
+    ):
+        names = check_pair(student_logits, teacher_logits, "logits")
+        if student_logits.shape != teacher_logits.shape:
+            raise ValueError(
+                f"{names[1]} has shape {tuple(teacher_logits.shape)}, {names[0]} {tuple(student_logits.shape)}: "
+                "correlation over the classes needs the same rows and classes on both sides"
+            )
+        if student_logits.dim() < 2 or student_logits.shape[-1] < 2:
+            raise ValueError(f"{names[0]} has shape {tuple(student_logits.shape)}: give [..., C] with C >= 2 classes")
+        counted = row_mask(mask, labels, ignore_index, student_logits, names[0])
+        terms = [name for name in TERMS if getattr(self, TERMS[name]) is not None]
+        if self._too_small(math.prod(student_logits.shape[:-1]), 2 if "classes" in terms else 1):
+            return self._nothing(terms, student_logits, return_parts)
+        with full_precision(student_logits):
+            dtype = dtype_of(student_logits, teacher_logits)
+            x = zero_where_masked(student_logits, counted).to(dtype)
+            y = zero_where_masked(teacher_logits.detach(), counted).to(dtype)
+            absent = (x == -math.inf) | (y == -math.inf)
+            share = self._share(y, absent)
+            x, y = z_score(x, absent), z_score(y, absent)
+            parts = {}
+            if "pearson" in terms:
+                # of z-scored rows, Pearson is the mean product
+                apart = 1 - (x * y).sum(-1) / (~absent).sum(-1).clamp_min(1)
+                parts["pearson"] = mean_of_rows((1 - share) * apart, counted, normalizer, self.reduction)
+            if "spearman" in terms:
+                apart = 1 - self._spearman(x.masked_fill(absent, -math.inf), y.masked_fill(absent, -math.inf))
+                parts["spearman"] = mean_of_rows(share * apart, counted, normalizer, self.reduction)
+            if "classes" in terms:
+                parts["classes"] = classes_apart(x.flatten(0, -2), y.flatten(0, -2), counted)
+            weighted = {name: value * getattr(self, TERMS[name]).to(dtype) for name, value in parts.items()}
+            return self._total(weighted, return_parts)
+
+    def _spearman(self, x, y):
+        how = {"regularization": self.regularization, "regularization_strength": self.strength}
+        return spearman(x, y, **how, hard_target=self.hard_target, backend=self.backend)
+
+    def _share(self, teacher, absent):
+        """w_S [...]: what Spearman gets of each row."""
+        if isinstance(self.spearman_share, float):
+            return torch.full_like(teacher[..., 0], self.spearman_share)
+        if self.spearman_share != "entropy":
+            share = self.spearman_share(teacher)
+            if not isinstance(share, torch.Tensor) or share.shape != teacher.shape[:-1]:
+                what = tuple(share.shape) if isinstance(share, torch.Tensor) else type(share).__name__
+                raise ValueError(f"spearman_share gave {what}: it must give one number a row, {teacher.shape[:-1]}")
+            return share.detach().to(teacher.dtype)
+        return relative_entropy(teacher.masked_fill(absent, -math.inf) / self.weight_tau)
+
+    def _shown(self):
+        shown = {"weight_tau": self.weight_tau, "spearman_share": self.spearman_share}
+        for name in TERMS.values():
+            weight = getattr(self, name)
+            shown[name] = 0 if weight is None else weight_text(weight)
+        names = ("regularization", "strength", "hard_target", "reduction")
+        return {**shown, **{name: getattr(self, name) for name in names}}
+
+
+TERMS = {"pearson": "pearson_weight", "spearman": "spearman_weight", "classes": "class_weight"}
+
+
+def term_weight(weight, name: str):
+    """The buffer of a term's weight, None where it is 0: the term is then never computed."""
+    value = weight_tensor(weight, name)
+    if value.dim():
+        raise ValueError(f"{name} is {weight!r}: give one number")
+    return value if bool(value.any()) else None
+
+
+def check_share(share):
+    if share == "entropy" or callable(share):
+        return share
+    if isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1:
+        return float(share)
+    raise ValueError(f"spearman_share is {share!r}: give 'entropy', a number in [0, 1], or a function of the logits")
+
+
+def check_strength(strength):
+    number = strength[1] if isinstance(strength, (tuple, list)) and len(strength) == 2 else strength
+    relative = number is not strength and strength[0] == "auto"
+    positive = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
+    if strength == "auto" or (positive and (relative or number is strength)):
+        return ("auto", float(number)) if relative else strength
+    raise ValueError(f"strength is {strength!r}: give 'auto', ('auto', c) or a number, c and the number positive")
+
+
+def z_score(x, absent):
+    """(x - mean) / population standard deviation over the last axis, 0 where absent; a constant row is 0."""
+    count = (~absent).sum(-1, keepdim=True).clamp_min(1)
+    x = torch.where(absent, 0, x)
+    mean = x.sum(-1, keepdim=True) / count
+    x = torch.where(absent, 0, x - mean)
+    variance = x.square().sum(-1, keepdim=True) / count
+    # a spread of the mean's rounding is none; NaN stays NaN
+    constant = variance <= (4 * torch.finfo(x.dtype).eps * mean).square()
+    return torch.where(constant, 0, x) * torch.where(constant, 1, variance).rsqrt()
+
+
+def relative_entropy(logits):
+    """H(softmax(logits)) / log(number of classes above -inf), in [0, 1]; 0 where fewer than two are."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, p).sum(-1)
+    most = (logits > -math.inf).sum(-1).to(entropy.dtype).log()
+    return torch.where(most > 0, entropy / torch.where(most > 0, most, 1), 0).clamp(max=1)
+
+
+def classes_apart(x, y, mask):
+    """mean_c (1 - pearson over the rows that count of x[:, c], y[:, c]), x, y [n, C]; 0 with fewer than two rows."""
+    mask = None if mask is None else mask.flatten()
+    n = x.new_full((), x.shape[0]) if mask is None else mask.sum().to(x.dtype)
+    x, y = centred(x, mask, n), centred(y, mask, n)
+    square = x.square().sum(0) * y.square().sum(0)
+    constant = square <= 0
+    pearson = (x * y).sum(0) / torch.where(constant, 1, square).sqrt()
+    return torch.where(n > 1, (1 - torch.where(constant, 0, pearson)).mean(), 0)
+
+
+def centred(x, mask, n):
+    """x [n, C] minus its mean over the rows that count; the others are 0, and so is a constant column."""
+    mean = zero_where_masked(x, mask).sum(0) / n.clamp_min(1)
+    x = zero_where_masked(x - mean, mask)
+    return torch.where(x.square().sum(0) <= n * (4 * torch.finfo(x.dtype).eps * mean).square(), 0, x)
