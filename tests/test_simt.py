@@ -25,6 +25,7 @@ def _simt_build():
 
 
 simt_build = _simt_build()
+import compare  # noqa: E402
 import drive  # noqa: E402
 
 # where there is a compiler the module must build: a failure is an error of the fixture, never a skip
@@ -121,6 +122,84 @@ class TestEmulation:
         with pytest.raises(RuntimeError, match=words):
             drive.planted(kernels, plant)
         assert drive.planted(kernels, "none") < 1e-10  # the threads are back for the next launch
+
+
+def last_column_lost(rank, *rest):
+    rank[:, -1] = 0
+    return rank, *rest
+
+
+def one_entry_off_by_two_ulp(rank, *rest):
+    rank[0, 3] += 2 * np.spacing(rank[0, 3])
+    return rank, *rest
+
+
+def rows_exchanged(rank, *rest):
+    rank[[0, 1]] = rank[[1, 0]]
+    return rank, *rest
+
+
+def poison_lost(rank, *rest):
+    return np.nan_to_num(rank, nan=1.0), *rest
+
+
+def poison_spread(rank, *rest):
+    rank[5] = np.nan
+    return rank, *rest
+
+
+def one_member_lost(rank, block, *rest):
+    if block.size:
+        block[0, block[0].argmax()] = -1
+    return rank, block, *rest
+
+
+def wrong_strength(rank, block, eps):
+    return rank, block, eps * (1 + 1e-9)
+
+
+def gradient_scaled(value, dx, dy):
+    return value, dx * 1.0001, dy
+
+
+class TestComparison:
+    """The comparison accepts the textbook and refuses each spoiled result."""
+
+    def test_the_textbook_is_accepted(self):
+        compare.compare_rank(compare.Textbook(), 40, "float32", 0.1)
+        compare.compare_sort(compare.Textbook(), 40, "float32", 0.1)
+        compare.compare_spearman(compare.Textbook(), 40, "float32", 0.1)
+
+    @pytest.mark.parametrize(
+        "method, spoil",
+        [
+            ("rank_rows", last_column_lost),
+            ("rank_rows", one_entry_off_by_two_ulp),
+            ("rank_rows", rows_exchanged),
+            ("rank_rows", poison_lost),
+            ("rank_rows", poison_spread),
+            ("rank_rows", one_member_lost),
+            ("rank_rows", wrong_strength),
+            ("rank_rows_backward", lambda g: g * np.float32(1.00001)),
+            ("rank_rows_backward", lambda g: g + np.float32(1e-4)),
+            ("sort_rows", last_column_lost),
+            ("sort_rows", poison_lost),
+            ("sort_rows_backward", lambda g: g[:, ::-1]),
+            ("spearman_rows", poison_lost),
+            ("spearman_rows", gradient_scaled),
+        ],
+    )
+    def test_a_spoiled_result_is_refused(self, method, spoil):
+        class Spoiled(compare.Textbook):
+            pass
+
+        def spoiled(self, *arguments):
+            found = getattr(compare.Textbook, method)(self, *arguments)
+            return spoil(*found) if isinstance(found, tuple) else spoil(found)
+
+        setattr(Spoiled, method, spoiled)
+        with pytest.raises(AssertionError):
+            getattr(compare, "compare_" + method.split("_")[0])(Spoiled(), 40, "float32", 0.1)
 
 
 class TestSanitizers:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result of the ranking kernels must satisfy, against the NumPy oracle; raises AssertionError with the row's name.
+"""What a result of the ranking kernels must satisfy, against the NumPy oracle; an AssertionError names the row.
 
 `kernels` offers the native schemas on NumPy arrays (drive.py): values in float32 or float64, half formats as uint16.
 """
@@ -15,7 +15,7 @@ FLOAT64 = 1e-11
 
 
 def ulp(value, dtype):
-    """The spacing at |value|, at least of the smallest normal number."""
+    """The spacing of the dtype at |value|, at the largest number beyond it."""
     if dtype == "bfloat16":
         return np.maximum(np.spacing(np.abs(value).astype(np.float32)).astype(np.float64) * 2.0**16, 2.0**-133)
     kind = {"float16": np.float16, "float32": np.float32, "float64": np.float64}[dtype]
@@ -109,7 +109,7 @@ def compare_sort(kernels, n, dtype, strength, relative=False, kl=False, factor=N
         top = np.where(np.isfinite(s), np.abs(s), 0).astype(np.float64).max(1, initial=0)[:, None]
     steps = n / np.where(expected_eps > 0, expected_eps, 1)[:, None]
     slack = 1e-13 * (top + steps)
-    near(value, expected, ulp(expected, work) * (work == "float32") + slack, what, names)
+    near(value, expected, slack + (ulp(expected, work) if work == "float32" else 0), what, names)
     for r, name in enumerate(names):
         if name not in LATTICES and not oracle.poisoned(s[r]):
             assert np.array_equal(start[r], expected_start[r]), f"{what}: blocks of row {name!r}"
@@ -148,3 +148,36 @@ def compare_spearman(kernels, n, dtype, strength, relative=False, kl=False, hard
             largest = np.abs(np.where(np.isfinite(expected), expected, 0)).max(initial=0)
             slack = (1e-9 if tight else 2e-6) * largest + 1e-30
             near(found[r][None], expected[None], slack, f"gradient, {what}", [name])
+
+
+class Textbook:
+    """The oracle in the place of the kernels: what the comparison accepts, and the tests then spoil."""
+
+    def _result(self, x, dtype):
+        return x.astype(np.float64 if dtype == "float64" else np.float32)
+
+    def _values(self, storage, dtype):
+        if dtype == "bfloat16":
+            return (storage.astype(np.uint32) << 16).view(np.float32)
+        return storage.view(np.float16).astype(np.float32) if dtype == "float16" else storage
+
+    def rank_rows(self, x, dtype, factor, strength, relative, kl, descending, need_blocks):
+        rank, block, eps = oracle.rank_rows(self._values(x, dtype), factor, strength, relative, kl, descending)
+        return self._result(rank, dtype), block.astype(np.int32) if need_blocks else np.zeros(0, np.int32), eps
+
+    def rank_rows_backward(self, grad, x, dtype, rank, block, eps, kl, descending):
+        g = oracle.rank_rows_backward(grad, rank.astype(np.float64), block, eps, kl, descending)
+        return rows.round_to(g, dtype)[0]
+
+    def sort_rows(self, s, dtype, factor, strength, relative, kl):
+        value, start, eps = oracle.sort_rows(self._values(s, dtype), factor, strength, relative, kl)
+        return self._result(value, dtype), start.astype(np.int32), eps
+
+    def sort_rows_backward(self, grad, s, dtype, start, kl):
+        return rows.round_to(oracle.sort_rows_backward(grad, self._values(s, dtype), start, kl), dtype)[0]
+
+    def spearman_rows(self, x, y, dtype, strength, relative, kl, hard, grad_x, grad_y):
+        pairs = zip(self._values(x, dtype), self._values(y, dtype), strict=True)
+        found = [oracle.spearman_row(a, b, strength, relative, kl, hard)[:3] for a, b in pairs]
+        value, dx, dy = (self._result(np.stack(part), dtype) for part in zip(*found, strict=True))
+        return value, dx if grad_x else np.zeros(0), dy if grad_y else np.zeros(0)
