@@ -11,9 +11,14 @@ from .torch_impl import compute_dtype
 
 
 def drop_pairs(x, y):
-    """An entry absent (-inf) on either side is absent on both, whatever the other side holds."""
+    """An entry absent (-inf) on either side is absent on both, whatever the other side holds; NaN or +inf elsewhere
+    makes both rows NaN."""
     gone = (x == -math.inf) | (y == -math.inf)
-    return x.masked_fill(gone, -math.inf), y.masked_fill(gone, -math.inf), ~gone
+    x, y = x.masked_fill(gone, -math.inf), y.masked_fill(gone, -math.inf)
+    wrong = (x.detach().amax(-1, keepdim=True) + y.detach().amax(-1, keepdim=True)) if x.shape[-1] else x
+    # NaN where a maximum is NaN or +inf; -inf + -inf stays, an empty row of pairs is no error
+    poison = torch.where(wrong < math.inf, 0.0, math.nan).to(x.dtype)
+    return x + poison, y + poison, ~gone
 
 
 def correlation(a, b, valid):
@@ -46,7 +51,7 @@ def value_dtype(x, y) -> torch.dtype:
 
 def diagnose(x, ids):
     """Fraction pooled and number of blocks of each row from its block ids."""
-    valid = (x > -math.inf).sum(-1)
+    valid = (x != -math.inf).sum(-1)
     pooled = (ids >= 0).sum(-1)
     s = ids.sort(-1).values
     first = (s >= 0) & torch.nn.functional.pad(s[..., 1:] != s[..., :-1], (1, 0), value=True)

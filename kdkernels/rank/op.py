@@ -53,7 +53,7 @@ def _along(run, op, x, regularization, strength, dim, descending, backend):
 
 def _eps(rows, strength):
     poisoned = ((rows == torch.inf) | rows.isnan()).any(-1)
-    return of_rows(rows, rows > -torch.inf, poisoned, strength)
+    return of_rows(rows, rows != -torch.inf, poisoned, strength)
 
 
 def _soft_rank(rows, strength, kl, descending, chosen):
@@ -111,8 +111,7 @@ def spearman(
     dtype = metrics.value_dtype(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     r = _soft_rank(x, strength, kl, False, chosen)
-    t = _soft_rank(y.detach(), Strength(0.0, None, False), False, False, chosen) if hard_target else None
-    t = _soft_rank(y, strength, kl, False, chosen) if t is None else t
+    t = _soft_rank(y, Strength(0.0, None, False) if hard_target else strength, kl, False, chosen)
     if chosen == "reference":
         return reference.correlation(r, t, valid).to(dtype)
     return metrics.of_ranks(r, t, valid, dtype)
@@ -129,7 +128,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
     chosen = backends.resolve("pearson", backend, x.device.type, (x.dtype, y.dtype))
     if chosen == "reference":
-        valid, dtype = (x > -torch.inf) & (y > -torch.inf), metrics.value_dtype(x, y)
+        valid, dtype = (x != -torch.inf) & (y != -torch.inf), metrics.value_dtype(x, y)
         return reference.correlation(x.to(dtype), y.to(dtype), valid)
     return metrics.pearson(x, y)
 

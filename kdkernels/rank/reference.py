@@ -149,7 +149,7 @@ def soft_rank(x, eps, kl: bool, descending: bool):
             return row * math.nan, torch.full_like(row, -1, dtype=torch.int32)
         valid = row > -math.inf
         r, number = soft_rank_row(row[valid], e, kl, descending)
-        alone = torch.bincount(number, minlength=1)[number] == 1
+        alone = (torch.bincount(number, minlength=1)[number] == 1) | (e == 0)
         ids = torch.full_like(row, -1, dtype=torch.int32).masked_scatter(valid, number.masked_fill(alone, -1).int())
         return torch.zeros_like(row).masked_scatter(valid, r), ids
 

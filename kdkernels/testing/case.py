@@ -104,6 +104,10 @@ def evaluate(case: Case, inputs, backend: str, upstream, needs=None) -> Outcome:
     return Outcome(value.detach(), dict(zip(needs, grads, strict=True)))
 
 
+def _largest(grads) -> float:
+    return max((float(g.abs().nan_to_num(0.0, 0.0, 0.0).max()) for g in grads.values() if g.numel()), default=0.0)
+
+
 def oracle_of(case: Case, inputs) -> Oracle:
     """Powers of two bring the upstream gradient, and so every gradient, near 1: a loss scale for half inputs."""
 
@@ -114,10 +118,11 @@ def oracle_of(case: Case, inputs) -> Oracle:
     double = {name: t.detach().cpu() for name, t in inputs.items()}
     double |= {name: double[name].double() for name in case.floats}
     plain = evaluate(case, double, "reference", weights)
-    largest = max((float(g.abs().nan_to_num().max()) for g in plain.grads.values()), default=0.0)
-    scale = 2.0 ** -round(math.log2(largest)) if 0 < largest < math.inf else 1.0
     terms = plain.grads
     if case.terms and case.gradient:
         terms = evaluate(case._replace(call=lambda t, _: case.terms(t)), double, "", weights).grads
+    # a gradient that is rounding noise of its terms must not be blown up to 1
+    largest = max(_largest(plain.grads), 1e-9 * _largest(terms))
+    scale = 2.0 ** -round(math.log2(largest)) if 0 < largest < math.inf else 1.0
     grads, terms = ({name: g * scale for name, g in part.items()} for part in (plain.grads, terms))
     return Oracle(lambda value: weights(value, scale), plain.value, grads, float(case.scale(double)), terms)
