@@ -88,7 +88,7 @@ def run_validate(ops: list[str], backend: str | None, device: str, quick: bool) 
     jobs = []
     for op in ops:
         for name in OPS[op].backends if backend is None else (backend,):
-            why = backends.obstacle(name, kind) if name in OPS[op].backends else f"{op} has {OPS[op].backends}"
+            why = backends.obstacle(name, kind, op=op) if name in OPS[op].backends else f"{op} has {OPS[op].backends}"
             if why is None:
                 jobs.append((op, name))
             elif backend is not None:
