@@ -2,7 +2,7 @@
 """Measures this machine: every row with its provenance, losses first, nothing dropped.
 
 python -m bench run        time, launches, memory and percent of roof of every case      -> JSON lines
-python -m bench accuracy   error of CKA against float64 beside the naive formula         -> JSON lines
+python -m bench accuracy   error of CKA and of soft ranks against float64                -> JSON lines
 python -m bench report     Markdown from rows, and plots with the roof drawn in
 python -m bench list       the cases of a device
 """
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, help="torch.set_num_threads; default: as torch finds it")
         command.add_argument("--backends", nargs="+", metavar="B", help="default: torch cpp | triton torch")
     for command in (run, accuracy, listing):
+        command.add_argument("--family", choices=("gram", "rank"), help="only the ops of this family")
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
         command.add_argument("--quick", action="store_true", help="a few small cases: to try the driver, not to quote")
     run.add_argument("--case", help="only the cases with this in their name")
@@ -78,6 +79,8 @@ def _list(options) -> int:
     from . import drive
 
     for case in drive.listed(options.device, options.quick):
+        if options.family not in (None, case.family):
+            continue
         shape = " ".join(f"{k}={v}" for k, v in case.shape.items() if k != "groups" or v > 1)
         wanted = "; ".join(f"{t.figure} against {t.against}: {t.bound:g}" for t in case.targets)
         print(f"{case.name:34} {case.op:9} {case.kernel:11} {shape:28} {case.dtype:9} {case.regime:10} {wanted}")

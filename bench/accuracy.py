@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench accuracy`: CKA in float32 and in half precision against float64, beside the naive formula.
+"""`python -m bench accuracy`: CKA in float32 and in half precision against float64, beside the naive formula; and soft
+ranks (`rank_accuracy.py`).
 
 The truth is the textbook (`backend="reference"`) in float64 on the same rounded inputs. The bandwidth is one number a
 side, found in float64 and given to everybody. The error of the value is absolute: the unbiased numerator may be near
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from . import contenders as others
-from . import data, drive, machine
+from . import data, drive, machine, rank_accuracy
 from .cases import Case
 
 KERNELS = (("linear", 1.0), ("cosine", 1.0), ("rbf", 1.0), ("rbf", 5.0), ("polynomial", 1.0))
@@ -63,10 +64,14 @@ def run(options) -> int:
     shared = machine.provenance(device)
     path = Path(options.out) if options.out else drive.default_path(shared, "accuracy")
     write = drive.Writer(path, shared)
-    backends = drive.usable_backends("cka", device, options.backends or drive.BACKENDS[device])
-    chosen, begin, missed = points(options.quick), time.monotonic(), 0
-    for place, point in enumerate(chosen):
-        for row in measure(point, backends, device):
+    wanted, chosen = options.backends or drive.BACKENDS[device], []
+    if options.family != "rank":
+        chosen += [(measure, point, "cka") for point in points(options.quick)]
+    if options.family != "gram":
+        chosen += [(rank_accuracy.measure, point, "soft_rank") for point in rank_accuracy.points(options.quick)]
+    begin, missed = time.monotonic(), 0
+    for place, (measured, point, op) in enumerate(chosen):
+        for row in measured(point, drive.usable_backends(op, device, wanted), device):
             write(row)
             missed += not row["holds"] and row["contender"] == "kdkernels"
         print(f"\r{place + 1}/{len(chosen)}  {time.monotonic() - begin:.0f} s", end="", file=sys.stderr, flush=True)

@@ -9,12 +9,15 @@ from kdkernels.gram import spec
 
 
 class Target(NamedTuple):
-    """`figure` of contender `ours` against `against`, at least (speed) or at most (memory, microseconds) `bound`."""
+    """`figure` of contender `ours` against `against`, at least (speed) or at most (all others) `bound`."""
 
-    figure: str  # speed: ms of against / ms of ours; memory: peak bytes of ours / of against; overhead: microseconds
+    # speed: ms of against / ms of ours; memory: peak bytes of ours / of against; overhead, microseconds: of host, of
+    # device; launches; graph: ms of the replayed step / of an empty graph
+    figure: str
     against: str
     bound: float
     phase: str = "step"
+    backend: str | None = None  # the one that has to reach it; None: each
 
     def holds(self, value: float) -> bool:
         return value >= self.bound if self.figure == "speed" else value <= self.bound
@@ -35,6 +38,11 @@ class Case(NamedTuple):
     transpose: bool = False  # the op sees x.mT, y.mT: class x class on logits
     targets: tuple[Target, ...] = ()
     quick: bool = False  # part of --quick
+    family: str = "gram"
+
+    def smaller(self) -> Case:
+        """For --quick."""
+        return self._replace(n=self.n // 4, p=self.p // 4, q=self.q // 4)
 
     @property
     def rows(self) -> int:
@@ -135,5 +143,10 @@ def cuda_cases() -> list[Case]:
     return kd_batches((512, 2048, 50176), targets=kd_targets) + large + shared() + series
 
 
-def cases(device: str) -> list[Case]:
-    return cuda_cases() if device == "cuda" else cpu_cases()
+def cases(device: str) -> list:
+    """All cases of a device: those of the Gram family, then those of the ranking family."""
+    from . import ranking
+
+    if device == "cuda":
+        return [*cuda_cases(), *ranking.cuda_cases()]
+    return [*cpu_cases(), *ranking.cpu_cases()]

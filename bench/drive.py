@@ -19,22 +19,24 @@ import kdkernels as kd
 
 from . import cases as catalogue
 from . import contenders as others
-from . import data, machine, measure, memory, roof
+from . import data, machine, measure, memory, ranking, roof
 from .cases import Case
 from .measure import Contender
 
-BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("triton", "torch")}
+BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("triton", "cuda", "torch")}
 SEEDS = 4  # draws of the inputs that the calls rotate over
 
 
-def listed(device: str, quick: bool) -> list[Case]:
+def listed(device: str, quick: bool) -> list:
     """The cases of a device; `quick`: a few of them at a quarter of the size, to try the driver."""
     cases = catalogue.cases(device)
-    return [c._replace(n=c.n // 4, p=c.p // 4, q=c.q // 4) for c in cases if c.quick] if quick else cases
+    return [c.smaller() for c in cases if c.quick] if quick else cases
 
 
 def draw(case: Case, device: str, seed: int):
     """((x, y), sigma): inputs in the case's dtype, and the bandwidth of each side as numbers where the case has one."""
+    if case.family == "rank":
+        return ranking.draw(case, device, seed), None
     pair = data.features(case.n, case.p, case.q, case.regime, seed, device, case.groups)
     x, y = (t.to(getattr(torch, case.dtype)) for t in pair)
     if case.kernel not in ("rbf", "laplacian") or case.sigma == "rule":
@@ -45,6 +47,8 @@ def draw(case: Case, device: str, seed: int):
 
 
 def build(case: Case, sigma, name: str, backend: str | None) -> Contender:
+    if case.family == "rank":
+        return Contender(name, backend, ranking.ours(case, backend) if backend else ranking.contender(case, name))
     if name == "kdkernels":
         return Contender(name, backend, others.ours(case, sigma, backend))
     return Contender(name, None, getattr(others, name)(case, sigma))
@@ -66,8 +70,7 @@ class Writer:
 
 def usable_backends(op: str, device: str, wanted) -> list[str]:
     """The backends of `op` that can run here, of those asked for."""
-    able = kd.available_backends(device)
-    return [b for b in wanted if b in kd.registry.OPS[op].backends and able[b] == "available"]
+    return [b for b in wanted if b in kd.registry.OPS[op].backends and kd.backend.obstacle(b, device, (), op) is None]
 
 
 def gate(op: str, backend: str, device: str) -> str | None:
@@ -94,7 +97,11 @@ def run(options) -> int:
     path = Path(options.out) if options.out else default_path(shared, "rows")
     write = Writer(path, shared)
     begin = time.monotonic()
-    chosen = [(k, c) for k, c in enumerate(listed(device, options.quick)) if not options.case or options.case in c.name]
+    chosen = [
+        (k, c)
+        for k, c in enumerate(listed(device, options.quick))
+        if options.family in (None, c.family) and (not options.case or options.case in c.name)
+    ]
     if not chosen:
         print(f"no case has {options.case!r} in its name: python -m bench list", file=sys.stderr)
         return 2
@@ -119,7 +126,7 @@ def run(options) -> int:
             share = min(options.case_seconds, left / (len(chosen) - place) * 2)
             _measure_case(index, case, backends, share, ceilings, write, options)
         print(f"[{place + 1}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
-    if not options.case or options.case in "overhead":
+    if options.family != "rank" and (not options.case or options.case in "overhead"):
         from . import overhead
 
         for backend in usable_backends("cka", device, options.backends or BACKENDS[device]):
@@ -150,7 +157,9 @@ def _outcome(case: Case, status: str, note: str | None = None) -> dict:
     }
 
 
-def names_of(device: str, options) -> list[str]:
+def names_of(case, device: str, options) -> list[str]:
+    if case.family == "rank":
+        return ranking.names(case, device)
     names = ["eager", "algebra"]
     if options.compiled or (device == "cuda" and options.compiled is None):
         names.append("compiled")
@@ -163,7 +172,7 @@ def _measure_case(index, case, backends, seconds, ceilings, write, options) -> N
     copies = SEEDS if sum(t.nbytes for t in inputs) < 2**28 else 1
     draws = [inputs] + [draw(case, device, seed)[0] for seed in range(1, copies)]
     flush = measure.flush_buffer() if device == "cuda" else None
-    wanted = [(name, None) for name in names_of(device, options)] + [("kdkernels", b) for b in backends]
+    wanted = [(name, None) for name in names_of(case, device, options)] + [("kdkernels", b) for b in backends]
     methods = ("eager", "graph") if device == "cuda" else ("eager",)
     extras = {}
     for method in methods:
@@ -213,17 +222,22 @@ def _extras(index, case, contender, inputs, options) -> dict:
 
 
 def _write_times(case, runners, results, extras, ceilings, write, device) -> None:
-    first = {runner.contender.name: result for runner, result in reversed(list(zip(runners, results, strict=True)))}
+    # the others by name, ours by backend
+    known = {
+        runner.contender.backend or runner.contender.name: result
+        for runner, result in zip(runners, results, strict=True)
+    }
     for runner, result in zip(runners, results, strict=True):
         contender = runner.contender
         for phase, times in result.items():
             p20, p50, p80 = measure.percentiles(times)
             moved, flops = case.work(phase)
             limit, which = roof.bound(ceilings, case.dtype, flops, moved)
-            against = {}
-            for name in ("eager", "algebra", "compiled"):
-                if contender.name == "kdkernels" and name in first:
-                    against[name] = measure.pair_ratios(first[name][phase], times)
+            against = {
+                name: measure.pair_ratios(result[phase], times)
+                for name, result in known.items()
+                if contender.name == "kdkernels" and name != contender.backend
+            }
             write(
                 {
                     **_outcome(case, "ok"),
@@ -242,22 +256,29 @@ def _write_times(case, runners, results, extras, ceilings, write, device) -> Non
                     "flops": flops,
                     "roof": which,
                     "roof_percent": None if limit is None else 100 * limit / p50,
-                    "targets": _targets(case, contender, phase, against, extras),
+                    "targets": _targets(case, runner, phase, p50, against, extras, ceilings),
                 }
             )
 
 
-def _targets(case, contender, phase, against, extras) -> list[dict]:
+def _targets(case, runner, phase, ms, against, extras, ceilings) -> list[dict]:
     """The case's figures for this row: what was asked, what came out, whether it holds."""
-    found = []
+    found, contender = [], runner.contender
     for target in case.targets if contender.name == "kdkernels" else ():
-        value = None
-        if target.phase == phase and target.figure == "speed" and target.against in against:
+        if target.phase != phase or target.backend not in (None, contender.backend):
+            continue
+        value, own = None, extras[contender.name, contender.backend]
+        if target.figure == "speed" and target.against in against:
             value = against[target.against][1]
-        if target.phase == phase and target.figure == "memory":
+        elif target.figure == "memory":
             theirs = extras.get((target.against, None), {}).get("peak_bytes")
-            own = extras[contender.name, contender.backend]["peak_bytes"]
-            value = own / theirs if own is not None and theirs else None
+            value = own["peak_bytes"] / theirs if own["peak_bytes"] is not None and theirs else None
+        elif target.figure == "launches":
+            value = own["launches"]
+        elif target.figure == "microseconds" and runner.method == "graph":
+            value = ms * 1e3
+        elif target.figure == "graph" and runner.method == "graph":
+            value = ms / next(row["ms_p50"] for row in ceilings if row["case"] == "graph")
         if value is not None:
             found.append({**target._asdict(), "value": value, "holds": target.holds(value)})
     return found

@@ -40,11 +40,19 @@ def leaves(draws):
     return [(x.detach().clone().requires_grad_(), y.detach()) for x, y in draws]
 
 
+def backward(value, y):
+    """With y as the upstream gradient of a value of its shape, else with ones."""
+    if value.shape == y.shape:
+        value.backward(y.to(value.dtype))
+    else:
+        value.sum().backward() if value.dim() else value.backward()
+
+
 def step(function, x, y):
     """Forward and backward with respect to x, as a training step runs them."""
     x.grad = None
     value = function(x, y)
-    value.sum().backward() if value.dim() else value.backward()
+    backward(value, y)
     return value
 
 
@@ -57,7 +65,7 @@ def cpu_runner(contender: Contender, draws, clock: str = "wall") -> Runner:
         start = now()
         value = contender.function(x, y)
         middle = now()
-        value.sum().backward() if value.dim() else value.backward()
+        backward(value, y)
         end = now()
         return {"fwd": (middle - start) * 1e3, "bwd": (end - middle) * 1e3, "step": (end - start) * 1e3}
 
@@ -90,11 +98,7 @@ def cuda_runner(contender: Contender, draws, flush) -> Runner:
         x.grad = None
         held = []
 
-        def backward():
-            value = held.pop()
-            value.sum().backward() if value.dim() else value.backward()
-
-        fwd, bwd = _timed(flush, lambda: held.append(contender.function(x, y)), backward)
+        fwd, bwd = _timed(flush, lambda: held.append(contender.function(x, y)), lambda: backward(held.pop(), y))
         return {"fwd": fwd, "bwd": bwd, "step": fwd + bwd}
 
     return Runner(contender, "eager", call)

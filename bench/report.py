@@ -12,7 +12,10 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-AGAINST = ("eager", "algebra", "compiled")
+# columns of speed in the table of each family; the first contenders are rivals, FLOORS do less than the op
+AGAINST = {"gram": ("eager", "algebra", "compiled"), "rank": ("torchsort", "eager", "reference", "sort", "cpp")}
+FLOORS = ("sort", "cpp", "torch", "cuda", "triton")
+RANKING = ("soft_rank", "soft_sort", "spearman")
 
 
 def load(paths) -> list[dict]:
@@ -36,7 +39,8 @@ def run(options) -> int:
 def markdown(rows: list[dict]) -> str:
     parts = []
     for _, group in _by_run(rows):
-        parts += [_heading(group[0]), _targets(group), _times(group), _misfits(group), _accuracy(group), _roofs(group)]
+        parts += [_heading(group[0]), _targets(group), _times(group), _ranking(group)]
+        parts += [_misfits(group), _accuracy(group), _rank_accuracy(group), _roofs(group)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -64,13 +68,16 @@ def _table(head, rows, caption) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+UNITS = {"speed": " x", "memory": " x", "overhead": " us", "microseconds": " us", "launches": "", "graph": " x"}
+
+
 def _targets(rows) -> str:
     found = [(row, target) for row in rows for target in row.get("targets") or ()]
     found.sort(key=lambda pair: pair[1]["holds"])
     body = []
     for row, target in found:
         sign = ">=" if target["figure"] == "speed" else "<="
-        unit = {"speed": " x", "memory": " x", "overhead": " us"}[target["figure"]]
+        unit = UNITS[target["figure"]]
         body.append(
             [
                 "reached" if target["holds"] else "**missed**",
@@ -85,7 +92,7 @@ def _targets(rows) -> str:
 
 def speed(row: dict) -> float:
     """Against the fastest of the others: what a user would give up by not using us."""
-    return min((ratio[1] for ratio in row["ratios"].values()), default=math.inf)
+    return min((ratio[1] for name, ratio in row["ratios"].items() if name not in FLOORS), default=math.inf)
 
 
 def _ours(rows):
@@ -93,6 +100,16 @@ def _ours(rows):
 
 
 def _times(rows) -> str:
+    caption = "Forward + backward, gradient to x; the slowest against the fastest contender first"
+    return _time_table([r for r in rows if r.get("op") not in RANKING], AGAINST["gram"], caption) if rows else ""
+
+
+def _ranking(rows) -> str:
+    caption = "Ranking: forward + backward, gradient to x; sort is torch.sort alone; the slowest against a rival first"
+    return _time_table([r for r in rows if r.get("op") in RANKING], AGAINST["rank"], caption) if rows else ""
+
+
+def _time_table(rows, against, caption) -> str:
     peaks = {
         (r["case"], r["contender"]): r["peak_bytes"]
         for r in rows
@@ -111,14 +128,13 @@ def _times(rows) -> str:
                 f"{shape} {row['dtype']}",
                 f"{row['backend']}, {row['method']}",
                 f"{row['ms_p50']:.3g} ({row['ms_p20']:.3g} to {row['ms_p80']:.3g})",
-                *(_ratio(row["ratios"].get(name)) for name in AGAINST),
+                *(_ratio(row["ratios"].get(name)) for name in against),
                 "" if row["roof_percent"] is None else f"{row['roof_percent']:.0f} % of {row['roof']}",
                 memory,
                 "" if row["launches"] is None else str(row["launches"]),
             ]
         )
-    head = ["case", "shape", "backend", "ms p50 (p20 to p80)", *(f"speed vs {a}" for a in AGAINST)]
-    caption = "Forward + backward, gradient to x; the slowest against the fastest contender first"
+    head = ["case", "shape", "backend", "ms p50 (p20 to p80)", *(f"speed vs {a}" for a in against)]
     return _table([*head, "roof", "peak extra", "launches"], body, caption)
 
 
@@ -182,6 +198,23 @@ def _accuracy(rows) -> str:
     return _table(head, body, "Error against float64 of the same rounded inputs")
 
 
+def _rank_accuracy(rows) -> str:
+    """The worst of each regularization, dtype and contender over sizes and strengths."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "rank accuracy":
+            groups[row["kernel"], row["dtype"], row["backend"] or row["contender"]].append(row)
+    body = []
+    for (kernel, dtype, who), group in groups.items():
+        worst = max(group, key=lambda r: math.inf if math.isnan(r["error_ulp"]) else r["error_ulp"])
+        missed = sum(not r["holds"] for r in group)
+        where = f"n={worst['shape']['n']}, strength {worst['worst_strength']:g}"
+        held = f"**{missed} of {len(group)} missed**" if missed else f"{len(group)} of {len(group)}"
+        body.append([kernel, dtype, who, f"{worst['error_ulp']:.3g} ({where})", f"{worst['bound']:g}", held])
+    head = ["", "dtype", "", "worst error, float32 ulp of the rank", "bound", "within"]
+    return _table(head, body, "Soft ranks against float64 of the same rounded rows")
+
+
 def _worst(group, name: str) -> str:
     found = [row[name] for row in group if row[name] is not None]
     return f"{max(found, key=lambda e: math.inf if math.isnan(e) else e):.1e}" if found else ""
@@ -207,7 +240,7 @@ def plots(rows: list[dict], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for (device, op, kernel, p, q, dtype, method), series in sorted(_series(rows).items()):
+    for (device, op, kernel, rest, dtype, method), series in sorted(_series(rows).items()):
         figure, axes = plt.subplots(figsize=(6, 4))
         for label, points in sorted(series["lines"].items()):
             n, ms = zip(*sorted(points), strict=True)
@@ -215,12 +248,13 @@ def plots(rows: list[dict], folder: Path) -> list[Path]:
             axes.plot(n, ms, "o-" if ours else "s--", label=label, linewidth=2 if ours else 1)
         n, ms = zip(*sorted(series["roof"].items()), strict=True)
         axes.plot(n, ms, "k:", label="roof (measured)")
-        axes.set(xscale="log", yscale="log", xlabel="n samples", ylabel="ms, forward + backward")
-        axes.set_title(f"{op} {kernel}, p = {p}, q = {q}, {dtype}, {method}\n{series['where']}", fontsize=9)
+        axes.set(xscale="log", yscale="log", xlabel="n", ylabel="ms, forward + backward")
+        sizes = ", ".join(f"{name} = {size}" for name, size in rest)
+        axes.set_title(f"{op} {kernel}, {sizes}, {dtype}, {method}\n{series['where']}", fontsize=9)
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(fontsize=8)
         figure.tight_layout()
-        stem = f"{device}-{op}-{kernel}-p{p}-{dtype}-{method}"
+        stem = f"{device}-{op}-{kernel}-{rest[0][0]}{rest[0][1]}-{dtype}-{method}"
         for suffix in (".svg", ".png"):
             path = folder / (stem + suffix)
             figure.savefig(path, dpi=120, metadata={"Date": None} if suffix == ".svg" else {})
@@ -233,10 +267,14 @@ def _series(rows) -> dict:
     """Lines of (n, ms), the roof by n and the machine, by what else they share; three sizes or more."""
     found = defaultdict(lambda: {"lines": defaultdict(list), "roof": {}, "where": ""})
     for row in rows:
-        if row["kind"] != "time" or row["status"] != "ok" or row["phase"] != "step" or row["options"]:
+        if row["kind"] != "time" or row["status"] != "ok" or row["phase"] != "step":
+            continue
+        # of the ranking cases those with one strength relative to the row are a series
+        if row["options"].get("relative") is None if row["op"] in RANKING else row["options"]:
             continue
         shape = row["shape"]
-        key = (row["device"], row["op"], row["kernel"], shape["p"], shape["q"], row["dtype"], row["method"])
+        rest = tuple((name, size) for name, size in shape.items() if name not in ("n", "groups"))
+        key = (row["device"], row["op"], row["kernel"], rest, row["dtype"], row["method"])
         label = f"{row['contender']} ({row['backend']})" if row["backend"] else row["contender"]
         found[key]["lines"][label].append((shape["n"], row["ms_p50"]))
         found[key]["where"] = row["gpu"] or f"{row['cpu']}, {row['threads']} threads, {row.get('clock')} clock"

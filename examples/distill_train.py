@@ -56,6 +56,13 @@ METHODS = {
         "cka",
     ),
     "rcka": Method("RCKA of logits, ramp", rcka, "logits", (15.0, 1.0, 5.0, 30.0, 60.0), "cka"),
+    "cmkd": Method(
+        "CMKD, entropy at tau 4",
+        lambda w, steps: kd.losses.CMKDLoss(weight=w),
+        "logits",
+        (5.0, 1.0, 2.0, 10.0, 20.0),
+        "spearman",
+    ),
 }
 CONTROLS = ("ce", "pseudo", "kd")  # always in the table
 

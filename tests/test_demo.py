@@ -87,7 +87,7 @@ def test_both_controls_stand_in_the_table_whatever_losses_are_named():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--losses", "rkca"], "no loss is named rkca; there are ce, pseudo, kd, cka, rcka"),
+        (["--losses", "rkca"], "no loss is named rkca; there are ce, pseudo, kd, cka, rcka, cmkd"),
         (["--seeds", "0"], "--seeds is 0: give at least 1"),
         (["--epochs", "-3"], "--epochs is -3: give at least 1"),
         (["--threads", "0"], "--threads is 0"),
