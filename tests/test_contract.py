@@ -19,7 +19,7 @@ def assert_kept(results):
     assert results
 
 
-def on_the_cpu():
+def _on_the_cpu():
     """Each op with each of its backends on the CPU; triton runs in a process of its own."""
     for op in OPS.values():
         for backend in ("reference", "torch", "cpp"):
@@ -31,7 +31,7 @@ def on_the_cpu():
 
 
 @pytest.mark.parametrize("check", ON_THE_CPU)
-@pytest.mark.parametrize("op, backend", on_the_cpu())
+@pytest.mark.parametrize("op, backend", list(_on_the_cpu()))
 def test_an_op_keeps_the_contract(op, backend, check):
     if check not in testing.checks_for(backend, "cpu"):
         assert backend == "reference" and check in ("accuracy", "autocast")

@@ -75,7 +75,7 @@ class SoftSort(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
     """A backward pass as something that refuses to be differentiated again."""
 
     generate_vmap_rule = True
@@ -89,13 +89,13 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("the second derivative of a ranking op is not written out: pass backend='reference' for it")
 
 
-class SoftRankGradient(_NoSecondDerivative):
+class SoftRankGradient(NoSecondDerivative):
     @staticmethod
     def forward(*arguments):
         return rank_backward(*arguments)
 
 
-class SoftSortGradient(_NoSecondDerivative):
+class SoftSortGradient(NoSecondDerivative):
     @staticmethod
     def forward(*arguments):
         return sort_backward(*arguments)

@@ -37,12 +37,38 @@ def of_ranks(r, t, valid, dtype):
 
 
 def pearson(x, y):
-    x, y, valid = drop_pairs(x, y)
-    sides = []
+    """The correlation float64 [...] and, float64 [5, ...]: means, inverse norms (0 for a constant side), the value."""
+    keep = (x != -math.inf) & (y != -math.inf)
+    count = keep.sum(-1).clamp(min=1)
+    centred, means, inverse = [], [], []
     for t in (x, y):
-        t = t.double().masked_fill(~valid, 0.0)
-        sides.append(t - t.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1))
-    return correlation(*sides, valid).to(torch.promote_types(compute_dtype(x), compute_dtype(y)))
+        # centred at the maximum first: a constant side is then exactly 0
+        top = t.masked_fill(~keep, -math.inf).amax(-1).double()
+        d = (t - top[..., None]).masked_fill_(~keep, 0.0)
+        mean = d.sum(-1) / count
+        d = d.sub_(mean[..., None]).masked_fill_(~keep, 0.0)
+        squares = d.square().sum(-1)
+        inverse.append(torch.where(squares == 0, 0.0, squares.rsqrt()))
+        centred.append(d)
+        means.append(top + mean)
+    rho = (centred[0] * centred[1]).sum(-1) * inverse[0] * inverse[1]
+    return rho, torch.stack([*means, *inverse, rho])
+
+
+def pearson_gradient(grad, x, y, moments, need_x, need_y):
+    """d rho / dx = (y^ - rho x^) / |x|, with centred unit vectors x^, y^; dy likewise."""
+    keep = (x != -math.inf) & (y != -math.inf)
+    mean_x, mean_y, inverse_x, inverse_y, rho = (m[..., None] for m in moments)
+    a = (x - mean_x).masked_fill_(~keep, 0.0) * inverse_x
+    b = (y - mean_y).masked_fill_(~keep, 0.0) * inverse_y
+    grad = grad[..., None]
+
+    def of(own, other, inverse, like, needed):
+        if not needed:
+            return like.new_empty(0)
+        return ((other - rho * own) * (grad * inverse)).masked_fill_(~keep, 0.0).to(like.dtype)
+
+    return of(a, b, inverse_x, x, need_x), of(b, a, inverse_y, y, need_y)
 
 
 def value_dtype(x, y) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 
 from .. import backend as backends
 from ..autograd import without_autocast
-from . import function, metrics, reference
+from . import function, metrics, pairs, reference
 from .checks import check_pair, check_regularization, check_rows
 from .strength import Strength, of_rows, parse
 
@@ -108,6 +108,8 @@ def spearman(
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
     strength = parse(regularization_strength, x)
     chosen = backends.resolve("spearman", backend, x.device.type, (x.dtype, y.dtype))
+    if chosen in ("cpp", "cuda") and strength.tensor is None:
+        return pairs.spearman(x, y, strength, kl, bool(hard_target), chosen)
     dtype = metrics.value_dtype(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     r = _soft_rank(x, strength, kl, False, chosen)
@@ -130,7 +132,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     if chosen == "reference":
         valid, dtype = (x != -torch.inf) & (y != -torch.inf), metrics.value_dtype(x, y)
         return reference.correlation(x.to(dtype), y.to(dtype), valid)
-    return metrics.pearson(x, y)
+    return pairs.pearson(x, y)
 
 
 def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
