@@ -5,11 +5,12 @@
 
 build     compiles csrc/ with CMake into kdkernels/_lib; without cmake the pure-Python and Triton backends are used
 test      the tests marked gpu, then the contract of every op on the device
-sanitize  compute-sanitizer memcheck and racecheck over a short contract run
-bench     the benchmark and its report
+sanitize  compute-sanitizer memcheck and racecheck over a short contract run of the Gram ops, and over every schedule of
+          the ranking kernels
+bench     the benchmark of both families and its report
 
-OUT gets at most seven files: <stage>.json (status, commit, machine, steps), gpu.log, bench.jsonl and report.md. A step
-that passed is not run again while the sources are the same; --force (FORCE=1) runs it again.
+OUT gets at most eight files: <stage>.json (status, commit, machine, steps), gpu.log, bench.jsonl, ranking.jsonl and
+report.md. A step that passed is not run again while the sources are the same; --force (FORCE=1) runs it again.
 Exit code: 0 all passed, 1 something failed, 2 no CUDA device.
 """
 
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "test", "sanitize", "bench")
+GRAM = ("cka", "hsic", "mmd", "gram_mse")
 STAGE_SECONDS = 570  # a stage ends inside ten minutes
 TAIL_LINES = 30
 
@@ -59,15 +61,27 @@ def steps(stage: str, out: Path) -> list[Step]:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         # memcheck sees an out-of-bounds access only where each tensor is an allocation of its own
         uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-        checks = [("memcheck", 0.5, uncached), ("racecheck", 1.0, ())]
-        return [
-            Step(name, [tool, "--tool", name, "--error-exitcode", "66", *validate, "--quick"], share, None, environment)
-            for name, share, environment in checks
+        gram = [*validate, "--quick", *(word for op in GRAM for word in ("--op", op))]
+        ranking = [python, "-m", "bench.rank_schedules"]
+        # what a thread shares with another is the same in a shorter row, and racecheck is the slower of the two
+        checks = [
+            ("memcheck", "memcheck", gram, 0.3, uncached),
+            ("memcheck ranking", "memcheck", ranking, 0.2, uncached),
+            ("racecheck ranking", "racecheck", [*ranking, "--longest", "21841"], 0.25, ()),
+            ("racecheck", "racecheck", gram, 1.0, ()),
         ]
-    rows = str(out / "bench.jsonl")
+        return [
+            Step(name, [tool, "--tool", check, "--error-exitcode", "66", *command], share, None, environment)
+            for name, check, command, share, environment in checks
+        ]
+    files = [("bench", "gram", 270, str(out / "bench.jsonl")), ("ranking", "rank", 200, str(out / "ranking.jsonl"))]
+    measure = [python, "-m", "bench", "run", "--device", "cuda"]
     return [
-        Step("bench", [python, "-m", "bench", "run", "--device", "cuda", "--out", rows], 0.9),
-        Step("report", [python, "-m", "bench", "report", rows], 1.0, "report.md"),
+        *(
+            Step(name, [*measure, "--family", family, "--seconds", str(seconds), "--out", rows], 0.5)
+            for name, family, seconds, rows in files
+        ),
+        Step("report", [python, "-m", "bench", "report", *(rows for *_, rows in files)], 1.0, "report.md"),
     ]
 
 

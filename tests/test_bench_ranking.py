@@ -8,7 +8,7 @@ import torch
 
 import kdkernels as kd
 from bench import __main__ as command
-from bench import cases, drive, measure, rank_accuracy, ranking, report, roof
+from bench import cases, drive, measure, rank_accuracy, rank_schedules, ranking, report, roof
 from bench.cases import Target
 from kdkernels import testing
 from kdkernels.testing import Result
@@ -161,3 +161,41 @@ def test_ranking_series_are_drawn(tmp_path):
     (svg,) = report.plots(json.loads(json.dumps(rows)), tmp_path)
     assert svg.name == "cpu-soft_rank-l2-rows64-float32-eager.svg"
     assert "<!-- torchsort -->" in svg.read_text()
+
+
+def schedules(monkeypatch, *more):
+    monkeypatch.setitem(rank_schedules.BACKEND, "cpu", "reference")
+    monkeypatch.setattr(rank_schedules, "SHAPES", ((9, 1), (9, 2), (5, 33)))
+    monkeypatch.setattr(rank_schedules, "LONG", ((2, 70),))
+    return rank_schedules.main(["--device", "cpu", *more])
+
+
+def test_every_schedule_is_run_forward_and_backward_and_a_wrong_one_is_found(monkeypatch, capsys):
+    assert schedules(monkeypatch) == 0
+    # three dtypes and one more kind in float32, two regularizations, three ops, four shapes
+    assert "96 calls forward and backward, 0 wrong" in capsys.readouterr().out
+    assert schedules(monkeypatch, "--longest", "33") == 0
+    assert "72 calls" in capsys.readouterr().out
+    true = kd.soft_rank
+
+    def shifted(x, **how):
+        return true(x, **how) + (how["backend"] == "reference" and x.shape[-1] == 33)
+
+    monkeypatch.setattr(kd, "soft_rank", shifted)
+    assert schedules(monkeypatch) == 1
+    out = capsys.readouterr().out
+    assert "FAILED ('soft_rank', 5, 33, torch.float32, 'plain', 'l2'): value off by" in out and "8 wrong" in out
+
+
+def test_a_missing_library_is_said_and_is_no_pass_of_anything(monkeypatch, capsys):
+    assert rank_schedules.main(["--device", "cuda"]) == (2 if torch.version.cuda else 0)
+    text = capsys.readouterr()
+    assert "no CUDA device" in text.err or "left out: the ranking kernels of backend cuda cannot run" in text.out
+
+
+def test_a_difference_is_seen_where_a_value_should_be_nan():
+    nan = torch.tensor([1.0, float("nan")])
+    assert rank_schedules.apart(nan, nan) == 0
+    assert rank_schedules.apart(torch.tensor([1.0, 2.0]), nan) == float("inf")
+    assert rank_schedules.apart(nan, torch.tensor([1.0, 2.0])) == float("inf")
+    assert rank_schedules.apart(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == pytest.approx(0.5 / 3)

@@ -52,8 +52,8 @@ def soft_sort(values, regularization="l2", regularization_strength=1.0):
     """Soft-sorted values [B, n], ascending, of each row of values [B, n], in the dtype of `values`.
 
     >>> from kdkernels.compat import torchsort
-    >>> torchsort.soft_sort(torch.tensor([[8, 0, 5, 3, 2, 1, 6, 7, 9]]), regularization_strength=0.1)
-    tensor([[0., 1., 2., 3., 5., 6., 7., 8., 9.]])
+    >>> torchsort.soft_sort(torch.tensor([[8, 5, 3, 2, 1, 6, 7, 9]]), regularization_strength=0.1)
+    tensor([[1., 2., 3., 5., 6., 7., 8., 9.]])
     """
     values, strength = _arguments(values, regularization, regularization_strength)
     negative = bool((strength < 0).any()) if isinstance(strength, torch.Tensor) else strength < 0
