@@ -62,7 +62,8 @@ def sorted_blocks(s, eps, kl: bool, sort: bool) -> Blocks:
 
     if not kl:
         g = gap * eps if sort else gap / eps
-        q = from_gaps(g.clamp(max=2.0 * N + 2))
+        # a wider gap splits for certain (rank), or pools the whole row (sort)
+        q = from_gaps(g.clamp(max=4.0 * N * N if sort else 2.0 * N + 2))
         q, slope = (-q, -1) if sort else (q, 1)
         problem = isotonic.Squares(torch.where(absent, far, q), slope)
     elif sort:

@@ -74,7 +74,8 @@ def compare_rank(
     near(rank, expected, ulp(expected, work) if work == "float32" else FLOAT64 * n, what, names)
     numbered = first_positions(x, block, descending)
     for r, name in enumerate(names):
-        if strength == 0 or name not in LATTICES:
+        # at strength 0 ties may count as blocks or not: the gradient is zero
+        if strength > 0 and name not in LATTICES:
             assert np.array_equal(numbered[r], expected_block[r]), f"{what}: blocks of row {name!r}"
 
     grad = np.random.default_rng([seed, n, 1]).standard_normal(x.shape).astype(work)

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-HUGE, TINY = {"float16": 3e4, "bfloat16": 3e38, "float32": 3e38, "float64": 1e300}, 1e-40
+HUGE, TINY = {"float16": 3e4, "bfloat16": 3e38, "float32": 3e38, "float64": 1e150}, 1e-40
 
 
 def _one_of(rng, n, value, at=None):
