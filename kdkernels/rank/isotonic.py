@@ -92,23 +92,26 @@ def _merge(V, value, L: int):
     """V [R, pairs, 2 L], both halves solved: V of the whole."""
     left, right = (-V[..., :L]).contiguous(), (-V[..., L:]).contiguous()  # ascending
 
-    def below(v):
-        """The value of all blocks that would join a block of value v = -minus_v, less v: > 0 if the root is above."""
-        a = L - torch.searchsorted(left, v)
-        b = torch.searchsorted(right, v, right=True)
-        return value(a, b) + v
+    # the block of value v itself adds nothing to the sign that decides about it, and its size may hide the rest
+    def left_joins(v):
+        """Whether the left block of value -v joins: the rest of what a block of its value would take lies above."""
+        return value(L - torch.searchsorted(left, v, right=True), torch.searchsorted(right, v, right=True)) >= -v
 
-    # first left element that joins: its value is at most the root; then the last right one: at least the root
+    def right_joins(v):
+        return value(L - torch.searchsorted(left, v), torch.searchsorted(right, v)) <= -v
+
+    # the first left element that joins, the last right one; those at the border do, if any does
     j, k = torch.full_like(left[..., :1], L - 1, dtype=torch.int64), torch.zeros_like(left[..., :1], dtype=torch.int64)
     step = L // 2
     while step:
-        try_j = j - step
-        j = torch.where(below(left.gather(-1, try_j)) >= 0, try_j, j)
-        try_k = k + step
-        k = torch.where(below(right.gather(-1, try_k)) <= 0, try_k, k)
+        try_j, try_k = j - step, k + step
+        j = torch.where(left_joins(left.gather(-1, try_j)), try_j, j)
+        k = torch.where(right_joins(right.gather(-1, try_k)), try_k, k)
         step //= 2
-    a, b = L - j, k + 1
+    # whole blocks, also where rounding denies that the one at the border joins
+    a = L - torch.searchsorted(left, left.gather(-1, j))
+    b = torch.searchsorted(right, right.gather(-1, k), right=True)
     touch = left[..., -1:] >= right[..., :1]
     i = torch.arange(2 * L, device=V.device)
-    joined = touch & (i >= j) & (i < L + b)
+    joined = touch & (i >= L - a) & (i < L + b)
     return torch.where(joined, value(a, b), V)

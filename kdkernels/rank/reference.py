@@ -136,7 +136,7 @@ def _sort_starts(s: list[float], eps: float, kl: bool) -> list[int]:
 
 def over_rows(one, x, eps):
     """one(x of the valid entries, eps) for each row; absent entries (-inf) are left to `soft_rank` and `soft_sort`."""
-    flat, strengths = x.reshape(-1, x.shape[-1]), eps.reshape(-1)
+    flat, strengths = x.reshape(eps.numel(), x.shape[-1]), eps.reshape(-1)
     return [one(row, e) for row, e in zip(flat, strengths, strict=True)]
 
 
@@ -178,7 +178,9 @@ def _stacked(rows, x):
 def correlation(r, t, valid):
     """<r - m_r, t - m_t> / (|r - m_r| |t - m_t|) of each row over its valid entries; 0 where a side is constant."""
     rows = []
-    for a, b, keep in zip(*(v.reshape(-1, v.shape[-1]) for v in (r, t, valid)), strict=True):
+    for a, b, keep in zip(
+        *(v.reshape(r.shape[:-1].numel(), -1 if r.numel() else 0) for v in (r, t, valid)), strict=True
+    ):
         a, b = a[keep], b[keep]
         constant = len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all())
         if constant:
