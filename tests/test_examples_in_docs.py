@@ -13,7 +13,7 @@ from conftest import ROOT
 import kdkernels as kd
 
 MARKDOWN = [
-    p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "kdkernels").rglob("MATH.md")) if p.is_file()
+    p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "kdkernels").rglob("*.md")) if p.is_file()
 ]
 BLOCKS = [
     pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}")
