@@ -18,9 +18,10 @@ def check_rows(x, dim, name: str = "x") -> int:
         raise ValueError(f"{name} is 0-d: ranks need at least one dimension")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim is {dim}: {name} has {x.dim()} dimensions, give one from {-x.dim()} to {x.dim() - 1}")
+    dim %= x.dim()
     if x.shape[dim] > LONGEST:
         raise ValueError(f"{name} has {x.shape[dim]} elements along dim {dim}: a row may have {LONGEST}")
-    return dim % x.dim()
+    return dim
 
 
 def check_pair(x, y, dim) -> int:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Absent entries (-inf) take no part in ranks and correlations; NaN and +inf poison their own row, and only it."""
+
+import math
+
+import pytest
+import torch
+from ranking import backends
+
+import kdkernels as kd
+
+every = pytest.mark.parametrize("backend", backends())
+both = pytest.mark.parametrize("regularization", ("l2", "kl"))
+
+
+def rows(n, count=3):
+    return torch.randn(count, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
+@every
+@both
+@pytest.mark.parametrize("strength", [0.0, 0.3, "auto"])
+def test_absent_entries_have_rank_0_and_leave_the_others_as_if_they_were_not_there(strength, regularization, backend):
+    x = rows(20, 4)
+    absent = torch.rand(4, 20) < 0.4
+    absent[2] = True
+    given = x.masked_fill(absent, -math.inf).requires_grad_()
+    for descending in (False, True):
+        r = kd.soft_rank(given, regularization, strength, descending=descending, backend=backend)
+        (g,) = torch.autograd.grad(r.square().sum(), given)
+        assert not r[absent].any() and not g[absent].any()
+        for row in range(4):
+            own = x[row][~absent[row]].requires_grad_()
+            want = kd.soft_rank(own, regularization, strength, descending=descending, backend=backend)
+            (h,) = torch.autograd.grad(want.square().sum(), own)
+            torch.testing.assert_close(r[row][~absent[row]], want)
+            torch.testing.assert_close(g[row][~absent[row]], h)
+
+
+@every
+@both
+@pytest.mark.parametrize("descending", [False, True])
+def test_absent_entries_are_sorted_last_in_either_direction(descending, regularization, backend):
+    x = torch.tensor([[3.0, -math.inf, 1.0, 2.0, -math.inf]], requires_grad=True)
+    value = kd.soft_sort(x, regularization, 0.1, descending=descending, backend=backend)
+    want = kd.soft_sort(torch.tensor([3.0, 1.0, 2.0]), regularization, 0.1, descending=descending, backend=backend)
+    torch.testing.assert_close(value[0, :3], want)
+    assert (value[0, 3:] == -math.inf).all()
+    (g,) = torch.autograd.grad(value[:, :3].sum(), x)
+    torch.testing.assert_close(g, torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]]))
+
+
+@every
+@both
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.nan])
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_poisoned_row_is_nan_and_stays_in_its_own_row(descending, bad, regularization, backend):
+    clean = rows(16, 3)
+    dirty = clean.clone()
+    dirty[1, 5] = bad
+    for function in (kd.soft_rank, kd.soft_sort):
+        outcomes = []
+        for x in (clean, dirty):
+            x = x.clone().requires_grad_()
+            value = function(x, regularization, 0.5, descending=descending, backend=backend)
+            (g,) = torch.autograd.grad(value.square().sum(), x)
+            assert torch.equal(value.isnan().all(-1), x.isnan().any(-1) | x.isposinf().any(-1))
+            assert torch.equal(g.isnan().all(-1), value.isnan().all(-1))
+            outcomes.append((value.detach(), g))
+        for a, b in zip(*outcomes, strict=True):
+            assert torch.equal(a[[0, 2]], b[[0, 2]])
+
+
+@every
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_poisoned_pair_correlates_to_nan_in_its_own_row(bad, backend):
+    x, y = rows(16, 3).requires_grad_(), rows(17, 3)[:, :16].clone()
+    y[1, 5] = bad
+    y.requires_grad_()
+    for function in (kd.spearman, kd.pearson):
+        value = function(x, y, backend=backend if function is kd.spearman else "torch")
+        assert value.isnan().tolist() == [False, True, False]
+        for g in torch.autograd.grad(value.sum(), (x, y)):
+            assert g.isnan().all(-1).tolist() == [False, True, False] and g[[0, 2]].isfinite().all()
+    assert kd.spearman_corr(x, y, backend=backend).isnan().tolist() == [False, True, False]
+
+
+@every
+def test_pairs_absent_on_either_side_are_dropped_from_both(backend):
+    x, y = rows(20, 4), rows(21, 4)[:, :20]
+    gone_x, gone_y = torch.rand(4, 20) < 0.3, torch.rand(4, 20) < 0.3
+    keep = ~(gone_x | gone_y)
+    given = [t.masked_fill(gone, -math.inf).requires_grad_() for t, gone in ((x, gone_x), (y, gone_y))]
+    hidden = given[1].detach().masked_fill(gone_x, math.nan).requires_grad_()
+    for function in (kd.spearman, kd.pearson, kd.spearman_corr):
+        chosen = "torch" if function is kd.pearson else backend
+        value = function(*given, backend=chosen)
+        torch.testing.assert_close(function(given[0], hidden, backend=chosen), value)
+        for row in range(4):
+            want = function(x[row][keep[row]], y[row][keep[row]], backend=chosen)
+            torch.testing.assert_close(value[row], want)
+        if function is not kd.spearman_corr:
+            for g in torch.autograd.grad(value.sum(), given):
+                assert not g[~keep].any() and g.any(-1).all()
+
+
+@every
+def test_what_cannot_correlate_is_0_with_zero_gradient(backend):
+    """All absent, one pair left, and a constant side."""
+    x, y = rows(6, 3), rows(7, 3)[:, :6].requires_grad_()
+    x[0], x[1, 1:], x[2] = -math.inf, -math.inf, 0.1
+    x.requires_grad_()
+    for function in (kd.spearman, kd.pearson):
+        value = function(x, y, backend=backend if function is kd.spearman else "torch")
+        assert value.tolist() == [0, 0, 0]
+        for g in torch.autograd.grad(value.sum(), (x, y)):
+            assert not g.any()
+    assert not kd.spearman_corr(x, y, backend=backend).any()
+
+
+@every
+def test_diagnostics_count_only_what_is_there(backend):
+    x = torch.tensor([[1.0, -math.inf, 1.0, 5.0, 9.0], [-math.inf] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]])
+    found = kd.rank_diagnostics(x, 0.5, backend=backend)
+    assert found.fraction_pooled.tolist() == [0.5, 0, 0] and found.blocks.tolist() == [3, 0, 5]
