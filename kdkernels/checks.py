@@ -11,6 +11,8 @@ import contextlib
 import torch
 
 _debug = False
+# within vmap a tensor has no one value
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 @contextlib.contextmanager
@@ -26,7 +28,8 @@ def debug_checks():
 
 def may_read(tensor) -> bool:
     """Whether a value check may look into this tensor here."""
-    return (_debug or tensor.device.type == "cpu") and not torch.compiler.is_compiling()
+    readable = _debug or tensor.device.type == "cpu"
+    return readable and not torch.compiler.is_compiling() and not _transforms_active()
 
 
 def debugging() -> bool:

@@ -183,7 +183,7 @@ def _sort_fwd(x, strengths, strength, relative, kl, descending, need, backend):
     if x.numel() == 0:
         return _sort_fwd_fake(x, strengths, strength, relative, kl, descending, need, backend)
     with without_autocast(x.device.type):
-        theta = x if descending else torch_impl.negated(x)
+        theta = x.contiguous() if descending else torch_impl.negated(x.contiguous())
         s, order = torch.sort(theta, dim=-1, descending=True, stable=True)
         value, start, eps = _implementation(backend).sort_forward(s, strengths, strength, relative, kl)
         if not descending:

@@ -66,7 +66,7 @@ def pearson_gradient(grad, x, y, moments, need_x, need_y):
     def of(own, other, inverse, like, needed):
         if not needed:
             return like.new_empty(0)
-        return ((other - rho * own) * (grad * inverse)).masked_fill_(~keep, 0.0).to(like.dtype)
+        return ((other - rho * own) * (grad * inverse)).masked_fill_(~keep, 0.0).to(like.dtype).contiguous()
 
     return of(a, b, inverse_x, x, need_x), of(b, a, inverse_y, y, need_y)
 

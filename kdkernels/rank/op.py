@@ -13,7 +13,13 @@ import torch
 
 from .. import backend as backends
 from ..autograd import without_autocast
-from . import function, metrics, pairs, reference
+from . import (
+    batching,  # noqa: F401  registers
+    function,
+    metrics,
+    pairs,
+    reference,
+)
 from .checks import check_pair, check_regularization, check_rows
 from .strength import Strength, of_rows, parse
 

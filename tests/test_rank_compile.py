@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranking ops are good citizens of PyTorch: opcheck, gradcheck, torch.compile, torch.func and vmap, autocast."""
+
+import pytest
+import torch
+from ranking import backends
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kdkernels as kd
+
+EVERY, FAST = backends(), backends(reference=False)
+every = pytest.mark.parametrize("backend", EVERY)
+fast = pytest.mark.parametrize("backend", FAST)
+# x, y [..., n], strengths of each row -> a tensor: every op, rule and kind of strength
+CALLS = {
+    "soft_rank l2": lambda x, y, e, b: kd.soft_rank(x, "l2", 0.5, backend=b),
+    "soft_rank kl, rows": lambda x, y, e, b: kd.soft_rank(x, "kl", e, descending=True, backend=b),
+    "soft_rank auto, dim 0": lambda x, y, e, b: kd.soft_rank(x, "l2", "auto", dim=0, backend=b),
+    "soft_sort l2, rows": lambda x, y, e, b: kd.soft_sort(x, "l2", e, backend=b),
+    "soft_sort kl": lambda x, y, e, b: kd.soft_sort(x, "kl", 0.5, descending=True, backend=b),
+    "spearman": lambda x, y, e, b: kd.spearman(x, y, backend=b),
+    "spearman, rows": lambda x, y, e, b: kd.spearman(x, y, regularization_strength=e, backend=b),
+    "spearman, hard": lambda x, y, e, b: kd.spearman(x, y, hard_target=True, backend=b),
+    "pearson": lambda x, y, e, b: kd.pearson(x, y, backend="auto" if b == "cpp" else b),
+}
+calls = pytest.mark.parametrize("name", CALLS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+def arguments(n=9, rows=(4,), dtype=torch.float32):
+    x, y = torch.randn(*rows, n, dtype=dtype), torch.randn(*rows, n, dtype=dtype)
+    strengths = torch.linspace(0.2, 2.0, torch.Size(rows).numel(), dtype=dtype).reshape(rows)
+    return [t.requires_grad_() for t in (x, y, strengths)]
+
+
+def value_and_gradients(f, inputs):
+    value = f(*inputs)
+    weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return value, *torch.autograd.grad((value * weights).sum(), inputs, allow_unused=True)
+
+
+def assert_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@every
+@calls
+def test_gradients_to_rows_and_strengths_are_finite_differences(name, backend):
+    inputs = arguments(7, (2,), torch.float64)
+    if name in ("soft_rank auto, dim 0", "spearman", "spearman, hard"):  # "auto" is detached, differences see it move
+        strength = 0.4 if name != "spearman" else torch.tensor(0.4, dtype=torch.float64)
+        hard = "hard" in name
+
+        def f(x, y, e):
+            if "soft_rank" in name:
+                return kd.soft_rank(x, "l2", strength, dim=0, backend=backend)
+            return kd.spearman(x, y, regularization_strength=strength, hard_target=hard, backend=backend)
+    else:
+
+        def f(x, y, e):
+            return CALLS[name](x, y, e, backend)
+
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name == "spearman, rows" or "spearman" not in name])
+def test_the_reference_has_second_derivatives(name):
+    inputs = arguments(5, (1,), torch.float64)
+    inputs[2] = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *a: CALLS[name](*a, "reference"), inputs)
+
+
+@fast
+@calls
+def test_the_fast_backends_refuse_a_second_derivative(name, backend):
+    inputs = arguments()
+    (g,) = torch.autograd.grad(CALLS[name](*inputs, backend).square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative .* pass backend='reference'"):
+        g.sum().backward()
+
+
+def operators(backend, permuted):
+    """Calls of every operator, forward with what it saves, backward with that."""
+    x, y = torch.randn(3, 2, 9), torch.randn(3, 2, 9)
+    if permuted:
+        x, y = (t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in (x, y))
+    ops = torch.ops.kdkernels
+    for strengths, relative, kl in ((None, True, False), (torch.rand(6).double() + 0.1, False, True)):
+        how = (1.0, relative, kl, True)
+        for need in (0, 3 if strengths is not None else 1):
+            yield ops.soft_rank_fwd, (x, strengths, *how, need, backend)
+            yield ops.soft_sort_fwd, (x, strengths, *how, need, backend)
+        rank, blocks, eps = ops.soft_rank_fwd(x, strengths, *how, need, backend)
+        yield ops.soft_rank_bwd, (torch.ones_like(rank), x, strengths, rank, blocks, eps, kl, True, need, backend)
+        value, s, order, start, eps = ops.soft_sort_fwd(x, strengths, *how, need, backend)
+        yield (
+            ops.soft_sort_bwd,
+            (torch.ones_like(value), strengths, s, order, start, eps, kl, True, need, backend),
+        )
+    for need in range(4):
+        if backend != "torch":
+            yield ops.spearman_fwd, (x, y, 1.0, True, False, False, need, backend)
+        yield ops.pearson_fwd, (x, y, need)
+    value, moments = ops.pearson_fwd(x, y, 3)
+    yield ops.pearson_bwd, (torch.ones_like(value), x, y, moments, 3)
+    yield ops.pearson_bwd, (torch.ones_like(value), x, y, moments, 1)
+
+
+@fast
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_every_operator_passes_opcheck(permuted, backend):
+    for operator, given in operators(backend, permuted):
+        torch.library.opcheck(operator.default, given)
+
+
+@fast
+@calls
+def test_compiled_whole_it_equals_eager_forward_and_backward(name, backend):
+    def f(*inputs):
+        return CALLS[name](*inputs, backend)
+
+    inputs = arguments()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_same(value_and_gradients(compiled, inputs), value_and_gradients(f, inputs))
+
+
+def test_inductor_compiles_a_loss_around_the_ops():
+    def loss(x, y, e):
+        return 1 - kd.spearman(x.relu() * 2, y).mean() + kd.pearson(x, y).mean() + kd.soft_sort(x, "l2", e).sum()
+
+    inputs = arguments(20)
+    assert_same(value_and_gradients(torch.compile(loss, fullgraph=True), inputs), value_and_gradients(loss, inputs))
+
+
+@pytest.mark.parametrize("dynamic, allowed", [(True, 1), (None, 2)])
+@calls
+def test_new_numbers_of_rows_and_classes_do_not_compile_again(name, dynamic, allowed):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def f(*inputs):
+        return CALLS[name](*inputs, "auto")
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=counter)
+    once = None
+    for n, rows in ((12, 4), (13, 5), (30, 7), (7, 3)):
+        inputs = arguments(n, (rows,))
+        assert_same(value_and_gradients(compiled, inputs), value_and_gradients(f, inputs))
+        once = once or counter.frame_count
+    assert 0 < counter.frame_count <= allowed * once
+
+
+@fast
+@calls
+def test_torch_func_grad_equals_autograd(name, backend):
+    inputs = arguments()
+
+    def total(*inputs):
+        value = CALLS[name](*inputs, backend)
+        return (value * torch.linspace(-1, 2, value.numel()).reshape(value.shape)).sum()
+
+    got = torch.func.grad(total, argnums=(0, 1, 2))(*(t.detach() for t in inputs))
+    want = value_and_gradients(lambda *a: CALLS[name](*a, backend), inputs)[1:]
+    assert_same(got, [torch.zeros_like(t) if w is None else w for t, w in zip(inputs, want, strict=True)])
+
+
+# under vmap each operator is called once for the whole batch: a fall-back to a loop would warn
+@pytest.mark.filterwarnings("error")
+@fast
+@calls
+def test_vmap_equals_a_loop_over_the_batch(name, backend):
+    x, y, e = (t.detach() for t in arguments(9, (3, 4)))
+
+    def f(*inputs):
+        return CALLS[name](*inputs, backend)
+
+    def looped(function, *inputs):
+        return torch.stack([function(*one) for one in zip(*inputs, strict=True)])
+
+    torch.testing.assert_close(torch.func.vmap(f)(x, y, e), looped(f, x, y, e))
+    across = (x.movedim(0, 1), y.movedim(0, -1), e)
+    torch.testing.assert_close(torch.func.vmap(f, in_dims=(1, -1, 0))(*across), looped(f, x, y, e))
+    shared = torch.func.vmap(f, in_dims=(0, None, None))(x, y[0], e[0])
+    torch.testing.assert_close(shared, torch.stack([f(one, y[0], e[0]) for one in x]))
+    for which in range(3):
+        slope = torch.func.grad(lambda *inputs: f(*inputs).square().sum(), argnums=which)
+        torch.testing.assert_close(torch.func.vmap(slope)(x, y, e), looped(slope, x, y, e))
+        shared = torch.func.vmap(slope, in_dims=(0, None, None))(x, y[0], e[0])
+        torch.testing.assert_close(shared, torch.stack([slope(one, y[0], e[0]) for one in x]))
+
+
+@fast
+def test_one_strength_for_all_rows_under_vmap(backend):
+    x, e = torch.randn(3, 4, 9), torch.tensor([0.2, 0.5, 2.0])
+
+    def f(x, e):
+        return kd.soft_rank(x, "l2", e, backend=backend).square().sum()
+
+    slope = torch.func.grad(f, argnums=(0, 1))
+    for in_dims, strengths in (((0, 0), e), ((0, None), e[0])):
+        each = list(e) if in_dims[1] == 0 else [e[0]] * 3
+        want = [slope(one, s) for one, s in zip(x, each, strict=True)]
+        got = torch.func.vmap(slope, in_dims=in_dims)(x, strengths)
+        for a, b in zip(got, zip(*want, strict=True), strict=True):
+            torch.testing.assert_close(a, torch.stack(b))
+
+
+@fast
+@calls
+def test_autocast_changes_nothing(name, backend):
+    inputs = arguments()
+    want = value_and_gradients(lambda *a: CALLS[name](*a, backend), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = value_and_gradients(lambda *a: CALLS[name](*a, backend), inputs)
+    assert all(a.dtype == b.dtype for a, b in zip(got, want, strict=True) if a is not None)
+    assert_same(got, want)
+
+
+@fast
+def test_every_combination_of_wanted_gradients(backend):
+    x, y, e = (t.detach() for t in arguments())
+    for name, call in CALLS.items():
+        full = value_and_gradients(
+            lambda *a, call=call: call(*a, backend), [t.clone().requires_grad_() for t in (x, y, e)]
+        )
+        for which in range(3):
+            if full[1 + which] is None:
+                continue
+            inputs = [t.clone().requires_grad_(k == which) for k, t in enumerate((x, y, e))]
+            value = call(*inputs, backend)
+            weights = torch.linspace(-1, 2, value.numel()).reshape(value.shape)
+            (g,) = torch.autograd.grad((value * weights).sum(), inputs[which])
+            torch.testing.assert_close(g, full[1 + which], msg=name)
