@@ -159,6 +159,12 @@ def test_infinite_values_count_in_the_ranks_of_the_others_as_in_torchsort(row, d
     assert rank[1].tolist() == [1, 2, 3, 4, 5, 6] and (x.grad[1] == 0).all()
 
 
+def test_infinities_are_kept_apart_in_half_precision_at_any_strength():
+    x = torch.tensor([[1.0, math.inf, 2, -math.inf]], dtype=torch.float16)
+    rank = torchsort.soft_rank(x, "l2", 4e4)
+    torch.testing.assert_close(rank, torch.tensor([[2.5, math.nan, 2.5, math.nan]]).half(), equal_nan=True)
+
+
 def test_under_kl_infinite_values_have_no_rank_and_no_gradient_but_the_others_keep_theirs():
     x = torch.tensor([[1, math.inf, 2, 0.5, -math.inf, 2.2]], dtype=torch.float64, requires_grad=True)
     rank = torchsort.soft_rank(x, "kl", 0.7)

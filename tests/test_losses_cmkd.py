@@ -181,6 +181,23 @@ def test_a_constant_row_adds_both_weights_and_no_gradient(value):
         assert (s.grad[1] == 0).all() and s.grad.isfinite().all()
 
 
+def test_a_row_without_a_class_left_counts_as_constant():
+    student, teacher = logits(2, 10)
+    teacher[1] = -math.inf
+    loss = CMKDLoss(reduction="sum")
+    value = loss(student, teacher)
+    torch.testing.assert_close(value, loss(student[:1], teacher[:1]) + 1)
+    (grad,) = torch.autograd.grad(value, student)
+    assert (grad[1] == 0).all() and grad.isfinite().all()
+
+
+def test_a_batch_of_one_repeated_row_has_no_class_correlation_whatever_rounding_leaves():
+    for n in (3, 7, 13, 100):
+        student, teacher = (t.float() for t in logits(n, 20))
+        _, parts = CMKDLoss(class_weight=1)(student[:1].expand(n, 20), teacher[:1].expand(n, 20), return_parts=True)
+        assert parts["classes"] == 1
+
+
 def test_large_logits_stay_finite_and_offsets_change_nothing():
     student, teacher = (t.float() for t in logits(9, 1000))
     loss = CMKDLoss()

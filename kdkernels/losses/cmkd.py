@@ -149,7 +149,7 @@ class CMKDLoss(Loss):
             if not isinstance(share, torch.Tensor) or share.shape != teacher.shape[:-1]:
                 what = tuple(share.shape) if isinstance(share, torch.Tensor) else type(share).__name__
                 raise ValueError(f"spearman_share gave {what}: it must give one number a row, {teacher.shape[:-1]}")
-            return share.detach().to(teacher.dtype)
+            return share.to(teacher.dtype)
         return relative_entropy(teacher.masked_fill(absent, -math.inf) / self.weight_tau)
 
     def _shown(self):
