@@ -10,7 +10,7 @@ from bench import measure, rank_accuracy, rank_schedules
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("point", rank_schedules.points(rank_schedules.LONG[-1][1]), ids=str)
+@pytest.mark.parametrize("point", list(rank_schedules.points(rank_schedules.LONG[-1][1])), ids=str)
 def test_every_schedule_gives_what_the_portable_backend_gives_in_float64(point):
     assert rank_schedules.check(point, "cuda") is None
 
