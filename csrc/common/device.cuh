@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one door to CUDA: kernel files include this and nothing of CUDA, torch or cub, so the same text runs on the host
+// under KDK_SIMT (tests/simt), where every thread is an OS thread. What the kernels use:
+//   __syncthreads __syncwarp __shfl_sync _up_sync _xor_sync __ballot_sync __any_sync __reduce_add_sync
+//   atomicAdd (int, unsigned, unsigned long long)  __clz __ffs __popc
+//   __half2float __bfloat162float __float2half_rn __float2bfloat16_rn __half_as_ushort __ushort_as_half and bfloat16's
+//   __float_as_uint __uint_as_float __double_as_longlong __longlong_as_double  exp expm1 log sqrt llrint fabs fmax
+#pragma once
+
+#ifdef KDK_SIMT
+
+#include "simt.h"
+#define KDK_DYNAMIC_SHARED(name) SIMT_DYNAMIC_SHARED(name)
+#define KDK_SHARED(T, name, N) SIMT_SHARED(T, name, N)
+#define KDK_LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  ((void)(stream), simt::launch(dim3(grid), dim3(block), bytes, kernel, __VA_ARGS__))
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#define KDK_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define KDK_SHARED(T, name, N) __shared__ T name[N]
+#define KDK_LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  ::kdkernels::launch(kernel, grid, block, bytes, stream, __VA_ARGS__)
+
+namespace kdkernels {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// shared memory beyond 48 KiB is asked for at every launch: the attribute belongs to the kernel on the current device,
+// setting it is no launch and may be captured in a graph
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, size_t bytes, cudaStream_t stream,
+            Arguments... arguments) {
+  if (bytes > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes)),
+               "shared memory of a ranking kernel");
+  }
+  kernel<<<grid, block, bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  check_cuda(cudaGetLastError(), "launch of a ranking kernel");
+}
+
+}  // namespace kdkernels
+
+#endif
+
+#include <cstddef>
+#include <cstdint>
