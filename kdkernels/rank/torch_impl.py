@@ -71,8 +71,7 @@ def sorted_blocks(s, eps, kl: bool, sort: bool) -> Blocks:
         problem = isotonic.Exponentials(torch.where(absent, far, p), torch.where(absent, 0.0, from_gaps(gap)))
     else:
         p = from_gaps((gap / eps).clamp(max=2 * math.log(N + 1) + 2))
-        w = torch.log((valid - i).clamp(min=1))
-        problem = isotonic.Exponentials(torch.where(absent, far, p), w)
+        problem = isotonic.Ratios(torch.where(absent, far, p), valid)
     return Blocks(isotonic.solve(problem)[:, :n])
 
 
