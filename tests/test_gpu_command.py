@@ -95,6 +95,21 @@ def test_the_stages_write_at_most_eight_files(tmp_path):
     assert len(files) <= 8
 
 
+def test_both_families_are_sanitized_and_measured_within_the_time_of_their_stage(tmp_path):
+    sanitized, measured = gpu.steps("sanitize", tmp_path), gpu.steps("bench", tmp_path)
+    watched = {(step.command[2], "bench.rank_schedules" in step.command) for step in sanitized}
+    assert watched == {(tool, ranking) for tool in ("memcheck", "racecheck") for ranking in (True, False)}
+    assert all(step.command.count("--error-exitcode") == 1 for step in sanitized)
+    runs = [step.command for step in measured if "run" in step.command]
+    assert {command[command.index("--family") + 1] for command in runs} == {"gram", "rank"}
+    assert sum(float(command[command.index("--seconds") + 1]) for command in runs) < gpu.STAGE_SECONDS - 60
+    report = next(step.command for step in measured if "report" in step.command)
+    assert report[-2:] == [command[command.index("--out") + 1] for command in runs]
+    from kdkernels.registry import OPS
+
+    assert set(gpu.GRAM) == {op.name for op in OPS.values() if op.family == "gram"}
+
+
 def test_changed_sources_are_another_run(monkeypatch, tmp_path):
     (tmp_path / "csrc").mkdir()
     source = tmp_path / "csrc" / "a.cu"
