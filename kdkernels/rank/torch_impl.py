@@ -18,15 +18,14 @@ def compute_dtype(x) -> torch.dtype:
 
 
 class Blocks:
-    """The blocks of sorted rows [R, n]: their number in the row, and sums over them."""
+    """The blocks of sorted rows [R, n], runs of equal V: first position and size of each element's block, int64."""
 
     def __init__(self, V):
-        n = V.shape[-1]
-        first = torch.ones_like(V, dtype=torch.bool)
-        torch.ne(V[..., 1:], V[..., :-1], out=first[..., 1:])
-        i = torch.arange(n, device=V.device).expand(V.shape)
-        self.start = torch.where(first, i, 0).cummax(-1).values
-        self.count = block_sum(torch.ones_like(i), self.start)
+        number = torch.zeros_like(V, dtype=torch.int64)
+        torch.cumsum(V[:, 1:] != V[:, :-1], -1, out=number[:, 1:])
+        sizes = torch.zeros_like(number).scatter_add_(-1, number, torch.ones_like(number))
+        self.count = sizes.gather(-1, number)
+        self.start = sizes.cumsum(-1).sub_(sizes).gather(-1, number)
 
 
 def block_sum(t, ids):
@@ -44,74 +43,76 @@ def _length_bits(n: int) -> int:
     return max(1, math.ceil(math.log2(n + 1)))
 
 
-def sorted_blocks(s, eps, kl: bool, sort: bool) -> Blocks:
-    """Blocks of s float64 [R, n], sorted descending, absent entries last; eps [R, 1] > 0."""
+def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
+    """Blocks of s float64 [R, n], sorted descending, with absent entries (gone) last; eps [R, 1] > 0."""
     R, n = s.shape
     N = 1 << (n - 1).bit_length()
-    absent = s == -math.inf
-    gap = torch.where(absent[:, 1:], 0.0, s[:, :-1] - s[:, 1:])
-    i = torch.arange(N, dtype=torch.float64, device=s.device)
-    if N > n:
-        gap = torch.nn.functional.pad(gap, (0, N - n))
-        absent = torch.nn.functional.pad(absent, (0, N - n), value=True)
-    valid = N - absent.sum(-1, keepdim=True)
-    far = isotonic.FAR + isotonic.APART * i
+    gap = (s[:, :-1] - s[:, 1:]).masked_fill_(gone[:, 1:], 0.0)
 
-    def from_gaps(g):
-        return torch.nn.functional.pad(-g.cumsum(-1), (1, 0))
+    def from_gaps(g, sign=-1.0):
+        """0 and the running sums of g, absent entries far below; filled up to N."""
+        q = s.new_full((R, N), isotonic.FAR)
+        q[:, 0] = 0.0
+        torch.cumsum(g, -1, out=q[:, 1:n])
+        q[:, 1:n] *= sign
+        q[:, :n].masked_fill_(gone, isotonic.FAR)
+        return q
 
     if not kl:
-        g = gap * eps if sort else gap / eps
         # a wider gap splits for certain (rank), or pools the whole row (sort)
-        q = from_gaps(g.clamp(max=4.0 * N * N if sort else 2.0 * N + 2))
-        q, slope = (-q, -1) if sort else (q, 1)
-        problem = isotonic.Squares(torch.where(absent, far, q), slope)
+        g = gap.mul_(eps).clamp_(max=4.0 * N * N) if sort else gap.div_(eps).clamp_(max=2.0 * N + 2)
+        problem = isotonic.Squares(from_gaps(g, 1.0 if sort else -1.0), -1 if sort else 1)
     elif sort:
-        p = -i / eps
-        problem = isotonic.Exponentials(torch.where(absent, far, p), torch.where(absent, 0.0, from_gaps(gap)))
+        problem = isotonic.Exponentials(
+            from_gaps((1 / eps).expand_as(gap)), from_gaps(gap).clamp_(min=isotonic.FAR / 2)
+        )
     else:
-        p = from_gaps((gap / eps).clamp(max=2 * math.log(N + 1) + 2))
-        problem = isotonic.Ratios(torch.where(absent, far, p), valid)
-    return Blocks(isotonic.solve(problem)[:, :n])
+        valid = n - gone.sum(-1, keepdim=True)
+        problem = isotonic.Ratios(from_gaps(gap.div_(eps).clamp_(max=2 * math.log(N + 1) + 2)), valid)
+    return Blocks(isotonic.solve(problem, n))
+
+
+def _sorted_rows(theta):
+    """Rows [R, n] in float64, sorted descending; which rows are poisoned (NaN or +inf, made 0); absent entries."""
+    s, order = torch.sort(theta, descending=True, stable=True)
+    s = s.double()
+    poisoned = ~(s[:, :1] < math.inf)
+    s = s.masked_fill_(poisoned, 0.0)
+    return s, order, poisoned, s == -math.inf
 
 
 def rank_forward(x, strengths, number, relative, kl, descending, need):
     """rank in x's compute dtype, blocks int32 like x or [0], eps float64, of x [..., n]."""
     shape, n = x.shape, x.shape[-1]
-    absent, poisoned = x == -math.inf, ((x == math.inf) | x.isnan()).any(-1)
-    eps = strength.of_rows(x, ~absent, poisoned, strength.Strength(number, strengths, relative))
-    theta = x.double()
-    theta = (-theta if descending else theta).masked_fill(absent, -math.inf).masked_fill(poisoned[..., None], 0.0)
-    s, order = torch.sort(theta.reshape(-1, n), descending=True, stable=True)
-    e = eps.reshape(-1, 1).masked_fill(poisoned.reshape(-1, 1), 1.0)
-    gone = s == -math.inf
+    rows = x.reshape(-1, n)
+    s, order, poisoned, gone = _sorted_rows(negated(rows) if descending else rows)
+    how = strength.Strength(number, strengths, relative)
+    eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned[:, 0], how)
     if number == 0:
-        first = torch.nn.functional.pad(s[:, 1:] != s[:, :-1], (1, 0), value=True)
-        V = -(first | gone).cumsum(-1)
-        blocks = Blocks(V)
+        blocks = Blocks(s)
     else:
-        blocks = sorted_blocks(s, e, kl, False)
+        e = eps[:, None].masked_fill(poisoned, 1.0)
+        blocks = sorted_blocks(s, gone, e, kl, False)
     start, c = blocks.start, blocks.count
-    valid = (~gone).sum(-1, keepdim=True)
-    mean_w = valid - (2 * start + c - 1).double() / 2
-    d = (s - s.gather(-1, start)).masked_fill(gone, 0.0)
+    # 2 mean w = 2 n_valid - (2 a + c - 1)
+    mean_w = (2 * (n - gone.sum(-1, keepdim=True)) + 1 - c).sub_(start, alpha=2).double().div_(2)
     if number == 0:
         r = mean_w
-    elif kl:
-        E = torch.exp(d / e)
-        r = c * mean_w * E / block_sum_of(E, start, 60 - _length_bits(n))
     else:
-        d = d / e
-        r = mean_w + (d - block_sum_of(d, start, 60 - 2 * _length_bits(n)) / c)
-    r = r.masked_fill(gone, 0.0).to(compute_dtype(x))
-    rank = torch.empty_like(r).scatter_(-1, order, r).masked_fill(poisoned.reshape(-1, 1), math.nan).reshape(shape)
+        d = (s - s.gather(-1, start)).masked_fill_(gone, 0.0).div_(e)
+        if kl:
+            E = d.exp_()
+            r = mean_w.mul_(c).mul_(E).div_(block_sum_of(E, start, 60 - _length_bits(n)))
+        else:
+            r = mean_w.add_(d).sub_(block_sum_of(d, start, 60 - 2 * _length_bits(n)).div_(c))
+    r = r.masked_fill_(gone, 0.0).masked_fill_(poisoned, math.nan).to(compute_dtype(x))
+    rank = torch.empty_like(r).scatter_(-1, order, r).reshape(shape)
     if not need:
-        return rank, x.new_empty(0, dtype=torch.int32), eps
-    ids = start.masked_fill((c == 1) | gone, -1).to(torch.int32)
-    if number == 0:
-        ids.fill_(-1)
-    ids = torch.empty_like(ids).scatter_(-1, order, ids).masked_fill(poisoned.reshape(-1, 1), -1)
-    return rank, ids.reshape(shape), eps
+        return rank, x.new_empty(0, dtype=torch.int32), eps.reshape(shape[:-1])
+    alone = (c == 1).logical_or_(gone).logical_or_(poisoned)
+    ids = start.to(torch.int32).masked_fill_(alone, -1) if number else torch.full_like(start, -1, dtype=torch.int32)
+    ids = torch.empty_like(ids).scatter_(-1, order, ids)
+    return rank, ids.reshape(shape), eps.reshape(shape[:-1])
 
 
 def rank_backward(grad, x, rank, blocks, eps, kl, descending):
@@ -142,19 +143,20 @@ def rank_backward(grad, x, rank, blocks, eps, kl, descending):
 def sort_forward(s, strengths, number, relative, kl):
     """value, start int32, eps of rows s [..., n] sorted descending, absent entries last; NaN where a row starts so."""
     shape, n = s.shape, s.shape[-1]
-    absent = s == -math.inf
-    poisoned = ~(s[..., 0] < math.inf)
-    eps = strength.of_rows(s, ~absent, poisoned, strength.Strength(number, strengths, relative))
-    rows = s.reshape(-1, n).double().masked_fill(poisoned.reshape(-1, 1), 0.0)
-    e = eps.reshape(-1, 1).masked_fill(poisoned.reshape(-1, 1), 1.0)
+    rows = s.reshape(-1, n).double()
+    poisoned = ~(rows[:, :1] < math.inf)
+    rows = rows.masked_fill(poisoned, 0.0)
+    gone = rows == -math.inf
+    how = strength.Strength(number, strengths, relative)
+    eps = strength.of_rows(rows, ~gone if relative else None, poisoned[:, 0], how)
+    e = eps[:, None].masked_fill(poisoned, 1.0)
     i = torch.arange(n, device=s.device)
     if number == 0:
         start, value = i.expand(rows.shape), rows
     else:
-        blocks = sorted_blocks(rows, e, kl, True)
+        blocks = sorted_blocks(rows, gone, e, kl, True)
         start, c = blocks.start, blocks.count
         top = rows.gather(-1, start)
-        gone = rows == -math.inf
         d = (rows - top).masked_fill(gone, 0.0)
         if kl:
             lse = torch.log(block_sum_of(torch.exp(d), start, 60 - _length_bits(n)))
@@ -166,8 +168,8 @@ def sort_forward(s, strengths, number, relative, kl):
             mean = block_sum_of(d / span, start, 60 - _length_bits(n)) / c * span
             value = top + mean + ((2 * start + c - 1).double() / 2 - i) / e
         value = torch.where(gone, -math.inf, value)
-    value = value.masked_fill(poisoned.reshape(-1, 1), math.nan).to(compute_dtype(s))
-    return value.reshape(shape), start.to(torch.int32).reshape(shape), eps
+    value = value.masked_fill(poisoned, math.nan).to(compute_dtype(s))
+    return value.reshape(shape), start.to(torch.int32).reshape(shape), eps.reshape(shape[:-1])
 
 
 def sort_backward(grad, s, start, kl):
