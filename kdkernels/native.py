@@ -105,3 +105,14 @@ def _register_cpu_fakes() -> None:
         r, c = k.shape
         rows = k.new_empty((5, r), dtype=torch.float64)
         return rows, k.new_empty((5, c if symmetric else 0), dtype=torch.float64)
+
+    @torch.library.register_fake("kdkernels::centre_rows")
+    def centre_rows(x, mask, centre, rescale):
+        (G, n, p), one = x.shape, x.new_empty(x.shape[0])
+        shift = x.new_empty(G, 1, p if centre else 0)
+        return x.new_empty(G, n, p), x.new_empty(G, n), one, shift, one.double(), torch.empty_like(one)
+
+    @torch.library.register_fake("kdkernels::weigh_rows")
+    def weigh_rows(sums, count, unit_x, unit_y, u_x, u_y, like, cka, unbiased, centre, need, minimum, eps):
+        _, G, n = sums.shape
+        return like.new_empty(G), like.new_empty((G, 12, n) if need else 0)

@@ -34,6 +34,23 @@ KDK_REGISTER(4)
 KDK_REGISTER(8)
 #undef KDK_REGISTER
 
+// the same eight lanes in float32
+template <int W>
+struct FloatLanes {
+  using Floats = typename Register<W>::Floats;
+  static constexpr int kParts = kLanes / W;
+  Floats part[kParts];
+
+  KDK_INLINE void load(const float* p) { std::memcpy(part, p, sizeof(part)); }
+  KDK_INLINE void store(float* p) const { std::memcpy(p, part, sizeof(part)); }
+  KDK_INLINE void subtract(const FloatLanes& x) {
+    for (int h = 0; h < kParts; ++h) part[h] -= x.part[h];
+  }
+  KDK_INLINE void multiply(float factor) {
+    for (int h = 0; h < kParts; ++h) part[h] *= factor;
+  }
+};
+
 template <int W>
 struct Lanes {
   using Doubles = typename Register<W>::Doubles;
@@ -47,6 +64,9 @@ struct Lanes {
       std::memcpy(&b, p + h * W, sizeof(b));
       Register<W>::widen(b, part[h]);
     }
+  }
+  KDK_INLINE void set(const FloatLanes<W>& x) {
+    for (int h = 0; h < kParts; ++h) Register<W>::widen(x.part[h], part[h]);
   }
   KDK_INLINE void load(const double* p) { std::memcpy(part, p, sizeof(part)); }
   KDK_INLINE void store(double* p) const { std::memcpy(p, part, sizeof(part)); }

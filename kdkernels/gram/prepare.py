@@ -29,7 +29,20 @@ class Prepared(NamedTuple):
 
 def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepared:
     """x [G, n, p] any float dtype, mask [G, n] bool or None, sigma [1] or [G] where it is not a number."""
-    z = unit_rows(x, mask, dtype) if spec.name == "cosine" else _masked(x.to(dtype), mask)
+    z = unit_rows(x, mask, dtype) if spec.name == "cosine" else x.to(dtype)
+    compiled = problem.backend == "cpp" and dtype == torch.float32
+    z, square, scale, shift, unit, typical = (_compiled_centre if compiled else _centre)(z, mask, spec, problem)
+    if spec.of_distance:
+        par = bandwidths(spec, sigma, z) * scale[:, None]
+        return Prepared(z, square, scale, shift, torch.ones_like(unit), par, typical=typical)
+    if spec.name != "polynomial":
+        return Prepared(z, square, scale, shift, unit, None)
+    return _polynomial(z, square, scale, shift, typical / (2 * scale.square()), spec)
+
+
+def _centre(x, mask, spec: KernelSpec, problem: Problem):
+    """z, |z_i|^2, the scale, the shift or None, the unit, and twice the mean |z_i|^2."""
+    z = _masked(x, mask)
     count = z.shape[1] if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
     centred = problem.stable or spec.of_distance
     mean = None
@@ -45,19 +58,22 @@ def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepar
     factor = scale
     if centred:
         # rows that differ by less than the rounding of their mean are constant: exact zeros keep CKA's 0/0 recognisable
-        varies = ~(spread <= (4 * torch.finfo(dtype).eps) ** 2 * mean2)
+        varies = ~(spread <= (4 * torch.finfo(z.dtype).eps) ** 2 * mean2)
         factor, spread = scale * varies, spread * varies
     if problem.stat != "mse":
         z = z * factor[:, None, None] if z is x else z.mul_(factor[:, None, None])
         square = square.mul_(factor.square()[:, None])
     shift = None if mean is None else mean * scale[:, None, None]
-    unit = scale.double() ** -2
-    if spec.of_distance:
-        par = bandwidths(spec, sigma, z) * scale[:, None]
-        return Prepared(z, square, scale, shift, torch.ones_like(unit), par, typical=2 * spread * scale**2)
-    if spec.name != "polynomial":
-        return Prepared(z, square, scale, shift, unit, None)
-    return _polynomial(z, square, scale, shift, spread, spec)
+    return z, square, scale, shift, scale.double() ** -2, 2 * spread * scale**2
+
+
+def _compiled_centre(x, mask, spec: KernelSpec, problem: Problem):
+    """The same in two passes over x."""
+    centred = problem.stable or spec.of_distance
+    x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    z, square, scale, shift, unit, typical = torch.ops.kdkernels.centre_rows(x, mask, centred, problem.stat != "mse")
+    return z, square, scale, shift if centred else None, unit, typical
 
 
 def bandwidths(spec: KernelSpec, sigma, like) -> torch.Tensor:

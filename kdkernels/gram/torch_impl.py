@@ -59,13 +59,25 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     else:
         stats, u, kept = panels.row_stats(pairs)
     count = n if mask is None else mask.sum(1)
-    rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
+    units = (pairs.x.P.unit, pairs.y.P.unit)
     eps = torch.finfo(dtype).eps
-    asked = (bool(need & 0b101), bool(need & 0b1010))
-    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho, asked)
-    value, rows = pack_rows(value, sides, u, count, problem, need, dtype)
+    if problem.backend == "cpp" and problem.stat in ("cka", "hsic") and not problem.row_normalize:
+        value, rows = _compiled_weights(problem, stats, u, units, mask, count, eps, need, dtype)
+    else:
+        rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
+        asked = (bool(need & 0b101), bool(need & 0b1010))
+        value, sides = combine(problem, stats, count, eps, units, rho, asked)
+        value, rows = pack_rows(value, sides, u, count, problem, need, dtype)
     kept = rows.new_empty(0) if kept is None or not need else torch.stack(kept)
     return value.to(compute_dtype(x, y)), rows, kept
+
+
+def _compiled_weights(problem: Problem, stats, u, units, mask, count, eps, need, dtype):
+    """`combine` and `pack_rows` in one call."""
+    count = None if mask is None else count
+    how = (problem.stat == "cka", problem.unbiased, problem.center, need, problem.minimum, eps)
+    like = torch.empty(0, dtype=dtype)
+    return torch.ops.kdkernels.weigh_rows(torch.stack(stats[:5]), count, *units, *u, like, *how)
 
 
 def pack_rows(value, sides, u, count, problem: Problem, need: int, dtype):
