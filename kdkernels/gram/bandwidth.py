@@ -37,7 +37,10 @@ def _bandwidth(x, mask, rule: str, factor: float):
 
 
 def _median(x, square, mask, count):
-    """Of the n^2 values, n are the diagonal's zeros and every other one stands twice: sort one triangle, then index."""
+    """Of the n^2 values, n are the diagonal's zeros and every other one stands twice: one triangle is enough.
+
+    Without a mask the two middle places are known and selected, O(n^2); with one they are read off a sort.
+    """
     n = x.shape[1]
     i, j = torch.triu_indices(n, n, offset=1, device=x.device)
     d2 = (square[:, :, None] + square[:, None, :] - 2 * x @ x.mT)[:, i, j].clamp(min=0)
@@ -45,9 +48,11 @@ def _median(x, square, mask, count):
         d2 = torch.where(mask[:, i] & mask[:, j], d2, torch.inf)
     if d2.shape[1] == 0:
         return torch.zeros_like(square[:, 0])
-    ordered = torch.cat([torch.zeros_like(d2[:, :1]), d2.sort(1).values], 1)
     if count is None:
-        count = torch.full((x.shape[0],), n, device=x.device)
+        places = sorted({max(0, (place - n) // 2 + 1) for place in ((n * n - 1) // 2, n * n // 2)})
+        values = [d2.kthvalue(place, 1).values if place else torch.zeros_like(d2[:, 0]) for place in places]
+        return torch.stack(values).mean(0)
+    ordered = torch.cat([torch.zeros_like(d2[:, :1]), d2.sort(1).values], 1)
     total = count * count
     lower, upper = (_place(position, count) for position in ((total - 1) // 2, total // 2))
     values = ordered.gather(1, torch.stack([lower, upper], 1).clamp(max=ordered.shape[1] - 1))
