@@ -8,6 +8,7 @@ import torch
 from ranking import LARGE, SIZES, adversarial, backends
 
 import kdkernels as kd
+from kdkernels.rank import isotonic
 
 BACKENDS = backends()
 FAST = backends(reference=False)
@@ -192,6 +193,20 @@ def test_every_length_and_kind_of_row_equals_the_textbook(n, regularization, bac
         terms = want.detach().amax() if regularization == "kl" else 1.0
         eps = 1.0 if strength == "auto" else strength
         assert (g - h).abs().max() <= 1e-6 * max(h.abs().max(), 1e-6 * terms / eps), strength
+
+
+@pytest.mark.parametrize("n", [3, 17, 100, 1000, 5000])
+def test_pooling_by_rounds_and_by_merges_is_the_same(n, monkeypatch):
+    """On the CPU, rows of few large blocks are pooled by rounds and never come to the merges: force them there."""
+    x = torch.stack([*adversarial(n).values()])
+    for strength in (1e-3, 0.1, 1.0, 100.0):
+        outcomes = []
+        for rounds in (isotonic.pooled_by_rounds, lambda y: None):
+            monkeypatch.setattr(isotonic, "pooled_by_rounds", rounds)
+            outcomes.append([kd.soft_rank(x, "l2", strength, backend="torch")])
+            outcomes[-1].append(kd.rank_diagnostics(x, strength, backend="torch").blocks)
+        torch.testing.assert_close(*outcomes, rtol=1e-12, atol=1e-9)
+        monkeypatch.undo()
 
 
 @fast

@@ -203,7 +203,8 @@ def _merge(V, value, L: int):
         stride //= K + 1
         ahead = stride * torch.arange(1, K + 1, device=V.device)
         try_left, try_right = (c[..., :1] + ahead), (c[..., 1:] + ahead)
-        above = torch.nextafter(-right.gather(-1, try_right), right.new_tensor(math.inf))
+        above = right.gather(-1, try_right).neg_()
+        above = torch.nextafter(above, torch.full_like(above, math.inf))
         found = reaches(torch.cat([left.gather(-1, try_left), above], -1))
         joins = torch.stack([found[..., :K].sum(-1), K - found[..., K:].sum(-1)], -1)
         c = c + stride * joins
