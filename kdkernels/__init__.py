@@ -5,6 +5,7 @@ from . import losses
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
+from .projection import StreamingPCA, autoencoder_basis, projected_mse, random_basis
 from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_sort, spearman, spearman_corr
 
 __version__ = "0.1.0"
@@ -16,6 +17,8 @@ __all__ = [
     "Polynomial",
     "RBF",
     "RankDiagnostics",
+    "StreamingPCA",
+    "autoencoder_basis",
     "available_backends",
     "cka",
     "debug_checks",
@@ -25,6 +28,8 @@ __all__ = [
     "losses",
     "mmd",
     "pearson",
+    "projected_mse",
+    "random_basis",
     "rank_diagnostics",
     "soft_rank",
     "soft_sort",

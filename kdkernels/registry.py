@@ -14,6 +14,7 @@ class Op(NamedTuple):
 
 
 _GRAM = ("triton", "cpp", "torch", "reference")
+_PROJECTION = ("triton", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
 _RANKS = ("rank_rows", "rank_rows_backward")
 
@@ -24,6 +25,7 @@ OPS = {
         Op("hsic", "gram", _GRAM),
         Op("mmd", "gram", _GRAM),
         Op("gram_mse", "gram", _GRAM),
+        Op("projected_mse", "projection", _PROJECTION),
         Op("soft_rank", "rank", _RANK, _RANKS),
         Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward")),
         Op("rank_diagnostics", "rank", _RANK, _RANKS),

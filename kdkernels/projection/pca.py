@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean and covariance of features over any number of batches, machines and layouts; principal directions at the end.
+
+Kept: count, mean and centred scatter, [c, c] in float64. Batches and whole accumulators are joined by the pairwise
+formulas of Chan, Golub & LeVeque 1983, which do not cancel however large the mean is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import checks
+from .checks import check_channel_dim, check_count, check_mask, mask_of_positions
+from .layout import planes
+
+CHUNK = 1 << 22  # elements of a batch that are widened to float64 at once
+
+
+class StreamingPCA(nn.Module):
+    """Streaming principal component analysis of channels: `update` with batches, `merge` accumulators, `components`.
+
+    Args:
+        num_channels: c.
+
+    `update(x, *, channel_dim=1, mask=None)`: each position of each sample is a row; layouts and mask as in
+    `kd.projected_mse`. No gradient; half inputs are widened first. A NaN that counts stays: the components then raise.
+    `merge(other)`: adds what another accumulator has seen, e.g. on another rank; both orders give the same up to
+    rounding. Buffers `count` (int64), `mean` [c], `scatter` [c, c] (float64 always: casting the module leaves them so).
+
+    >>> pca = kd.StreamingPCA(3)
+    >>> pca.update(torch.randn(64, 3) * torch.tensor([5.0, 1.0, 0.1]))
+    >>> pca.components(1).abs().argmax().item()
+    0
+    """
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        if isinstance(num_channels, bool) or not isinstance(num_channels, int):
+            raise TypeError(f"num_channels is a {type(num_channels).__name__}: give an integer")
+        if num_channels < 1:
+            raise ValueError(f"num_channels is {num_channels}: it needs at least one channel")
+        self.num_channels = num_channels
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(num_channels, dtype=torch.float64))
+        self.register_buffer("scatter", torch.zeros(num_channels, num_channels, dtype=torch.float64))
+
+    def _apply(self, fn, recurse=True):
+        """.to(device) moves the buffers, .half() and .float() do not round them."""
+        for name, buffer in self._buffers.items():
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    @torch.no_grad()
+    def update(self, x, *, channel_dim: int = 1, mask=None) -> None:
+        """Adds the rows of one batch."""
+        checks.floating(x, "x")
+        dim = check_channel_dim(x, channel_dim, "x")
+        if x.shape[dim] != self.num_channels:
+            raise ValueError(f"x has {x.shape[dim]} channels in dimension {dim}: this StreamingPCA has "
+                             f"{self.num_channels}")  # fmt: skip
+        if x.device != self.mean.device:
+            raise ValueError(f"x is on {x.device}, the accumulator on {self.mean.device}: move one, e.g. pca.to(...)")
+        if mask is not None:
+            check_mask(mask, x, dim)
+            mask = mask_of_positions(mask, x, dim)
+        X = planes(x.detach(), dim)
+        samples = max(1, CHUNK // max(1, X[:1].numel()))
+        for first in range(0, X.shape[0], samples):
+            keep = None if mask is None else mask[first : first + samples].reshape(-1)
+            self._add(X[first : first + samples].mT.reshape(-1, self.num_channels).double(), keep)
+
+    def _add(self, rows, keep):
+        if rows.shape[0] == 0:
+            return
+        if keep is None:
+            n, mean = torch.full_like(self.count, rows.shape[0]), rows.mean(0)
+            centred = rows - mean
+        else:
+            rows = torch.where(keep[:, None], rows, 0)
+            n = keep.sum()
+            mean = rows.sum(0) / n.clamp(min=1)
+            centred = torch.where(keep[:, None], rows - mean, 0)
+        with torch.autocast(rows.device.type, enabled=False):
+            self._join(n, mean, centred.T @ centred)
+
+    def _join(self, n, mean, scatter):
+        """Chan: M = M_a + M_b + d d' n_a n_b / n, d = mean_b - mean_a."""
+        total = self.count + n
+        share = n / total.clamp(min=1).double()
+        d = mean - self.mean
+        self.scatter += scatter + torch.outer(d, d) * (self.count * share)
+        self.mean += d * share
+        self.count.copy_(total)
+
+    @torch.no_grad()
+    def merge(self, other: StreamingPCA) -> None:
+        """Adds everything that `other` has seen; `other` stays as it is."""
+        if not isinstance(other, StreamingPCA):
+            raise TypeError(f"other is a {type(other).__name__}: merge takes a StreamingPCA")
+        if other.num_channels != self.num_channels:
+            raise ValueError(f"other has {other.num_channels} channels, this StreamingPCA {self.num_channels}")
+        device = self.mean.device
+        self._join(other.count.to(device), other.mean.to(device), other.scatter.to(device))
+
+    def covariance(self) -> torch.Tensor:
+        """Unbiased covariance [c, c] in float64."""
+        self._enough()
+        return self.scatter / (self.count - 1)
+
+    def components(self, k: int, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The k principal directions [c, k], orthonormal columns by falling variance; the largest entry is positive.
+
+        Directions of equal variance are any orthonormal basis of their span. Reads values: not for CUDA graphs.
+        """
+        check_count(k, self.num_channels)
+        covariance = self.covariance()
+        if not bool(torch.isfinite(covariance).all()):
+            raise ValueError("the features seen hold NaN or infinity: their covariance has no principal directions")
+        P = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k]
+        sign = P.gather(0, P.abs().argmax(0, keepdim=True)).sign()
+        return (P * sign).to(dtype)
+
+    def variances(self) -> torch.Tensor:
+        """Variance along each principal direction [c], falling, in float64; their sum is the total variance."""
+        return torch.linalg.eigvalsh(self.covariance()).flip(0).clamp(min=0)
+
+    def _enough(self):
+        if int(self.count) < 2:
+            raise ValueError(f"{int(self.count)} rows were seen: a covariance needs two, call update(features) first")
+
+    def extra_repr(self) -> str:
+        return f"num_channels={self.num_channels}, count={int(self.count)}"

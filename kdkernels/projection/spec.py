@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contract and the benchmark need to know of the projection family: cases, caps, bytes, flops.
+
+The value is judged relative to itself: the difference is taken first, so nothing cancels as the student nears the
+teacher. Half inputs are computed in float32; Triton projects them in tf32, 11 bits of each factor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from ..testing import REGIMES, Caps, Case, pair
+from . import op as ops
+from . import torch_impl
+
+HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
+# s, t, basis: one dtype, or one each
+EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (SINGLE, torch.bfloat16, SINGLE), (torch.float16, SINGLE, SINGLE))
+EVERY_DTYPE += ((torch.bfloat16, torch.bfloat16, SINGLE),)
+
+# name -> (channel_dim, from rows [B, p, c] to the layout, and the inner shape of p = 12 positions)
+LAYOUTS = {
+    "nchw": (1, lambda x: x.mT.unflatten(2, (3, -1)).contiguous()),
+    "channels last": (1, lambda x: x.mT.unflatten(2, (3, -1)).contiguous(memory_format=torch.channels_last)),
+    "tokens": (-1, lambda x: x.contiguous()),
+    "sequence": (1, lambda x: x.mT.contiguous()),
+    "volume": (2, lambda x: x.unflatten(1, (3, -1)).permute(0, 1, 3, 2).contiguous()),
+    "turned": (1, lambda x: x.mT.unflatten(2, (3, -1)).transpose(2, 3)),
+}
+REDUCTIONS = ("mean", "sum", "none")
+# B, p, c, k: more and fewer rows than channels, odd and prime, k = 1 and k = c
+SHAPES = ((3, 12, 7, 2), (5, 6, 17, 5), (2, 15, 8, 8), (4, 3, 33, 1))
+# around the tiles of 16, 32 and 64 rows, channels and directions
+SIZES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65)
+MORE_SIZES = (127, 128, 129, 257)
+
+
+@contextlib.contextmanager
+def small_blocks():
+    """Blocks of a few positions of one sample, as a large feature map has them."""
+    before = dict(torch_impl.BLOCK)
+    torch_impl.BLOCK.update(cpu=40, cuda=40)
+    try:
+        yield
+    finally:
+        torch_impl.BLOCK.update(before)
+
+
+def caps(backend: str):
+    def of(dtype: torch.dtype) -> Caps:
+        if dtype == DOUBLE:
+            return Caps(1e-13, 1e-12)
+        if dtype == SINGLE or backend != "triton":
+            return Caps(1e-6, 3e-6)
+        # two rounded factors, forward and again backward: four times 2^-12 at most, 2^-11 typically
+        return Caps(1e-3, 2e-3)
+
+    return of
+
+
+def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
+    """The cases of one op; quick keeps each value of each option and leaves out combinations."""
+    generator = torch.Generator().manual_seed(0)
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, layout in enumerate(LAYOUTS):
+            for k, reduction in enumerate(REDUCTIONS):
+                count += 1
+                if quick and (i + j + k) % 3:
+                    continue
+                inputs = _inputs(regime, SHAPES[count % len(SHAPES)], layout, count % 4 == 1, generator)
+                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+                yield _case(backend, layout, reduction, regime, inputs, dtypes=dtypes)
+    for n in SIZES if quick else (*SIZES, *MORE_SIZES):
+        for which, shape in (("rows", (n, 1, 5, 2)), ("channels", (3, 3, n, min(n, 3))), ("positions", (2, n, 4, 3)),
+                             ("directions", (2, 3, n, n))):  # fmt: skip
+            for layout in ("sequence", "tokens"):
+                inputs = _inputs("edge", shape, layout, False, generator)
+                yield _case(backend, layout, "mean", f"{which} {n}", inputs)
+    for layout in LAYOUTS:
+        for reduction in REDUCTIONS:
+            inputs = _inputs("offset3", (3, 12, 7, 2), layout, reduction == "none", generator)
+            yield _case(backend, layout, reduction, "blocks", inputs, context=small_blocks)
+    yield from _degenerate(backend, generator)
+    for layout, reduction, masked in (
+        ("nchw", "mean", True), ("channels last", "none", True), ("tokens", "sum", False), ("sequence", "mean", True),
+    ):  # fmt: skip
+        yield _probe(backend, layout, reduction, masked, generator)
+
+
+def _probe(backend, layout, reduction, masked, generator):
+    """The structural checks change strides and rows of s and t: they are given as [B, p, c] and brought to a layout."""
+    B, p, c, k = 5, 12, 9, 3
+    s, t = pair("offset3", (B, p, c), (B, p, c), generator)
+    inputs = {"s": s, "t": t, "basis": torch.linalg.qr(torch.randn(c, k, generator=generator).double()).Q}
+    if masked:
+        inputs["mask"] = _mask((B, p), generator)
+    return _case(backend, layout, reduction, "probe", inputs, probe=True, masks={"mask": ("s", "t")} if masked else {},
+                 turn=LAYOUTS[layout][1])  # fmt: skip
+
+
+def _mask(shape, generator):
+    keep = torch.rand(shape, generator=generator) > 0.3
+    keep[0, 0], keep[-1, -1] = True, False
+    return keep
+
+
+def _inputs(regime, shape, layout, masked, generator):
+    """s, t in the layout, P [c, k] with orthonormal columns."""
+    B, p, c, k = shape
+    s, t = pair(regime, (B, p, c), (B, p, c), generator)
+    turn = LAYOUTS[layout][1] if p % 3 == 0 else LAYOUTS["tokens" if layout == "tokens" else "sequence"][1]
+    basis = torch.linalg.qr(torch.randn(c, k, generator=generator, dtype=torch.float64)).Q
+    inputs = {"s": turn(s), "t": turn(t), "basis": basis}
+    if masked:
+        keep = _mask((B, p), generator)
+        if B > 2:
+            keep[1] = False  # a sample of which nothing counts
+        where = [n for i, n in enumerate(inputs["s"].shape) if i not in (0, LAYOUTS[layout][0] % inputs["s"].dim())]
+        inputs["mask"] = keep.reshape(B, *where)
+    return inputs
+
+
+def _case(backend, layout, reduction, label, inputs, turn=None, **fields):
+    dim = LAYOUTS[layout][0]
+    same = turn or (lambda x: x)
+
+    def call(t, backend):
+        # positions move with their mask
+        mask = None if "mask" not in t else same(t["mask"][..., None].expand(t["s"].shape)) if turn else t["mask"]
+        if turn and mask is not None:
+            mask = mask.select(dim, 0)
+        how = {"channel_dim": dim, "reduction": reduction, "mask": mask}
+        return ops.projected_mse(same(t["s"]), same(t["t"]), t["basis"], backend=backend, **how)
+
+    def scale(t):
+        return call(t, "reference").nan_to_num().abs().max()
+
+    name = f"{layout} {reduction} {label} {'x'.join(map(str, inputs['s'].shape))}" + " masked" * ("mask" in inputs)
+    return Case(name, inputs, call, caps(backend), scale, **fields)
+
+
+def _degenerate(backend, generator):
+    """Equal sides give 0 with zero gradient; a NaN in a position that counts gives NaN, in its own sample only."""
+    for layout in ("nchw", "tokens"):
+        inputs = _inputs("bland", (3, 12, 7, 2), layout, False, generator)
+        yield _case(backend, layout, "mean", "equal", inputs | {"t": inputs["s"].clone()}, dtypes=(SINGLE, *HALF))
+        inputs = _inputs("bland", (3, 12, 7, 2), layout, False, generator)
+        inputs["t"][1].flatten()[5] = float("nan")
+        yield _case(backend, layout, "none", "nan", inputs, gradient=False)
+    for size in (1e-3, 300.0):
+        inputs = _inputs("bland", (3, 12, 7, 2), "nchw", False, generator)
+        inputs |= {name: size * inputs[name] for name in "st"}
+        yield _case(backend, "nchw", "mean", f"size {size:g}", inputs, dtypes=(SINGLE, *HALF))
+    yield _case(backend, "sequence", "mean", "own blocks", _inputs("peaky", (2, 41, 5, 2), "sequence", True, generator),
+                context=partial(small_blocks))  # fmt: skip
+
+
+def bytes_moved(rows: int, c: int, k: int, item_s: int, item_t: int, backward: bool = False) -> int:
+    """The least traffic of a call: both sides are read once; a step writes and reads Q in float32 and writes ds."""
+    forward = rows * c * (item_s + item_t)
+    return forward + rows * (8 * k + c * item_s) if backward else forward
+
+
+def flops(rows: int, c: int, k: int, backward: bool = False) -> int:
+    """One product for both sides, one more for the gradient of s."""
+    return 2 * rows * c * k * (2 if backward else 1)

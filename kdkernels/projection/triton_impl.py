@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the projection kernels: one forward, one backward; only the gradient of the basis is left to PyTorch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import torch_impl
+from .layout import planes, write
+from .torch_impl import compute_dtype, divisors
+from .triton_kernels import project, spread
+
+
+class Tile(NamedTuple):
+    rows: int
+    channels: int
+    directions: int
+    warps: int
+    stages: int
+
+
+# (most directions, half inputs, float32 inputs); unmeasured: the largest without spills
+PROJECT = (
+    (16, Tile(128, 32, 16, 4, 3), Tile(64, 32, 16, 4, 2)),
+    (32, Tile(128, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2)),
+    (64, Tile(128, 32, 64, 8, 3), Tile(64, 16, 64, 4, 2)),
+    (1 << 30, Tile(64, 32, 128, 8, 3), Tile(64, 16, 128, 8, 2)),
+)
+# the reduction runs over `directions` at a time
+SPREAD = (Tile(64, 64, 32, 4, 2), Tile(64, 64, 16, 8, 2))
+
+
+def _half(s, t) -> bool:
+    return s.dtype != torch.float32 and t.dtype != torch.float32
+
+
+def _precision(half: bool) -> str:
+    """Half inputs: 11 bits of each factor are as many as the gradient keeps; float32: three products make it exact."""
+    return "tf32" if half else "tf32x3"
+
+
+def _pick(k: int, half: bool) -> Tile:
+    return next(pair[0 if half else 1] for limit, *pair in PROJECT if k <= limit)
+
+
+def _strides(x) -> tuple[int, int, int]:
+    """Of planes [B, c, p]: sample, position, channel."""
+    return x.stride(0), x.stride(2), x.stride(1)
+
+
+def _merge(S, T):
+    """(B, p, S's strides, T's) of the rows that a program may own: all samples' at once where both sides allow it."""
+    B, _, p = S.shape
+    if all(x.stride(0) == p * x.stride(2) for x in (S, T)):
+        return 1, B * p, _strides(S), _strides(T)
+    return B, p, _strides(S), _strides(T)
+
+
+def forward(s, t, basis, mask, channel_dim: int, reduction: str, keep: bool):
+    with torch.cuda.device_of(s):
+        S, T = planes(s, channel_dim), planes(t, channel_dim)
+        (samples, c, per), k = S.shape, basis.shape[1]
+        B, p, s_at, t_at = _merge(S, T)
+        tile = _pick(k, _half(s, t))
+        blocks = triton.cdiv(k, tile.directions)
+        squares = torch.empty((blocks, samples, per), dtype=torch.float32, device=s.device)
+        projected = torch.empty(samples * per * k if keep else 0, dtype=torch.float32, device=s.device)
+        counted = squares if mask is None else mask.contiguous().view(torch.uint8)
+        if squares.numel():
+            project[(B * triton.cdiv(p, tile.rows), blocks)](
+                S, T, basis.float().contiguous(), counted, squares, projected, B, p, c, k, *s_at, *t_at,
+                BR=tile.rows, BC=tile.channels, BK=tile.directions, MASK=mask is not None, KEEP=keep,
+                PRECISION=_precision(_half(s, t)), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        total = squares.sum((0, 2) if reduction == "none" else None, dtype=torch.float64)
+        return (total / divisors(mask, S, k, reduction)).to(compute_dtype(s, t)), projected
+
+
+def backward(grad, s, t, basis, mask, projected, channel_dim: int, reduction: str, need: int):
+    with torch.cuda.device_of(s):
+        S, T = planes(s, channel_dim), planes(t, channel_dim)
+        k, empty = basis.shape[1], s.new_empty(0)
+        weight = (2 * grad.double() / divisors(mask, S, k, reduction)).float()
+        ds = torch.empty_like(s) if need & 1 else empty
+        dt = torch.empty_like(t) if need & 2 else empty
+        if need & 3 and s.numel():
+            _spread(projected, basis, weight, (S, T), (ds, dt), channel_dim, need)
+        dbasis = empty
+        if need & 4:
+            Q = projected.view(S.shape[0], S.shape[2], k)
+            dbasis = torch_impl.basis_gradient(Q, S, T, mask, weight, basis, torch.float32, True)
+        return ds, dt, dbasis
+
+
+def _spread(projected, basis, weight, sides, gradients, channel_dim, need):
+    (_, c, per), k = sides[0].shape, basis.shape[1]
+    outs, finishes = [], []
+    for bit in (0, 1):
+        out, finish = write(gradients[bit], channel_dim) if need >> bit & 1 else (None, None)
+        outs.append(out)
+        finishes.append(finish)
+    # the side that is not asked for is written nowhere: any strides do
+    S, T = (out if out is not None else outs[1 - bit] for bit, out in enumerate(outs))
+    B, p, s_at, t_at = _merge(S, T)
+    half = S.dtype != torch.float32 and T.dtype != torch.float32
+    tile = SPREAD[0 if half else 1]
+    spread[(B * triton.cdiv(p, tile.rows), triton.cdiv(c, tile.channels))](
+        projected, basis.float().contiguous(), weight.contiguous(), S, T, p, per, c, k, *s_at, *t_at,
+        BR=tile.rows, BC=tile.channels, BK=tile.directions, WEIGHTS=weight.dim() == 1, STUDENT=bool(need & 1),
+        TEACHER=bool(need & 2), PRECISION=_precision(half), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    for finish in finishes:
+        if finish is not None:
+            finish()
