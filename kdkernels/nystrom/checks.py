@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Nystrom ops require of their arguments, with the family's own wording."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import checks
+from .problem import WHITENINGS
+
+METHODS = ("rpcholesky", "uniform", "kmeans++", "greedy")
+
+
+def check_rows(x, name: str):
+    checks.floating(x, name)
+    if x.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: give rows [n, d] (flatten or pool other layouts first)")
+    checks.not_empty(x, name)
+    checks.finite(x, name)
+
+
+def check_side(x, landmarks, name: str, landmarks_name: str):
+    check_rows(x, name)
+    check_rows(landmarks, landmarks_name)
+    checks.same_device(x, landmarks, name, landmarks_name)
+    if x.shape[1] != landmarks.shape[1]:
+        raise ValueError(
+            f"{landmarks_name} has width {landmarks.shape[1]}, {name} has {x.shape[1]}: "
+            f"landmarks live in the space of {name}, e.g. {name}[kd.select_landmarks({name}, m)]"
+        )
+
+
+def check_same_rows(x, y, name_x: str, name_y: str):
+    checks.same_device(x, y, name_x, name_y)
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{name_y} has {y.shape[0]} rows, {name_x} has {x.shape[0]}: both sides must describe the same samples"
+        )
+
+
+def check_mask(mask, x, name_x: str):
+    if mask is None:
+        return
+    checks.is_tensor(mask, "mask")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for the rows that count")
+    if mask.shape != x.shape[:1]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: one entry a row of {name_x} is {tuple(x.shape[:1])}")
+    checks.same_device(mask, x, "mask", name_x)
+
+
+def check_whitening(whiten, jitter) -> float:
+    if whiten not in WHITENINGS:
+        raise ValueError(f"whiten is {whiten!r}: give one of {WHITENINGS}")
+    if isinstance(jitter, bool) or not isinstance(jitter, (int, float)):
+        raise TypeError(f"jitter is {jitter!r}: give a number, relative to the mean diagonal of W")
+    if not (math.isfinite(jitter) and jitter >= 0):
+        raise ValueError(f"jitter is {jitter!r}: it is added to the diagonal of W, give a finite number >= 0")
+    return float(jitter)
+
+
+def check_bandwidths(kernels):
+    for kernel in kernels:
+        sigma = kernel.sigma
+        if not isinstance(sigma, torch.Tensor):
+            continue
+        if sigma.numel() != 1:
+            raise ValueError(f"sigma has {sigma.numel()} values: a Nystrom op has no groups, give one")
+        if checks.may_read(sigma) and not bool((sigma > 0).all()):
+            raise ValueError("sigma holds a value that is not positive: a bandwidth must be > 0")
+
+
+def check_selection(x, m, method):
+    check_rows(x, "x")
+    if isinstance(m, bool) or not isinstance(m, int):
+        raise TypeError(f"m is {m!r}: give the number of landmarks as an int")
+    if not 1 <= m <= x.shape[0]:
+        raise ValueError(f"m is {m}: x has {x.shape[0]} rows, give 1 <= m <= {x.shape[0]}")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: give one of {METHODS}")
+
+
+def one_kernel(pair):
+    if pair[0] is not pair[1]:
+        raise ValueError("kernel is a pair: there is one side here, give one kernel function")
+    return pair[0]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel maps on tiles of rows x_i and landmarks z_j: from t to k, to its slope dk/dg and to dk/dsigma.
+
+t = x_i . z_j, or -d2/2 for distances, where dk/dg is the slope in t as well (MATH.md, section 4).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..gram.kernels import KernelSpec
+
+
+def prepared_rows(spec: KernelSpec, x, shift, dtype):
+    """Rows as the tiles take them: unit rows (cosine), minus the landmarks' mean (distances), or as given."""
+    x = x.to(dtype)
+    if spec.name == "cosine":
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.where(norm == 0, torch.ones_like(norm), norm)
+    return x - shift if spec.of_distance else x
+
+
+def raw_gradient(spec: KernelSpec, x, gradient):
+    """The gradient of prepared rows as one of the rows themselves: for cosine through x/|x|, 0 for a zero row."""
+    if spec.name != "cosine":
+        return gradient
+    x = x.to(gradient.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit = x / torch.where(norm == 0, torch.ones_like(norm), norm)
+    gradient = gradient - unit * (unit * gradient).sum(-1, keepdim=True)
+    return gradient / torch.where(norm == 0, torch.inf, norm)
+
+
+def tile(spec: KernelSpec, x, z, half_x, half_z):
+    """t of prepared rows; half_x, half_z = |x_i|^2 / 2, |z_j|^2 / 2 (used for distances)."""
+    t = x @ z.mT
+    if not spec.of_distance:
+        return t
+    size = half_x[:, None] + half_z
+    t.sub_(size).clamp_(max=0)
+    if spec.name != "laplacian":
+        return t
+    # it has a cusp at 0: what is only the rounding of a zero distance becomes zero
+    return t.masked_fill_(t > -16 * torch.finfo(t.dtype).eps * size, 0.0)
+
+
+def kernel_value(spec: KernelSpec, t, par):
+    """k; par: the bandwidths [S] of a distance kernel. Overwrites nothing."""
+    if spec.linear:
+        return t
+    if spec.name == "polynomial":
+        degree, scale, coef0 = spec.params
+        return (t * scale + coef0) ** int(degree)
+    if spec.name == "rbf":
+        return _sum(torch.exp(t / s**2) for s in par.unbind())
+    root = (t * -2).sqrt_()
+    return _sum(torch.exp(root / -s) for s in par.unbind())
+
+
+def kernel_slope(spec: KernelSpec, t, par):
+    """dk/dg, None for 1; 0 where a laplacian's distance is 0."""
+    if spec.linear:
+        return None
+    if spec.name == "polynomial":
+        degree, scale, coef0 = spec.params
+        return (t * scale + coef0) ** (int(degree) - 1) * (degree * scale)
+    if spec.name == "rbf":
+        return _sum(torch.exp(t / s**2) / s**2 for s in par.unbind())
+    d = (t * -2).sqrt_()
+    safe = torch.where(d == 0, torch.inf, d)
+    return _sum(torch.exp(-d / s) / (s * safe) for s in par.unbind())
+
+
+def sigma_slope(spec: KernelSpec, t, par):
+    """dk/dsigma, one bandwidth."""
+    (s,) = par.unbind()
+    if spec.name == "rbf":
+        return torch.exp(t / s**2) * (t * -2) / s**3
+    d = (t * -2).sqrt_()
+    return torch.exp(-d / s) * d / s**2
+
+
+def kernel_diagonal(spec: KernelSpec, x, par):
+    """k(x_i, x_i) of prepared rows."""
+    square = x.square().sum(-1)
+    if spec.of_distance:
+        return torch.full_like(square, float(par.shape[0]))
+    return kernel_value(spec, square, par)
+
+
+def _sum(terms):
+    total = None
+    for term in terms:
+        total = term if total is None else total.add_(term)
+    return total

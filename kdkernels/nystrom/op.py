@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nystrom features, landmark selection, and kernel statistics in O(n m) that never store an n x n or an n x m matrix.
+
+Read on in `reference.py` (what is computed), `side.py`, `torch_impl.py` and `statistics.py` (how, in PyTorch) and
+`triton_impl.py` (how, on a GPU).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backend as backends
+from ..autograd import device_type, without_autocast
+from ..gram.bandwidth import bandwidth
+from ..gram.kernels import Kernel, spec_of
+from ..gram.op import gram_mse, hsic
+from . import function, reference, side
+from . import select as selection
+from .checks import (
+    check_bandwidths,
+    check_mask,
+    check_rows,
+    check_same_rows,
+    check_selection,
+    check_side,
+    check_whitening,
+    one_kernel,
+)
+from .problem import encode
+
+__all__ = [
+    "nystrom_cka",
+    "nystrom_features",
+    "nystrom_hsic",
+    "nystrom_transfer",
+    "select_landmarks",
+    "transfer_quality",
+]
+
+JITTER = 1e-6
+LINEAR = spec_of("linear")[0]
+
+
+def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JITTER, backend="auto") -> torch.Tensor:
+    """Phi = C W^(-1/2) [n, m], C = k(x, landmarks), W = k(landmarks, landmarks): Phi Phi' ~ k(x, x).
+
+    Source: Williams & Seeger 2001. Exact where the landmarks span the features of x, e.g. landmarks = x.
+
+    Args:
+        x: rows [n, d]; landmarks: rows [m, d] of the same space, any m >= 1. float16, bfloat16, float32 or float64.
+        kernel: a name or a kernel object of the Gram ops. A bandwidth rule ("median", "mean") is that of x, detached:
+            for features of several batches give a number.
+        whiten: "cholesky": W + jitter = R R', Phi = C R'^-1 by triangular solve. "sqrt": the symmetric inverse root
+            by eigh, where eigenvalues of W up to jitter (and all below m eps) count as 0: Phi then has the rank of what
+            is kept. eigh may wait for the device: "sqrt" is not for CUDA graphs.
+        jitter: >= 0, relative to the mean diagonal of W. K~ is below K by about this much in each direction.
+
+    Returns:
+        [n, m] in the promoted dtype of x and landmarks. W is formed and factored in float64, C and the whitening are
+        float32 (float64 for float64 input). Gradients to x, landmarks and a `sigma` tensor. Duplicate landmarks are
+        fine with jitter > 0. NaN in a landmark gives NaN everywhere, in a row of x in its own row. A W without
+        Cholesky factor raises on the CPU and under `kd.debug_checks()`, and gives NaN on CUDA.
+
+    Raises:
+        ValueError: shapes that do not fit, jitter < 0, no landmarks, a W that is not positive definite.
+
+    >>> x = torch.randn(100, 8)
+    >>> phi = kd.nystrom_features(x, x[:20], kernel=kd.RBF(3.0))
+    >>> phi.shape
+    torch.Size([100, 20])
+    >>> bool(((phi @ phi.T).diagonal() <= 1 + 1e-4).all())
+    True
+    """
+    check_side(x, landmarks, "x", "landmarks")
+    jitter = check_whitening(whiten, jitter)
+    one = one_kernel(spec_of(kernel))
+    check_bandwidths((one,))
+    chosen = backends.resolve("nystrom_features", backend, device_type(x), (x.dtype, landmarks.dtype))
+    sigma = _sigma(one, x, None)
+    if chosen == "reference":
+        with without_autocast(device_type(x)):
+            phi = _reference_features(x, landmarks, one, sigma, whiten, jitter)
+        return phi.to(torch.promote_types(x.dtype, landmarks.dtype))
+    problem = encode("features", one, LINEAR, whiten, jitter, False, False, chosen)
+    return function.features(x, landmarks, sigma, problem)
+
+
+def select_landmarks(
+    x, m: int, *, method="rpcholesky", kernel="rbf", generator=None, mask=None, backend="auto"
+) -> torch.Tensor:
+    """Indices [m] (int64, all different) of rows of x [n, d] to use as landmarks; O(n m) memory, O(n m (m + d)) time.
+
+    Args:
+        m: 1 <= m <= n.
+        method: "rpcholesky", randomly pivoted Cholesky (Chen, Epperly, Tropp & Webber, arXiv 2207.06503): rows drawn
+            by what the chosen ones do not explain of k(x, x); the best cheap rule. "kmeans++": by squared distance to
+            the nearest chosen row. "uniform". "greedy": the largest residual instead of a draw, deterministic, ours.
+        kernel: as in `nystrom_features`; read by rpcholesky and greedy only.
+        generator: a torch.Generator of any device; the same seed on the same device gives the same rows.
+        mask: bool [n], False rows are not chosen while True ones are left.
+
+    No gradient. Once the chosen rows explain the kernel matrix to rounding, the rest is drawn uniformly.
+
+    >>> x = torch.cat([torch.zeros(50, 2), torch.ones(50, 2)]) + 0.01 * torch.randn(100, 2)
+    >>> chosen = kd.select_landmarks(x, 2, kernel=kd.RBF(0.3), generator=torch.Generator().manual_seed(0))
+    >>> sorted((chosen // 50).tolist())
+    [0, 1]
+    """
+    check_selection(x, m, method)
+    check_mask(mask, x, "x")
+    one = one_kernel(spec_of(kernel))
+    check_bandwidths((one,))
+    chosen = backends.resolve("select_landmarks", backend, device_type(x), (x.dtype,))
+    sigma = None if method in ("uniform", "kmeans++") else _sigma(one, x, mask)
+    u = selection.draws(x, m, method, generator)
+    if chosen == "reference" and method != "uniform":
+        with torch.no_grad(), without_autocast(device_type(x)):
+            return _reference_selection(x, m, method, one, sigma, u, mask)
+    return selection.select(x, mask, None if sigma is None else sigma.detach(), u, m, method, one.code)
+
+
+def nystrom_transfer(
+    s, t, s_landmarks, t_landmarks, *, kernel="rbf", normalize=True, mask=None, whiten="cholesky", jitter=JITTER,
+    backend="auto",
+) -> torch.Tensor:  # fmt: skip
+    """Full kernel matrix transfer: |K~_S - K~_T|_F^2, over |K~_T|_F^2 if normalize, K~ = Phi Phi' of each side.
+
+    Source: Qian, Li, Hu, Li & Jin, Improved Knowledge Distillation via Full Kernel Matrix Transfer (arXiv 2009.14416).
+
+    Args:
+        s, t: student and teacher rows [n, d_s], [n, d_t] of the same samples; landmarks [m_s, d_s], [m_t, d_t].
+        kernel: a name, an object, or a pair (student's, teacher's); rules are those of s and of t.
+        mask: bool [n], False rows take no part and get gradient 0.
+        whiten, jitter: as in `nystrom_features`.
+
+    Returns:
+        A scalar in at least float32. Gradients to s, t, both landmarks and `sigma` tensors. Only m x m products are
+        kept, summed in float64. Where m_s = m_t the difference of the features is squared, not expanded: the value
+        keeps its digits as the student nears the teacher; else the error is 1e-6 of the two squared norms. 0 with zero
+        gradient where K~_T is 0 (and normalize).
+
+    >>> t = torch.randn(64, 8)
+    >>> kd.nystrom_transfer(t, t, t[:16], t[:16]).item()
+    0.0
+    """
+    pair = (s, t, s_landmarks, t_landmarks), ("s", "t", "s_landmarks", "t_landmarks")
+    return _statistic("nystrom_transfer", *pair, kernel, False, normalize, mask, whiten, jitter, backend)
+
+
+def nystrom_cka(
+    x, y, x_landmarks, y_landmarks, *, kernel="rbf", unbiased=True, mask=None, whiten="cholesky", jitter=JITTER,
+    backend="auto",
+) -> torch.Tensor:  # fmt: skip
+    """CKA of the Nystrom kernels of x and y: approximate kernel CKA in O(n m (d + m)) time and O(m^2) memory.
+
+    Equivalent to: `kd.cka(kd.nystrom_features(x, x_landmarks), kd.nystrom_features(y, y_landmarks))`, without the
+    features. With landmarks = all rows it is `kd.cka(x, y, kernel=kernel)` up to the jitter.
+
+    Args:
+        x, y: rows [n, p], [n, q] of the same samples; landmarks [m_x, p], [m_y, q].
+        kernel: a name, an object, or a pair (x's, y's); rules ("median") are those of x and of y.
+        unbiased: HSIC_1 (n >= 4), else HSIC_0 (n >= 2).
+        mask: bool [n], False rows take no part and get gradient 0.
+        whiten, jitter: as in `nystrom_features`.
+
+    Returns:
+        A scalar in at least float32, finished in float64. Gradients to x, y, both landmarks and `sigma` tensors. 0 with
+        zero gradient where it is undefined: a constant side, or a mask that leaves too few rows. NaN gives NaN.
+
+    >>> x = torch.randn(200, 8)
+    >>> y = x + 0.1 * torch.randn(200, 8)
+    >>> bool((kd.nystrom_cka(x, y, x[:50], y[:50]) - kd.cka(x, y, kernel="rbf")).abs() < 0.05)
+    True
+    """
+    pair = (x, y, x_landmarks, y_landmarks), ("x", "y", "x_landmarks", "y_landmarks")
+    return _statistic("nystrom_cka", *pair, kernel, unbiased, False, mask, whiten, jitter, backend)
+
+
+def nystrom_hsic(
+    x, y, x_landmarks, y_landmarks, *, kernel="rbf", unbiased=True, mask=None, whiten="cholesky", jitter=JITTER,
+    backend="auto",
+) -> torch.Tensor:  # fmt: skip
+    """HSIC of the Nystrom kernels of x and y; arguments, dtypes and masks as in `nystrom_cka`.
+
+    >>> x = torch.randn(100, 8)
+    >>> y = torch.randn(100, 8)
+    >>> bool(kd.nystrom_hsic(x, x, x[:20], x[:20]) > kd.nystrom_hsic(x, y, x[:20], y[:20]))
+    True
+    """
+    pair = (x, y, x_landmarks, y_landmarks), ("x", "y", "x_landmarks", "y_landmarks")
+    return _statistic("nystrom_hsic", *pair, kernel, unbiased, False, mask, whiten, jitter, backend)
+
+
+def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
+    """How far the student's kernel matrix is from the teacher's: |K_S - K_T|_F / |K_T|_F, without an n x n matrix.
+
+    Source: figure 3 of arXiv 2009.14416. s, t: rows [n, d_s], [n, d_t] of the same samples. kernel: a name, an object
+    or a pair. A scalar in at least float32: 0 is a perfect copy, and what an all-zero teacher gives. linear and cosine
+    kernels by `kd.gram_mse`; the others by sums of squares in float64 (K_S and K_T are then computed in float64).
+    Gradients to s and t (0 where the value is 0).
+
+    >>> t = torch.randn(32, 8)
+    >>> round(kd.transfer_quality(2 * t, t).item(), 4)
+    3.0
+    """
+    check_rows(s, "s")
+    check_rows(t, "t")
+    check_same_rows(s, t, "s", "t")
+    kernels = spec_of(kernel)
+    check_bandwidths(kernels)
+    chosen = backends.resolve("transfer_quality", backend, device_type(s), (s.dtype, t.dtype))
+    dtype = side.work_dtype(s, t)
+    if chosen == "reference":
+        with without_autocast(device_type(s)):
+            return _reference_quality(s.to(dtype), t.to(dtype), kernels)
+    gram = "auto" if backend == "auto" else chosen
+    linear = kernels[0].code == kernels[1].code and kernels[0].code in ("linear", "cosine")
+    if linear:
+        if kernels[0].name == "cosine":
+            s, t = (torch.nn.functional.normalize(v.to(dtype), dim=1, eps=1e-30) for v in (s, t))
+        total = gram_mse(s, t, reduction="sum", backend=gram)
+        norm2 = gram_mse(t, torch.zeros_like(t), reduction="sum", backend=gram)
+    else:
+        s, t = s.double(), t.double()
+        ss, tt, st = (
+            hsic(a, b, kernel=k, **_RAW, backend="torch")
+            for a, b, k in ((s, s, kernels[0]), (t, t, kernels[1]), (s, t, kernels))
+        )
+        total, norm2 = ss + tt - 2 * st, tt
+        # what is rounding of the expansion is 0
+        total = torch.where(total > 64 * torch.finfo(total.dtype).eps * (ss + tt), total, 0 * total)
+    ratio = total / torch.where(norm2 > 0, norm2, 1.0)
+    some = (ratio > 0) & (norm2 > 0)
+    return torch.where(some, torch.where(some, ratio, 1.0).sqrt(), 0 * ratio).to(dtype)
+
+
+_RAW = {"unbiased": False, "center": False}
+
+
+def _statistic(op, tensors, names, kernel, unbiased, normalize, mask, whiten, jitter, backend):
+    x, y, zx, zy = tensors
+    check_side(x, zx, names[0], names[2])
+    check_side(y, zy, names[1], names[3])
+    check_same_rows(x, y, *names[:2])
+    check_mask(mask, x, names[0])
+    jitter = check_whitening(whiten, jitter)
+    kernels = spec_of(kernel)
+    check_bandwidths(kernels)
+    stat = op.removeprefix("nystrom_")
+    least = 1 if stat == "transfer" else 4 if unbiased else 2
+    if x.shape[0] < least:
+        raise ValueError(
+            f"{names[0]} and {names[1]} have {x.shape[0]} rows: {op} with unbiased={unbiased} needs at least {least}"
+        )
+    if mask is not None:
+        # too few kept rows are none: what they hold, even NaN, reaches no gradient
+        mask = mask & (mask.sum() >= least)
+    chosen = backends.resolve(op, backend, device_type(x), tuple(v.dtype for v in tensors))
+    sigmas = _sigma(kernels[0], x, mask), _sigma(kernels[1], y, mask)
+    if chosen == "reference":
+        with without_autocast(device_type(x)):
+            return _reference_statistic(stat, tensors, kernels, sigmas, unbiased, normalize, mask, whiten, jitter)
+    problem = encode(stat, *kernels, whiten, jitter, bool(unbiased), bool(normalize), chosen)
+    return function.statistic(x, y, mask, zx, zy, *sigmas, problem)
+
+
+def _sigma(kernel: Kernel, x, mask):
+    """The bandwidth as a tensor [1], or None where the kernel has none or it is a number."""
+    sigma = kernel.sigma
+    if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
+        return None
+    if isinstance(sigma, torch.Tensor):
+        return sigma.to(x.device).reshape(-1)
+    return bandwidth(x[None], None if mask is None else mask[None], *sigma)
+
+
+def _parameters(kernel: Kernel, sigma, dtype):
+    """What the textbook takes: numbers, or the bandwidth tensor."""
+    if sigma is not None:
+        return [sigma.to(dtype).reshape(())]
+    return [float(value) for value in kernel.code.split(":")[1:]]
+
+
+def _reference_features(x, z, kernel, sigma, whiten, jitter):
+    dtype = side.work_dtype(x, z)
+    params = _parameters(kernel, sigma, dtype)
+    return reference.features(x.to(dtype), z.to(dtype), kernel.name, params, whiten, jitter)
+
+
+def _reference_statistic(stat, tensors, kernels, sigmas, unbiased, normalize, mask, whiten, jitter):
+    x, y, zx, zy = tensors
+    dtype = side.work_dtype(*tensors)
+    if mask is not None:
+        x, y = x[mask], y[mask]
+    if x.shape[0] == 0:
+        return reference.nothing(*(v.to(dtype) for v in tensors), *(v for v in sigmas if v is not None)).to(dtype)
+    phi, psi = (
+        _reference_features(v.to(dtype), z.to(dtype), k, sigma, whiten, jitter)
+        for v, z, k, sigma in zip((x, y), (zx, zy), kernels, sigmas, strict=True)
+    )
+    if stat == "transfer":
+        return reference.transfer(phi, psi, normalize)
+    return (reference.cka if stat == "cka" else reference.hsic)(phi, psi, unbiased)
+
+
+def _reference_quality(s, t, kernels):
+    matrices = {
+        id(v): reference.kernel(v, v, k.name, _parameters(k, _sigma(k, v, None), v.dtype))
+        for v, k in zip((s, t), kernels, strict=True)
+    }
+    return reference.transfer_quality(s, t, lambda v: matrices[id(v)])
+
+
+def _reference_selection(x, m, method, kernel, sigma, u, mask):
+    x = x.to(side.work_dtype(x))
+    keep = torch.ones_like(x[:, 0], dtype=torch.bool) if mask is None else mask
+    x = torch.where(keep[:, None], x, torch.zeros_like(x))
+    if method == "kmeans++":
+        columns = lambda i: reference.squared_distances(x - x.mean(0), x[i : i + 1] - x.mean(0))[:, 0]  # noqa: E731
+        return reference.select(x, m, method, columns, torch.ones_like(x[:, 0]), u, keep)
+    params = _parameters(kernel, sigma, x.dtype)
+    columns = lambda i: reference.kernel(x, x[i : i + 1], kernel.name, params)[:, 0]  # noqa: E731
+    diagonal = torch.cat([columns(i)[i : i + 1] for i in range(len(x))])
+    return reference.select(x, m, method, columns, diagonal, u, keep)

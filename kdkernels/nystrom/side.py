@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The landmarks of one side: W formed, factored and differentiated in float64, whitener in the dtype of the work."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import checks
+from ..gram.kernels import KernelSpec
+from . import maps
+from .problem import Problem
+
+
+class Side(NamedTuple):
+    spec: KernelSpec
+    whiten: str
+    shift: torch.Tensor  # [d] the landmarks' mean, subtracted under a distance kernel
+    z: torch.Tensor  # [m, d] prepared landmarks
+    half: torch.Tensor  # [m] |z_j|^2 / 2
+    par: torch.Tensor  # [S] bandwidths, or empty
+    factor: torch.Tensor  # [m, m] float64: R of W + jitter = R R', or the eigenvectors U
+    spectrum: torch.Tensor  # [2, m] float64: eigenvalues and their inverse roots, 0 where dropped; [2, 0] for cholesky
+    whitener: torch.Tensor  # [m, m]: R, or the inverse root
+
+
+def work_dtype(*tensors) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def factor_shapes(whiten: str, m: int):
+    return (m, m), ((2, m) if whiten == "sqrt" else (2, 0))
+
+
+def bandwidths(spec: KernelSpec, sigma, like) -> torch.Tensor:
+    """[S]; numbers are filled in on the device: nothing is copied from the host."""
+    if not spec.of_distance:
+        return like.new_empty(0)
+    if not spec.params:
+        return sigma.to(like.dtype).reshape(1)
+    return torch.cat([like.new_full((1,), number) for number in spec.params])
+
+
+def prepare(z, sigma, spec: KernelSpec, problem: Problem, dtype, factor=None, spectrum=None) -> Side:
+    """The side of landmarks z [m, d]; factored here unless the factor of the forward pass is given."""
+    wide = z.to(dtype)
+    shift = wide.mean(0)
+    prepared = maps.prepared_rows(spec, wide, shift, dtype)
+    half = prepared.square().sum(-1).div_(2)
+    par = bandwidths(spec, sigma, wide)
+    side = Side(spec, problem.whiten, shift, prepared, half, par, factor, spectrum, prepared)
+    if factor is None:
+        W = maps.kernel_value(spec, _w_tile(side, _double(side, z)), par.double())
+        side = side._replace(**dict(zip(("factor", "spectrum"), _factored(W, problem), strict=True)))
+    if problem.whiten == "cholesky":
+        return side._replace(whitener=side.factor.to(dtype))
+    root = (side.factor * side.spectrum[1]) @ side.factor.mT
+    return side._replace(whitener=root.to(dtype))
+
+
+def _double(side: Side, z):
+    """The landmarks in float64, prepared again: their unit rows keep float64's digits."""
+    return maps.prepared_rows(side.spec, z, side.shift.double(), torch.float64)
+
+
+def _w_tile(side: Side, z):
+    """t of W; the diagonal of a distance is 0 itself, not its rounding."""
+    half = z.square().sum(-1) / 2
+    t = maps.tile(side.spec, z, z, half, half)
+    if side.spec.of_distance:
+        t.diagonal().zero_()
+    return t
+
+
+def _factored(W, problem: Problem):
+    m = len(W)
+    scale = problem.jitter * W.diagonal().mean()
+    if problem.whiten == "cholesky":
+        shifted = W + scale * torch.eye(m, dtype=W.dtype, device=W.device)
+        R, info = torch.linalg.cholesky_ex(shifted)
+        failed = (info != 0) | ~torch.isfinite(R).all()
+        _explain_failure(W, failed, problem)
+        return torch.where(failed, torch.nan, R), W.new_empty(2, 0)
+    finite = torch.isfinite(W).all()  # eigh refuses anything else
+    lam, U = torch.linalg.eigh(torch.where(finite, W, torch.eye(m, dtype=W.dtype, device=W.device)))
+    keep = lam > torch.maximum(scale, m * torch.finfo(lam.dtype).eps * lam[-1])
+    root = torch.where(keep, torch.where(keep, lam, torch.ones_like(lam)).rsqrt(), torch.zeros_like(lam))
+    root = torch.where(finite, root, torch.nan)
+    return U, torch.stack([lam, root])
+
+
+def _explain_failure(W, failed, problem: Problem):
+    """Where values may be read: a W that is finite and yet has no factor is the caller's to mend."""
+    if not checks.may_read(W) or not bool(failed) or not bool(torch.isfinite(W).all()):
+        return
+    smallest, mean = float(torch.linalg.eigvalsh(W)[0]), float(W.diagonal().mean())
+    raise ValueError(
+        f"landmarks: their kernel matrix has no Cholesky factor: smallest eigenvalue {smallest:.3g}, mean diagonal "
+        f"{mean:.3g}, jitter {problem.jitter:g} of it. Raise jitter (1e-6 lets duplicate landmarks pass), drop "
+        "duplicates, or pass whiten='sqrt', which leaves eigenvalues below jitter out"
+    )
+
+
+def factor_gradient(side: Side, product, problem: Problem):
+    """dL/dW, symmetric float64, from G'Phi (cholesky) or C'G (sqrt), G = dL/dPhi (MATH.md, section 3)."""
+    product = product.double()
+    if problem.whiten == "cholesky":
+        low = product.tril()
+        low = low + product.tril(-1).mT  # the symmetric matrix that the lower triangle stands for
+        half = torch.linalg.solve_triangular(side.factor.mT, low, upper=True)
+        weight = torch.linalg.solve_triangular(side.factor, half, upper=False, left=False) / -2
+        slope = problem.jitter / len(weight) * weight.trace()
+        return weight + slope * torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    U, (lam, root) = side.factor, side.spectrum.unbind()
+    inner = U.mT @ (product + product.mT) @ U / 2
+    keep = root != 0
+    kept = -root[:, None] * root * (root[:, None] * root / (root[:, None] + root).clamp(min=1e-300))
+    # one kept, one dropped: (f(a) - 0) / (a - b)
+    gap = lam[:, None] - lam
+    mixed = (root[:, None] - root) / torch.where(gap == 0, torch.ones_like(gap), gap)
+    both = keep[:, None] & keep
+    one = keep[:, None] ^ keep
+    quotient = torch.where(both, kept, torch.where(one, mixed, torch.zeros_like(kept)))
+    return U @ (quotient * inner) @ U.mT
+
+
+def landmark_gradient(side: Side, z, weight, want_sigma: bool):
+    """(dL/dz of prepared landmarks, dL/dsigma) through W, from weight = dL/dW; float64."""
+    z = _double(side, z)
+    t = _w_tile(side, z)
+    par = side.par.double()
+    slope = maps.kernel_slope(side.spec, t, par)
+    V = 2 * weight if slope is None else 2 * weight * slope
+    dsigma = (weight * maps.sigma_slope(side.spec, t, par)).sum() if want_sigma else None
+    if side.spec.of_distance:
+        V.diagonal().zero_()
+        return V @ z - V.sum(1, keepdim=True) * z, dsigma
+    return V @ z, dsigma
