@@ -25,7 +25,7 @@ def random_basis(
     Q, R = torch.linalg.qr(torch.randn(num_channels, k, generator=generator, dtype=torch.float64, device=where))
     # without this the distribution depends on the sign rule of the factorisation
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0)
-    return (Q * sign).to(device=device, dtype=dtype)
+    return (Q * sign).to(device=device, dtype=dtype).contiguous()
 
 
 def autoencoder_basis(
