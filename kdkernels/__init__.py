@@ -5,6 +5,7 @@ from . import losses
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
+from .logits import MixupBatch, distillation_kl, mixed_distillation, mixup
 from .projection import StreamingPCA, autoencoder_basis, projected_mse, random_basis
 from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_sort, spearman, spearman_corr
 
@@ -14,6 +15,7 @@ __all__ = [
     "Cosine",
     "Laplacian",
     "Linear",
+    "MixupBatch",
     "Polynomial",
     "RBF",
     "RankDiagnostics",
@@ -22,10 +24,13 @@ __all__ = [
     "available_backends",
     "cka",
     "debug_checks",
+    "distillation_kl",
     "explain",
     "gram_mse",
     "hsic",
     "losses",
+    "mixed_distillation",
+    "mixup",
     "mmd",
     "pearson",
     "projected_mse",

@@ -16,6 +16,7 @@ class Op(NamedTuple):
 _GRAM = ("triton", "cpp", "torch", "reference")
 _PROJECTION = ("triton", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
+_LOGITS = ("triton", "torch", "reference")
 _RANKS = ("rank_rows", "rank_rows_backward")
 
 OPS = {
@@ -32,5 +33,8 @@ OPS = {
         Op("spearman", "rank", _RANK, (*_RANKS, "spearman_rows")),
         Op("pearson", "rank", ("torch", "reference")),
         Op("spearman_corr", "rank", _RANK, _RANKS),
+        Op("mixup", "logits", _LOGITS),
+        Op("distillation_kl", "logits", _LOGITS),
+        Op("mixed_distillation", "logits", _LOGITS),
     )
 }

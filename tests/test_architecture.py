@@ -181,6 +181,9 @@ def test_every_op_takes_its_backend_last_and_shows_an_example():
             ["x", "y"],
             ["x", "regularization", "regularization_strength"],
             ["x", "regularization_strength"],
+            ["x", "labels"],
+            ["student", "teacher"],
+            ["student", "teacher", "labels", "permuted_labels", "lam"],
             ["s", "t", "basis"],
         )
         assert parameters[-1].name == "backend" and parameters[-1].default == "auto"

@@ -37,7 +37,7 @@ def test_an_op_keeps_the_contract(op, backend, check):
         assert backend == "reference" and check in ("accuracy", "autocast")
         return
     results = testing.contract(op, backend, "cpu", quick=True, checks=[check])
-    if check == "masks" and OPS[op].family == "rank":
+    if check == "masks" and OPS[op].family in ("rank", "logits"):
         assert not results  # absent entries are -inf in the rows themselves: the accuracy cases have them
         return
     assert_kept(results)

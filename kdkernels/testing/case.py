@@ -35,11 +35,16 @@ class Case(NamedTuple):
     masks: dict[str, tuple[str, ...]] = {}  # mask -> the inputs whose rows it drops
     gradient: bool = True  # False where only the value is specified (NaN)
     probe: bool = False  # the structural checks run on probes only
+    constants: tuple[str, ...] = ()  # floating inputs that the op gives no gradient to
     context: Callable = contextlib.nullcontext  # forces a path of the implementation, for instance small tiles
 
     @property
     def floats(self) -> list[str]:
         return [name for name, t in self.inputs.items() if t.is_floating_point()]
+
+    @property
+    def leaves(self) -> list[str]:
+        return [name for name in self.floats if name not in self.constants]
 
 
 class Outcome(NamedTuple):
@@ -94,7 +99,7 @@ def rounded(case: Case, dtype, device) -> dict[str, torch.Tensor]:
 
 def evaluate(case: Case, inputs, backend: str, upstream, needs=None) -> Outcome:
     """Value and gradients of sum(upstream * value) for the inputs named in `needs` (default: all floating ones)."""
-    needs = [*(case.floats if needs is None else needs)] if case.gradient else []
+    needs = [*(case.leaves if needs is None else needs)] if case.gradient else []
     inputs = {name: t.detach().requires_grad_(name in needs) for name, t in inputs.items()}
     with case.context():
         value = case.call(inputs, backend)

@@ -147,7 +147,7 @@ def probe_of(case: Case, backend: str, device: str) -> Probe:
 
 def needs(probe: Probe) -> Iterator[Result]:
     """Every subset of inputs that ask for a gradient gives the gradients of the full call."""
-    names = probe.case.floats
+    names = probe.case.leaves
     for size in range(len(names)):
         for subset in itertools.combinations(names, size):
             got = probe.run(probe.inputs, subset)

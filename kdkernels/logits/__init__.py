@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixup of a batch, the tempered divergence of logits, and the loss that joins both."""
+
+from .mixup import MixupBatch
+from .op import distillation_kl, mixed_distillation, mixup
+
+__all__ = ["MixupBatch", "distillation_kl", "mixed_distillation", "mixup"]

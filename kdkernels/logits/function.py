@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The differentiable operator of the family: schema, fake, autograd and dispatch to the implementation.
+
+Two operators of fixed arity, `kdkernels::logits_fwd` and `kdkernels::logits_bwd`, serve both losses. They take
+[..., C], as a view made outside would cost a graph node. What is saved beside the inputs is a few numbers a row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..autograd import apply, device_type, plain, without_autocast
+from . import torch_impl
+from .problem import STUDENT, TEACHER, Extras, Problem, compute_dtype
+
+
+def row_loss(student, teacher, problem: Problem, extras: Extras, reduction: str, backend: str):
+    """The reduced loss, with gradient where one is needed."""
+    need = 0
+    if torch.is_grad_enabled():
+        need = STUDENT * student.requires_grad | TEACHER * (teacher.requires_grad and not problem.mixed)
+    tau, alpha, mix, lam, mixed = problem
+    arguments = (student, teacher, *extras, tau, alpha, list(mix), lam, mixed, reduction, need, backend)
+    return (apply(RowLoss, *arguments) if need else forward(*arguments))[0]
+
+
+def forward(*arguments):
+    run = _logits_fwd if plain(*arguments[:7]) else torch.ops.kdkernels.logits_fwd
+    return run(*arguments)
+
+
+def backward(*arguments):
+    run = _logits_bwd if plain(*arguments[:9]) else torch.ops.kdkernels.logits_bwd
+    return run(*arguments)
+
+
+class RowLoss(torch.autograd.Function):
+    """One differentiable call; saved for backward: the logits and the statistics of `problem.py`."""
+
+    generate_vmap_rule = True
+
+    forward = staticmethod(forward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *ctx.how, need, _ = inputs[7:]
+        ctx.need, ctx.backend = need, inputs[-1]
+        _, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:7], statistics)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 15
+        # with create_graph=True the gradient must carry a graph, if only to say that it has none
+        run = RowLossGradient.apply if torch.is_grad_enabled() else backward
+        d_student, d_teacher = run(grad, *ctx.saved_tensors, *ctx.how, ctx.need, ctx.backend)
+        return d_student if ctx.need & STUDENT else None, d_teacher if ctx.need & TEACHER else None, *(None,) * 13
+
+
+class RowLossGradient(torch.autograd.Function):
+    """The backward pass as something that refuses to be differentiated again."""
+
+    generate_vmap_rule = True
+
+    forward = staticmethod(backward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the second derivative of a logits op is not written out: pass backend='reference' for it")
+
+
+def _implementation(backend):
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl
+    if backend == "cpp":
+        from . import native_impl
+
+        return native_impl
+    return torch_impl
+
+
+def _rows(t):
+    """[..., C] as [R, C]."""
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _logits_fwd(
+    student,
+    teacher,
+    labels,
+    permuted,
+    lam,
+    clean,
+    permutation,
+    tau,
+    alpha,
+    mix,
+    number,
+    mixed,
+    reduction,
+    need,
+    backend,
+):
+    problem = Problem(tau, alpha, tuple(mix), number, mixed)
+    extras = Extras(labels, permuted, lam, clean, permutation)
+    with without_autocast(device_type(student)):
+        run = _implementation(backend).forward
+        value, statistics = run(_rows(student), _rows(teacher), problem, extras, need)
+        if reduction == "none":
+            value = value.reshape(student.shape[:-1])
+        else:
+            value = value.mean() if reduction == "mean" else value.sum()
+    return value, statistics
+
+
+def _logits_fwd_fake(
+    student,
+    teacher,
+    labels,
+    permuted,
+    lam,
+    clean,
+    permutation,
+    tau,
+    alpha,
+    mix,
+    number,
+    mixed,
+    reduction,
+    need,
+    backend,
+):
+    dtype = compute_dtype(student, teacher, clean)
+    rows = student.shape[:-1]
+    problem = Problem(tau, alpha, tuple(mix), number, mixed)
+    value = student.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    return value, student.new_empty((problem.statistics, rows.numel()) if need else (0,), dtype=dtype)
+
+
+def _logits_bwd(
+    grad, student, teacher, labels, permuted, lam, clean, permutation, statistics, tau, alpha, mix, number, mixed,
+    reduction, need, backend,
+):  # fmt: skip
+    problem = Problem(tau, alpha, tuple(mix), number, mixed)
+    extras = Extras(labels, permuted, lam, clean, permutation)
+    rows = student.shape[:-1].numel()
+    factor = 1 / rows if reduction == "mean" else 1.0
+    grad = grad.reshape(-1) if reduction == "none" else grad.expand(rows)
+    with without_autocast(device_type(student)):
+        run = _implementation(backend).backward
+        d_student, d_teacher = run(grad, factor, _rows(student), _rows(teacher), statistics, problem, extras, need)
+    if student.dim() != 2:
+        d_student = d_student.reshape(student.shape) if need & STUDENT else d_student
+        d_teacher = d_teacher.reshape(teacher.shape) if need & TEACHER else d_teacher
+    return d_student, d_teacher
+
+
+def _logits_bwd_fake(
+    grad, student, teacher, labels, permuted, lam, clean, permutation, statistics, tau, alpha, mix, number, mixed,
+    reduction, need, backend,
+):  # fmt: skip
+    d_student = student.new_empty(student.shape if need & STUDENT else 0)
+    return d_student, teacher.new_empty(teacher.shape) if need & TEACHER else student.new_empty(0)
+
+
+def _register():
+    library = torch.library
+    tensors = "Tensor student, Tensor teacher, Tensor? labels, Tensor? permuted, Tensor? lam, Tensor? clean"
+    tensors += ", Tensor? permutation"
+    how = "float tau, float alpha, float[] mix, float number, bool mixed, str reduction, int need, str backend"
+    library.define("kdkernels::logits_fwd", f"({tensors}, {how}) -> (Tensor value, Tensor statistics)")
+    library.define(
+        "kdkernels::logits_bwd",
+        f"(Tensor grad, {tensors}, Tensor statistics, {how}) -> (Tensor d_student, Tensor d_teacher)",
+    )
+    for name, function, fake in (
+        ("kdkernels::logits_fwd", _logits_fwd, _logits_fwd_fake),
+        ("kdkernels::logits_bwd", _logits_bwd, _logits_bwd_fake),
+    ):
+        for device in ("CPU", "CUDA"):
+            library.impl(name, device)(function)
+        library.register_fake(name)(fake)
+
+
+_register()

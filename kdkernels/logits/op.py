@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses on logits that read each row once for the value and once for the gradient, and the mixing they start from.
+
+Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch), `triton_impl.py` (how, on a GPU) and
+`csrc/logits/` (how, on a CPU).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backend as backends
+from .. import checks
+from ..autograd import device_type, without_autocast
+from . import function, lerp, reference
+from .checks import (
+    check_fraction,
+    check_labels,
+    check_lam,
+    check_logits,
+    check_mix,
+    check_permutation,
+    check_reduction,
+    check_tau,
+)
+from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
+from .problem import Extras, Problem, compute_dtype
+
+__all__ = ["distillation_kl", "mixed_distillation", "mixup"]
+
+
+def mixup(x, labels, *, alpha=1.0, lam=None, per_sample=False, generator=None, backend="auto") -> MixupBatch:
+    """Virtual samples x~_i = lam x_i + (1 - lam) x_j with j = permutation(i), gathered and mixed in one pass.
+
+    Source: Zhang et al. 2018, arXiv 1710.09412 (whose experiments use alpha between 0.1 and 1 on images).
+
+    Args:
+        x: inputs or features [B, ...]; float16, bfloat16, float32 or float64.
+        labels: class indices, int [B].
+        alpha: lam is drawn from Beta(alpha, alpha); 0 is no mixing. lam: a number or a float tensor [] or [B] in its
+            place. per_sample: a lam for each sample, [B].
+        generator: of the draw of lam, and of the permutation after it: the same seed gives the same batch. One of the
+            CPU gives the same batch on every device, and waits for it.
+        backend: "auto", "triton", "cpp", "torch" or "reference".
+
+    Returns:
+        MixupBatch(x, labels, permuted_labels, lam, permutation): x in its own dtype, mixed in at least float32 and
+        rounded once; lam float32 (float64 for float64 x), [] or [B]; permutation int64 [B]. Gradients to x. lam = 1
+        gives x back exactly, as long as x is finite.
+
+    Raises:
+        ValueError: alpha < 0, lam outside [0, 1] (CUDA tensors are not looked at), labels of another length.
+        TypeError: x that is not float, labels that are not integers.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> batch = kd.mixup(torch.eye(4), torch.arange(4), alpha=0.4, generator=generator)
+    >>> torch.allclose(batch.x, batch.lam * torch.eye(4) + (1 - batch.lam) * torch.eye(4)[batch.permutation])
+    True
+    """
+    checks.floating(x, "x")
+    if x.dim() == 0:
+        raise ValueError("x is 0-d: give a batch [B, ...]")
+    B, dtype = x.shape[0], compute_dtype(x)
+    check_labels(labels, B, None, x, "labels", "x")
+    if lam is None:
+        lam = draw_lam(check_alpha(alpha), (B,) if per_sample else (), x.device, dtype, generator)
+    else:
+        lam = check_lam(lam, B, x, "x")
+        lam = lam.to(dtype) if isinstance(lam, torch.Tensor) else torch.full((), lam, dtype=dtype, device=x.device)
+        lam = lam.expand(B) if per_sample else lam
+    permutation = draw_permutation(B, x.device, generator)
+    chosen = backends.resolve("mixup", backend, device_type(x), (x.dtype,))
+    if chosen == "reference":
+        mixed = reference.mixup(x.to(dtype), lam, permutation).to(x.dtype)
+    else:
+        mixed = lerp.lerp(x, lam, permutation, chosen)
+    return MixupBatch(mixed, labels, labels[permutation], lam, permutation)
+
+
+def distillation_kl(student, teacher, *, tau=4.0, reduction="mean", backend="auto") -> torch.Tensor:
+    """tau^2 KL(p_t || p_s) of each row, p = softmax(z / tau), in nats; mean over the rows.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531.
+
+    Args:
+        student, teacher: logits [..., C], each leading index a row; float16 to float64, each side its own dtype.
+        tau: temperature, a positive number.
+        reduction: "mean" over the rows, "sum", or "none": [...].
+        backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
+
+    Returns:
+        A scalar, or [...]; float32 for half inputs, else the promoted dtype of both sides, in which it is computed.
+        Gradients to student and teacher. A logit of -inf is a class with probability 0: it adds nothing where the
+        teacher has it; where only the student has it the value is inf, and its gradient finite. A row with NaN, +inf,
+        or nothing but -inf is NaN, value and gradient, and leaves the other rows alone. A row whose upstream gradient
+        is 0 gets the gradient 0 even then.
+
+    Raises:
+        ValueError: shapes that differ, tau <= 0, no rows, an unknown reduction. TypeError: logits that are not float.
+
+    Equivalent to `F.kl_div(F.log_softmax(student / tau, -1), F.softmax(teacher / tau, -1), reduction="batchmean") *
+    tau**2` for [R, C].
+
+    >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> kd.distillation_kl(student, teacher, tau=2.0).backward()
+    >>> kd.distillation_kl(teacher, teacher).item()
+    0.0
+    """
+    check_logits(student, teacher)
+    check_reduction(reduction)
+    problem = Problem(check_tau(tau), 1.0, (1.0, 0.0, 0.0), 1.0, False)
+    chosen = backends.resolve("distillation_kl", backend, device_type(student), (student.dtype, teacher.dtype))
+    if chosen == "reference":
+        dtype = compute_dtype(student, teacher)
+        with without_autocast(device_type(student)):
+            return _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), problem.tau), reduction)
+    return function.row_loss(student, teacher, problem, Extras(), reduction, chosen)
+
+
+def mixed_distillation(
+    student,
+    teacher,
+    labels,
+    permuted_labels,
+    lam,
+    *,
+    tau,
+    alpha,
+    teacher_clean=None,
+    permutation=None,
+    mix=(1, 0, 0),
+    reduction="mean",
+    backend="auto",
+) -> torch.Tensor:
+    """(1 - alpha) CE(y~, p_s) + alpha tau^2 KL(q || p_s^tau) of each row of a mixed batch, in one pass.
+
+    y~ = lam e_a + (1 - lam) e_b, a = labels, b = permuted_labels; p_s at temperature 1 in the first term, p^tau =
+    softmax(z / tau) in the second; q = k1 p_t^tau(x~) + k2 [lam p_t^tau(x) + (1 - lam) p_t^tau(x[permutation])] + k3 y~
+    with mix = (k1, k2, k3). Source: the form of Similarity Transfer for KD, arXiv 2103.10047, see
+    `kd.losses.STKDLoss`.
+
+    Args:
+        student, teacher: logits of the mixed samples x~, [B, C]; float16 to float64, each its own dtype.
+        labels, permuted_labels: class indices, int [B].
+        lam: a number in [0, 1], or a float tensor [] or [B].
+        tau, alpha: temperature (> 0), and the share of the divergence in [0, 1].
+        teacher_clean, permutation: the teacher's logits of the samples before mixing, [B, C], and the permutation that
+            mixed them, int [B]; needed where k2 > 0, not read elsewhere.
+        mix: three weights >= 0 that sum to 1.
+        reduction: "mean" over the rows, "sum", or "none": [B].
+        backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
+
+    Returns:
+        As `distillation_kl`, with the gradient to the student only: teachers, lam and labels are constants. A term
+        whose weight is 0 is not computed, and what only it would read is not read: no 0 * inf. The cross-entropy of a
+        label with logit -inf is inf.
+
+    Raises:
+        ValueError: shapes that differ, labels or permutation out of range, lam or alpha outside [0, 1], tau <= 0.
+        TypeError: logits that are not float, labels that are not integers. Values of CUDA tensors are not looked at: a
+        label or lam out of range makes its row NaN, a permutation out of range is not allowed.
+
+    >>> x, labels = torch.randn(8, 5), torch.randint(10, (8,))
+    >>> batch = kd.mixup(x, labels, generator=torch.Generator().manual_seed(0))
+    >>> student, teacher = torch.nn.Linear(5, 10), torch.nn.Linear(5, 10)
+    >>> loss = kd.mixed_distillation(student(batch.x), teacher(batch.x), *batch[1:4], tau=4.0, alpha=0.9)
+    >>> loss.backward()
+    """
+    check_logits(student, teacher)
+    check_reduction(reduction)
+    if student.dim() != 2:
+        raise ValueError(f"student has shape {tuple(student.shape)}: give logits [B, C]")
+    B, C = student.shape
+    check_labels(labels, B, C, student, "labels")
+    check_labels(permuted_labels, B, C, student, "permuted_labels")
+    problem = Problem(check_tau(tau), check_fraction(alpha, "alpha"), check_mix(mix), 1.0, True)
+    lam = check_lam(lam, B, student)
+    if problem.mix[1]:
+        if teacher_clean is None or permutation is None:
+            raise ValueError(f"mix is {mix!r}: its second weight needs teacher_clean and permutation")
+        check_logits(student, teacher_clean, "teacher_clean")
+        check_permutation(permutation, B, student)
+    extras = Extras(labels.long(), permuted_labels.long())
+    if isinstance(lam, torch.Tensor):
+        extras = extras._replace(lam=lam)
+    else:
+        problem = problem._replace(lam=lam)
+    if problem.cleaned:
+        extras = extras._replace(clean=teacher_clean.detach(), permutation=permutation.long())
+    teacher = teacher.detach()
+    dtypes = (
+        (student.dtype, teacher.dtype) if extras.clean is None else (student.dtype, teacher.dtype, extras.clean.dtype)
+    )
+    chosen = backends.resolve("mixed_distillation", backend, device_type(student), dtypes)
+    if chosen == "reference":
+        with without_autocast(device_type(student)):
+            return _reduced(_reference(student, teacher, problem, extras), reduction)
+    return function.row_loss(student, teacher, problem, extras, reduction, chosen)
+
+
+def _reference(student, teacher, problem, extras):
+    dtype = compute_dtype(student, teacher, extras.clean)
+    lam = student.new_full((), problem.lam, dtype=dtype) if extras.lam is None else extras.lam.to(dtype)
+    clean = None if extras.clean is None else extras.clean.to(dtype)
+    rows, how = len(student), (problem.tau, problem.alpha, clean, extras.permutation, problem.mix)
+    return reference.mixed_distillation(
+        student.to(dtype), teacher.to(dtype), extras.labels, extras.permuted, lam.expand(rows), *how
+    )
+
+
+def _reduced(rows, reduction):
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one call asks of an implementation: `Problem` is what shapes the code, the tensors beside the logits `Extras`.
+
+Statistics saved of each row, [statistics, R] in the compute dtype; every log is that of a sum of exp(logit - maximum):
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# maxima and logs of the normalisers at tau, student and teacher; KL; then the student's log at temperature 1, and
+# maxima and logs of the two clean rows
+M_S, L_S, M_T, L_T, K, L_1, M_A, L_A, M_B, L_B = range(10)
+
+STUDENT, TEACHER = 1, 2  # bits of `need`
+
+
+class Problem(NamedTuple):
+    tau: float
+    alpha: float  # weight of the divergence; 1 - alpha is that of the cross-entropy
+    mix: tuple[float, float, float]
+    lam: float  # where `Extras.lam` is None
+    mixed: bool  # False: the plain divergence, Extras are None
+
+    @property
+    def hard(self) -> bool:
+        return self.alpha < 1
+
+    @property
+    def soft(self) -> bool:
+        return self.alpha > 0
+
+    @property
+    def labelled(self) -> bool:
+        """Labels and lambda are read."""
+        return self.mixed and (self.hard or self.mix[0] < 1)
+
+    @property
+    def cleaned(self) -> bool:
+        """The clean rows are read."""
+        return self.mixed and self.soft and self.mix[1] > 0
+
+    @property
+    def plain_target(self) -> bool:
+        """q is the teacher's softmax itself."""
+        return not self.mixed or self.mix[0] == 1
+
+    @property
+    def statistics(self) -> int:
+        return 10 if self.cleaned else 6 if self.mixed else 5
+
+
+class Extras(NamedTuple):
+    labels: torch.Tensor | None = None  # int64 [R]
+    permuted: torch.Tensor | None = None  # int64 [R]
+    lam: torch.Tensor | None = None  # [] or [R]
+    clean: torch.Tensor | None = None  # [R, C], its own dtype
+    permutation: torch.Tensor | None = None  # int64 [R]
+
+
+def compute_dtype(*tensors) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

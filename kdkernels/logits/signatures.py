@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel of the family in its default configurations, as ahead-of-time compilation needs it.
+
+Used by the compile-only test leg, which has no GPU: kernel, argument types, compile-time constants and launch options.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .triton_impl import MIX, ROWS
+from .triton_kernels import gradient_rows, loss_rows, mix_rows
+
+
+class CompileCase(NamedTuple):
+    name: str
+    kernel: object
+    signature: dict
+    attributes: dict  # divisibility by 16 of pointers and widths, as a launch finds it
+    constants: dict
+    warps: int
+    stages: int
+    tensor_cores: bool = False  # no products here
+    architectures: tuple[int, ...] = (80, 90, 100)
+
+
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+INDICES = ("labels_ptr", "permuted_ptr", "order_ptr", "index_ptr")
+FLOATS = ("tau", "inverse_tau", "alpha", "k1", "k2", "k3", "number", "factor")
+ALIGNED = ("C", "width", "s_r", "t_r", "clean_r")
+SINGLE = ("value_ptr", "stat_ptr", "grad_ptr", "lam_ptr", "weight_ptr", "other_ptr")
+
+
+def _type(argument: str, dtype: str) -> str:
+    """The Triton type of a kernel argument by its name."""
+    if argument in INDICES:
+        return "*i64"
+    if argument in SINGLE:
+        return "*fp32"
+    return POINTERS[dtype] if argument.endswith("_ptr") else "fp32" if argument in FLOATS else "i32"
+
+
+def _case(name, kernel, dtype, warps, **constants) -> CompileCase:
+    signature = {a: "constexpr" if a in constants else _type(a, dtype) for a in kernel.arg_names}
+    aligned = [k for k, a in enumerate(kernel.arg_names) if a.endswith("_ptr") or a in ALIGNED]
+    attributes = {(k,): [["tt.divisibility", 16]] for k in aligned if kernel.arg_names[k] not in constants}
+    return CompileCase(f"{name}-{dtype}", kernel, signature, attributes, constants, warps, 3)
+
+
+# what training uses: the divergence with a student's gradient, the mixed loss, its target with every term
+FORMS = {
+    "kl": {"SOFT": True, "HARD": False, "LABELLED": False, "PLAIN": True, "CLEAN": False, "HAS_LAM": False},
+    "mixed": {"SOFT": True, "HARD": True, "LABELLED": True, "PLAIN": True, "CLEAN": False, "HAS_LAM": True},
+    "full": {"SOFT": True, "HARD": True, "LABELLED": True, "PLAIN": False, "CLEAN": True, "HAS_LAM": True},
+}
+
+
+def compile_cases():
+    for dtype in POINTERS:
+        for limit, config in ROWS:
+            for form, flags in FORMS.items():
+                name = f"{form}-{'long' if limit == 1 << 31 else f'c{limit}'}"
+                shared = {"BLOCK": config.block, **flags}
+                yield _case(
+                    f"loss_rows-{name}", loss_rows, dtype, config.warps, MIXED=form != "kl", KEEP=True, **shared
+                )
+                for side in ("student", "teacher") if form == "kl" else ("student",):
+                    sides = {"STUDENT": side == "student", "TEACHER": side == "teacher"}
+                    yield _case(f"gradient_rows-{side}-{name}", gradient_rows, dtype, config.warps, **sides, **shared)
+        yield _case("mix_rows", mix_rows, dtype, MIX.warps, BLOCK=MIX.block)
+    # a single class: C and the row strides are then constants of the launch
+    config, ones = ROWS[0][1], {"C": 1, "s_r": 1, "t_r": 1, "clean_r": 1}
+    for form, flags in FORMS.items():
+        shared = {"BLOCK": config.block, **flags, **ones}
+        yield _case(f"loss_rows-{form}-c1", loss_rows, "float32", config.warps, MIXED=form != "kl", KEEP=True, **shared)
+        sides = {"STUDENT": True, "TEACHER": form == "kl"}
+        yield _case(f"gradient_rows-{form}-c1", gradient_rows, "float32", config.warps, **sides, **shared)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contract and the benchmark need to know of the logits family: cases in every data regime, caps, bytes.
+
+A loss is judged in units of the terms that it adds up, tau^2 sum_c q_c (|log q_c| + |log p_c|) and the cross-entropy; a
+gradient in units of the probabilities that it is a difference of. Half inputs are computed in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from ..testing import REGIMES, Caps, Case, pair
+from . import op as ops
+from . import reference, torch_impl
+
+HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
+EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
+TAUS = (1.0, 4.0, 2.0, 3.7, 0.5)
+REDUCTIONS = ("none", "mean", "sum")
+MIXES = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 0.25, 0.25))
+# one class, two, around the vectors and blocks of every backend, odd and prime
+SIZES = (1, 2, 3, 7, 8, 13, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129)
+MORE_SIZES = (255, 257, 511, 513, 1000, 1023, 1025, 2049, 5003)
+
+
+def caps(dtype: torch.dtype) -> Caps:
+    return Caps(1e-13, 1e-12) if dtype == DOUBLE else Caps(1e-6, 2e-6)
+
+
+@contextlib.contextmanager
+def small_chunks(backend: str):
+    """Several chunks of rows in PyTorch and several blocks of a row in Triton, on rows that a test can afford."""
+    places = [(torch_impl, "CPU_CHUNK", 128), (torch_impl, "CUDA_CHUNK", 128)]
+    if backend == "triton":
+        from . import triton_impl  # here, as importing it needs triton
+
+        places.append((triton_impl, "ROWS", ((1 << 31, triton_impl.Config(16, 1)),)))
+    before = [getattr(module, name) for module, name, _ in places]
+    try:
+        for module, name, value in places:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+
+
+def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
+    """The cases of one op; quick leaves out combinations."""
+    generator = torch.Generator().manual_seed(0)
+    family = {"mixup": _mixup, "distillation_kl": _kl, "mixed_distillation": _mixed}[op]
+    return family(backend, quick, generator)
+
+
+def _finite(value):
+    """inf as a number that errors can be measured by."""
+    return torch.where(value == math.inf, -7.0, value)
+
+
+def _reduced(rows, reduction):
+    """The size of a reduced loss from that of its rows, the largest for a vector of them."""
+    rows = torch.where(rows.isfinite(), rows, 0.0)
+    return {"none": rows.max(), "mean": rows.mean(), "sum": rows.sum()}[reduction]
+
+
+def _share(reduction, rows):
+    return 1 / rows if reduction == "mean" else 1.0
+
+
+# ---- distillation_kl
+
+
+def _kl(backend, quick, generator):
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, tau in enumerate(TAUS):
+            for k, reduction in enumerate(REDUCTIONS):
+                count += 1
+                if quick and (i + j + k) % 3:
+                    continue
+                shape = ((9, 37), (2, 3, 40), (5, 100))[count % 3]
+                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+                yield _kl_case(*pair(regime, shape, shape, generator), tau, reduction, regime, dtypes=dtypes)
+    for C in SIZES if quick else (*SIZES, *MORE_SIZES):
+        s, t = pair("peaky", (3, C), (3, C), generator)
+        yield _kl_case(s, t, 2.0, "none", "size", dtypes=(SINGLE, HALF[C % 2]))
+    s, t = pair("peaky", (4, 100), (4, 100), generator)
+    for tau in (1.0, 4.0):
+        yield _kl_case(1e4 * s, 1e4 * t, tau, "none", "huge", dtypes=(SINGLE, torch.bfloat16))
+        yield _kl_case(s + 1e4, t - 3e4, tau, "none", "far", dtypes=(SINGLE,))
+    yield from _closed(generator)
+    if backend != "reference":
+        for regime in ("edge", "peaky", "near"):
+            s, t = pair(regime, (11, 37), (11, 37), generator)
+            context = partial(small_chunks, backend)
+            yield _kl_case(s, t, 3.0, "none", regime + " chunks", dtypes=(SINGLE, HALF[0]), context=context)
+    yield _kl_case(torch.randn(33, generator=generator).double(), torch.zeros(33).double(), 4.0, "mean", "one row")
+    for tau, reduction in ((4.0, "mean"), (1.5, "none")):
+        yield _kl_case(*pair("peaky", (7, 33), (7, 33), generator), tau, reduction, "probe", probe=True)
+
+
+def _closed(generator):
+    """Classes at -inf on both sides, on one, and rows that are poisoned between healthy ones."""
+    s, t = (torch.randn(7, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    out = torch.rand(7, 12, generator=generator) < 0.3
+    out[:, 0] = False
+    both = [x.masked_fill(out, -math.inf) for x in (s, t)]
+    yield _kl_case(*both, 2.0, "none", "closed", dtypes=(SINGLE, *HALF, DOUBLE))
+    yield _kl_case(s, both[1], 2.0, "none", "closed teacher", dtypes=(SINGLE, *HALF))
+    one = s.clone()
+    one[2, 5] = -math.inf
+    yield _kl_case(one, t, 2.0, "none", "closed student", dtypes=(SINGLE, *HALF), constants=("teacher",))
+    bad = s.clone()
+    bad[1, 3], bad[3, 11], bad[5] = math.nan, math.inf, -math.inf
+    yield _kl_case(bad, t, 2.0, "none", "poisoned student", dtypes=(SINGLE, *HALF))
+    yield _kl_case(t, bad, 2.0, "none", "poisoned teacher", dtypes=(SINGLE, *HALF))
+
+
+def _kl_case(student, teacher, tau, reduction, label, **fields):
+    def call(t, backend):
+        return _finite(ops.distillation_kl(t["student"], t["teacher"], tau=tau, reduction=reduction, backend=backend))
+
+    def sizes(t):
+        log_p, log_q = (reference.log_p(t[side].detach(), tau) for side in ("student", "teacher"))
+        q = log_q.exp()
+        return log_p, q, torch.where(q == 0, 0.0, log_q.abs() + log_p.abs())
+
+    def scale(t):
+        _, q, logs = sizes(t)
+        return _reduced(tau**2 * (q * logs).sum(-1), reduction).clamp(min=1e-3)
+
+    def terms(t):
+        log_p, q, logs = sizes(t)
+        of_teacher = q * (logs + (q * logs).sum(-1, keepdim=True))
+        of_student = log_p.exp() + q
+        parts = (t["student"] * of_student).sum(-1) + (t["teacher"] * of_teacher).sum(-1)
+        return tau * (parts if reduction == "none" else parts.sum() * _share(reduction, parts.numel()))
+
+    inputs = {"student": student, "teacher": teacher}
+    name = f"tau {tau:g} {reduction} {label} {'x'.join(map(str, student.shape))}"
+    return Case(name, inputs, call, caps, scale, terms, **fields)
+
+
+# ---- mixed_distillation
+
+
+def _mixed(backend, quick, generator):
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, mix in enumerate(MIXES):
+            for k, alpha in enumerate((0.9, 0.3, 1.0, 0.0)):
+                count += 1
+                if quick and (i + j + k) % 3:
+                    continue
+                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+                how = (TAUS[count % len(TAUS)], alpha, mix, REDUCTIONS[count % 3], ("rows", "one", "number")[count % 3])
+                yield _mixed_case(regime, (9, (37, 40, 100)[count % 3]), *how, regime, generator, dtypes=dtypes)
+    for C in SIZES if quick else (*SIZES, *MORE_SIZES):
+        for mix in (MIXES[0], MIXES[3]):
+            how = (4.0, 0.6, mix, "none", "rows")
+            yield _mixed_case("peaky", (3, C), *how, "size", generator, dtypes=(SINGLE, HALF[C % 2]))
+    for lam in (0.0, 1.0):
+        yield _mixed_case("peaky", (5, 33), 2.0, 0.5, MIXES[3], "none", lam, f"lam {lam:g}", generator)
+    for bad in (math.nan, math.inf):
+        yield _mixed_case("bland", (5, 12), 2.0, 0.5, MIXES[0], "none", "rows", f"poisoned {bad}", generator, bad)
+    if backend != "reference":
+        for regime, mix in (("edge", MIXES[3]), ("peaky", MIXES[0]), ("peaky", MIXES[1])):
+            fields = {"context": partial(small_chunks, backend), "dtypes": (SINGLE, HALF[0])}
+            yield _mixed_case(regime, (11, 37), 3.0, 0.7, mix, "none", "rows", "chunks", generator, **fields)
+    for mix, reduction in ((MIXES[0], "mean"), (MIXES[3], "none")):
+        yield _mixed_case("peaky", (7, 33), 4.0, 0.7, mix, reduction, "rows", "probe", generator, probe=True)
+
+
+def _mixed_case(regime, shape, tau, alpha, mix, reduction, lam, label, generator, bad=None, **fields):
+    R, C = shape
+    student, teacher = pair(regime, shape, shape, generator)
+    if bad is not None:
+        student[1, 3] = bad
+    clean = pair(regime, shape, shape, generator)[1]
+    a, b = (torch.randint(C, (R,), generator=generator) for _ in range(2))
+    order = torch.randperm(R, generator=generator)
+    share = torch.rand(R, generator=generator, dtype=torch.float64)
+    inputs = {"student": student, "teacher": teacher, "clean": clean, "a": a, "b": b, "order": order}
+    if lam in ("rows", "one"):
+        inputs["lam"] = share if lam == "rows" else share[0]
+    number = 0.3 if lam == "number" else lam
+
+    def call(t, backend):
+        cleaned = {"teacher_clean": t["clean"], "permutation": t["order"]} if mix[1] else {}
+        return ops.mixed_distillation(
+            t["student"], t["teacher"], t["a"], t["b"], t.get("lam", number), tau=tau, alpha=alpha, mix=mix,
+            reduction=reduction, backend=backend, **cleaned,
+        )  # fmt: skip
+
+    def parts(t):
+        weight = torch.as_tensor(t.get("lam", number), dtype=torch.float64).expand(R)
+        hard = reference.mixed_label(t["a"], t["b"], weight, C)
+        q = reference.target(t["teacher"], t["clean"], t["order"], hard, weight, tau, mix)
+        return hard, q, *(reference.log_p(t["student"].detach(), temperature) for temperature in (1, tau))
+
+    def scale(t):
+        hard, q, log_1, log_p = parts(t)
+        soft = torch.xlogy(q, q).abs() + torch.where(q == 0, 0.0, q * log_p.abs())
+        rows = (1 - alpha) * (hard * log_1.abs()).sum(-1) + alpha * tau**2 * soft.sum(-1)
+        return _reduced(rows, reduction).clamp(min=1e-3)
+
+    def terms(t):
+        hard, q, log_1, log_p = parts(t)
+        size = (1 - alpha) * (log_1.exp() + hard) + alpha * tau * (log_p.exp() + q)
+        rows = (t["student"] * size).sum(-1)
+        return rows if reduction == "none" else rows.sum() * _share(reduction, R)
+
+    fields.setdefault("constants", ("teacher", "clean", "lam"))
+    name = f"tau {tau:g} alpha {alpha:g} mix {mix} {reduction} lam {lam} {label} {R}x{C}"
+    return Case(name, inputs, call, caps, scale, terms, **fields)
+
+
+# ---- mixup
+
+
+def _mixup(backend, quick, generator):
+    for regime in REGIMES:
+        for shape in ((9, 37), (4, 3, 5, 5), (7, 1), (13,)):
+            for lam in ("rows", "one", "number"):
+                yield _mixup_case(regime, shape, lam, regime, generator, dtypes=(SINGLE, *HALF, DOUBLE))
+    for size in SIZES if quick else (*SIZES, *MORE_SIZES):
+        yield _mixup_case("bland", (3, size), "rows", "size", generator, dtypes=(SINGLE, HALF[size % 2]))
+        yield _mixup_case("bland", (size, 3), "one", "size", generator, dtypes=(SINGLE, HALF[size % 2]))
+    for lam in ("rows", "one"):
+        yield _mixup_case("offset3", (7, 33), lam, "probe", generator, probe=True)
+
+
+def _mixup_case(regime, shape, lam, label, generator, **fields):
+    x = pair(regime, shape, shape, generator)[0] if len(shape) > 1 else torch.randn(shape, generator=generator).double()
+    share = torch.rand(shape[0], generator=generator, dtype=torch.float64)
+    inputs = {"x": x, "labels": torch.arange(shape[0])}
+    if lam != "number":
+        inputs["lam"] = share if lam == "rows" else share[0]
+
+    def call(t, backend):
+        seeded = torch.Generator().manual_seed(1)  # of the CPU: one permutation on every device
+        return ops.mixup(t["x"], t["labels"], lam=t.get("lam", 0.3), generator=seeded, backend=backend).x
+
+    name = f"lam {lam} {label} {'x'.join(map(str, shape))}"
+    scale = lambda t: t["x"].abs().max()  # noqa: E731
+    return Case(name, inputs, call, caps, scale, constants=("lam",), **fields)
+
+
+def bytes_moved(R: int, C: int, itemsize: int, backward: bool = False) -> int:
+    """The least traffic of a loss: both rows are read once, and once more where the gradient is written."""
+    return R * C * itemsize * (5 if backward else 2)
+
+
+def flops(R: int, C: int, exponentials: int = 2) -> int:
+    """Exponentials, the arithmetic that counts."""
+    return R * C * exponentials

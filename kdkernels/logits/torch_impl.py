@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family in PyTorch: rows in chunks that stay in cache, probabilities recomputed from a few numbers a row.
+
+Nothing of the size of the logits is saved; temporaries are of the size of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .problem import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem, compute_dtype
+
+CPU_CHUNK, CUDA_CHUNK = 1 << 16, 1 << 25  # elements: a few temporaries fit the second-level cache; the launches count
+
+
+def _chunks(student):
+    R, C = student.shape
+    rows = max(1, (CPU_CHUNK if student.device.type == "cpu" else CUDA_CHUNK) // C)
+    return [slice(begin, min(R, begin + rows)) for begin in range(0, R, rows)]
+
+
+def _lam(problem: Problem, extras: Extras, rows: slice, count: int, like):
+    """[r, 1]; NaN where it is outside [0, 1], which only a CUDA tensor can still be here."""
+    if extras.lam is None:
+        return like.new_full((count, 1), problem.lam)
+    lam = extras.lam.expand(extras.labels.shape)[rows, None].to(like.dtype)
+    return torch.where((lam >= 0) & (lam <= 1), lam, torch.nan)
+
+
+def _shifted(logits, tau, dtype):
+    """x - max, (x - max) / tau, the maximum [r, 1], and the log of the sum of exponentials at tau."""
+    x = logits.to(dtype)
+    top = x.amax(-1, keepdim=True)
+    x = x - top
+    scaled = x / tau if tau != 1 else x
+    return x, scaled, top, scaled.exp().sum(-1, keepdim=True).log()
+
+
+def _classes(labels, C):
+    """The classes to read, and NaN where a label is none: only a CUDA tensor can still hold such."""
+    outside = (labels < 0) | (labels >= C)
+    return labels.clamp(0, C - 1)[:, None], torch.where(outside, torch.nan, 0.0)[:, None]
+
+
+def _target(problem, extras, rows, p, lam, clean):
+    """q [r, C]; p is the teacher's softmax, which is overwritten."""
+    q = p.mul_(problem.mix[0])
+    if clean is not None:
+        q += problem.mix[1] * (lam * clean[0] + (1 - lam) * clean[1])
+    if problem.mix[2]:
+        a, b = (_classes(labels[rows], p.shape[-1])[0] for labels in (extras.labels, extras.permuted))
+        q.scatter_add_(-1, a, problem.mix[2] * lam).scatter_add_(-1, b, problem.mix[2] * (1 - lam))
+    return q
+
+
+def _clean_rows(extras, rows):
+    return extras.clean[rows], extras.clean[extras.permutation[rows]]
+
+
+def forward(student, teacher, problem: Problem, extras: Extras, need: int):
+    """The loss of each row [R], and the statistics [statistics, R] that backward needs ([0] without `need`)."""
+    dtype = compute_dtype(student, teacher, extras.clean)
+    R, C = student.shape
+    values = student.new_empty(R, dtype=dtype)
+    statistics = student.new_empty((problem.statistics, R) if need else (0,), dtype=dtype)
+    tau = problem.tau
+    for rows in _chunks(student):
+        z, zs, m_s, l_s = _shifted(student[rows], tau, dtype)
+        lam = _lam(problem, extras, rows, len(z), z) if problem.labelled else None
+        kept, clean_kept, value = [m_s, l_s], [], 0
+        if problem.soft:
+            _, log_q, m_t, l_t = _shifted(teacher[rows], tau, dtype)
+            log_q, log_p, clean = log_q.sub_(l_t), zs - l_s, None
+            q = log_q.exp()
+            if problem.cleaned:
+                clean = []
+                for logits in _clean_rows(extras, rows):
+                    _, x, m, l = _shifted(logits, tau, dtype)
+                    clean.append((x - l).exp_())
+                    clean_kept += [m, l]
+            if not problem.plain_target:
+                q = _target(problem, extras, rows, q, lam, clean)
+                log_q = q.log()
+            # not the product alone: 0 * infinity, where a side excludes a class
+            divergence = tau**2 * log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0).sum(-1, keepdim=True)
+            value = problem.alpha * divergence
+            kept += [m_t, l_t, divergence]
+        else:
+            kept += [torch.zeros_like(m_s)] * 3
+        if problem.mixed:
+            l_1 = z.exp().sum(-1, keepdim=True).log()
+            kept += [l_1, *clean_kept]
+        if problem.labelled:
+            (a, wrong_a), (b, wrong_b) = (_classes(t[rows], C) for t in (extras.labels, extras.permuted))
+            if problem.hard:
+                hard = torch.where(lam == 0, 0.0, lam * (l_1 - z.gather(-1, a)))
+                hard = hard + torch.where(lam == 1, 0.0, (1 - lam) * (l_1 - z.gather(-1, b)))
+                value = value + (1 - problem.alpha) * hard
+            value = value + (wrong_a + wrong_b + 0 * lam).to(dtype)
+        values[rows] = value[:, 0]
+        if need:
+            statistics[:, rows] = torch.cat(kept, -1).mT
+    return values, statistics
+
+
+def backward(grad, factor: float, student, teacher, statistics, problem: Problem, extras: Extras, need: int):
+    """d/d student and d/d teacher of sum_r factor grad_r loss_r; grad [R] of any stride; [0] where not asked for.
+
+    A row with grad 0 gets exactly 0, whatever it holds: how losses leave masked rows out.
+    """
+    d_student = torch.empty_like(student, memory_format=torch.contiguous_format) if need & STUDENT else None
+    d_teacher = torch.empty_like(teacher, memory_format=torch.contiguous_format) if need & TEACHER else None
+    dtype, tau = statistics.dtype, problem.tau
+    for rows in _chunks(student):
+        of = statistics[:, rows, None]
+        g = grad[rows, None].to(dtype) * factor
+        counts = g != 0
+        z = student[rows].to(dtype) - of[M_S]
+        d, lam = torch.zeros_like(z), None
+        if problem.labelled:
+            lam = _lam(problem, extras, rows, len(z), z)
+            (a, wrong_a), (b, wrong_b) = (_classes(t[rows], z.shape[-1]) for t in (extras.labels, extras.permuted))
+        if problem.soft:
+            log_p = z / tau - of[L_S]
+            log_q = (teacher[rows].to(dtype) - of[M_T]).div_(tau).sub_(of[L_T])
+            q = log_q.exp()
+            if d_teacher is not None:  # tau g q_c (log q_c - log p_c - KL)
+                d = torch.where(q == 0, 0.0, q * (log_q - log_p - of[K] / tau**2))
+                d_teacher[rows] = torch.where(counts, d * (tau * g), 0.0).to(teacher.dtype)
+                if d_student is None:
+                    continue
+            if not problem.plain_target:
+                clean = None
+                if problem.cleaned:
+                    pairs = zip(_clean_rows(extras, rows), ((M_A, L_A), (M_B, L_B)), strict=True)
+                    clean = [((t.to(dtype) - of[m]) / tau - of[l]).exp_() for t, (m, l) in pairs]
+                q = _target(problem, extras, rows, q, lam, clean)
+            d = log_p.exp_().sub_(q).mul_(problem.alpha * tau)
+        if problem.labelled:
+            if problem.hard:
+                d += z.sub_(of[L_1]).exp_().mul_(1 - problem.alpha)
+                d.scatter_add_(-1, a, (problem.alpha - 1) * lam)
+                d.scatter_add_(-1, b, (problem.alpha - 1) * (1 - lam))
+            d += (wrong_a + wrong_b + 0 * lam).to(dtype)
+        d_student[rows] = torch.where(counts, d.mul_(g), 0.0).to(student.dtype)
+    empty = student.new_empty(0)
+    return empty if d_student is None else d_student, empty if d_teacher is None else d_teacher
+
+
+def lerp_rows(x, weight, other, index):
+    """weight_i x_i + other_i x_index(i) along the first dimension, in at least float32, rounded once."""
+    dtype = compute_dtype(x)
+    R = x.shape[0]
+    shape = (-1, *[1] * (x.dim() - 1))
+    weight, other = (w.to(dtype).expand(R).reshape(shape) for w in (weight, other))
+    if x.dtype == dtype:
+        return (x[index] * other).addcmul_(x, weight)
+    return (x[index].to(dtype) * other).addcmul_(x.to(dtype), weight).to(x.dtype)
