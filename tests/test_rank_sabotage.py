@@ -128,7 +128,7 @@ SABOTAGE = {
         "value",
         {(metrics, "drop_pairs"): lambda x, y: (x, y, (x != -math.inf) & (y != -math.inf))},
     ),
-    "pearson's gradient without its second term": ("pearson", "gradient x", {(metrics, "pearson_gradient"): first_term}),
+    "pearson's gradient, first term only": ("pearson", "gradient x", {(metrics, "pearson_gradient"): first_term}),
     "mean of n, not of what is there": ("spearman_corr", "value", {(metrics, "of_ranks"): mean_of_all}),
 }  # fmt: skip
 

@@ -13,13 +13,7 @@ import torch
 
 from .. import backend as backends
 from ..autograd import without_autocast
-from . import (
-    batching,  # noqa: F401  registers
-    function,
-    metrics,
-    pairs,
-    reference,
-)
+from . import function, metrics, pairs, reference
 from .checks import check_pair, check_regularization, check_rows
 from .strength import Strength, of_rows, parse
 
@@ -29,7 +23,33 @@ __all__ = ["RankDiagnostics", "pearson", "rank_diagnostics", "soft_rank", "soft_
 def soft_rank(
     x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, backend="auto"
 ) -> torch.Tensor:
-    """Soft ranks along dim: the projection of x / eps on the permutahedron of (n, ..., 1).
+    """Differentiable ranks along dim: the projection of x / eps on the permutahedron, the hull of all ranks 1..n.
+
+    Source: Blondel, Teboul, Berthet, Djolonga 2020 (arXiv 2002.08871). With x sorted descending and pooled into blocks
+    of neighbours, l2: r_i = mean_B w + (x_i - mean_B x) / eps, kl: r_i = R_B exp(x_i / eps) / sum_B exp(x / eps), where
+    w = n, ..., 1 and R_B = sum_B w. An element alone in its block has its hard rank, and gradient 0.
+
+    Args:
+        x: [..., n] along dim; float16, bfloat16, float32 or float64, any strides. -inf marks an absent entry.
+        regularization: "l2", or "kl" (entropic; neighbours at w pool within eps log(w / (w - 1)), so it is harder).
+        regularization_strength: eps, in the unit of x. A number; 0 gives hard ranks with zero gradient. A tensor, 0-d
+            or one value a row, all > 0; it may have a gradient. "auto" is ("auto", 1.0), and ("auto", c) is
+            eps = c std(x) sqrt(12) / n of the row's present entries, detached: softness then does not depend on the
+            scale of x or on n. Under eps = 1 rows of unit scale and n >= 100 are one block, and r is affine in x.
+        descending: the largest gets rank 1 (x is negated; -inf stays absent).
+        backend: "auto", "cuda", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
+
+    Returns:
+        Ranks from 1 (smallest) to n, float32 for half inputs (float16 has no rank 2049), else x's dtype, like x. Blocks
+        and means are found in float64. Gradients to x, in its dtype, and to a strength tensor. Ties share their rank;
+        they pool always. Absent entries: rank 0, gradient 0, the others are ranked as if they were not there. A row
+        with NaN or +inf is NaN, and so is its gradient; no other row is. A constant row has ranks (n + 1) / 2 and, as
+        its "auto" strength is c, a gradient.
+
+    Raises:
+        TypeError: x or a strength that is not floating. ValueError: a dim out of range, an unknown regularization, a
+        strength that is negative or not finite (of a CUDA tensor nothing is read: the row is then NaN or undefined),
+        more than 2^31 - 1 entries along dim.
 
     >>> kd.soft_rank(torch.tensor([5.0, 1.0, 2.0]), "l2", 2.0)
     tensor([3.0000, 1.2500, 1.7500])
@@ -40,7 +60,15 @@ def soft_rank(
 def soft_sort(
     x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, backend="auto"
 ) -> torch.Tensor:
-    """Softly sorted values along dim: the projection of (n, ..., 1) / eps on the permutahedron of x.
+    """Differentiable sorting along dim: the projection of (n, ..., 1) / eps on the permutahedron of x.
+
+    Source: as `soft_rank`. With s = x sorted descending, l2: v_i = mean_B s + ((a + b - 1) / 2 - i) / eps in block
+    [a, b), kl: v_i = z_i - LSE_B z + LSE_B s with z_i = (n - i) / eps. Here a large eps pools everything (l2: to the
+    mean of x) and a small one sorts. Unlike in `soft_rank`, ties may fall into different blocks: they are told apart
+    by their position (stable).
+
+    Arguments, errors and NaN as in `soft_rank`; eps has the unit of 1 / x, and "auto" is no natural choice. Absent
+    entries (-inf) come last, as -inf, in either direction. The dtype is that of `soft_rank`. Ascending by default.
 
     >>> kd.soft_sort(torch.tensor([5.0, 1.0, 2.0]), "l2", 2.0)
     tensor([2.1667, 2.6667, 3.1667])
@@ -77,14 +105,17 @@ def _soft_sort(rows, strength, kl, descending, chosen):
 
 
 class RankDiagnostics(NamedTuple):
-    """Of each row: the fraction of elements pooled with others, and the number of blocks."""
+    """Of each row: the fraction of its present entries pooled with others (float32), and the number of blocks."""
 
     fraction_pooled: torch.Tensor
     blocks: torch.Tensor
 
 
 def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="l2", backend="auto") -> RankDiagnostics:
-    """How soft the ranks are.
+    """How soft the ranks of x are: 0 pooled are hard ranks without gradient; one block of all is no ranking any more.
+
+    In one block an l2 rank is affine in x: "Spearman" is then Pearson (STRENGTH.md). Arguments as in `soft_rank`; entries alone in their block, and all under strength 0, are not
+    pooled. Without gradient. Rows that are NaN count as not pooled.
 
     >>> kd.rank_diagnostics(torch.tensor([5.0, 1.0, 2.0]), 2.0)
     RankDiagnostics(fraction_pooled=tensor(0.6667), blocks=tensor(2))
@@ -104,7 +135,22 @@ def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="
 def spearman(
     x, y, *, dim=-1, regularization="l2", regularization_strength="auto", hard_target=False, backend="auto"
 ) -> torch.Tensor:
-    """Differentiable rank correlation of the rows of x and y.
+    """Differentiable rank correlation, one value a row: rho = <r - m, t - m> / (|r - m| |t - m|), m = (n + 1) / 2.
+
+    r and t are the soft ranks of x and y (`soft_rank`), each with an eps of its own under "auto"; the mean m is exact.
+
+    Args:
+        x, y: [..., n] along dim, of one shape, each with a float dtype of its own.
+        regularization, regularization_strength: as in `soft_rank`; the default adapts to each row's spread and n.
+        hard_target: y's ranks are hard, ties averaged, and y's gradient is 0.
+        backend: as in `soft_rank`; "cpp" and "cuda" fuse ranks, correlation and gradient (not under a strength tensor).
+
+    Returns:
+        [...] without dim, float32, float64 if either input is. Gradients to x, y and a strength tensor. A pair absent
+        (-inf) on either side is dropped from both, whatever its other half holds. Fewer than two pairs, or a side
+        whose ranks are all equal: 0 with zero gradient. NaN or +inf: value and gradients NaN in that row only.
+
+    Raises: as `soft_rank`, and ValueError for two shapes or two devices.
 
     >>> x = torch.randn(4, 10)
     >>> kd.spearman(x, 2 * x + 1).allclose(torch.ones(4))
@@ -126,7 +172,10 @@ def spearman(
 
 
 def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
-    """Linear correlation of the rows of x and y.
+    """Linear correlation, one value a row: <x - mean x, y - mean y> / (|x - mean x| |y - mean y|).
+
+    Sums are float64. Absent pairs, constant rows (0 with zero gradient), NaN, shapes and dtypes as in `spearman`; the
+    gradient is written out. backend: "auto", "torch" or "reference".
 
     >>> x = torch.randn(4, 10)
     >>> kd.pearson(x, 2 * x + 1).allclose(torch.ones(4))
@@ -142,7 +191,9 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
 
 
 def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
-    """Rank correlation with hard ranks, ties averaged, as scipy's: a metric, without gradient.
+    """Rank correlation of hard ranks, ties averaged, equal to scipy.stats.spearmanr: a metric, without gradient.
+
+    Absent pairs, constant rows (0, where scipy has NaN), NaN, shapes and dtypes as in `spearman`.
 
     >>> kd.spearman_corr(torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0]))
     tensor(0.9487)
