@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+// Soft ranks of one row and their gradient. Float32 and float64 rows are sorted; long half rows are counted, for they
+// have few distinct values, and then each entry looks its rank up by its own bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+
+#include "cpu_isotonic.h"
+#include "cpu_sort.h"
+
+namespace kdkernels {
+
+struct Rule {
+  bool relative, kl, descending;
+};
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+// ranks in place of the sorted values s; number[e] is the block's, -1 for an entry alone
+template <class Ends>
+void ranks_of_blocks(const Block* blocks, int64_t depth, int64_t entries, Ends ends, double eps, bool kl, double* s,
+                     int32_t* number) {
+  const int32_t n = ends.end(entries - 1);
+  const double rate = inverse(eps);
+  int32_t next = 0;
+  for (int64_t k = 0; k < depth; ++k) {
+    const Block& block = blocks[k];
+    const int64_t e0 = block.entry, e1 = k + 1 < depth ? blocks[k + 1].entry : entries;
+    const int32_t a = block.begin, b = ends.end(e1 - 1);
+    if (b - a == 1) {
+      s[e0] = n - a;
+      if (number) number[e0] = -1;
+      continue;
+    }
+    const double top = block.top;
+    if (eps == 0) {
+      for (int64_t e = e0; e < e1; ++e) s[e] = twice_weight(n, a, b) / (2.0 * (b - a));
+    } else if (kl) {
+      const double share = twice_weight(n, a, b) / 2 / block.sum;
+      for (int64_t e = e0; e < e1; ++e) s[e] = share * std::exp((s[e] - top) * rate);
+    } else {
+      const double mean = block.mean, middle = n - (static_cast<double>(a) + b - 1) / 2;
+      for (int64_t e = e0; e < e1; ++e) s[e] = middle + ((s[e] - top) - mean) * rate;
+    }
+    if (number) {
+      const int32_t own = eps == 0 ? -1 : next++;
+      for (int64_t e = e0; e < e1; ++e) number[e] = own;
+    }
+  }
+}
+
+// one thread's buffers for rows of up to n entries, and the work on one row
+template <class T>
+class Ranker {
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int64_t kKeys = int64_t(1) << 16;
+  static constexpr int64_t kCounted = 4096;  // half rows from here on are counted rather than sorted
+
+ public:
+  explicit Ranker(int64_t n) : counting_(kHalf && n >= kCounted) {
+    const int64_t entries = counting_ ? std::min(n, kKeys) : n;
+    s_ = scratch<double>(entries);
+    blocks_ = scratch<Block>(entries);
+    number_ = scratch<int32_t>(entries);
+    if (counting_) {
+      key_ = scratch<uint16_t>(entries);
+      ends_ = scratch<int32_t>(entries);
+      count_ = std::make_unique<uint32_t[]>(kKeys);
+      rank_of_ = scratch<float>(kKeys);
+      number_of_ = scratch<int32_t>(kKeys);
+    } else {
+      items_ = scratch<Item<T>>(2 * n);
+    }
+  }
+
+  // rank [n]; number [n] or null: block ids; returns eps, NaN for a poisoned row
+  template <class Out>
+  double operator()(const T* x, int64_t n, const Rule& rule, double eps, Out* rank, int32_t* number) {
+    const Extent<T> extent = look_over(x, n);
+    if (n > 0 && extent.poisoned()) {
+      std::fill_n(rank, n, static_cast<Out>(kNaN));
+      if (number) std::fill_n(number, n, -1);
+      return kNaN;
+    }
+    return counting_ ? count(x, n, rule, eps, rank, number) : sort(x, n, extent, rule, eps, rank, number);
+  }
+
+ private:
+  using Key = typename Ordered<T>::Key;
+
+  template <class Ends>
+  double solve(int64_t entries, Ends ends, const Rule& rule, double eps, bool numbered) {
+    if (rule.relative) eps *= spread(s_.get(), entries, ends);
+    if (entries == 0) return eps;
+    const int64_t depth = rule.kl && eps > 0
+                              ? pool_kl(s_.get(), entries, ends, ends.end(entries - 1), eps, blocks_.get())
+                              : pool_l2(s_.get(), entries, ends, eps, blocks_.get());
+    ranks_of_blocks(blocks_.get(), depth, entries, ends, eps, rule.kl, s_.get(), numbered ? number_.get() : nullptr);
+    return eps;
+  }
+
+  template <class Out>
+  double sort(const T* x, int64_t n, Extent<T> extent, const Rule& rule, double eps, Out* rank, int32_t* number) {
+    Item<T>* items = items_.get();
+    Key least = extent.least;
+    int64_t m = n;
+    if (extent.some_absent()) {
+      std::fill_n(rank, n, Out(0));
+      if (number) std::fill_n(number, n, -1);
+      least = extent.greatest;
+      for (int64_t i = 0; i < n; ++i) {
+        const Key key = Ordered<T>::key(x[i]);
+        if (key != Ordered<T>::kAbsent) least = std::min(least, key);
+      }
+      m = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const Key key = Ordered<T>::key(x[i]);
+        items[m] = Item<T>::of(rule.descending ? key - least : extent.greatest - key, static_cast<uint32_t>(i));
+        m += key != Ordered<T>::kAbsent;
+      }
+    } else if (rule.descending) {
+      for (int64_t i = 0; i < n; ++i) {
+        items[i] = Item<T>::of(Ordered<T>::key(x[i]) - least, static_cast<uint32_t>(i));
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        items[i] = Item<T>::of(extent.greatest - Ordered<T>::key(x[i]), static_cast<uint32_t>(i));
+      }
+    }
+    if (m > 0) items = sort_items(items, items + n, m, bit_width(static_cast<Key>(extent.greatest - least)));
+    double* s = s_.get();
+    if (rule.descending) {
+      for (int64_t e = 0; e < m; ++e) s[e] = -Ordered<T>::value(static_cast<Key>(least + items[e].key()));
+    } else {
+      for (int64_t e = 0; e < m; ++e) s[e] = Ordered<T>::value(static_cast<Key>(extent.greatest - items[e].key()));
+    }
+    eps = solve(m, Single{}, rule, eps, number != nullptr);
+    for (int64_t e = 0; e < m; ++e) rank[items[e].index()] = narrow<Out>(s[e]);
+    if (number) {
+      for (int64_t e = 0; e < m; ++e) number[items[e].index()] = number_[e];
+    }
+    return eps;
+  }
+
+  template <class Out>
+  double count(const T* x, int64_t n, const Rule& rule, double eps, Out* rank, int32_t* number) {
+    for (int64_t i = 0; i < n; ++i) ++count_[Ordered<T>::key(x[i])];
+    int64_t entries = 0;
+    int32_t end = 0;
+    for (int64_t step = 0; step < kKeys; ++step) {
+      const Key key = static_cast<Key>(rule.descending ? step : kKeys - 1 - step);
+      const uint32_t found = std::exchange(count_[key], 0u);
+      if (found == 0 || key == Ordered<T>::kAbsent) continue;
+      key_[entries] = key;
+      ends_[entries] = end += static_cast<int32_t>(found);
+      s_[entries++] = rule.descending ? -Ordered<T>::value(key) : Ordered<T>::value(key);
+    }
+    eps = solve(entries, Repeated{ends_.get()}, rule, eps, number != nullptr);
+    rank_of_[Ordered<T>::kAbsent] = 0;
+    number_of_[Ordered<T>::kAbsent] = -1;
+    for (int64_t e = 0; e < entries; ++e) rank_of_[key_[e]] = static_cast<float>(s_[e]);
+    for (int64_t i = 0; i < n; ++i) rank[i] = rank_of_[Ordered<T>::key(x[i])];
+    if (number) {
+      for (int64_t e = 0; e < entries; ++e) number_of_[key_[e]] = number_[e];
+      for (int64_t i = 0; i < n; ++i) number[i] = number_of_[Ordered<T>::key(x[i])];
+    }
+    return eps;
+  }
+
+  bool counting_;
+  std::unique_ptr<double[]> s_;
+  std::unique_ptr<Block[]> blocks_;
+  std::unique_ptr<int32_t[]> number_;
+  std::unique_ptr<Item<T>[]> items_;
+  std::unique_ptr<uint16_t[]> key_;
+  std::unique_ptr<int32_t[]> ends_;
+  std::unique_ptr<uint32_t[]> count_;
+  std::unique_ptr<float[]> rank_of_;
+  std::unique_ptr<int32_t[]> number_of_;
+};
+
+// one thread's buffers for the gradient of rows of up to n entries
+class RankGradient {
+  struct Sum {
+    double value, weight;
+  };
+  static constexpr int64_t kCopies = 4;  // of the sums: a chain of additions into one block would wait for itself
+
+ public:
+  explicit RankGradient(int64_t n) : sum_(scratch<Sum>(n + kCopies)), mean_(scratch<double>(n + 1)) {}
+
+  // the largest block id of a row, -1 if nothing is pooled
+  static int32_t last_block(const int32_t* number, int64_t n) {
+    int32_t last = -1;
+    for (int64_t i = 0; i < n; ++i) last = std::max(last, number[i]);
+    return last;
+  }
+
+  // g_i = (u_i - mean u) / eps of the block, kl: r_i (u_i - sum r u / sum r) / eps; ids are below n
+  template <class T, class U>
+  void operator()(const U* u, const U* r, const int32_t* number, int64_t n, double eps, bool kl, bool descending,
+                  T* g) {
+    const int64_t blocks = last_block(number, n) + int64_t(1);
+    if (!(eps > 0) || blocks == 0) {
+      std::fill_n(g, n, narrow<T>(eps == eps ? 0 : kNaN));
+      return;
+    }
+    const double rate = descending ? -inverse(eps) : inverse(eps);
+    double* mean = mean_.get() + 1;
+    mean[-1] = 0;
+    if (blocks == 1) {
+      one_block(u, r, number, n, kl, mean);
+    } else {
+      sum_blocks(u, r, number, n, blocks, kl, mean);
+    }
+    if (kl) {
+      for (int64_t i = 0; i < n; ++i) {
+        const double found = r[i] * (u[i] - mean[number[i]]) * rate;
+        g[i] = narrow<T>(number[i] < 0 ? 0 : found);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const double found = (u[i] - mean[number[i]]) * rate;
+        g[i] = narrow<T>(number[i] < 0 ? 0 : found);
+      }
+    }
+  }
+
+ private:
+  template <class U>
+  static void one_block(const U* u, const U* r, const int32_t* number, int64_t n, bool kl, double* mean) {
+    auto weight = [=](int64_t i) { return number[i] < 0 ? 0.0 : kl ? static_cast<double>(r[i]) : 1.0; };
+    auto value = [=](int64_t i) {
+      return number[i] < 0 ? 0.0 : kl ? static_cast<double>(r[i]) * u[i] : static_cast<double>(u[i]);
+    };
+    *mean = sum_lanes(n, value) / sum_lanes(n, weight);
+  }
+
+  template <class U>
+  void sum_blocks(const U* u, const U* r, const int32_t* number, int64_t n, int64_t blocks, bool kl, double* mean) {
+    const int64_t copies = blocks * kCopies <= n ? kCopies : 1;
+    std::fill_n(sum_.get(), blocks * copies, Sum{0, 0});
+    for (int64_t i = 0; i < n; ++i) {
+      if (number[i] < 0) continue;
+      Sum& sum = sum_[number[i] * copies + (i & (copies - 1))];
+      const double weight = kl ? static_cast<double>(r[i]) : 1.0;
+      sum.value += weight * u[i];
+      sum.weight += weight;
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      Sum total{0, 0};
+      for (int64_t c = 0; c < copies; ++c) {
+        total.value += sum_[b * copies + c].value;
+        total.weight += sum_[b * copies + c].weight;
+      }
+      mean[b] = total.value / total.weight;
+    }
+  }
+
+  std::unique_ptr<Sum[]> sum_;
+  std::unique_ptr<double[]> mean_;
+};
+
+}  // namespace kdkernels

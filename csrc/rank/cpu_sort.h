@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sorts the entries of one row that are present, in an order where the first rank highest. What is sorted is a key above
+// an index, by the digits in which the row's keys differ: least digit first, no comparisons, stable. Short rows count
+// instead, for each entry, the entries before it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "cpu_values.h"
+
+namespace kdkernels {
+
+// what one look over a row tells
+template <class T>
+struct Extent {
+  using Key = typename Ordered<T>::Key;
+  Key least, greatest;
+
+  bool poisoned() const { return greatest >= Ordered<T>::kInfinity || least < Ordered<T>::kAbsent; }
+  bool some_absent() const { return least == Ordered<T>::kAbsent; }
+};
+
+template <class T>
+KDK_INLINE Extent<T> look_over(const T* x, int64_t n) {
+  using Key = typename Ordered<T>::Key;
+  Key least = static_cast<Key>(~Key(0)), greatest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = Ordered<T>::key(x[i]);
+    least = std::min(least, key);
+    greatest = std::max(greatest, key);
+  }
+  return {least, greatest};
+}
+
+// the entry of a sort: 32 bits of index below a key of 32 bits, or beside one of 64
+template <class T>
+struct Item {
+  uint64_t bits;
+  static KDK_INLINE Item of(uint64_t key, uint32_t index) { return {key << 32 | index}; }
+  KDK_INLINE uint64_t key() const { return bits >> 32; }
+  KDK_INLINE uint32_t index() const { return static_cast<uint32_t>(bits); }
+};
+template <>
+struct Item<double> {
+  uint64_t bits, place;
+  static KDK_INLINE Item of(uint64_t key, uint32_t index) { return {key, index}; }
+  KDK_INLINE uint64_t key() const { return bits; }
+  KDK_INLINE uint32_t index() const { return static_cast<uint32_t>(place); }
+};
+
+// how keys are cut: short rows cannot pay for large tables
+struct Digits {
+  static constexpr int64_t kShort = 2000;
+  static constexpr int kTables = 6 << 11;  // entries of the largest set of tables: 64 bits in digits of 11
+
+  int count, width;
+  Digits(int bits, int64_t n) {
+    const int widest = n < kShort ? 8 : 11;
+    count = (bits + widest - 1) / widest;
+    width = count ? (bits + count - 1) / count : 0;
+  }
+};
+
+// sorts a by its keys, which are below 2^bits; returns a or b, whichever holds the result
+template <class T>
+Item<T>* sort_items(Item<T>* a, Item<T>* b, int64_t n, int bits) {
+  const Digits digits(bits, n);
+  uint32_t count[Digits::kTables];
+  const uint32_t size = 1u << digits.width, mask = size - 1;
+  std::fill_n(count, digits.count * size, 0u);
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t key = a[i].key();
+    for (int d = 0; d < digits.count; ++d, key >>= digits.width) ++count[d * size + (key & mask)];
+  }
+  for (int d = 0; d < digits.count; ++d) {
+    uint32_t* start = count + d * size;
+    const int shift = d * digits.width;
+    if (start[a[0].key() >> shift & mask] == n) continue;  // one digit for all: already in order
+    uint32_t sum = 0;
+    for (uint32_t k = 0; k < size; ++k) sum += std::exchange(start[k], sum);
+    for (int64_t i = 0; i < n; ++i) b[start[a[i].key() >> shift & mask]++] = a[i];
+    std::swap(a, b);
+  }
+  return a;
+}
+
+inline int bit_width(uint64_t v) { return v ? 64 - __builtin_clzll(v) : 0; }
+
+}  // namespace kdkernels
