@@ -20,11 +20,11 @@ struct Options {
   bool hard_target, grad_x, grad_y;
 };
 
-// one row of one input: its pairs, their ranks, and the gradient
+// one row of one input: its pairs, their ranks about the mean, and the gradient
 template <class T>
 struct Side {
   std::unique_ptr<T[]> dense;
-  std::unique_ptr<double[]> rank, grad;  // ranks about their mean; gradient of the value
+  std::unique_ptr<double[]> rank, grad;
   std::unique_ptr<int32_t[]> number;
   const T* x = nullptr;
   double eps = 0, norm = 0;
@@ -39,94 +39,96 @@ struct Correlation {
   Ranker<T> ranker;
   RankGradient gradient;
   Side<T> x, y;
-  std::unique_ptr<double[]> upstream;
+  std::unique_ptr<double[]> upstream, whole;
   std::unique_ptr<int32_t[]> place;  // of each pair in the row
 
   explicit Correlation(int64_t n)
-      : ranker(n), gradient(n), x(n), y(n), upstream(scratch<double>(n)), place(scratch<int32_t>(n)) {}
+      : ranker(n), gradient(n), x(n), y(n), upstream(scratch<double>(n)),
+        whole(scratch<double>(n)), place(scratch<int32_t>(n)) {}
 
   // value of the rows; dx, dy [n] or null
   Out operator()(const T* row_x, const T* row_y, int64_t n, const Options& o, Out* dx, Out* dy) {
-    const Extent<T> at_x = look_over(row_x, n), at_y = look_over(row_y, n);
-    if (n > 0 && (at_x.poisoned() || at_y.poisoned())) {
-      fill(dx, n, kNaN);
-      fill(dy, n, kNaN);
-      return static_cast<Out>(kNaN);
+    x.x = row_x, y.x = row_y, m = n;
+    Extent<T> at_x = look_over(row_x, n), at_y = look_over(row_y, n);
+    some_absent = n > 0 && (at_x.some_absent() || at_y.some_absent());
+    if (some_absent) {
+      drop_pairs(n);
+      at_x = look_over(x.x, m), at_y = look_over(y.x, m);
+      if (dx) std::fill_n(dx, n, Out(0));
+      if (dy) std::fill_n(dy, n, Out(0));
     }
-    x.x = row_x, y.x = row_y;
-    const bool some_absent = n > 0 && (at_x.some_absent() || at_y.some_absent());
-    const int64_t m = some_absent ? drop_pairs(n) : n;
-    if (some_absent || m < 2) {
-      fill(dx, n, 0);
-      fill(dy, n, 0);
-    }
-    if (m < 2) return 0;
-    rank(x, m, o.rule, o.strength);
-    rank(y, m, o.hard_target ? Rule{false, false, false} : o.rule, o.hard_target ? 0 : o.strength);
-    if (!(x.norm > 0) || !(y.norm > 0)) {
-      fill(dx, n, 0);
-      fill(dy, n, 0);
-      return 0;
-    }
+    // what was dropped may hold anything; a NaN or +inf among the pairs spoils their gradient, not that of the dropped
+    if (m > 0 && (at_x.poisoned() || at_y.poisoned())) return without_slope(kNaN, dx, dy);
+    if (m < 2) return without_slope(0, dx, dy);
+    rank(x, o.rule, o.strength);
+    rank(y, o.hard_target ? Rule{false, false, false} : o.rule, o.hard_target ? 0 : o.strength);
+    if (!(x.norm > 0) || !(y.norm > 0)) return without_slope(0, dx, dy);
     const double* r = x.rank.get();
     const double* t = y.rank.get();
     const double rho = sum_lanes(m, [=](int64_t i) { return r[i] * t[i]; }) / (x.norm * y.norm);
-    if (dx) differentiate(x, y, rho, m, o.rule.kl, some_absent, dx);
-    if (dy) {
-      if (o.hard_target) {
-        fill(dy, n, 0);
-      } else {
-        differentiate(y, x, rho, m, o.rule.kl, some_absent, dy);
-      }
+    if (dx) differentiate(x, y, rho, o.rule.kl, dx);
+    if (dy && o.hard_target) {
+      write(dy, [](int64_t) { return 0.0; });
+    } else if (dy) {
+      differentiate(y, x, rho, o.rule.kl, dy);
     }
     return static_cast<Out>(rho);
   }
 
  private:
-  static void fill(Out* g, int64_t n, double value) {
-    if (g) std::fill_n(g, n, static_cast<Out>(value));
+  int64_t m = 0;  // pairs
+  bool some_absent = false;
+
+  template <class Value>
+  void write(Out* g, Value value) {
+    if (some_absent) {
+      for (int64_t i = 0; i < m; ++i) g[place[i]] = static_cast<Out>(value(i));
+    } else {
+      for (int64_t i = 0; i < m; ++i) g[i] = static_cast<Out>(value(i));
+    }
+  }
+
+  Out without_slope(double value, Out* dx, Out* dy) {
+    for (Out* g : {dx, dy}) {
+      if (g) write(g, [=](int64_t) { return value; });
+    }
+    return static_cast<Out>(value);
   }
 
   // keeps the pairs with both entries present
-  int64_t drop_pairs(int64_t n) {
-    int64_t m = 0;
+  void drop_pairs(int64_t n) {
+    m = 0;
     for (int64_t i = 0; i < n; ++i) {
       x.dense[m] = x.x[i], y.dense[m] = y.x[i], place[m] = static_cast<int32_t>(i);
       m += Ordered<T>::key(x.x[i]) != Ordered<T>::kAbsent && Ordered<T>::key(y.x[i]) != Ordered<T>::kAbsent;
     }
     x.x = x.dense.get(), y.x = y.dense.get();
-    return m;
   }
 
-  void rank(Side<T>& side, int64_t m, const Rule& rule, double strength) {
+  double middle() const { return (static_cast<double>(m) + 1) / 2; }
+
+  void rank(Side<T>& side, const Rule& rule, double strength) {
     double* r = side.rank.get();
     side.eps = ranker(side.x, m, rule, strength, r, side.number.get());
-    const double middle = (static_cast<double>(m) + 1) / 2;
-    for (int64_t i = 0; i < m; ++i) r[i] -= middle;
+    const double mean = middle();
+    for (int64_t i = 0; i < m; ++i) r[i] -= mean;
     side.norm = std::sqrt(sum_lanes(m, [=](int64_t i) { return r[i] * r[i]; }));
   }
 
   // d rho / dr = (t / |t| - rho r / |r|) / |r|, through the ranks of this side
-  void differentiate(Side<T>& side, const Side<T>& other, double rho, int64_t m, bool kl, bool scattered, Out* g) {
-    double* r = side.rank.get();
+  void differentiate(Side<T>& side, const Side<T>& other, double rho, bool kl, Out* g) {
+    const double* r = side.rank.get();
     const double* t = other.rank.get();
+    double* d = side.grad.get();
     const double own = rho / (side.norm * side.norm), cross = 1 / (side.norm * other.norm);
     for (int64_t i = 0; i < m; ++i) upstream[i] = cross * t[i] - own * r[i];
     if (kl) {  // its gradient needs the ranks themselves
-      const double middle = (static_cast<double>(m) + 1) / 2;
-      for (int64_t i = 0; i < m; ++i) r[i] += middle;
+      const double mean = middle();
+      for (int64_t i = 0; i < m; ++i) whole[i] = r[i] + mean;
+      r = whole.get();
     }
-    double* d = side.grad.get();
-    gradient(upstream.get(), static_cast<const double*>(r), side.number.get(), m, side.eps, kl, false, d);
-    if (kl) {
-      const double middle = (static_cast<double>(m) + 1) / 2;
-      for (int64_t i = 0; i < m; ++i) r[i] -= middle;
-    }
-    if (scattered) {
-      for (int64_t i = 0; i < m; ++i) g[place[i]] = static_cast<Out>(d[i]);
-    } else {
-      for (int64_t i = 0; i < m; ++i) g[i] = static_cast<Out>(d[i]);
-    }
+    gradient(upstream.get(), r, side.number.get(), m, side.eps, kl, false, d);
+    write(g, [=](int64_t i) { return d[i]; });
   }
 };
 
