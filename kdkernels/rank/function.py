@@ -184,7 +184,7 @@ def _sort_fwd(x, strengths, strength, relative, kl, descending, need, backend):
         return _sort_fwd_fake(x, strengths, strength, relative, kl, descending, need, backend)
     with without_autocast(x.device.type):
         theta = x.contiguous() if descending else torch_impl.negated(x.contiguous())
-        s, order = torch.sort(theta, dim=-1, descending=True, stable=True)
+        s, order = torch_impl.sort_descending(theta)
         value, start, eps = _implementation(backend).sort_forward(s, strengths, strength, relative, kl)
         if not descending:
             value = torch_impl.negated(value)

@@ -114,8 +114,8 @@ class RankDiagnostics(NamedTuple):
 def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="l2", backend="auto") -> RankDiagnostics:
     """How soft the ranks of x are: 0 pooled are hard ranks without gradient; one block of all is no ranking any more.
 
-    In one block an l2 rank is affine in x: "Spearman" is then Pearson (STRENGTH.md). Arguments as in `soft_rank`; entries alone in their block, and all under strength 0, are not
-    pooled. Without gradient. Rows that are NaN count as not pooled.
+    In one block an l2 rank is affine in x: "Spearman" is then Pearson (STRENGTH.md). Arguments as in `soft_rank`.
+    Entries alone in their block, all under strength 0, and those of NaN rows are not pooled. Without gradient.
 
     >>> kd.rank_diagnostics(torch.tensor([5.0, 1.0, 2.0]), 2.0)
     RankDiagnostics(fraction_pooled=tensor(0.6667), blocks=tensor(2))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soft ranks and sorts in portable PyTorch: rows together, O(n) memory, no host sync, the same bits every time.
 
-Sums over blocks are fixed-point int64, so their order does not matter: scatter_add is exact, on CUDA too.
+Sums over blocks are fixed-point int64 on CUDA, so that the order in which scatter_add adds does not matter.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ class Blocks:
 
 
 def block_sum(t, ids):
-    """The sum of t int64 [R, n] over each element's block; ids in [0, n) are unique to a block."""
+    """The sum of t [R, n] over each element's block; ids in [0, n) are unique to a block."""
     return torch.zeros_like(t).scatter_add_(-1, ids, t).gather(-1, ids)
 
 
 def block_sum_of(t, ids, bits: int):
-    """The same of float64 t, rounded to multiples of 2^-bits."""
+    """The same of float64 t, on CUDA rounded to multiples of 2^-bits; the CPU adds in order."""
+    if t.device.type == "cpu":
+        return block_sum(t, ids)
     scale = 2.0**bits
     return block_sum((t * scale).round_().to(torch.int64), ids).double() / scale
 
@@ -72,9 +74,28 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
     return Blocks(isotonic.solve(problem, n))
 
 
+def sort_descending(theta):
+    """Rows [..., n] sorted descending, NaN first, stable, and their order: `torch.sort`, only faster on the CPU.
+
+    NumPy sorts integers with vector instructions, so a float32 and its position are packed into one: 5 to 10 times
+    faster than `torch.sort` on one thread.
+    """
+    if theta.device.type != "cpu" or theta.dtype == torch.float64:
+        return torch.sort(theta, dim=-1, descending=True, stable=True)
+    bits = theta.float().add(0.0).view(torch.int32)  # -0.0 is 0.0
+    # order of the integers = order of the numbers; a NaN with a sign would be the least of all
+    key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).masked_fill_(theta.isnan(), 0x7FFFFFFF)
+    packed = key.bitwise_not_().to(torch.int64).bitwise_left_shift_(32)
+    packed = packed.bitwise_or_(torch.arange(theta.shape[-1])).contiguous()
+    packed.numpy().sort(axis=-1)
+    key = (packed >> 32).to(torch.int32).bitwise_not_()
+    s = key.bitwise_xor_((key >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
+    return s.to(theta.dtype), packed.bitwise_and_(0xFFFFFFFF)
+
+
 def _sorted_rows(theta):
     """Rows [R, n] in float64, sorted descending; which rows are poisoned (NaN or +inf, made 0); absent entries."""
-    s, order = torch.sort(theta, descending=True, stable=True)
+    s, order = sort_descending(theta)
     s = s.double()
     poisoned = ~(s[:, :1] < math.inf)
     s = s.masked_fill_(poisoned, 0.0)
@@ -115,29 +136,39 @@ def rank_forward(x, strengths, number, relative, kl, descending, need):
     return rank, ids.reshape(shape), eps.reshape(shape[:-1])
 
 
+def _scaled(u):
+    """u as multiples of the largest magnitude of its row, for fixed-point sums; the CPU needs no scale.
+
+    NaN and infinity become 0 there: they are found again in what is not summed.
+    """
+    if u.device.type == "cpu":
+        return u, u, 1.0
+    largest = u.abs().amax(-1, keepdim=True)
+    unit = largest.masked_fill(largest == 0, 1.0)
+    u = u / unit
+    return u, u.nan_to_num(0.0, 0.0, 0.0), unit
+
+
 def rank_backward(grad, x, rank, blocks, eps, kl, descending):
     """d/dx, in x's dtype."""
     n = x.shape[-1]
-    u, ids = grad.reshape(-1, n).double(), blocks.reshape(-1, n).to(torch.int64)
-    alone, ids = ids < 0, ids.clamp(min=0)
-    e = eps.reshape(-1, 1)
-    u = u.masked_fill(alone, 0.0)
-    largest = u.abs().amax(-1, keepdim=True)
-    unit = torch.where(largest > 0, largest, 1.0)
-    u = u / unit  # NaN or infinite gradients make their row NaN
-    finite = u.nan_to_num(0.0, 0.0, 0.0)
+    ids = blocks.reshape(-1, n).to(torch.int64)
+    alone = ids < 0
+    ids.clamp_(min=0)
+    u, finite, unit = _scaled(grad.reshape(-1, n).double().masked_fill(alone, 0.0))
     bits = 60 - _length_bits(n)
     if kl:
-        r = rank.reshape(-1, n).double().masked_fill(alone, 0.0)
-        R = block_sum_of(r, ids, 60 - 2 * _length_bits(n)).clamp(min=0.5)
-        g = r * (u - block_sum_of(r / R * finite, ids, bits))
+        r = rank.reshape(-1, n).double().masked_fill_(alone, 0.0)
+        R = block_sum_of(r, ids, 60 - 2 * _length_bits(n)).clamp_(min=0.5)
+        g = (u - block_sum_of(r / R * finite, ids, bits)).mul_(r)
     else:
-        c = block_sum((~alone).to(torch.int64), ids).clamp(min=1)
-        g = u - block_sum_of(finite, ids, bits) / c
-    g = g.masked_fill(alone, 0.0) * unit / e
-    # eps = 0: hard ranks, every element alone
-    g = torch.where(e == 0, 0.0, g)
-    return (-g if descending else g).to(x.dtype).reshape(x.shape)
+        c = block_sum((~alone).to(torch.float64), ids).clamp_(min=1)
+        g = u - block_sum_of(finite, ids, bits).div_(c)
+    # eps = 0: hard ranks, every element alone; an infinite one keeps 0 / eps at 0, a NaN one poisons the row
+    e = eps.reshape(-1, 1)
+    e = e.masked_fill(e == 0, math.inf)
+    g = g.masked_fill_(alone, 0.0).mul_(unit).div_(-e if descending else e)
+    return g.to(x.dtype).reshape(x.shape)
 
 
 def sort_forward(s, strengths, number, relative, kl):
@@ -177,19 +208,16 @@ def sort_backward(grad, s, start, kl):
     n = s.shape[-1]
     rows, u, ids = s.reshape(-1, n).double(), grad.reshape(-1, n).double(), start.reshape(-1, n).to(torch.int64)
     gone, poisoned = rows == -math.inf, ~(rows[:, :1] < math.inf)
-    u = u.masked_fill(gone, 0.0)
-    largest = u.abs().amax(-1, keepdim=True)
-    unit = torch.where(largest > 0, largest, 1.0)
-    u = u / unit
+    u, finite, unit = _scaled(u.masked_fill(gone, 0.0))
     bits = 60 - _length_bits(n)
-    total = block_sum_of(u.nan_to_num(0.0, 0.0, 0.0), ids, bits)
+    total = block_sum_of(finite, ids, bits)
     if kl:
         E = torch.exp((rows - rows.gather(-1, ids)).masked_fill(gone | poisoned, 0.0))
         g = E / block_sum_of(E, ids, bits) * total
     else:
         g = total / block_sum(torch.ones_like(ids), ids)
     g = (g * unit).masked_fill(gone, 0.0)
-    bad = poisoned | ~largest.isfinite()
+    bad = poisoned | ~u.isfinite().all(-1, keepdim=True)
     return g.masked_fill(bad, math.nan).to(s.dtype).reshape(s.shape)
 
 
