@@ -195,9 +195,9 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     """How far the student's kernel matrix is from the teacher's: |K_S - K_T|_F / |K_T|_F, without an n x n matrix.
 
     Source: figure 3 of arXiv 2009.14416. s, t: rows [n, d_s], [n, d_t] of the same samples. kernel: a name, an object
-    or a pair. A scalar in at least float32: 0 is a perfect copy, and what an all-zero teacher gives. linear and cosine
-    kernels by `kd.gram_mse`; the others by sums of squares in float64 (K_S and K_T are then computed in float64).
-    Gradients to s and t (0 where the value is 0).
+    or a pair. A scalar in at least float32: 0 is a perfect copy, and what an all-zero teacher gives. Computed in
+    float64, as a metric may be: linear and cosine kernels by `kd.gram_mse`, the others by the sums of squares of
+    `kd.hsic`. Gradients to s and t (0 where the value is 0).
 
     >>> t = torch.randn(32, 8)
     >>> round(kd.transfer_quality(2 * t, t).item(), 4)
@@ -213,28 +213,23 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     if chosen == "reference":
         with without_autocast(device_type(s)):
             return _reference_quality(s.to(dtype), t.to(dtype), kernels)
-    gram = "auto" if backend == "auto" else chosen
-    linear = kernels[0].code == kernels[1].code and kernels[0].code in ("linear", "cosine")
-    if linear:
-        if kernels[0].name == "cosine":
-            s, t = (torch.nn.functional.normalize(v.to(dtype), dim=1, eps=1e-30) for v in (s, t))
-        total = gram_mse(s, t, reduction="sum", backend=gram)
-        norm2 = gram_mse(t, torch.zeros_like(t), reduction="sum", backend=gram)
+    s, t = s.double(), t.double()
+    names = [k.name for k in kernels]
+    if names[0] == names[1] and names[0] in ("linear", "cosine"):
+        if names[0] == "cosine":
+            s, t = (torch.nn.functional.normalize(v, dim=1, eps=1e-300) for v in (s, t))
+        total = gram_mse(s, t, reduction="sum")
+        norm2 = gram_mse(t, torch.zeros_like(t), reduction="sum")
     else:
-        s, t = s.double(), t.double()
-        ss, tt, st = (
-            hsic(a, b, kernel=k, **_RAW, backend="torch")
-            for a, b, k in ((s, s, kernels[0]), (t, t, kernels[1]), (s, t, kernels))
-        )
-        total, norm2 = ss + tt - 2 * st, tt
+        raw = {"unbiased": False, "center": False}
+        sides = (s, s, (kernels[0],) * 2), (t, t, (kernels[1],) * 2), (s, t, kernels)
+        ss, norm2, st = (hsic(a, b, kernel=pair, **raw) for a, b, pair in sides)
+        total = ss + norm2 - 2 * st
         # what is rounding of the expansion is 0
-        total = torch.where(total > 64 * torch.finfo(total.dtype).eps * (ss + tt), total, 0 * total)
+        total = torch.where(total > 64 * torch.finfo(total.dtype).eps * (ss + norm2), total, 0 * total)
     ratio = total / torch.where(norm2 > 0, norm2, 1.0)
     some = (ratio > 0) & (norm2 > 0)
     return torch.where(some, torch.where(some, ratio, 1.0).sqrt(), 0 * ratio).to(dtype)
-
-
-_RAW = {"unbiased": False, "center": False}
 
 
 def _statistic(op, tensors, names, kernel, unbiased, normalize, mask, whiten, jitter, backend):

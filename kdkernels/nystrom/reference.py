@@ -25,8 +25,9 @@ def kernel(x, z, name, params):
 
 
 def unit_rows(x):
+    """A zero row stays zero, with gradient 0."""
     norm = x.norm(dim=1, keepdim=True)
-    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
+    return x * (norm > 0) / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
 def squared_distances(x, z):
@@ -39,18 +40,36 @@ def squared_distances(x, z):
 
 
 def features(x, z, name, params, whiten, jitter):
-    """Phi [n, m]: Phi Phi' = C W^+ C'."""
+    """Phi [n, m]: Phi Phi' = C W^+ C'. NaN if a landmark holds it."""
     wide = [p.double() if isinstance(p, torch.Tensor) else p for p in params]
     W = kernel(z.double(), z.double(), name, wide)
     C = kernel(x, z, name, params)
-    scale = jitter * W.diagonal().mean()
+    if not W.isfinite().all():
+        return C * torch.nan
     if whiten == "cholesky":
-        R = torch.linalg.cholesky(W + scale * torch.eye(len(W), dtype=W.dtype, device=W.device))
+        R = torch.linalg.cholesky(jittered(W, jitter))
         return torch.linalg.solve_triangular(R.T.to(C.dtype), C, upper=True, left=False)
+    return C @ inverse_root(W, jitter).to(C.dtype)
+
+
+def jittered(W, jitter):
+    return W + jitter * W.diagonal().mean() * torch.eye(len(W), dtype=W.dtype, device=W.device)
+
+
+def inverse_root(W, jitter):
+    """W^(-1/2), symmetric; eigenvalues up to jitter times the mean diagonal (or rounding) count as 0."""
     lam, U = torch.linalg.eigh(W)
-    keep = lam > torch.maximum(scale, len(W) * torch.finfo(lam.dtype).eps * lam[-1]).detach()
+    keep = lam > torch.maximum(jitter * W.diagonal().mean(), len(W) * torch.finfo(lam.dtype).eps * lam[-1]).detach()
     root = torch.where(keep, torch.where(keep, lam, torch.ones_like(lam)).rsqrt(), torch.zeros_like(lam))
-    return C @ (U * root @ U.T).to(C.dtype)
+    return U * root @ U.T
+
+
+def whitener(W, whiten, jitter):
+    """A with Phi = C A."""
+    if whiten == "sqrt":
+        return inverse_root(W, jitter)
+    R = torch.linalg.cholesky(jittered(W, jitter))
+    return torch.linalg.inv(R).T
 
 
 def hsic_of(K, L, unbiased):
@@ -72,8 +91,7 @@ def cka(phi, psi, unbiased):
     K, L = phi @ phi.T, psi @ psi.T
     kk, ll, kl = hsic_of(K, K, unbiased), hsic_of(L, L, unbiased), hsic_of(K, L, unbiased)
     # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN
-    eps = 8 * torch.finfo(K.dtype).eps
-    least = (eps if unbiased else eps**2) / (len(K) - 1) ** 2
+    least = (8 * torch.finfo(K.dtype).eps / (len(K) - 1)) ** 2
     if not (kk > least * K.square().sum() and ll > least * L.square().sum()):
         undefined = kk * ll * kl
         return undefined if undefined.isnan() else nothing(phi, psi)

@@ -55,7 +55,7 @@ def _pick(weight, free, keep, floor, u, greedy: bool):
 
 
 def _pivots(spec, rows, half, par, keep, u, greedy: bool):
-    """Pivoted Cholesky of k(X, X): F F' ~ K, pivots drawn by the residual diagonal (arXiv 2207.06503) or its largest."""
+    """Pivoted Cholesky of k(X, X) ~ F'F, pivots drawn by the residual diagonal (arXiv 2207.06503) or its largest."""
     n, m = rows.shape[0], u.shape[0]
     residual = maps.kernel_diagonal(spec, rows, par)
     floor = n * torch.finfo(rows.dtype).eps * residual.max()

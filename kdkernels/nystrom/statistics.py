@@ -114,7 +114,7 @@ def _centred_moments(pair: Pair) -> Moments:
         if near is None:
             near = [t.sum(0) / count.clamp(min=1) for t in (a, b)]
         a, b = only(kept, a - near[0]), only(kept, b - near[1])
-        k, l = a.square().sum(1), b.square().sum(1)  # noqa: E741
+        k, l = a.square().sum(1), b.square().sum(1)
         for total, part in (
             (S.aa, a.mT @ a), (S.bb, b.mT @ b), (S.ab, a.mT @ b),
             (sums[0], a.sum(0, dtype=torch.float64)), (sums[1], b.sum(0, dtype=torch.float64)),
@@ -199,8 +199,7 @@ def _hsics(S: Moments, pair: Pair) -> Hsics:
     if pair.problem.stat == "hsic":
         return Hsics(kl, kk, ll, c, r, s, enough)
     # a side whose centred matrix is rounding is constant, as in `reference.cka`; NaN is not: it stays NaN
-    eps = 8 * torch.finfo(pair.dtype).eps
-    floor = (eps if pair.problem.unbiased else eps**2) / (n - 1) ** 2
+    floor = (8 * torch.finfo(pair.dtype).eps / (n - 1)) ** 2
     constant = (kk <= floor * raw_a) | (ll <= floor * raw_b)
     return Hsics(kl, kk, ll, c, r, s, enough & ~constant)
 
@@ -264,10 +263,10 @@ def backward(
     for rows, kept, rows_x, a, rows_y, b in pair:
         if transfer:
             a, b = (a - b, a + b) if pair.difference else (a, b)
-            k = l = None  # noqa: E741
+            k = l = None
         else:
             a, b = only(kept, a - means[0]), only(kept, b - means[1])
-            k, l = a.square().sum(1, keepdim=True), b.square().sum(1, keepdim=True)  # noqa: E741
+            k, l = a.square().sum(1, keepdim=True), b.square().sum(1, keepdim=True)
         for puller, law, prepared, own in zip(pullers, laws, (rows_x, rows_y), (a, b), strict=True):
             if puller is None:
                 continue

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contract and the benchmark need to know of the Nystrom family: cases in every data regime, caps, bytes.
+
+Features are judged in units of the terms that a row of C W^(-1/2) adds up, |C| |W^(-1/2)|: the whitener amplifies C's
+rounding by up to jitter^(-1/2). CKA's error is absolute, transfer's in units of the two squared norms (of the value
+itself where both sides have m landmarks).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..gram.kernels import RBF, Laplacian, Polynomial, spec_of
+from ..testing import REGIMES, Caps, Case, pair
+from . import op as ops
+from . import reference, torch_impl
+
+HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
+EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
+
+# each takes the tensor sigma of the case (or None) and the spread of its data, and gives the `kernel` argument
+KERNELS = {
+    "linear": lambda sigma, spread: "linear",
+    "polynomial": lambda sigma, spread: "polynomial",
+    "cubic": lambda sigma, spread: Polynomial(3, 0.5, 2.0),
+    "cosine": lambda sigma, spread: "cosine",
+    "rbf": lambda sigma, spread: "rbf",
+    "rbf sum": lambda sigma, spread: RBF((0.5 * spread, spread, 4 * spread)),
+    "rbf sigma": lambda sigma, spread: RBF(sigma),
+    "laplacian": lambda sigma, spread: Laplacian("mean"),
+    "laplacian sigma": lambda sigma, spread: Laplacian(sigma),
+}
+WHITENINGS = ("cholesky", "sqrt")
+# (rows, width, landmarks): fewer landmarks than columns; more; more than rows
+SHAPES = ((33, 7, 5), (21, 4, 9), (9, 6, 14))
+# around row tiles of 64 and landmark blocks of 32, and the smallest
+ROWS = (1, 2, 3, 31, 63, 64, 65, 129)
+LANDMARKS = (1, 2, 31, 32, 33, 63, 65)
+MORE_LANDMARKS = (127, 128, 129, 255, 256, 257)
+
+
+def caps(dtype: torch.dtype) -> Caps:
+    """Half inputs are computed in float32: the same limits, beyond the rounding of what is stored."""
+    return Caps(1e-12, 1e-9) if dtype == DOUBLE else Caps(1e-6, 5e-5)
+
+
+def statistic_caps(dtype: torch.dtype) -> Caps:
+    """The gradient passes twice through the whitener, whose amplification a value of K~ alone does not show."""
+    return Caps(1e-10, 1e-7) if dtype == DOUBLE else Caps(1e-5, 5e-4)
+
+
+@contextlib.contextmanager
+def small_chunks(rows: int = 8, fused: int = 16):
+    """Chunks of a few rows, and on the backend triton panels above a few landmarks."""
+    before, torch_impl.CHUNK = torch_impl.CHUNK, rows
+    try:
+        from . import triton_impl
+    except ImportError:
+        triton_impl = None
+    kept = triton_impl and triton_impl.FUSED
+    try:
+        if triton_impl:
+            triton_impl.FUSED = fused
+        yield
+    finally:
+        torch_impl.CHUNK = before
+        if triton_impl:
+            triton_impl.FUSED = kept
+
+
+def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
+    """The cases of one op; quick keeps each value of each option and leaves out combinations."""
+    generator = torch.Generator().manual_seed(0)
+    family = {
+        "nystrom_features": _features,
+        "nystrom_cka": _pairs,
+        "nystrom_hsic": _pairs,
+        "nystrom_transfer": _pairs,
+        "select_landmarks": _selection,
+        "transfer_quality": _quality,
+    }[op]
+    return family(op, backend, quick, generator)
+
+
+def _spread(x) -> float:
+    return float((x - x.mean(0)).square().sum(1).mean().sqrt()) or 1.0
+
+
+def _sided(regime, shape, generator, sigma: bool):
+    """Rows and landmarks of one regime, the landmarks near rows but none of them."""
+    n, d, m = shape
+    x, other = pair(regime, (n, d), (m, d), generator, rows_match=n == m)
+    near = x[torch.arange(m) % n]
+    inputs = {"x": x, "landmarks": near + 0.3 * (other - near) if regime != "near" else near + 1e-3 * other}
+    if sigma:
+        inputs["sigma"] = torch.tensor(_spread(x), dtype=torch.float64)
+    return inputs
+
+
+def _features(op, backend, quick, generator):
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, kernel in enumerate(KERNELS):
+            for k, whiten in enumerate(WHITENINGS):
+                count += 1
+                if quick and (i + j + k) % 2:
+                    continue
+                if kernel.startswith("laplacian") and regime == "near":
+                    continue  # in float32 distances of 1e-3 carry four digits: the cusp amplifies them
+                inputs = _sided(regime, SHAPES[count % 3], generator, "sigma" in kernel)
+                dtypes = EVERY_DTYPE if count % 3 == 0 and regime != "offset30" else (SINGLE,)
+                yield _feature_case(kernel, whiten, 1e-3, regime, inputs, dtypes=dtypes)
+    for n in ROWS:
+        yield _feature_case("rbf", "cholesky", 1e-3, "rows", _sided("bland", (n, 5, 6), generator, False))
+    for m in LANDMARKS if quick else (*LANDMARKS, *MORE_LANDMARKS):
+        for whiten in WHITENINGS:
+            inputs = _sided("bland", (17, 40, m), generator, False)
+            yield _feature_case("rbf", whiten, 1e-3, "landmarks", inputs, dtypes=(SINGLE, torch.float16))
+    for kernel in KERNELS:
+        for whiten in WHITENINGS:
+            inputs = _sided("offset3", (21, 34, 19), generator, "sigma" in kernel)
+            yield _feature_case(kernel, whiten, 1e-3, "chunks", inputs, context=small_chunks)
+    yield from _degenerate(generator)
+    for kernel, whiten in (("rbf sigma", "cholesky"), ("polynomial", "sqrt"), ("laplacian sigma", "cholesky")):
+        inputs = _sided("offset3", (13, 6, 7), generator, "sigma" in kernel)
+        yield _feature_case(kernel, whiten, 1e-3, "probe", inputs, probe=True)
+
+
+def _degenerate(generator):
+    """Duplicates, landmarks that are rows, the default jitter, NaN in a row and in a landmark, a zero row."""
+    for whiten in WHITENINGS:
+        inputs = _sided("bland", (12, 5, 4), generator, False)
+        inputs["landmarks"] = inputs["landmarks"].repeat(2, 1)
+        # the square root drops what the factor keeps: with equal eigenvalues autograd is no oracle for its gradient
+        yield _feature_case("rbf", whiten, 1e-3, "duplicates", inputs, gradient=whiten == "cholesky")
+        inputs = _sided("peaky", (12, 5, 6), generator, False)
+        inputs["landmarks"] = inputs["x"][:6].clone()
+        for kernel in ("linear", "rbf", "laplacian"):
+            yield _feature_case(kernel, whiten, 1e-6, "rows as landmarks", inputs)
+        for name in ("x", "landmarks"):
+            inputs = _sided("bland", (9, 5, 4), generator, False)
+            inputs[name][2, 1] = float("nan")
+            yield _feature_case("rbf sum", whiten, 1e-3, f"nan in {name}", inputs, gradient=False)
+        inputs = _sided("bland", (9, 5, 4), generator, False)
+        inputs["x"][3] = 0
+        yield _feature_case("cosine", whiten, 1e-3, "zero row", inputs)
+
+
+def _parts(kernel, x, z, mask, whiten, jitter):
+    """C and the whitener, which is a constant here."""
+    function = spec_of(kernel)[0]
+    params = ops._parameters(function, ops._sigma(function, x, mask), DOUBLE)
+    still = [p.detach() if isinstance(p, torch.Tensor) else p for p in params]
+    fixed = z.detach()
+    W = reference.kernel(fixed, fixed, function.name, still)
+    return reference.kernel(x, z, function.name, params), reference.whitener(W, whiten, jitter)
+
+
+def _feature_case(kernel, whiten, jitter, label, inputs, **fields):
+    spread = _spread(inputs["x"].nan_to_num())
+    make = lambda t: KERNELS[kernel](t.get("sigma"), spread)  # noqa: E731
+
+    def call(t, backend):
+        how = {"kernel": make(t), "whiten": whiten, "jitter": jitter, "backend": backend}
+        return ops.nystrom_features(t["x"], t["landmarks"], **how)
+
+    def parts(t):
+        return _parts(make(t), t["x"], t["landmarks"], None, whiten, jitter)
+
+    def scale(t):
+        C, A = parts({k: v.nan_to_num() for k, v in t.items()})
+        return (C.abs() @ A.abs()).max()
+
+    def terms(t):
+        """Through C alone: what moves W nearly cancels it where the landmarks are rows."""
+        C, A = parts(t)
+        return C @ A
+
+    name = f"{kernel} {whiten} {label} {'x'.join(map(str, inputs['x'].shape))}x{len(inputs['landmarks'])}"
+    return Case(name, inputs, call, caps, scale, terms, **fields)
+
+
+ESTIMATORS = {
+    "nystrom_cka": ({"unbiased": True}, {"unbiased": False}),
+    "nystrom_hsic": ({"unbiased": True}, {"unbiased": False}),
+    "nystrom_transfer": ({"normalize": True}, {"normalize": False}),
+}
+# (rows, width of x, of y, landmarks of x, of y)
+PAIR_SHAPES = ((33, 7, 5, 6, 6), (21, 4, 9, 5, 8), (13, 6, 6, 9, 9))
+
+
+def _two_sided(regime, shape, generator, sigma: bool, masked: bool):
+    n, p, q, mx, my = shape
+    x, y = pair(regime, (n, p), (n, q), generator)
+    inputs = {"x": x, "y": y}
+    rows = torch.arange(max(mx, my)) * 7 % n  # the same samples on both sides
+    for side, m in (("x", mx), ("y", my)):
+        own = inputs[side]
+        noise = torch.randn((m, own.shape[1]), generator=generator, dtype=DOUBLE)
+        amount = 1e-3 if regime == "near" else 0.1
+        inputs[f"{side}_landmarks"] = own[rows[:m]] + amount * own.std() * noise
+    if sigma:
+        inputs["sigma"] = torch.tensor(_spread(x), dtype=DOUBLE)
+    if masked:
+        inputs["mask"] = torch.rand(n, generator=generator) > 0.3
+        inputs["mask"][:5] = True
+    return inputs
+
+
+def _pairs(op, backend, quick, generator):
+    count = 0
+    for i, regime in enumerate(REGIMES):
+        for j, kernel in enumerate(KERNELS):
+            for k, how in enumerate(ESTIMATORS[op]):
+                count += 1
+                if quick and (i + j + k) % 2:
+                    continue
+                if not _known(op, kernel, regime):
+                    continue
+                inputs = _two_sided(regime, PAIR_SHAPES[count % 3], generator, "sigma" in kernel, count % 3 == 1)
+                dtypes = EVERY_DTYPE if count % 4 == 0 and regime != "offset30" else (SINGLE,)
+                whiten = WHITENINGS[count % 5 == 0]
+                yield _pair_case(op, kernel, whiten, how, regime, inputs, dtypes=dtypes)
+    for n in ROWS:
+        least = 1 if op == "nystrom_transfer" else 4
+        if n >= least:
+            inputs = _two_sided("bland", (n, 5, 4, 3, 3 + n % 2), generator, False, False)
+            yield _pair_case(op, "rbf", "cholesky", ESTIMATORS[op][0], "rows", inputs)
+    for kernel in KERNELS:
+        inputs = _two_sided("offset3", (21, 18, 20, 17, 19), generator, "sigma" in kernel, True)
+        yield _pair_case(op, kernel, "cholesky", ESTIMATORS[op][0], "chunks", inputs, context=small_chunks)
+    if op == "nystrom_cka":
+        inputs = _two_sided("bland", (12, 5, 4, 4, 4), generator, False, False)
+        inputs["x"][:] = 3.1
+        yield _pair_case(op, "rbf sum", "cholesky", ESTIMATORS[op][0], "constant", inputs)
+    inputs = _two_sided("bland", (12, 5, 4, 4, 4), generator, False, False)
+    inputs["y"][3, 1] = float("nan")
+    yield _pair_case(op, "rbf sum", "cholesky", ESTIMATORS[op][0], "nan", inputs, gradient=False)
+    for kernel, whiten, shape, masked in (
+        ("rbf sigma", "cholesky", (13, 6, 5, 4, 4), True),
+        ("polynomial", "sqrt", (14, 6, 5, 4, 5), False),
+    ):
+        inputs = _two_sided("offset3", shape, generator, "sigma" in kernel, masked)
+        yield _pair_case(op, kernel, whiten, ESTIMATORS[op][0], "probe", inputs, probe=True)
+
+
+def _known(op, kernel, regime) -> bool:
+    """At a mean of 30 a dot-product kernel spends its jitter on the mean: centred statistics of K~ are its rounding."""
+    if regime == "offset30" and op != "nystrom_transfer":
+        return kernel.startswith(("rbf", "laplacian"))
+    return not (kernel.startswith("laplacian") and regime == "near")
+
+
+def _pair_case(op, kernel, whiten, how, label, inputs, **fields):
+    function = getattr(ops, op)
+    spread = _spread(inputs["x"])
+    strict = len(inputs["x_landmarks"]) == len(inputs["y_landmarks"])
+
+    def call(t, backend, name=None, **options):
+        options = {**how, "kernel": KERNELS[kernel](t.get("sigma"), spread), "mask": t.get("mask"), **options}
+        tensors = t["x"], t["y"], t["x_landmarks"], t["y_landmarks"]
+        run = function if name is None else getattr(ops, name)
+        return run(*tensors, whiten=whiten, jitter=1e-3, backend=backend, **options)
+
+    def both(t, s):
+        return t | {"x": t[s], "y": t[s], "x_landmarks": t[f"{s}_landmarks"], "y_landmarks": t[f"{s}_landmarks"]}
+
+    def norms(t):
+        """sqrt(h(K, K) h(L, L)), without gradient."""
+        own = [call(both(t, s), "reference", "nystrom_hsic") for s in "xy"]
+        return (own[0] * own[1]).abs().sqrt().detach()
+
+    def squares(t):
+        """|K~_S|^2 and |K~_T|^2."""
+        phi = [_phi(t, s) for s in "xy"]
+        return [(one.mT @ one).square().sum() for one in phi]
+
+    def _phi(t, s):
+        """Features through a whitener without gradient."""
+        keep = t["mask"] if "mask" in t else slice(None)
+        C, A = _parts(KERNELS[kernel](t.get("sigma"), spread), t[s], t[f"{s}_landmarks"], t.get("mask"), whiten, 1e-3)
+        return C[keep] @ A
+
+    def scale(t):
+        if op == "nystrom_cka":
+            return 1.0
+        if op == "nystrom_hsic":
+            return norms(t)
+        ss, tt = squares(t)
+        return (ss + tt) / (tt if how["normalize"] and tt > 0 else 1.0)
+
+    def terms(t):
+        """What the gradient is a difference of: the numerator over fixed norms; twice the product of the features."""
+        if op == "nystrom_transfer":
+            phi, psi = _phi(t, "x"), _phi(t, "y")
+            fixed = squares(t)[1].detach() if how["normalize"] else 1.0
+            return ((phi.mT @ phi).square().sum() + (psi.mT @ psi).square().sum()) / fixed
+        numerator = reference.hsic(_phi(t, "x"), _phi(t, "y"), how["unbiased"])
+        return numerator / (norms(t) if op == "nystrom_cka" else 1.0)
+
+    masks = {"mask": ("x", "y")} if "mask" in inputs else {}
+    shape = "x".join(map(str, [*inputs["x"].shape, *(len(inputs[f"{s}_landmarks"]) for s in "xy")]))
+    option = " ".join(f"{k}={v}" for k, v in how.items())
+    name = f"{kernel} {whiten} {option} {label} {shape}" + " masked" * bool(masks) + " equal m" * strict
+    return Case(name, inputs, call, statistic_caps, scale, terms, masks=masks, **fields)
+
+
+def _selection(op, backend, quick, generator):
+    """Indices, as the rows' numbers over n: no float error, or a wrong row."""
+    for i, regime in enumerate(REGIMES):
+        for method in ("rpcholesky", "uniform", "kmeans++", "greedy"):
+            for kernel in ("rbf", "linear", "polynomial") if method in ("rpcholesky", "greedy") else ("rbf",):
+                if method == "greedy" and kernel == "rbf" and regime in ("edge", "peaky"):
+                    continue  # rows so far apart that all residuals are 1 but for rounding
+                x = pair(regime, (40, 6), (40, 6), generator)[0]
+
+                def call(t, backend, method=method, kernel=kernel):
+                    seeded = torch.Generator().manual_seed(5)
+                    how = {"method": method, "kernel": kernel, "generator": seeded, "backend": backend}
+                    chosen = ops.select_landmarks(t["x"], 5, **how)
+                    return chosen.to(torch.promote_types(t["x"].dtype, SINGLE))
+
+                name = f"{method} {kernel} {regime}"
+                fields = {"gradient": False, "probe": i == 0 and kernel == "rbf"}
+                yield Case(name, {"x": x}, call, caps, lambda t: 1.0, dtypes=(SINGLE, *HALF, DOUBLE), **fields)
+
+
+def _quality(op, backend, quick, generator):
+    kernels = ("linear", "cosine", "polynomial", "rbf", "laplacian")
+    for i, regime in enumerate(REGIMES):
+        for j, kernel in enumerate(kernels):
+            for shape in ((33, 7, 5), (12, 20, 20)):
+                s, t = pair(regime, (shape[0], shape[1]), (shape[0], shape[2]), generator)
+                dtypes = EVERY_DTYPE if (i + j) % 2 == 0 and regime != "offset30" else (SINGLE,)
+                yield _quality_case(kernel, regime, {"s": s, "t": t}, dtypes=dtypes, probe=(i, j) in ((0, 0), (3, 3)))
+
+
+def _quality_case(kernel, label, inputs, **fields):
+    def call(t, backend):
+        return ops.transfer_quality(t["s"], t["t"], kernel=kernel, backend=backend)
+
+    def terms(t):
+        """|K_S| and |K_T| apart, over the fixed distance and norm that the quotient rule divides by."""
+        one = spec_of(kernel)[0]
+        K, L = (
+            reference.kernel(v, v, one.name, ops._parameters(one, ops._sigma(one, v, None), DOUBLE))
+            for v in (t["s"], t["t"])
+        )
+        distance, norm = (K - L).norm().detach(), L.norm().detach()
+        return (K.square().sum() + L.square().sum()) / (distance * norm)
+
+    name = f"{kernel} {label} {'x'.join(map(str, inputs['s'].shape))}"
+    return Case(name, inputs, call, statistic_caps, lambda t: 1.0, terms, **fields)
+
+
+def bytes_moved(n: int, d: int, m: int, itemsize: int, backward: bool = False) -> int:
+    """The least traffic of features: rows read and Phi written once; backward reads both and writes dx."""
+    forward = n * (d + m) * itemsize
+    return forward + n * (d + m + d) * itemsize if backward else forward
+
+
+def flops(n: int, d: int, m: int) -> int:
+    """X Z' and the triangular solve of each row, and the factor."""
+    return 2 * n * m * d + n * m * m + m**3 // 3

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One chunk of rows on a GPU: the fused pass for m <= 256, float32 panels and library solves above.
+
+Products are float32 ("ieee") or, where the user allowed TF32 for matmul, tf32x3: the whitener amplifies the rounding of
+its operand by up to jitter^(-1/2), which plain TF32 does not survive.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import torch_impl
+from .side import Side
+from .torch_impl import SIGMA, Pulled, X, Z
+from .triton_kernels import KINDS, PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows
+
+FUSED = 256  # most landmarks whose whitening is fused
+
+
+class Config(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# unmeasured: chosen for zero spills on sm_80, sm_90 and sm_100
+FEATURES = Config(64, 32, 32, 8, 2)
+PULL = Config(64, 32, 32, 8, 2)
+# (most landmarks, config): the accumulator is rows x that many
+ROOTS = ((64, Config(64, 32, 32, 8, 2)), (128, Config(64, 32, 32, 8, 2)), (256, Config(32, 32, 32, 8, 2)))
+
+
+def precision() -> str:
+    return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _arguments(s: Side, rows):
+    """(tensors, numbers, constants) that every kernel takes first, from prepared rows."""
+    rows = rows.contiguous()
+    half = rows.square().sum(-1).div_(2) if s.spec.of_distance else rows
+    par = s.par if s.spec.of_distance else rows
+    polynomial = s.spec.name == "polynomial"
+    degree, scale, coef0 = s.spec.params if polynomial else (1, 1.0, 0.0)
+    constants = {
+        "KIND": KINDS[s.spec.name],
+        "DEGREE": int(degree),
+        "S": max(1, s.par.shape[0]),
+        "PRECISION": precision(),
+    }
+    numbers = (rows.shape[0], s.z.shape[0], rows.shape[1], scale, coef0)
+    return (rows, half, s.z.contiguous(), s.half, par), numbers, constants
+
+
+def _padded(s: Side, block: int, width: int = 0):
+    """The whitener padded to whole blocks: by the identity if triangular, else by zeros (to `width` columns)."""
+    m = s.z.shape[0]
+    M = triton.cdiv(m, block) * block
+    out = s.whitener.new_zeros(M, width or M)
+    if s.whiten == "cholesky":
+        out.diagonal().fill_(1.0)
+    out[:m, :m] = s.whitener
+    return out
+
+
+def _inverted(s: Side, block: int, padded):
+    """[M, block]: inverses of the diagonal blocks, in float64 before they are rounded."""
+    M = padded.shape[0]
+    blocks = padded.double().view(M // block, block, M // block, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    eye = torch.eye(block, dtype=torch.float64, device=padded.device).expand(blocks.shape)
+    return torch.linalg.solve_triangular(blocks, eye, upper=False).to(padded.dtype).reshape(M, block).contiguous()
+
+
+def _grid(rows, config: Config):
+    return (triton.cdiv(rows.shape[0], config.rows),)
+
+
+def _launch(config: Config):
+    return {
+        "BM": config.rows,
+        "BN": config.columns,
+        "BK": config.depth,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def kernel_panel(s: Side, rows):
+    """C of prepared rows."""
+    tensors, numbers, constants = _arguments(s, rows)
+    C = rows.new_empty(rows.shape[0], s.z.shape[0])
+    with torch.cuda.device_of(rows):
+        feature_rows[_grid(rows, FEATURES)](
+            *tensors, C, C, C, *numbers, MODE=PANEL.value, **constants, **_launch(FEATURES)
+        )  # fmt: skip
+    return C
+
+
+def phi_of(s: Side, rows):
+    """Phi of prepared rows, float32."""
+    if s.z.shape[0] > FUSED:
+        return torch_impl.whitened(s, kernel_panel(s, rows))
+    tensors, numbers, constants = _arguments(s, rows)
+    phi = rows.new_empty(rows.shape[0], s.z.shape[0])
+    with torch.cuda.device_of(rows):
+        if s.whiten == "cholesky":
+            R = _padded(s, FEATURES.columns)
+            inverse = _inverted(s, FEATURES.columns, R)
+            feature_rows[_grid(rows, FEATURES)](
+                *tensors, R, inverse, phi, *numbers, MODE=TRIANGLE.value, **constants, **_launch(FEATURES)
+            )  # fmt: skip
+        else:
+            config = next(config for most, config in ROOTS if s.z.shape[0] <= most)
+            width = max(16, triton.next_power_of_2(s.z.shape[0]))
+            A = _padded(s, config.columns, max(width, config.columns))
+            root_rows[_grid(rows, config)](
+                *tensors, A, phi, *numbers, MP=A.shape[1], **constants, **_launch(config)
+            )  # fmt: skip
+    return phi
+
+
+def pull(s: Side, rows, grad, need: int) -> Pulled:
+    """From G = dL/dPhi of prepared rows; see `torch_impl.pull`."""
+    grad, product = grad.contiguous(), None
+    if need & (Z | SIGMA):
+        product = grad.mT @ phi_of(s, rows) if s.whiten == "cholesky" else kernel_panel(s, rows).mT @ grad
+    mode, R = (TRIANGLE if s.whiten == "cholesky" else ROOT).value, grad
+    inverse = grad
+    if s.z.shape[0] > FUSED:
+        mode = PANEL.value
+        if s.whiten == "cholesky":
+            grad = torch.linalg.solve_triangular(s.whitener, grad, upper=False, left=False).contiguous()
+        else:
+            grad = grad @ s.whitener
+    else:
+        R = _padded(s, PULL.columns)
+        if s.whiten == "cholesky":
+            inverse = _inverted(s, PULL.columns, R)
+    V = torch.empty_like(grad)
+    # linear kernels: V is dL/dC itself
+    dC = torch.empty_like(grad) if mode == TRIANGLE.value and not s.spec.linear else V
+    dsigma = rows.new_empty(rows.shape[0]) if need & SIGMA else V
+    tensors, numbers, constants = _arguments(s, rows)
+    with torch.cuda.device_of(rows):
+        pull_rows[_grid(rows, PULL)](
+            *tensors, R, inverse, grad, dC, V, dsigma, *numbers, MODE=mode, SIGMA=bool(need & SIGMA), **constants,
+            **_launch(PULL),
+        )  # fmt: skip
+    total = dsigma.sum(dtype=torch.float64) if need & SIGMA else None
+    return torch_impl.gradients(s, rows, V, product, total, need & (X | Z))
