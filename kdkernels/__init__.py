@@ -6,12 +6,14 @@ from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
 from .logits import MixupBatch, distillation_kl, mixed_distillation, mixup
+from .nystrom.kda import ClassCenters, landmark_similarity_loss
 from .projection import StreamingPCA, autoencoder_basis, projected_mse, random_basis
 from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_sort, spearman, spearman_corr
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassCenters",
     "Cosine",
     "Laplacian",
     "Linear",
@@ -28,6 +30,7 @@ __all__ = [
     "explain",
     "gram_mse",
     "hsic",
+    "landmark_similarity_loss",
     "losses",
     "mixed_distillation",
     "mixup",

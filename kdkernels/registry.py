@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 class Op(NamedTuple):
     name: str
-    family: str  # kdkernels/<family>/ holds op.py, reference.py, spec.py, MATH.md and the implementations
+    family: str  # kdkernels/<family>/ (a dot: a folder inside) holds op.py, reference.py, spec.py, MATH.md and the implementations
     backends: tuple[str, ...]
     native: tuple[str, ...] = ()  # operators that a compiled library must implement to be its backend
 
@@ -26,6 +26,7 @@ OPS = {
         Op("hsic", "gram", _GRAM),
         Op("mmd", "gram", _GRAM),
         Op("gram_mse", "gram", _GRAM),
+        Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION),
         Op("projected_mse", "projection", _PROJECTION),
         Op("soft_rank", "rank", _RANK, _RANKS),
         Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward")),

@@ -31,8 +31,12 @@ ARROWS = {
     **{family: FOUNDATIONS for family in FAMILIES},
 }
 # the modules of a family that others may name: its functions, its kernel objects, the rules about their arguments
-INTERFACE = ([], ["op"], ["kernels"], ["problem"])
+INTERFACE = ([], ["op"], ["kda"], ["kda", "op"], ["kernels"], ["problem"])
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
+
+
+def folder_of(family: str) -> Path:
+    return PACKAGE.joinpath(*family.split("."))
 
 
 def part_of(path: Path) -> str:
@@ -84,7 +88,7 @@ def test_imports_follow_the_arrows(path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_textbook_imports_only_torch(family):
-    found = {module for module, _, _ in imports(PACKAGE / family / "reference.py")}
+    found = {module for module, _, _ in imports(folder_of(family) / "reference.py")}
     assert found - {"__future__", "math"} == {"torch"}
 
 
@@ -105,7 +109,7 @@ def test_a_family_has_the_skeleton(family):
     ]
     assert kernels
     for name in ("__init__.py", "op.py", "reference.py", "torch_impl.py", *kernels, "spec.py", "MATH.md"):
-        assert (PACKAGE / family / name).is_file(), f"{family}/{name} is missing"
+        assert (folder_of(family) / name).is_file(), f"{family}/{name} is missing"
 
 
 def test_every_op_of_the_registry_is_public_and_in_its_family():
@@ -185,6 +189,7 @@ def test_every_op_takes_its_backend_last_and_shows_an_example():
             ["student", "teacher"],
             ["student", "teacher", "labels", "permuted_labels", "lam"],
             ["s", "t", "basis"],
+            ["s", "t", "s_centers", "t_centers"],
         )
         assert parameters[-1].name == "backend" and parameters[-1].default == "auto"
         assert ">>>" in function.__doc__

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class means of both networks' features over an epoch: summed while training, swapped in when the epoch ends.
+
+A batch is one pass: one kernel on a GPU for both networks and the counts, each class summed in the order of the rows:
+two runs give the same bits. Sums are float64, means float32, all of it buffers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ... import backend as backends
+from ... import checks
+
+
+class ClassCenters(nn.Module):
+    """Landmarks of KDA: `update` sums features by class, `swap` makes their means the landmarks of the next epoch.
+
+    Source: KDA (arXiv 2009.14416): the centres of an epoch are the class means of the epoch before, no moving average.
+
+    Args:
+        num_classes: C. student_dim, teacher_dim: widths d and e of the features.
+        momentum: None: the paper's swap. A number in [0, 1), our extension: centre = momentum centre +
+            (1 - momentum) mean, except that a class that has no centre yet takes the mean.
+        counts: "epoch": the means of what was seen, exact however many rows that was. "first": the sums of every epoch
+            are divided by the counts of the first one, as in the public code, which takes the counts in epoch 0.
+
+    `update(s, t, labels, *, mask=None)`: s [B, d], t [B, e] in any float dtype, labels [B] class indices; rows with
+    label -100 (`ignore_index`) and masked rows do not count. Detached. Labels outside 0 .. C - 1 raise on the CPU and
+    under `kd.debug_checks()`; on a GPU, where reading them would wait for the device, such rows do not count.
+    `swap()`: a class that was not seen keeps the centre it has (zero at the start, where it adds nothing to the loss).
+    Buffers: student_centers [C, d], teacher_centers [C, e] (float32), the running sums (float64 always) and counts, and
+    `epoch`. Several processes: `swap(group)` adds the sums of all of them first.
+
+    >>> centers = kd.ClassCenters(2, 3, 1)
+    >>> centers.update(torch.tensor([[1.0, 0, 0], [3.0, 0, 0]]), torch.tensor([[2.0], [4.0]]), torch.tensor([1, 1]))
+    >>> centers.swap()
+    >>> centers.student_centers[1], centers.teacher_centers[:, 0]
+    (tensor([2., 0., 0.]), tensor([0., 3.]))
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        student_dim: int,
+        teacher_dim: int,
+        momentum: float | None = None,
+        *,
+        counts: str = "epoch",
+        ignore_index: int = -100,
+    ):
+        super().__init__()
+        for value, name in ((num_classes, "num_classes"), (student_dim, "student_dim"), (teacher_dim, "teacher_dim")):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is a {type(value).__name__}: give an integer")
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+            raise ValueError(f"momentum is {momentum!r}: give None for the paper's swap, or a number in [0, 1)")
+        if counts not in ("epoch", "first"):
+            raise ValueError(f"counts is {counts!r}: give 'epoch' or 'first'")
+        self.num_classes, self.student_dim, self.teacher_dim = num_classes, student_dim, teacher_dim
+        self.momentum, self.count_rule, self.ignore_index = momentum, counts, ignore_index
+        for side, width in (("student", student_dim), ("teacher", teacher_dim)):
+            self.register_buffer(f"{side}_centers", torch.zeros(num_classes, width))
+            self.register_buffer(f"{side}_sums", torch.zeros(num_classes, width, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("first_counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))  # classes that have a centre
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):
+        """.to(device) moves the buffers; .half() and .double() leave sums and centres in their dtypes."""
+        for name, buffer in self._buffers.items():
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    @torch.no_grad()
+    def update(self, s, t, labels, *, mask=None) -> None:
+        """Adds the rows of one batch to the sums of their classes."""
+        self._check(s, t, labels, mask)
+        counted = (labels >= 0) & (labels < self.num_classes)
+        if checks.may_read(labels):
+            # numbers first: a message built eagerly would cost a reduction each call
+            bad = ~counted & (labels != self.ignore_index)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"labels holds {int(labels[bad][0])}: give class indices from 0 to {self.num_classes - 1}, or "
+                    f"{self.ignore_index} for a row that does not count"
+                )
+        if mask is not None:
+            counted = counted & mask
+        if s.is_cuda and backends.obstacle("triton", "cuda", (s.dtype, t.dtype)) is None:
+            from .triton_centers import add_rows
+
+            add_rows(s, t, labels, counted, self.student_sums, self.teacher_sums, self.counts)
+            return
+        index = torch.where(counted, labels, 0).long()
+        self.counts.index_add_(0, index, counted.long())
+        for rows, sums in ((s, self.student_sums), (t, self.teacher_sums)):
+            # a row that does not count may hold NaN
+            sums.index_add_(0, index, torch.where(counted[:, None], rows.double(), 0))
+
+    @torch.no_grad()
+    def swap(self, group=None) -> None:
+        """Ends an epoch: the means of what was seen become the centres, and the sums start again from zero.
+
+        group: a process group, or True for the default one: its processes' sums are added first, in float64.
+        """
+        if group is not None:
+            for sums in (self.student_sums, self.teacher_sums, self.counts):
+                torch.distributed.all_reduce(sums, group=None if group is True else group)
+        seen = self.counts > 0
+        divisor = self.counts
+        if self.count_rule == "first":
+            # a class met for the first time later on has only its own count
+            self.first_counts.copy_(torch.where(self.first_counts > 0, self.first_counts, self.counts))
+            divisor = self.first_counts
+        divisor = divisor.clamp(min=1)[:, None]
+        old = 0.0 if self.momentum is None else self.momentum
+        for centers, sums in (
+            (self.student_centers, self.student_sums),
+            (self.teacher_centers, self.teacher_sums),
+        ):
+            mean = sums / divisor
+            if old:
+                mean = torch.where(self.known[:, None], old * centers + (1 - old) * mean, mean)
+            centers.copy_(torch.where(seen[:, None], mean.to(centers.dtype), centers))
+            sums.zero_()
+        self.known |= seen
+        self.counts.zero_()
+        self.epoch += 1
+
+    def _check(self, s, t, labels, mask):
+        for tensor, name, width in ((s, "s", self.student_dim), (t, "t", self.teacher_dim)):
+            checks.floating(tensor, name)
+            if tensor.dim() != 2 or tensor.shape[1] != width:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: these centres take [B, {width}]")
+            if tensor.device != self.counts.device:
+                raise ValueError(f"{name} is on {tensor.device}, the centres on {self.counts.device}: move one")
+        checks.is_tensor(labels, "labels")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels is {labels.dtype}: give class indices, e.g. labels.long()")
+        checks.same_device(labels, s, "labels", "s")
+        if mask is not None:
+            checks.is_tensor(mask, "mask")
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
+            checks.same_device(mask, s, "mask", "s")
+        for tensor, name in ((t, "t"), (labels, "labels"), *(((mask, "mask"),) if mask is not None else ())):
+            if tensor.shape[:1] != s.shape[:1] or (name != "t" and tensor.dim() != 1):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: one entry a row of s is ({s.shape[0]},)")
+
+    def extra_repr(self) -> str:
+        own = f"{self.num_classes}, {self.student_dim}, {self.teacher_dim}, momentum={self.momentum}"
+        return f"{own}, counts={self.count_rule!r}"

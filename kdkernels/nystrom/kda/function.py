@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The differentiable operator of the landmark similarity loss: schema, fake, autograd and dispatch."""
+
+from __future__ import annotations
+
+import torch
+
+from ...autograd import apply, device_type, plain, without_autocast
+from . import torch_impl
+
+
+def forward(s, t, s_centers, t_centers, backend, need):
+    run = _fwd if plain(s, t, s_centers, t_centers) else torch.ops.kdkernels.landmark_similarity_fwd
+    return run(s, t, s_centers, t_centers, backend, need)
+
+
+def backward(grad, s, t, s_centers, t_centers, slope, inverse, backend):
+    run = _bwd if plain(grad, s, t, s_centers, t_centers) else torch.ops.kdkernels.landmark_similarity_bwd
+    return run(grad, s, t, s_centers, t_centers, slope, inverse, backend)
+
+
+class LandmarkSimilarity(torch.autograd.Function):
+    """The value with the gradient of s; the other inputs are constants."""
+
+    generate_vmap_rule = True
+
+    forward = staticmethod(forward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.backend, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad, _slope, _inverse):
+        if grad is None:  # the value was not used
+            return (None,) * 6
+        # with create_graph=True the gradient must carry a graph, if only to say that it has none
+        run = LandmarkSimilarityGradient.apply if torch.is_grad_enabled() else backward
+        return run(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None, None
+
+
+class LandmarkSimilarityGradient(torch.autograd.Function):
+    """The backward pass as something that refuses to be differentiated again."""
+
+    generate_vmap_rule = True
+
+    forward = staticmethod(backward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the second derivative of landmark_similarity_loss is not written out: pass backend='reference' for it"
+        )
+
+
+def differentiable(s, t, s_centers, t_centers, backend):
+    return apply(LandmarkSimilarity, s, t, s_centers, t_centers, backend, True)[0]
+
+
+def _implementation(backend: str):
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl
+    return torch_impl
+
+
+def _fwd(s, t, s_centers, t_centers, backend, need):
+    with without_autocast(device_type(s)):
+        return _implementation(backend).forward(s, t, s_centers, t_centers, need)
+
+
+def _bwd(grad, s, t, s_centers, t_centers, slope, inverse, backend):
+    with without_autocast(device_type(s)):
+        return _implementation(backend).backward(grad, s, t, s_centers, t_centers, slope, inverse)
+
+
+def _fwd_fake(s, t, s_centers, t_centers, backend, need):
+    dtype = torch_impl.compute_dtype(s, t)
+    slope = s.new_empty(_implementation(backend).slope_shape(s, need), dtype=dtype)
+    return s.new_empty((), dtype=dtype), slope, s.new_empty((), dtype=dtype)
+
+
+def _bwd_fake(grad, s, t, s_centers, t_centers, slope, inverse, backend):
+    return s.new_empty(s.shape)
+
+
+def _register():
+    library = torch.library
+    tensors = "Tensor s, Tensor t, Tensor s_centers, Tensor t_centers"
+    library.define(
+        "kdkernels::landmark_similarity_fwd",
+        f"({tensors}, str backend, bool need) -> (Tensor value, Tensor slope, Tensor inverse)",
+    )
+    library.define(
+        "kdkernels::landmark_similarity_bwd",
+        f"(Tensor grad, {tensors}, Tensor slope, Tensor inverse, str backend) -> Tensor",
+    )
+    for name, function, fake in (
+        ("kdkernels::landmark_similarity_fwd", _fwd, _fwd_fake),
+        ("kdkernels::landmark_similarity_bwd", _bwd, _bwd_fake),
+    ):
+        for device in ("CPU", "CUDA"):
+            library.impl(name, device)(function)
+        library.register_fake(name)(fake)
+
+
+_register()

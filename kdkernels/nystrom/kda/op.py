@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KDA's landmark similarity loss: two thin products, smooth L1 and a norm, fused; the [B, C] matrices never stored.
+
+Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch) and `triton_impl.py` (how, on a GPU).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import backend as backends
+from ... import checks
+from ...autograd import device_type, without_autocast
+from . import reference
+from .function import differentiable, forward
+from .torch_impl import compute_dtype
+
+__all__ = ["landmark_similarity_loss"]
+
+
+def landmark_similarity_loss(s, t, s_centers, t_centers, *, backend="auto") -> torch.Tensor:
+    """sum smooth_l1(S - T) / |T|_F with S = s s_centers', T = t t_centers' [B, C]: similarity to C landmarks.
+
+    Source: KDA, Improved KD via Full Kernel Matrix Transfer (arXiv 2009.14416), as its public code computes it: a sum,
+    not a mean; smooth L1 with beta = 1; features not normalised. Its weight there is 0.04.
+
+    Args:
+        s: student features [B, d]; t: teacher features [B, e] of the same samples; float16, bfloat16, float32, float64,
+            each its own dtype.
+        s_centers: landmarks of the student's space [C, d], e.g. class means; t_centers: those of the teacher's, [C, e],
+            in the same order. See `kd.ClassCenters`.
+        backend: "auto", "triton", "torch" or "reference" (the last one also gives higher derivatives).
+
+    Returns:
+        A scalar; float32 for half inputs, else the promoted dtype of s and t, in which all is computed. Gradient to s
+        only: t and both sets of landmarks are constants, as in the paper. Where T is all zero the loss has no scale: it
+        is 0 with zero gradient (the public code divides by zero). NaN in any row gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: a dtype that is not float.
+
+    >>> s, t = torch.randn(8, 16, requires_grad=True), torch.randn(8, 32)
+    >>> s_centers, t_centers = torch.randn(10, 16), torch.randn(10, 32)
+    >>> plain = torch.nn.functional.smooth_l1_loss(s @ s_centers.T, t @ t_centers.T, reduction="sum")
+    >>> torch.allclose(kd.landmark_similarity_loss(s, t, s_centers, t_centers), plain / (t @ t_centers.T).norm())
+    True
+    """
+    check_call(s, t, s_centers, t_centers)
+    t, s_centers, t_centers = t.detach(), s_centers.detach(), t_centers.detach()
+    chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
+    if chosen == "reference":
+        with without_autocast(s.device.type):
+            dtype = compute_dtype(s, t)
+            return reference.landmark_similarity(*(x.to(dtype) for x in (s, t, s_centers, t_centers)))
+    need = torch.is_grad_enabled() and s.requires_grad
+    if need:
+        return differentiable(s, t, s_centers, t_centers, chosen)
+    return forward(s, t, s_centers, t_centers, chosen, False)[0]
+
+
+def check_call(s, t, s_centers, t_centers):
+    named = ((s, "s"), (t, "t"), (s_centers, "s_centers"), (t_centers, "t_centers"))
+    for tensor, name in named:
+        checks.floating(tensor, name)
+        if tensor.dim() != 2 or tensor.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give rows of features, [rows, width]")
+        checks.same_device(s, tensor, "s", name)
+    if s.shape[0] != t.shape[0]:
+        raise ValueError(
+            f"t has {t.shape[0]} rows, s has {s.shape[0]}: both sides must describe the same samples, in one order"
+        )
+    if s_centers.shape[0] != t_centers.shape[0]:
+        raise ValueError(
+            f"t_centers has {t_centers.shape[0]} rows, s_centers has {s_centers.shape[0]}: landmarks come in pairs"
+        )
+    if s_centers.shape[0] == 0:
+        raise ValueError("s_centers has no rows: it needs at least one landmark")
+    for features, centers, name in ((s, s_centers, "s"), (t, t_centers, "t")):
+        if features.shape[1] != centers.shape[1]:
+            raise ValueError(
+                f"{name}_centers has {centers.shape[1]} columns, {name} has {features.shape[1]}: landmarks live in the "
+                "space of their side's features"
+            )
+    for tensor, name in named:
+        checks.finite(tensor, name)
