@@ -158,7 +158,7 @@ def rank_backward(grad, x, rank, blocks, eps, kl, descending):
     u, finite, unit = _scaled(grad.reshape(-1, n).double().masked_fill(alone, 0.0))
     bits = 60 - _length_bits(n)
     if kl:
-        r = rank.reshape(-1, n).double().masked_fill_(alone, 0.0)
+        r = rank.reshape(-1, n).double().masked_fill(alone, 0.0)  # no copy of a float64 rank was made
         R = block_sum_of(r, ids, 60 - 2 * _length_bits(n)).clamp_(min=0.5)
         g = (u - block_sum_of(r / R * finite, ids, bits)).mul_(r)
     else:
