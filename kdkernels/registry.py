@@ -16,7 +16,8 @@ class Op(NamedTuple):
 _GRAM = ("triton", "cpp", "torch", "reference")
 _PROJECTION = ("triton", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
-_LOGITS = ("triton", "torch", "reference")
+_LOGITS = ("triton", "cpp", "torch", "reference")
+_LOGIT_ROWS = ("logits_rows", "logits_rows_backward")
 _RANKS = ("rank_rows", "rank_rows_backward")
 
 OPS = {
@@ -34,8 +35,8 @@ OPS = {
         Op("spearman", "rank", _RANK, (*_RANKS, "spearman_rows")),
         Op("pearson", "rank", ("torch", "reference")),
         Op("spearman_corr", "rank", _RANK, _RANKS),
-        Op("mixup", "logits", _LOGITS),
-        Op("distillation_kl", "logits", _LOGITS),
-        Op("mixed_distillation", "logits", _LOGITS),
+        Op("mixup", "logits", _LOGITS, ("mix_rows",)),
+        Op("distillation_kl", "logits", _LOGITS, _LOGIT_ROWS),
+        Op("mixed_distillation", "logits", _LOGITS, _LOGIT_ROWS),
     )
 }

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// One row of logits in vectors of W floats: exponential and logarithm, sums, and the loops of loss and gradient.
+// Rows come as float32 scratch, padded with -inf to whole vectors: a class that is not there has probability 0.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../common/lanes.h"
+
+namespace kdkernels {
+
+constexpr int64_t kPad = 16;     // floats of the widest vector
+constexpr int64_t kBlock = 512;  // classes that are summed in float32 before they join a float64 sum
+
+template <int W>
+struct Wide;
+#define KDK_WIDE(W)                                                  \
+  template <>                                                        \
+  struct Wide<W> {                                                   \
+    typedef float F __attribute__((vector_size(W * sizeof(float)))); \
+    typedef int32_t I __attribute__((vector_size(W * sizeof(int32_t)))); \
+  };
+KDK_WIDE(4)
+KDK_WIDE(8)
+KDK_WIDE(16)
+#undef KDK_WIDE
+
+template <int W>
+KDK_INLINE typename Wide<W>::F load(const float* p) {
+  typename Wide<W>::F x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <int W>
+KDK_INLINE void store(float* p, const typename Wide<W>::F& x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+template <int W>
+KDK_INLINE typename Wide<W>::F splat(float x) {
+  return x - typename Wide<W>::F{};
+}
+
+// exp(x) for x <= 0 to 2 units in the last place, 0 below -87, NaN for NaN. Cephes' polynomial
+template <int W>
+KDK_INLINE typename Wide<W>::F exp_of(const typename Wide<W>::F& x) {
+  using F = typename Wide<W>::F;
+  using I = typename Wide<W>::I;
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const F shifted = x * 1.44269504088896341f + kRound;
+  const F n = shifted - kRound;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  const I scale = ((I)shifted + (127 - 0x4B400000)) << 23;
+  return x < -87.f ? F{} : y * (F)scale;
+}
+
+// log(x) for x in [smallest normal, 1]. Cephes' polynomial
+template <int W>
+KDK_INLINE typename Wide<W>::F log_of(const typename Wide<W>::F& x) {
+  using F = typename Wide<W>::F;
+  using I = typename Wide<W>::I;
+  // mantissa in [sqrt(1/2), sqrt(2)), exponent as a float through the integer trick
+  const I bits = (I)x;
+  const I e = (bits - 0x3F3504F3) >> 23;
+  const F m = (F)(bits - (e << 23)) - 1.f;
+  const F n = (F)(e + 0x4B400000) - 12582912.f;
+  const F z = m * m;
+  F y = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  y = y * m + 1.1676998740e-1f;
+  y = y * m - 1.2420140846e-1f;
+  y = y * m + 1.4249322787e-1f;
+  y = y * m - 1.6668057665e-1f;
+  y = y * m + 2.0000714765e-1f;
+  y = y * m - 2.4999993993e-1f;
+  y = y * m + 3.3333331174e-1f;
+  y = y * m * z + n * -2.12194440e-4f - z * 0.5f;
+  return m + y + n * 0.693359375f;
+}
+
+template <int W>
+KDK_INLINE double sum_of(const typename Wide<W>::F& x) {
+  float v[W];
+  std::memcpy(v, &x, sizeof(v));
+  for (int half = W / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
+// ignores NaN: it enters through the exponentials
+template <int W>
+KDK_INLINE float maximum(const float* x, int64_t padded) {
+  auto m = splat<W>(-std::numeric_limits<float>::infinity());
+  for (int64_t j = 0; j < padded; j += W) {
+    const auto b = load<W>(x + j);
+    m = b > m ? b : m;
+  }
+  float v[W];
+  std::memcpy(v, &m, sizeof(v));
+  return *std::max_element(v, v + W);
+}
+
+struct Terms {
+  float tau, inverse_tau, alpha;
+  int squarings;  // tau = 2^squarings: exp(x) = exp(x / tau)^tau; -1 for another tau
+  float mix[3];
+  bool hard, soft, labelled, plain, clean;
+};
+
+// exp(x) from e = exp(x / tau)
+template <int W>
+KDK_INLINE typename Wide<W>::F untempered(const typename Wide<W>::F& x, typename Wide<W>::F e, int squarings) {
+  if (squarings < 0) return exp_of<W>(x);
+  for (int k = 0; k < squarings; ++k) e *= e;
+  return e;
+}
+
+// a row and what is known of it: maximum, log of its normaliser
+struct Side {
+  const float* x;
+  float top, log;
+};
+
+template <int W>
+KDK_INLINE void normalise(Side& side, int64_t padded, float inverse_tau) {
+  side.top = maximum<W>(side.x, padded);
+  double sum = 0;
+  for (int64_t j0 = 0; j0 < padded; j0 += kBlock) {
+    typename Wide<W>::F s{};
+    for (int64_t j = j0; j < std::min(padded, j0 + kBlock); j += W) {
+      s += exp_of<W>((load<W>(side.x + j) - side.top) * inverse_tau);
+    }
+    sum += sum_of<W>(s);
+  }
+  side.log = static_cast<float>(std::log(sum));
+}
+
+struct Sums {
+  double s = 0, one = 0, t = 0, cross = 0;
+};
+
+// student and, for the plain target, teacher: normalisers at tau and 1, and sum exp((y - m_t) / tau) (y - m_t - z + m_s)
+template <int W>
+KDK_INLINE Sums both_sides(const Side& z, const Side& y, int64_t padded, const Terms& of, bool teacher) {
+  using F = typename Wide<W>::F;
+  Sums total;
+  for (int64_t j0 = 0; j0 < padded; j0 += kBlock) {
+    F s{}, one{}, t{}, cross{};
+    for (int64_t j = j0; j < std::min(padded, j0 + kBlock); j += W) {
+      const F dz = load<W>(z.x + j) - z.top;
+      const F e = exp_of<W>(dz * of.inverse_tau);
+      s += e;
+      if (of.hard) one += untempered<W>(dz, e, of.squarings);
+      if (teacher) {
+        const F dy = load<W>(y.x + j) - y.top;
+        const F q = exp_of<W>(dy * of.inverse_tau);
+        t += q;
+        cross += q == 0.f ? F{} : q * (dy - dz);  // no 0 * inf where a side excludes the class
+      }
+    }
+    total.s += sum_of<W>(s);
+    total.one += sum_of<W>(one);
+    total.t += sum_of<W>(t);
+    total.cross += sum_of<W>(cross);
+  }
+  return total;
+}
+
+// q [padded] of a mixed target, without the labels
+template <int W>
+KDK_INLINE void mixture(const Side& y, const Side (&clean)[2], float lam, const Terms& of, float* q, int64_t padded) {
+  using F = typename Wide<W>::F;
+  for (int64_t j = 0; j < padded; j += W) {
+    F b = of.mix[0] * exp_of<W>((load<W>(y.x + j) - y.top) * of.inverse_tau - y.log);
+    if (of.clean) {
+      const F a = exp_of<W>((load<W>(clean[0].x + j) - clean[0].top) * of.inverse_tau - clean[0].log);
+      const F c = exp_of<W>((load<W>(clean[1].x + j) - clean[1].top) * of.inverse_tau - clean[1].log);
+      b += of.mix[1] * (lam * a + (1 - lam) * c);
+    }
+    store<W>(q + j, b);
+  }
+}
+
+// sum_c q_c (log q_c - log p_c)
+template <int W>
+KDK_INLINE double divergence(const float* q, const Side& z, int64_t padded, float inverse_tau) {
+  using F = typename Wide<W>::F;
+  double total = 0;
+  for (int64_t j0 = 0; j0 < padded; j0 += kBlock) {
+    F sum{};
+    for (int64_t j = j0; j < std::min(padded, j0 + kBlock); j += W) {
+      const F b = load<W>(q + j), log_p = (load<W>(z.x + j) - z.top) * inverse_tau - z.log;
+      // NaN is not below: it stays
+      sum += b < std::numeric_limits<float>::min() ? F{} : b * (log_of<W>(b) - log_p);
+    }
+    total += sum_of<W>(sum);
+  }
+  return total;
+}
+
+// out = g [alpha tau (p - q) + (1 - alpha) p^1], without the labels; q is a mixture, or null: the teacher's softmax
+template <int W>
+KDK_INLINE void student_gradient(const Side& z, const Side& y, const float* q, float log_one, const Terms& of, float g,
+                                 float* out, int64_t padded) {
+  using F = typename Wide<W>::F;
+  const float soft = of.soft ? g * of.alpha * of.tau : 0.f, hard = of.hard ? g * (1 - of.alpha) : 0.f;
+  const float of_p = soft * std::exp(-z.log), of_q = soft * std::exp(-y.log), of_one = hard * std::exp(-log_one);
+  for (int64_t j = 0; j < padded; j += W) {
+    const F dz = load<W>(z.x + j) - z.top;
+    const F e = exp_of<W>(dz * of.inverse_tau);
+    F d{};
+    if (of.soft) {
+      d = of_p * e;
+      d -= q ? soft * load<W>(q + j) : of_q * exp_of<W>((load<W>(y.x + j) - y.top) * of.inverse_tau);
+    }
+    if (of.hard) d += of_one * untempered<W>(dz, e, of.squarings);
+    store<W>(out + j, d);
+  }
+}
+
+// out = g tau q (log q - log p - KL / tau^2)
+template <int W>
+KDK_INLINE void teacher_gradient(const Side& z, const Side& y, float kl, const Terms& of, float g, float* out,
+                                 int64_t padded) {
+  using F = typename Wide<W>::F;
+  const float mean = kl * of.inverse_tau * of.inverse_tau;
+  for (int64_t j = 0; j < padded; j += W) {
+    const F log_p = (load<W>(z.x + j) - z.top) * of.inverse_tau - z.log;
+    const F log_q = (load<W>(y.x + j) - y.top) * of.inverse_tau - y.log;
+    const F q = exp_of<W>(log_q);
+    store<W>(out + j, q == 0.f ? F{} : q * (log_q - log_p - mean) * (g * of.tau));
+  }
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+// The losses on logits on the CPU: a row is converted to float32 in cache, all of its exponentials are taken there, and
+// only the value and a few numbers leave (forward), or the gradient (backward). PyTorch writes and reads about ten
+// tensors of the size of the logits. Formulas, saved statistics and edges: kdkernels/logits/MATH.md.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/check.h"
+#include "rows.h"
+
+namespace kdkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+enum Statistic { kMs, kLs, kMt, kLt, kKl, kL1, kMa, kLa, kMb, kLb };
+
+struct Matrix {
+  const void* data;
+  int64_t stride;
+  ScalarType dtype;
+};
+
+struct Call {
+  Matrix student, teacher, clean;
+  const int64_t *labels, *permuted, *order;
+  const double* lam;  // or null
+  float number;
+  int64_t R, C, padded;
+  Terms of;
+
+  float share(int64_t r) const { return lam ? static_cast<float>(lam[r]) : number; }
+};
+
+template <class T>
+void widen(const T* from, float* to, int64_t C) {
+  for (int64_t j = 0; j < C; ++j) to[j] = static_cast<float>(from[j]);
+}
+
+void fetch(const Matrix& m, int64_t r, float* to, int64_t C, int64_t padded) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
+  const int64_t at = r * m.stride;
+  if (m.dtype == ScalarType::Float) {
+    std::memcpy(to, static_cast<const float*>(m.data) + at, C * sizeof(float));
+  } else if (m.dtype == ScalarType::Half) {
+    widen(static_cast<const Half*>(m.data) + at, to, C);
+  } else {
+    widen(static_cast<const BFloat16*>(m.data) + at, to, C);
+  }
+  std::fill(to + C, to + padded, -std::numeric_limits<float>::infinity());
+}
+
+template <class T>
+void narrow(const float* from, T* to, int64_t C) {
+  for (int64_t j = 0; j < C; ++j) to[j] = static_cast<T>(from[j]);
+}
+
+void deliver(const float* from, void* to, ScalarType dtype, int64_t r, int64_t C) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
+  if (dtype == ScalarType::Float) {
+    std::memcpy(static_cast<float*>(to) + r * C, from, C * sizeof(float));
+  } else if (dtype == ScalarType::Half) {
+    narrow(from, static_cast<Half*>(to) + r * C, C);
+  } else {
+    narrow(from, static_cast<BFloat16*>(to) + r * C, C);
+  }
+}
+
+// what one thread works in: student, teacher, the clean rows, the target or the gradient
+struct Scratch {
+  std::vector<float> memory;
+  float* part[5];
+  explicit Scratch(int64_t padded) : memory(5 * padded) {
+    for (int k = 0; k < 5; ++k) part[k] = memory.data() + k * padded;
+  }
+};
+
+KDK_INLINE void add_labels(const Call& c, int64_t r, float weight, float* to) {
+  const float lam = c.share(r);
+  to[c.labels[r]] += weight * lam;
+  to[c.permuted[r]] += weight * (1 - lam);
+}
+
+template <int W>
+KDK_INLINE void loss_row(const Call& c, int64_t r, Scratch& s, float* value, float* statistics) {
+  const Terms& of = c.of;
+  Side z{s.part[0], 0, 0}, y{s.part[1], 0, 0}, clean[2] = {{s.part[2], 0, 0}, {s.part[3], 0, 0}};
+  fetch(c.student, r, s.part[0], c.C, c.padded);
+  z.top = maximum<W>(z.x, c.padded);
+  const bool together = of.soft && of.plain;
+  if (of.soft) {
+    fetch(c.teacher, r, s.part[1], c.C, c.padded);
+    if (together) y.top = maximum<W>(y.x, c.padded);
+  }
+  const Sums sums = both_sides<W>(z, y, c.padded, of, together);
+  const double log_s = std::log(sums.s);
+  z.log = static_cast<float>(log_s);
+  double kl = 0, loss = 0;
+  if (together) {
+    const double log_t = std::log(sums.t);
+    y.log = static_cast<float>(log_t);
+    kl = sums.cross / sums.t * of.inverse_tau - log_t + log_s;
+  } else if (of.soft) {
+    normalise<W>(y, c.padded, of.inverse_tau);
+    if (of.clean) {
+      fetch(c.clean, r, s.part[2], c.C, c.padded);
+      fetch(c.clean, c.order[r], s.part[3], c.C, c.padded);
+      for (Side& side : clean) normalise<W>(side, c.padded, of.inverse_tau);
+    }
+    mixture<W>(y, clean, c.share(r), of, s.part[4], c.padded);
+    if (of.mix[2] > 0) add_labels(c, r, of.mix[2], s.part[4]);
+    kl = divergence<W>(s.part[4], z, c.padded, of.inverse_tau);
+  }
+  kl *= static_cast<double>(of.tau) * of.tau;
+  if (of.soft) loss += of.alpha * kl;
+  const double log_one = of.hard ? std::log(sums.one) : 0;
+  if (of.hard) {
+    const double lam = c.share(r), top = z.top;
+    double hard = 0;
+    if (lam != 0) hard += lam * (log_one - (z.x[c.labels[r]] - top));
+    if (lam != 1) hard += (1 - lam) * (log_one - (z.x[c.permuted[r]] - top));
+    loss += (1 - of.alpha) * hard;
+    if (!(sums.s == sums.s)) loss = kNan;
+  }
+  value[r] = static_cast<float>(loss);
+  if (!statistics) return;
+  const float kept[10] = {z.top, z.log, y.top, y.log, static_cast<float>(kl), static_cast<float>(log_one),
+                          clean[0].top, clean[0].log, clean[1].top, clean[1].log};
+  const int count = of.clean ? 10 : c.labels ? 6 : 5;
+  for (int k = 0; k < count; ++k) statistics[k * c.R + r] = kept[k];
+}
+
+template <int W>
+KDK_INLINE void gradient_row(const Call& c, int64_t r, float g, const float* statistics, Scratch& s, void* ds,
+                             void* dt) {
+  const Terms& of = c.of;
+  float* out = s.part[4];
+  if (g == 0) {  // a row that does not count, whatever it holds
+    std::fill(out, out + c.C, 0.f);
+    if (ds) deliver(out, ds, c.student.dtype, r, c.C);
+    if (dt) deliver(out, dt, c.teacher.dtype, r, c.C);
+    return;
+  }
+  const float* kept = statistics + r;
+  Side z{s.part[0], kept[kMs * c.R], kept[kLs * c.R]}, y{s.part[1], kept[kMt * c.R], kept[kLt * c.R]};
+  fetch(c.student, r, s.part[0], c.C, c.padded);
+  if (of.soft) fetch(c.teacher, r, s.part[1], c.C, c.padded);
+  if (dt) {
+    teacher_gradient<W>(z, y, kept[kKl * c.R], of, g, out, c.padded);
+    deliver(out, dt, c.teacher.dtype, r, c.C);
+  }
+  if (!ds) return;
+  const float* q = nullptr;
+  if (of.soft && !of.plain) {
+    Side clean[2] = {{s.part[2], 0, 0}, {s.part[3], 0, 0}};
+    if (of.clean) {
+      fetch(c.clean, r, s.part[2], c.C, c.padded);
+      fetch(c.clean, c.order[r], s.part[3], c.C, c.padded);
+      clean[0].top = kept[kMa * c.R], clean[0].log = kept[kLa * c.R];
+      clean[1].top = kept[kMb * c.R], clean[1].log = kept[kLb * c.R];
+    }
+    mixture<W>(y, clean, c.share(r), of, out, c.padded);
+    if (of.mix[2] > 0) add_labels(c, r, of.mix[2], out);
+    q = out;
+  }
+  student_gradient<W>(z, y, q, of.hard ? kept[kL1 * c.R] : 0.f, of, g, out, c.padded);
+  if (of.hard) add_labels(c, r, -g * (1 - of.alpha), out);
+  deliver(out, ds, c.student.dtype, r, c.C);
+}
+
+struct Backward {
+  const float* grad;
+  int64_t grad_stride;
+  float factor;
+  const float* statistics;
+  void *ds, *dt;
+};
+
+// plain functions, because the target attribute does not reach through a template
+#define KDK_ROWS(NAME, TARGET, W)                                                                             \
+  TARGET void loss_##NAME(const Call& c, int64_t begin, int64_t end, Scratch& s, float* value, float* kept) { \
+    for (int64_t r = begin; r < end; ++r) loss_row<W>(c, r, s, value, kept);                                  \
+  }                                                                                                           \
+  TARGET void gradient_##NAME(const Call& c, int64_t begin, int64_t end, Scratch& s, const Backward& b) {     \
+    for (int64_t r = begin; r < end; ++r) {                                                                   \
+      gradient_row<W>(c, r, b.grad[r * b.grad_stride] * b.factor, b.statistics, s, b.ds, b.dt);               \
+    }                                                                                                         \
+  }
+KDK_ROWS(baseline, , 4)
+#if KDK_X86
+KDK_ROWS(avx2, KDK_AVX2, 8)
+KDK_ROWS(avx512, KDK_AVX512, 16)
+#endif
+#undef KDK_ROWS
+
+using LossRows = void (*)(const Call&, int64_t, int64_t, Scratch&, float*, float*);
+using GradientRows = void (*)(const Call&, int64_t, int64_t, Scratch&, const Backward&);
+
+LossRows loss_rows() {
+#if KDK_X86
+  static const Isa isa = detect_isa();
+  if (isa == Isa::kAvx512) return loss_avx512;
+  if (isa == Isa::kAvx2) return loss_avx2;
+#endif
+  return loss_baseline;
+}
+
+GradientRows gradient_rows() {
+#if KDK_X86
+  static const Isa isa = detect_isa();
+  if (isa == Isa::kAvx512) return gradient_avx512;
+  if (isa == Isa::kAvx2) return gradient_avx2;
+#endif
+  return gradient_baseline;
+}
+
+Matrix matrix(const Tensor& t, const char* name, int64_t R, int64_t C) {
+  const auto dtype = t.scalar_type();
+  KDK_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == R && t.size(1) == C && (C <= 1 || t.stride(1) == 1),
+            "logits_rows: ", name, " must be CPU logits [", R, ", ", C, "] with dense rows");
+  KDK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+            "logits_rows: ", name, " is ", torch::headeronly::toString(dtype), ": pass float32, float16 or bfloat16");
+  return {t.const_data_ptr(), t.stride(0), dtype};
+}
+
+template <class T>
+const T* vector_of(const OptionalTensor& t, ScalarType dtype, int64_t R, const char* name) {
+  if (!t) return nullptr;
+  KDK_CHECK(t->is_cpu() && t->is_contiguous() && t->numel() == R && t->scalar_type() == dtype, "logits_rows: ", name,
+            " must be a contiguous ", torch::headeronly::toString(dtype), " [", R, "]");
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+void check_range(const int64_t* v, int64_t R, int64_t limit, const char* name) {
+  for (int64_t r = 0; v && r < R; ++r) {
+    KDK_CHECK(v[r] >= 0 && v[r] < limit, "logits_rows: ", name, " holds ", v[r], ": give 0 to ", limit - 1);
+  }
+}
+
+Call call_of(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& permuted,
+             const OptionalTensor& lam, const OptionalTensor& clean, const OptionalTensor& order, double tau,
+             double alpha, double k1, double k2, double k3, double number) {
+  const int64_t R = student.size(0), C = student.size(1);
+  Call c{};
+  c.R = R, c.C = C, c.padded = (C + kPad - 1) / kPad * kPad;
+  c.student = matrix(student, "student", R, C);
+  c.teacher = matrix(teacher, "teacher", R, C);
+  if (clean) c.clean = matrix(*clean, "clean", R, C);
+  c.labels = vector_of<int64_t>(labels, ScalarType::Long, R, "labels");
+  c.permuted = vector_of<int64_t>(permuted, ScalarType::Long, R, "permuted");
+  c.order = vector_of<int64_t>(order, ScalarType::Long, R, "order");
+  c.lam = vector_of<double>(lam, ScalarType::Double, R, "lam");
+  c.number = static_cast<float>(number);
+  check_range(c.labels, R, C, "labels");
+  check_range(c.permuted, R, C, "permuted");
+  check_range(c.order, R, R, "order");
+  const bool mixed = c.labels && c.permuted;
+  int squarings = -1;
+  for (int k = 0; k <= 3; ++k) squarings = tau == (1 << k) ? k : squarings;
+  c.of = {static_cast<float>(tau), static_cast<float>(1 / tau), static_cast<float>(alpha), squarings,
+          {static_cast<float>(k1), static_cast<float>(k2), static_cast<float>(k3)},
+          mixed && alpha < 1, alpha > 0, mixed, k1 == 1, k2 > 0 && alpha > 0};
+  KDK_CHECK(!c.of.clean || (clean && order), "logits_rows: k2 > 0 needs clean and order");
+  return c;
+}
+
+int64_t grain(int64_t C) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, C)); }
+
+std::tuple<Tensor, Tensor> logits_rows(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor permuted,
+                                       OptionalTensor lam, OptionalTensor clean, OptionalTensor order, double tau,
+                                       double alpha, double k1, double k2, double k3, double number, bool need) {
+  const Call c = call_of(student, teacher, labels, permuted, lam, clean, order, tau, alpha, k1, k2, k3, number);
+  const int64_t rows[1] = {c.R}, shape[2] = {c.of.clean ? 10 : c.labels ? 6 : 5, c.R}, none[1] = {0};
+  Tensor value = torch::stable::new_empty(student, {rows, 1}, ScalarType::Float);
+  Tensor statistics = need ? torch::stable::new_empty(student, {shape, 2}, ScalarType::Float)
+                           : torch::stable::new_empty(student, {none, 1}, ScalarType::Float);
+  float* out = static_cast<float*>(value.mutable_data_ptr());
+  float* kept = need ? static_cast<float*>(statistics.mutable_data_ptr()) : nullptr;
+  const LossRows run = loss_rows();
+  torch::stable::parallel_for(0, c.R, grain(c.C), [&](int64_t begin, int64_t end) {
+    Scratch scratch(c.padded);
+    run(c, begin, end, scratch, out, kept);
+  });
+  return {value, statistics};
+}
+
+std::tuple<Tensor, Tensor> logits_rows_backward(Tensor grad, double factor, Tensor student, Tensor teacher,
+                                                OptionalTensor labels, OptionalTensor permuted, OptionalTensor lam,
+                                                OptionalTensor clean, OptionalTensor order, Tensor statistics,
+                                                double tau, double alpha, double k1, double k2, double k3,
+                                                double number, bool need_student, bool need_teacher) {
+  const Call c = call_of(student, teacher, labels, permuted, lam, clean, order, tau, alpha, k1, k2, k3, number);
+  KDK_CHECK(grad.is_cpu() && grad.dim() == 1 && grad.size(0) == c.R && grad.scalar_type() == ScalarType::Float,
+            "logits_rows_backward: grad must be float32 [", c.R, "]");
+  const int64_t count = c.of.clean ? 10 : c.labels ? 6 : 5;
+  KDK_CHECK(statistics.is_cpu() && statistics.is_contiguous() && statistics.scalar_type() == ScalarType::Float &&
+                statistics.numel() == count * c.R,
+            "logits_rows_backward: statistics must be what logits_rows gave, float32 [", count, ", ", c.R, "]");
+  const int64_t shape[2] = {c.R, c.C}, none[2] = {0, 0};
+  Tensor ds = torch::stable::new_empty(student, {need_student ? shape : none, 2});
+  Tensor dt = torch::stable::new_empty(teacher, {need_teacher ? shape : none, 2});
+  const Backward b{static_cast<const float*>(grad.const_data_ptr()), grad.stride(0), static_cast<float>(factor),
+                   static_cast<const float*>(statistics.const_data_ptr()),
+                   need_student ? ds.mutable_data_ptr() : nullptr, need_teacher ? dt.mutable_data_ptr() : nullptr};
+  const GradientRows run = gradient_rows();
+  torch::stable::parallel_for(0, c.R, grain(c.C), [&](int64_t begin, int64_t end) {
+    Scratch scratch(c.padded);
+    run(c, begin, end, scratch, b);
+  });
+  return {ds, dt};
+}
+
+}  // namespace
+}  // namespace kdkernels
+
+#define KDK_LOGITS                                                                                            \
+  "Tensor student, Tensor teacher, Tensor? labels, Tensor? permuted, Tensor? lam, Tensor? clean, Tensor? order, "
+#define KDK_NUMBERS "float tau, float alpha, float k1, float k2, float k3, float number, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def("logits_rows(" KDK_LOGITS KDK_NUMBERS "bool need) -> (Tensor value, Tensor statistics)");
+  m.def("logits_rows_backward(Tensor grad, float factor, " KDK_LOGITS "Tensor statistics, " KDK_NUMBERS
+        "bool need_student, bool need_teacher) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("logits_rows", TORCH_BOX(&kdkernels::logits_rows));
+  m.impl("logits_rows_backward", TORCH_BOX(&kdkernels::logits_rows_backward));
+}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family on a CPU through `csrc/logits/`: a row stays in cache from its logits to its value, or its gradient.
+
+float64 rows, and half rows of mixup, run in PyTorch: nobody trains on them here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import torch_impl
+from .problem import STUDENT, TEACHER, Extras, Problem, compute_dtype
+
+
+def _dense(t):
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _arguments(student, teacher, problem: Problem, extras: Extras):
+    R = student.shape[0]
+    lam = None if extras.lam is None else extras.lam.double().expand(R).contiguous()
+    vectors = (None if t is None else t.contiguous() for t in (extras.labels, extras.permuted))
+    order = None if extras.permutation is None else extras.permutation.contiguous()
+    return _dense(student), _dense(teacher), *vectors, lam, _dense(extras.clean), order
+
+
+def forward(student, teacher, problem: Problem, extras: Extras, need: int):
+    if compute_dtype(student, teacher, extras.clean) == torch.float64:
+        return torch_impl.forward(student, teacher, problem, extras, need)
+    arguments = _arguments(student, teacher, problem, extras)
+    numbers = (problem.tau, problem.alpha, *problem.mix, problem.lam)
+    return torch.ops.kdkernels.logits_rows(*arguments, *numbers, need > 0)
+
+
+def backward(grad, factor: float, student, teacher, statistics, problem: Problem, extras: Extras, need: int):
+    """A row with grad 0 gets exactly 0, as in `torch_impl.backward`."""
+    if statistics.dtype == torch.float64:
+        return torch_impl.backward(grad, factor, student, teacher, statistics, problem, extras, need)
+    arguments = _arguments(student, teacher, problem, extras)
+    numbers = (problem.tau, problem.alpha, *problem.mix, problem.lam)
+    run = torch.ops.kdkernels.logits_rows_backward
+    return run(grad, factor, *arguments, statistics.contiguous(), *numbers, need & STUDENT > 0, need & TEACHER > 0)
+
+
+def lerp_rows(x, weight, other, index):
+    if x.dtype not in (torch.float32, torch.float64):
+        return torch_impl.lerp_rows(x, weight, other, index)
+    R = x.shape[0]
+    weight, other = (w.double().expand(R).contiguous() for w in (weight, other))
+    return torch.ops.kdkernels.mix_rows(x.reshape(R, -1).contiguous(), weight, other, index).reshape(x.shape)
