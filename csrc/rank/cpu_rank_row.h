@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 
+#include "../common/check.h"
 #include "cpu_isotonic.h"
 #include "cpu_sort.h"
 
@@ -109,43 +110,17 @@ class Ranker {
 
   template <class Out>
   double sort(const T* x, int64_t n, Extent<T> extent, const Rule& rule, double eps, Out* rank, int32_t* number) {
-    Item<T>* items = items_.get();
-    Key least = extent.least;
-    int64_t m = n;
     if (extent.some_absent()) {
       std::fill_n(rank, n, Out(0));
       if (number) std::fill_n(number, n, -1);
-      least = extent.greatest;
-      for (int64_t i = 0; i < n; ++i) {
-        const Key key = Ordered<T>::key(x[i]);
-        if (key != Ordered<T>::kAbsent) least = std::min(least, key);
-      }
-      m = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const Key key = Ordered<T>::key(x[i]);
-        items[m] = Item<T>::of(rule.descending ? key - least : extent.greatest - key, static_cast<uint32_t>(i));
-        m += key != Ordered<T>::kAbsent;
-      }
-    } else if (rule.descending) {
-      for (int64_t i = 0; i < n; ++i) {
-        items[i] = Item<T>::of(Ordered<T>::key(x[i]) - least, static_cast<uint32_t>(i));
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        items[i] = Item<T>::of(extent.greatest - Ordered<T>::key(x[i]), static_cast<uint32_t>(i));
-      }
     }
-    if (m > 0) items = sort_items(items, items + n, m, bit_width(static_cast<Key>(extent.greatest - least)));
-    double* s = s_.get();
-    if (rule.descending) {
-      for (int64_t e = 0; e < m; ++e) s[e] = -Ordered<T>::value(static_cast<Key>(least + items[e].key()));
-    } else {
-      for (int64_t e = 0; e < m; ++e) s[e] = Ordered<T>::value(static_cast<Key>(extent.greatest - items[e].key()));
-    }
+    const Ordering<T> order = order_row(x, n, extent, rule.descending, items_.get());
+    const int64_t m = order.count;
+    order.values(s_.get());
     eps = solve(m, Single{}, rule, eps, number != nullptr);
-    for (int64_t e = 0; e < m; ++e) rank[items[e].index()] = narrow<Out>(s[e]);
+    for (int64_t e = 0; e < m; ++e) rank[order.index(e)] = narrow<Out>(s_[e]);
     if (number) {
-      for (int64_t e = 0; e < m; ++e) number[items[e].index()] = number_[e];
+      for (int64_t e = 0; e < m; ++e) number[order.index(e)] = number_[e];
     }
     return eps;
   }
@@ -209,6 +184,7 @@ class RankGradient {
   void operator()(const U* u, const U* r, const int32_t* number, int64_t n, double eps, bool kl, bool descending,
                   T* g) {
     const int64_t blocks = last_block(number, n) + int64_t(1);
+    KDK_CHECK(blocks <= n, "block ids must be below the length of a row, ", n, ": one is ", blocks - 1);
     if (!(eps > 0) || blocks == 0) {
       std::fill_n(g, n, narrow<T>(eps == eps ? 0 : kNaN));
       return;

@@ -88,4 +88,66 @@ Item<T>* sort_items(Item<T>* a, Item<T>* b, int64_t n, int bits) {
 
 inline int bit_width(uint64_t v) { return v ? 64 - __builtin_clzll(v) : 0; }
 
+// the present entries of a row, sorted by theta = x, or -x, greatest first; equal values keep their order
+template <class T>
+struct Ordering {
+  using Key = typename Ordered<T>::Key;
+  Item<T>* items;
+  int64_t count;
+  Key origin;     // the key from which all keys of the items are counted
+  bool negated;
+
+  uint32_t index(int64_t e) const { return items[e].index(); }
+
+  // theta of each item
+  void values(double* s) const {
+    if (negated) {
+      for (int64_t e = 0; e < count; ++e) s[e] = -Ordered<T>::value(static_cast<Key>(origin + items[e].key()));
+    } else {
+      for (int64_t e = 0; e < count; ++e) s[e] = Ordered<T>::value(static_cast<Key>(origin - items[e].key()));
+    }
+  }
+};
+
+// -0 and 0 are one number
+template <class T>
+KDK_INLINE typename Ordered<T>::Key number_key(T value) {
+  const auto key = Ordered<T>::key(value);
+  return static_cast<typename Ordered<T>::Key>(key + (key == static_cast<decltype(key)>(Ordered<T>::kSign - 1)));
+}
+
+// the row is not poisoned; items [2 n]
+template <class T>
+Ordering<T> order_row(const T* x, int64_t n, Extent<T> extent, bool negated, Item<T>* items) {
+  using Key = typename Ordered<T>::Key;
+  if (n == 0) return {items, 0, 0, negated};
+  constexpr Key kZero = Ordered<T>::kSign;
+  const Key greatest = extent.greatest == kZero - 1 ? kZero : extent.greatest;
+  Key least = extent.least;
+  int64_t m = n;
+  if (extent.some_absent()) {
+    least = greatest;
+    for (int64_t i = 0; i < n; ++i) {
+      const Key key = number_key(x[i]);
+      least = std::min(least, key == Ordered<T>::kAbsent ? greatest : key);
+    }
+    m = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Key key = number_key(x[i]);
+      items[m] = Item<T>::of(static_cast<Key>(negated ? key - least : greatest - key), static_cast<uint32_t>(i));
+      m += key != Ordered<T>::kAbsent;
+    }
+  } else if (negated) {
+    for (int64_t i = 0; i < n; ++i) {
+      items[i] = Item<T>::of(static_cast<Key>(number_key(x[i]) - least), static_cast<uint32_t>(i));
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      items[i] = Item<T>::of(static_cast<Key>(greatest - number_key(x[i])), static_cast<uint32_t>(i));
+    }
+  }
+  if (m > 0) items = sort_items(items, items + n, m, bit_width(static_cast<Key>(greatest - least)));
+  return {items, m, negated ? least : greatest, negated};
+}
+
 }  // namespace kdkernels

@@ -183,6 +183,8 @@ def _sort_fwd(x, strengths, strength, relative, kl, descending, need, backend):
     if x.numel() == 0:
         return _sort_fwd_fake(x, strengths, strength, relative, kl, descending, need, backend)
     with without_autocast(x.device.type):
+        if backend == "cpp":
+            return native_impl.soft_sort_forward(x, strengths, strength, relative, kl, descending)
         theta = x.contiguous() if descending else torch_impl.negated(x.contiguous())
         s, order = torch_impl.sort_descending(theta)
         value, start, eps = _implementation(backend).sort_forward(s, strengths, strength, relative, kl)
@@ -202,8 +204,11 @@ def _sort_bwd(grad, strengths, s, order, start, eps, kl, descending, need, backe
         return _sort_bwd_fake(grad, strengths, s, order, start, eps, kl, descending, need, backend)
     with without_autocast(s.device.type):
         # value = -f(-x) where ascending: the signs cancel
-        ds = _implementation(backend).sort_backward(grad, s, start, kl)
-        dx = torch.empty_like(ds).scatter_(-1, order, ds)
+        if backend == "cpp":
+            dx = native_impl.soft_sort_backward(grad, s, order, start, kl)
+        else:
+            ds = _implementation(backend).sort_backward(grad, s, start, kl)
+            dx = torch.empty_like(ds).scatter_(-1, order, ds)
         dstrengths = s.new_empty(0, dtype=torch.float64)
         if need & STRENGTH:
             dstrengths = torch_impl.sort_strength_gradient(grad, strengths, s, start, eps, kl, descending)

@@ -24,6 +24,12 @@ SCHEMAS = {
     " -> (Tensor value, Tensor start, Tensor eps)",
     # d/ds, in s's dtype; grad in value's
     "sort_rows_backward": "(Tensor grad, Tensor s, Tensor start, bool kl) -> Tensor",
+    # the CPU library alone: the same of rows in any order. s [R, n]: x, or -x unless descending, sorted, absent entries
+    # last; order int64 [R, n]: where each stood; value of x, in the caller's order
+    "soft_sort_rows": "(Tensor x, Tensor? strengths, float strength, bool relative, bool kl, bool descending)"
+    " -> (Tensor value, Tensor s, Tensor order, Tensor start, Tensor eps)",
+    # d/dx, with the order undone
+    "soft_sort_rows_backward": "(Tensor grad, Tensor s, Tensor order, Tensor start, bool kl) -> Tensor",
     # value [R]; dx, dy [R, n], or [0] where not asked for: the gradient of value[r] in row r
     "spearman_rows": "(Tensor x, Tensor y, float strength, bool relative, bool kl, bool hard_target, bool grad_x,"
     " bool grad_y) -> (Tensor value, Tensor dx, Tensor dy)",
@@ -44,27 +50,44 @@ def _rows(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _shaped(x, *rows):
+    """Results [R, n], [R] (or [0], not asked for) in the shape of x [..., n]; rows [R, n] are in it already."""
+    if x.dim() == 2:
+        return rows
+    per_row = x.shape[:-1]
+    return tuple(t.reshape(x.shape) if t.dim() == 2 else t.reshape(per_row) if t.numel() else t for t in rows)
+
+
 def rank_forward(x, strengths, strength, relative, kl, descending, need):
-    rank, blocks, eps = torch.ops.kdkernels.rank_rows(_rows(x), strengths, strength, relative, kl, descending, need)
-    return rank.reshape(x.shape), blocks.reshape(x.shape) if need else blocks, eps.reshape(x.shape[:-1])
+    run = torch.ops.kdkernels.rank_rows
+    return _shaped(x, *run(_rows(x), strengths, strength, relative, kl, descending, need))
 
 
 def rank_backward(grad, x, rank, blocks, eps, kl, descending):
-    rows = (_rows(t) for t in (grad, x, rank, blocks))
-    dx = torch.ops.kdkernels.rank_rows_backward(*rows, eps.reshape(-1), kl, descending)
-    return dx.reshape(x.shape)
+    if x.dim() != 2:
+        eps = eps.reshape(-1)
+    run = torch.ops.kdkernels.rank_rows_backward
+    return _shaped(x, run(_rows(grad), _rows(x), _rows(rank), _rows(blocks), eps, kl, descending))[0]
 
 
 def sort_forward(s, strengths, strength, relative, kl):
-    value, start, eps = torch.ops.kdkernels.sort_rows(_rows(s), strengths, strength, relative, kl)
-    return value.reshape(s.shape), start.reshape(s.shape), eps.reshape(s.shape[:-1])
+    return _shaped(s, *torch.ops.kdkernels.sort_rows(_rows(s), strengths, strength, relative, kl))
 
 
 def sort_backward(grad, s, start, kl):
-    return torch.ops.kdkernels.sort_rows_backward(_rows(grad), _rows(s), _rows(start), kl).reshape(s.shape)
+    return _shaped(s, torch.ops.kdkernels.sort_rows_backward(_rows(grad), _rows(s), _rows(start), kl))[0]
+
+
+def soft_sort_forward(x, strengths, strength, relative, kl, descending):
+    run = torch.ops.kdkernels.soft_sort_rows
+    return _shaped(x, *run(_rows(x), strengths, strength, relative, kl, descending))
+
+
+def soft_sort_backward(grad, s, order, start, kl):
+    run = torch.ops.kdkernels.soft_sort_rows_backward
+    return _shaped(s, run(_rows(grad), _rows(s), _rows(order), _rows(start), kl))[0]
 
 
 def spearman_forward(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
     run = torch.ops.kdkernels.spearman_rows
-    value, dx, dy = run(_rows(x), _rows(y), strength, relative, kl, hard_target, grad_x, grad_y)
-    return value.reshape(x.shape[:-1]), dx.reshape(x.shape) if grad_x else dx, dy.reshape(y.shape) if grad_y else dy
+    return _shaped(x, *run(_rows(x), _rows(y), strength, relative, kl, hard_target, grad_x, grad_y))
