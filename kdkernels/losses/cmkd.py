@@ -41,8 +41,8 @@ class CMKDLoss(Loss):
             good.
         class_weight: factor of mean_c (1 - pearson over the rows of z_s[:, c], z_t[:, c]); a buffer, 0 drops it.
         regularization, strength: of the soft ranks, see `kd.spearman`. "auto" or ("auto", c) is
-            c sqrt(12) / C standard deviations of the row; a number is meant in standard deviations too. At 1 and C >=
-            100 the ranks are one block, and Spearman is Pearson: see kdkernels/rank/STRENGTH.md.
+            c sqrt(12) / C standard deviations of the row; a number counts in standard deviations too. At 1.0 the ranks
+            of 10 classes or more are one block, and Spearman is Pearson: see kdkernels/rank/STRENGTH.md.
         hard_target: hard ranks, ties averaged, on the teacher's side.
         weight: factor of the whole loss, a buffer. reduction: "mean" over the rows that count, or "sum".
         backend: as in `kd.spearman`.
