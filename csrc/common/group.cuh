@@ -13,7 +13,8 @@ constexpr int kScratchBytes = 32 * 24;  // of a group of more than one warp: one
 template <int T>
 struct Group {
   static constexpr int kWarps = T / 32;
-  unsigned char* scratch;  // kScratchBytes, unused by a single warp
+  static constexpr size_t kBytes = T == 32 ? 0 : kScratchBytes;  // what `scratch` must hold
+  unsigned char* scratch;  // kBytes
 
   __device__ static int rank() { return static_cast<int>(threadIdx.x) % T; }
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Elements of any dtype and their sort keys. The dtype is an argument, not a template: the switch is uniform, a load
+// costs the same, and a kernel is compiled once for 32-bit keys (half, bfloat16, float) and once for 64-bit (double).
+#pragma once
+
+#include "device.cuh"
+
+namespace kdkernels {
+
+enum Dtype : int { kHalf, kBfloat16, kFloat, kDouble };
+
+inline int bytes_of(int dtype) { return dtype == kDouble ? 8 : dtype == kFloat ? 4 : 2; }
+
+// Key: unsigned of Value's size whose order is Value's; the largest key belongs to no number and means absent
+template <class Value>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using Key = unsigned;
+  __device__ static unsigned bits(float v) { return __float_as_uint(v); }
+  __device__ static float value(unsigned u) { return __uint_as_float(u); }
+};
+template <>
+struct KeyOf<double> {
+  using Key = unsigned long long;
+  __device__ static unsigned long long bits(double v) { return static_cast<unsigned long long>(__double_as_longlong(v)); }
+  __device__ static double value(unsigned long long u) { return __longlong_as_double(static_cast<long long>(u)); }
+};
+
+template <class Value>
+constexpr typename KeyOf<Value>::Key kAbsent = ~typename KeyOf<Value>::Key(0);
+
+// -0.0 takes the key of 0.0
+template <class Value>
+__device__ __forceinline__ typename KeyOf<Value>::Key encode(Value v) {
+  using Key = typename KeyOf<Value>::Key;
+  const Key u = KeyOf<Value>::bits(v + Value(0)), sign = Key(1) << (8 * sizeof(Key) - 1);
+  return u & sign ? ~u : u | sign;
+}
+template <class Value>
+__device__ __forceinline__ Value decode(typename KeyOf<Value>::Key key) {
+  using Key = typename KeyOf<Value>::Key;
+  const Key sign = Key(1) << (8 * sizeof(Key) - 1);
+  return KeyOf<Value>::value(key & sign ? key ^ sign : ~key);
+}
+
+template <class Value>
+__device__ __forceinline__ Value load(const void* p, int dtype, int64_t at) {
+  switch (dtype) {
+    case kHalf:
+      return static_cast<Value>(__half2float(static_cast<const __half*>(p)[at]));
+    case kBfloat16:
+      return static_cast<Value>(__bfloat162float(static_cast<const __nv_bfloat16*>(p)[at]));
+    case kFloat:
+      return static_cast<Value>(static_cast<const float*>(p)[at]);
+    default:
+      return static_cast<Value>(static_cast<const double*>(p)[at]);
+  }
+}
+
+// a double is rounded once
+__device__ __forceinline__ void store(void* p, int dtype, int64_t at, double v) {
+  switch (dtype) {
+    case kHalf:
+      static_cast<__half*>(p)[at] = __double2half(v);
+      break;
+    case kBfloat16:
+      static_cast<__nv_bfloat16*>(p)[at] = __double2bfloat16(v);
+      break;
+    case kFloat:
+      static_cast<float*>(p)[at] = static_cast<float>(v);
+      break;
+    default:
+      static_cast<double*>(p)[at] = v;
+  }
+}
+
+template <class Value>
+__device__ __forceinline__ bool is_absent(Value v) {
+  return v == -static_cast<Value>(INFINITY);
+}
+template <class Value>
+__device__ __forceinline__ bool is_poison(Value v) {
+  return v != v || v == static_cast<Value>(INFINITY);
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+// Soft ranks of rows too long for the registers or shared memory of one block. Up to kBigRow floats a block still sorts
+// its row, in two runs that it merges, and only the sums lie in global memory (cached). Longer rows go through workspace:
+// keys and strength (`prepare_keys_kernel`), sorted keys (a segmented radix sort; half formats count their at most
+// 65,536 distinct values instead, `count_keys_kernel`), then fit and ranks (`finish_ranks_kernel`).
+#pragma once
+
+#include "soft_rank.cuh"
+
+namespace kdkernels {
+
+struct LongCall {
+  RankCall rank;
+  int64_t first;          // row of the batch's first row; the workspace below holds the batch alone
+  void* keys;             // Key [batch, n]
+  void* sorted;           // Key [batch, n]
+  int* valid;             // [batch] elements that are there, -1 for a poisoned row
+  int* table;             // [batch, 65536] or null: first position of a half value's code
+  unsigned char* memory;  // [gridDim.x, layout], in `rank_big_kernel` the sums alone
+};
+
+constexpr int kCodes = 65536, kHalfCodes = kCodes / 2;
+
+// the facts of a row whose keys are read again at every use; each(visit) visits this thread's keys, kAbsent among them
+template <class Value, int T, class Each>
+__device__ RowFacts facts_of(const Group<T>& group, const Strength& strength, int64_t row, bool poisoned, Each each) {
+  using Key = typename KeyOf<Value>::Key;
+  int count = 0;
+  each([&](Key key) { count += key != kAbsent<Value>; });
+  RowFacts facts;
+  facts.poisoned = group.any(poisoned);
+  facts.m = group.sum(count);
+  facts.eps = NAN;
+  if (facts.poisoned) return facts;
+  double spread = 1.0;
+  if (strength.relative) {
+    spread = spread_of<Value>(group, facts.m, [&](auto visit) {
+      each([&](Key key) {
+        if (key != kAbsent<Value>) visit(key);
+      });
+    });
+  }
+  facts.eps = strength.of(row, spread);
+  return facts;
+}
+
+// two sorted runs of `run` keys each -> the first m of their merge
+template <int T, class Key, class Put>
+__device__ void merge_runs(const Group<T>& group, const Key* a, const Key* b, int run, int m, Put put) {
+  const int share = (2 * run + T - 1) / T, first = min(m, group.rank() * share), last = min(m, first + share);
+  int low = max(0, first - run), high = min(first, run);
+  while (low < high) {
+    const int i = (low + high) / 2;
+    if (a[i] <= b[first - 1 - i]) {
+      low = i + 1;
+    } else {
+      high = i;
+    }
+  }
+  int i = low, j = first - low;
+  for (int p = first; p < last; ++p) put(p, j >= run || (i < run && a[i] <= b[j]) ? a[i++] : b[j++]);
+}
+
+template <class Value, int T, int kItems>
+__host__ __device__ inline size_t big_sort_bytes() {
+  using Key = typename KeyOf<Value>::Key;
+  constexpr size_t kSort = sort_bytes<Key, T, kItems>(), kRun = T * kItems * sizeof(Key);
+  return ((kSort > kRun ? kSort : kRun) + 15) / 16 * 16;
+}
+template <class Value, int T, int kItems>
+__host__ __device__ inline size_t big_row_bytes(int n, int shift) {
+  return Group<T>::kBytes + big_sort_bytes<Value, T, kItems>() + T * kItems * sizeof(Value) +
+         layout_of<Value>(n, shift, false, true).total;
+}
+
+template <class Value, Kind kKind, int T, int kItems>
+__global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
+  using Key = typename KeyOf<Value>::Key;
+  constexpr int kRun = T * kItems;
+  KDK_DYNAMIC_SHARED(memory);
+  const RankCall& rank = call.rank;
+  const Group<T> group{memory};
+  unsigned char* sorting = memory + Group<T>::kBytes;
+  Key* later = reinterpret_cast<Key*>(sorting);
+  Key* early = reinterpret_cast<Key*>(sorting + big_sort_bytes<Value, T, kItems>());
+  unsigned char* base = reinterpret_cast<unsigned char*>(early + kRun);
+  const Layout at = layout_of<Value>(rank.n, rank.shift, false, true);
+  double* sum = reinterpret_cast<double*>(call.memory) + static_cast<int64_t>(blockIdx.x) * (padded(rank.n) + 1);
+  for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
+    bool poisoned = false;
+    auto key_at = [&](int i) {
+      return key_of<Value>(rank.x, rank.partner, row, i, rank.descending, poisoned);
+    };
+    for (int i = group.rank(); i < rank.n; i += T) key_at(i);
+    const RowFacts facts = facts_of<Value>(group, rank.strength, row, poisoned, [&](auto visit) {
+      for (int i = group.rank(); i < rank.n; i += T) visit(key_at(i));
+    });
+    if (group.rank() == 0) rank.eps[row] = facts.eps;
+    if (facts.poisoned) {
+      emit_poison<Value>(group, rank, row);
+      continue;
+    }
+#pragma unroll 1
+    for (int run = 0; run < 2; ++run) {
+      Key item[kItems];
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        const int i = run * kRun + group.rank() + j * T;
+        item[j] = i < rank.n ? key_at(i) : kAbsent<Value>;
+      }
+      group.sync();
+      sort_keys<T>(item, sorting);
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) (run ? later : early)[group.rank() * kItems + j] = item[j];
+      group.sync();
+    }
+    const Fit<Value, true, kKind> fit{
+        {reinterpret_cast<Key*>(base + at.key)}, sum, blocks_at(base, at, rank.shift), facts.m, facts.eps};
+    merge_runs(group, early, later, kRun, facts.m, [&](int p, Key key) { fit.key.at(p) = key; });
+    group.sync();
+    fit.solve(group);
+    fit.constants(group);
+    emit_ranks(group, fit, rank, row, [&](Key key) { return fit.position(key); });
+    group.sync();
+  }
+}
+
+// x -> keys, eps and the number of elements that are there
+template <class Value, int T>
+__global__ void __launch_bounds__(T, 1) prepare_keys_kernel(LongCall call) {
+  using Key = typename KeyOf<Value>::Key;
+  KDK_DYNAMIC_SHARED(memory);
+  const RankCall& rank = call.rank;
+  const Group<T> group{memory};
+  for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
+    Key* keys = static_cast<Key*>(call.keys) + row * rank.n;
+    bool poisoned = false;
+    for (int i = group.rank(); i < rank.n; i += T) {
+      keys[i] = key_of<Value>(rank.x, rank.partner, call.first + row, i, rank.descending, poisoned);
+    }
+    const RowFacts facts = facts_of<Value>(group, rank.strength, call.first + row, poisoned, [&](auto visit) {
+      for (int i = group.rank(); i < rank.n; i += T) visit(keys[i]);
+    });
+    if (group.rank() == 0) {
+      rank.eps[call.first + row] = facts.eps;
+      call.valid[row] = facts.poisoned ? -1 : facts.m;
+    }
+  }
+}
+
+// the key of a half or bfloat16 value in 16 bits, in the same order
+__device__ __forceinline__ int code_of(unsigned key, int dtype) {
+  if (dtype == kBfloat16) return static_cast<int>(key >> 16);
+  const unsigned u = __half_as_ushort(__float2half_rn(decode<float>(key)));
+  return static_cast<int>(u & 0x8000u ? ~u & 0xFFFFu : u | 0x8000u);
+}
+__device__ __forceinline__ unsigned key_of_code(int code, int dtype) {
+  // a negative bfloat16's lower half is zero, and turned over in the key
+  if (dtype == kBfloat16) return static_cast<unsigned>(code) << 16 | (code & 0x8000 ? 0u : 0xFFFFu);
+  const unsigned u = code & 0x8000 ? static_cast<unsigned>(code) ^ 0x8000u : ~static_cast<unsigned>(code) & 0xFFFFu;
+  return encode(__half2float(__ushort_as_half(static_cast<unsigned short>(u))));
+}
+
+struct Count {
+  int count;
+  __device__ static Count from_lane(const Count& c, int delta) { return {__shfl_up_sync(kAllLanes, c.count, delta)}; }
+  __device__ Count then(const Count& next) const { return {count + next.count}; }
+};
+
+// sorts keys of half values by counting: negative numbers first, then the others, 128 KiB of bins each time
+template <int T>
+__global__ void __launch_bounds__(T, 1) count_keys_kernel(LongCall call) {
+  static_assert(kHalfCodes % T == 0);
+  KDK_DYNAMIC_SHARED(memory);
+  const RankCall& rank = call.rank;
+  const Group<T> group{memory};
+  int* bins = reinterpret_cast<int*>(memory + kScratchBytes);
+  constexpr int kShare = kHalfCodes / T;
+  for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
+    if (call.valid[row] < 0) continue;
+    const unsigned* keys = static_cast<const unsigned*>(call.keys) + row * rank.n;
+    unsigned* sorted = static_cast<unsigned*>(call.sorted) + row * rank.n;
+    int* table = call.table + row * kCodes;
+    int before = 0;  // elements of the half done
+    for (int half = 0; half < 2; ++half) {
+      for (int i = group.rank(); i < kHalfCodes; i += T) bins[i] = 0;
+      group.sync();
+      for (int i = group.rank(); i < rank.n; i += T) {
+        const unsigned key = keys[i];
+        if (key == kAbsent<float>) continue;
+        const int code = code_of(key, rank.x.dtype) - half * kHalfCodes;
+        if (code >= 0 && code < kHalfCodes) atomicAdd(bins + code, 1);
+      }
+      group.sync();
+      int own = 0;
+      for (int i = 0; i < kShare; ++i) own += bins[group.rank() * kShare + i];
+      int position = group.before(Count{own}, Count{0}).count;
+      for (int i = 0; i < kShare; ++i) {
+        const int bin = group.rank() * kShare + i, count = bins[bin];
+        bins[bin] = position;
+        table[half * kHalfCodes + bin] = before + position;
+        position += count;
+      }
+      const int total = group.sum(own);
+      group.sync();
+      const int share = (total + T - 1) / T, last = min(total, (group.rank() + 1) * share);
+      for (int p = min(total, group.rank() * share); p < last;) {
+        // the last bin that starts at or before p is not empty
+        int low = 0, high = kHalfCodes;
+        while (high - low > 1) {
+          const int bin = (low + high) / 2;
+          if (bins[bin] <= p) {
+            low = bin;
+          } else {
+            high = bin;
+          }
+        }
+        const int stop = min(last, high < kHalfCodes ? bins[high] : total);
+        const unsigned key = key_of_code(low + half * kHalfCodes, rank.x.dtype);
+        for (; p < stop; ++p) sorted[before + p] = key;
+      }
+      group.sync();
+      before += total;
+    }
+  }
+}
+
+template <class Value, Kind kKind, int T>
+__global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
+  using Key = typename KeyOf<Value>::Key;
+  KDK_DYNAMIC_SHARED(memory);
+  const RankCall& rank = call.rank;
+  const Group<T> group{memory};
+  const Layout at = layout_of<Value>(rank.n, rank.shift, true, false);
+  unsigned char* base = call.memory + blockIdx.x * at.total;
+  for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
+    if (call.valid[row] < 0) {
+      emit_poison<Value>(group, rank, call.first + row);
+      continue;
+    }
+    const Fit<Value, false, kKind> fit{{static_cast<Key*>(call.sorted) + row * rank.n},
+                                       reinterpret_cast<double*>(base + at.sum),
+                                       blocks_at(base, at, rank.shift),
+                                       call.valid[row],
+                                       rank.eps[call.first + row]};
+    fit.solve(group);
+    fit.constants(group);
+    const int* table = call.table ? call.table + row * kCodes : nullptr;
+    emit_ranks(group, fit, rank, call.first + row, [&](Key key) {
+      if constexpr (sizeof(Key) == 4) {
+        if (table) return table[code_of(key, rank.x.dtype)];
+      }
+      return fit.position(key);
+    });
+    group.sync();
+  }
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Soft ranks of rows: one launch, x read twice (the second time from cache), ranks and block ids written once.
+// Each thread keeps its own element and looks it up among the sorted keys: equal elements share rank and block, so no
+// permutation is needed, and the sort moves keys alone.
+#pragma once
+
+#include "sorted_row.cuh"
+
+namespace kdkernels {
+
+struct RankCall {
+  Rows x;
+  Rows partner;  // spearman: the other side, whose absent elements are dropped here too
+  Strength strength;
+  bool descending;
+  int64_t rows;
+  int n;
+  int shift;      // log2 of the positions of a leaf
+  void* rank;     // Value [R, n]
+  int* blocks;    // [R, n] or null
+  double* eps;    // [R]
+};
+
+// a block is named by its first position; -1: alone, or hard
+__device__ __forceinline__ int block_name(Range block, double eps) {
+  return block.b - block.a > 1 && eps != 0.0 ? block.a : -1;
+}
+
+// every thread looks up its own elements; position(key) finds one among the sorted
+template <class Fit, int T, class Position>
+__device__ void emit_ranks(const Group<T>& group, const Fit& fit, const RankCall& call, int64_t row,
+                           Position position) {
+  using Value = typename Fit::Element;
+  Value* rank = static_cast<Value*>(call.rank) + row * call.n;
+  int* blocks = call.blocks ? call.blocks + row * call.n : nullptr;
+  for (int i = group.rank(); i < call.n; i += T) {
+    bool poisoned = false;
+    const auto key = key_of<Value>(call.x, call.partner, row, i, call.descending, poisoned);
+    double r = 0.0;
+    int name = -1;
+    if (key != kAbsent<Value>) {
+      const Range block = fit.blocks.find(position(key));
+      r = fit.rank_at(decode<Value>(key), block);
+      name = block_name(block, fit.eps);
+    }
+    rank[i] = static_cast<Value>(r);
+    if (blocks) blocks[i] = name;
+  }
+}
+
+template <class Value, int T>
+__device__ void emit_poison(const Group<T>& group, const RankCall& call, int64_t row) {
+  for (int i = group.rank(); i < call.n; i += T) {
+    static_cast<Value*>(call.rank)[row * call.n + i] = static_cast<Value>(NAN);
+    if (call.blocks) call.blocks[row * call.n + i] = -1;
+  }
+}
+
+template <class Value, int T, int kItems>
+__host__ __device__ inline size_t row_bytes(int n, int shift) {
+  constexpr size_t kSort = sort_bytes<typename KeyOf<Value>::Key, T, kItems>();
+  const size_t solve = layout_of<Value>(n, shift, true, true).total;
+  return Group<T>::kBytes + (solve > kSort ? solve : (kSort + 15) / 16 * 16);
+}
+
+template <class Value, Kind kKind, int T, int kItems>
+__global__ void __launch_bounds__(T == 32 ? 128 : T, 1) rank_rows_kernel(RankCall call) {
+  KDK_DYNAMIC_SHARED(memory);
+  const Layout at = layout_of<Value>(call.n, call.shift, true, true);
+  const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
+  unsigned char* base = memory + slot * row_bytes<Value, T, kItems>(call.n, call.shift);
+  const Group<T> group{base};
+  base += Group<T>::kBytes;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * slots;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * slots + slot; row < call.rows; row += step) {
+    typename KeyOf<Value>::Key item[kItems];
+    const RowFacts facts =
+        load_row<Value>(group, call.x, call.partner, call.strength, row, call.n, call.descending, item);
+    if (group.rank() == 0) call.eps[row] = facts.eps;
+    if (facts.poisoned) {
+      emit_poison<Value>(group, call, row);
+      continue;
+    }
+    const auto fit = solve_row<Value, kKind>(group, item, facts, base, at, call.shift);
+    emit_ranks(group, fit, call, row, [&](auto key) { return fit.position(key); });
+    group.sync();
+  }
+}
+
+}  // namespace kdkernels
