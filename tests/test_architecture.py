@@ -31,7 +31,7 @@ ARROWS = {
     **{family: FOUNDATIONS for family in FAMILIES},
 }
 # the modules of a family that others may name: its functions, its kernel objects, the rules about their arguments
-INTERFACE = ([], ["op"], ["kda"], ["kda", "op"], ["kernels"], ["problem"])
+INTERFACE = ([], ["op"], ["kda"], ["kda", "op"], ["checks"], ["kernels"], ["problem"])
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 
 

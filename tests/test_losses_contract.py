@@ -21,6 +21,26 @@ class Case(NamedTuple):
     classes: int = 10  # width of the teacher's side; the student's is 10
 
 
+def kda():
+    """With centres, and without the epochs in which the loss is off."""
+    loss = losses.KDALoss(6, 10, 14, start_epoch=0, weight=1.0)
+    seeded = torch.Generator().manual_seed(0)
+    for centers in (loss.centers.student_centers, loss.centers.teacher_centers):
+        centers.copy_(torch.randn(centers.shape, generator=seeded) / 4)
+    return loss
+
+
+def rdimkd():
+    """Principal directions, a narrower student, relative to the teacher's variance."""
+    loss = losses.RdimKDLoss(14, 4, student_channels=10, normalizer="variance", weight=2.0)
+    seeded = torch.Generator().manual_seed(0)
+    loss.observe(torch.randn(40, 14, generator=seeded))
+    loss.fit()
+    for parameter in loss.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=seeded)
+    return loss
+
+
 CASES = {
     "kd": Case(lambda: losses.KDLoss(), "logits", 1),
     "kd reverse": Case(lambda: losses.KDLoss(tau=2.0, divergence="reverse"), "logits", 1),
@@ -32,6 +52,9 @@ CASES = {
     "rcka rows": Case(lambda: losses.RCKALoss(class_weight=0), "logits", 1, 14),
     "cmkd": Case(lambda: losses.CMKDLoss(), "logits", 1),
     "cmkd classes": Case(lambda: losses.CMKDLoss(class_weight=1, regularization="kl", strength=0.3), "logits", 2),
+    "kda": Case(lambda: kda(), "features", 1, 14),
+    "rdimkd": Case(lambda: losses.RdimKDLoss(10, 4, variant="R", seed=0), "features", 1),
+    "rdimkd adapter": Case(lambda: rdimkd(), "features", 1, 14),
     "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
 }
 # 13 rows: odd, so that no even split or padding hides a lost row

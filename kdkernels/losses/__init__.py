@@ -4,7 +4,9 @@
 from .cka import CKALoss
 from .cmkd import CMKDLoss
 from .kd import KDLoss
+from .kda import KDALoss
 from .ramp import Ramp
 from .rcka import RCKALoss
+from .rdimkd import RdimKDLoss
 
-__all__ = ["CKALoss", "CMKDLoss", "KDLoss", "RCKALoss", "Ramp"]
+__all__ = ["CKALoss", "CMKDLoss", "KDALoss", "KDLoss", "RCKALoss", "Ramp", "RdimKDLoss"]

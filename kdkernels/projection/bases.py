@@ -68,7 +68,8 @@ def autoencoder_basis(
     start = random_basis(c, k, generator=generator, device=C.device, dtype=torch.float64)
     with torch.enable_grad():
         E, D = start.clone().requires_grad_(), start.T.clone(memory_format=torch.contiguous_format).requires_grad_()
-        optimiser = torch.optim.LBFGS([E, D], max_iter=steps, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+        how = {"tolerance_grad": 1e-9, "tolerance_change": 1e-14, "line_search_fn": "strong_wolfe"}
+        optimiser = torch.optim.LBFGS([E, D], max_iter=steps, **how)
 
         def error():
             optimiser.zero_grad()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 
 def landmark_similarity(s, t, s_centers, t_centers):
@@ -13,4 +12,5 @@ def landmark_similarity(s, t, s_centers, t_centers):
     T = t @ t_centers.mT
     norm = torch.linalg.norm(T)
     nothing = norm == 0  # the public code divides by it
-    return torch.where(nothing, 0, F.smooth_l1_loss(S, T, reduction="sum", beta=1.0) / torch.where(nothing, 1, norm))
+    loss = torch.nn.functional.smooth_l1_loss(S, T, reduction="sum", beta=1.0)
+    return torch.where(nothing, 0, loss / torch.where(nothing, 1, norm))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KDA: similarity to the class means of both networks, which the loss itself collects while it trains."""
+
+from __future__ import annotations
+
+import torch
+
+from ..nystrom.kda import ClassCenters
+from ..nystrom.kda.op import landmark_similarity_loss
+from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
+
+
+class KDALoss(Loss):
+    """sum smooth_l1(s S_c' - t T_c') / |t T_c'|_F, S_c and T_c [C, .] the class means of the epoch before.
+
+    Source: KDA, Improved KD via Full Kernel Matrix Transfer, arXiv 2009.14416, the features variant as its public code
+    has it: features after pooling, not normalised; sum over batch and classes; weight 0.04; nothing before epoch 5;
+    class counts taken in epoch 0. Its recipe: 120 epochs, batch 256, learning rate 0.1 with cosine, weight decay 5e-4.
+
+    Args:
+        num_classes: C. student_dim, teacher_dim: widths of the features; they may differ.
+        start_epoch: the loss is 0, without gradient, in the epochs before it; epochs are counted by `end_epoch`.
+        momentum: None: the paper's swap; a number: our moving average of the centres, see `kd.ClassCenters`.
+        counts: "first": sums of each epoch are divided by the class counts of epoch 0, as in the public code: right
+            where every epoch sees every sample once; else "epoch".
+        weight: factor of the loss, a buffer.
+        backend: as in `kd.landmark_similarity_loss`.
+
+    Call: `(student_features, teacher_features, labels=None, *, mask, ignore_index=-100, return_parts)`: features
+    [B, d], [B, e] of any float dtype (larger ones are flattened), labels [B] class indices. In training mode the rows
+    are added to `centers`; without labels, and in eval mode, they are not. At the end of each epoch call `end_epoch()`,
+    which makes the means the centres. Rows whose label is ignore_index, and masked rows, count nowhere. Where nothing
+    has a centre yet the loss is 0. Labels out of range raise on the CPU, on a GPU such rows are not added. An empty
+    batch gives 0 with zero gradient and warns once. Gradient to the student only. `centers`, `epoch`, `weight` are in
+    the state dict. Several processes: `end_epoch(group=True)` joins their sums.
+
+    >>> loss = kd.losses.KDALoss(10, 16, 64, start_epoch=1)
+    >>> student, teacher = torch.randn(8, 16, requires_grad=True), torch.randn(8, 64)
+    >>> labels = torch.randint(10, (8,))
+    >>> loss(student, teacher, labels).item()
+    0.0
+    >>> loss.end_epoch()
+    >>> loss(student, teacher, labels).backward()
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        start_epoch: int = 5,
+        momentum: float | None = None,
+        counts: str = "first",
+        weight: float = 0.04,
+        backend: str = "auto",
+    ):
+        super().__init__(weight)
+        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int):
+            raise TypeError(f"start_epoch is a {type(start_epoch).__name__}: give an integer")
+        if start_epoch < 0:
+            raise ValueError(f"start_epoch is {start_epoch}: the first epoch is 0")
+        self.start_epoch, self.backend = start_epoch, backend
+        self.centers = ClassCenters(num_classes, student_dim, teacher_dim, momentum, counts=counts)
+
+    @property
+    def epoch(self) -> torch.Tensor:
+        """How many times `end_epoch` was called, a buffer of `centers`."""
+        return self.centers.epoch
+
+    def forward(
+        self,
+        student_features,
+        teacher_features,
+        labels=None,
+        *,
+        mask=None,
+        ignore_index: int = -100,
+        return_parts: bool = False,
+    ):
+        names = check_pair(student_features, teacher_features, "features")
+        s, t = student_features.flatten(1), teacher_features.detach().flatten(1)
+        for x, name, width in (
+            (s, names[0], self.centers.student_dim),
+            (t, names[1], self.centers.teacher_dim),
+        ):
+            if x.shape[1] != width:
+                raise ValueError(f"{name} has {x.shape[1]} features a sample, this loss was made for {width}")
+        counted = row_mask(mask, labels, ignore_index, s, names[0])
+        if self._too_small(len(s), 1):
+            return self._nothing(["landmarks"], s, return_parts)
+        with full_precision(s):
+            if self.training and labels is not None:
+                given = labels if ignore_index == -100 else torch.where(labels == ignore_index, -100, labels)
+                self.centers.update(s.detach(), t, given, mask=mask)
+            # rows of zeros add nothing to either sum
+            s, t = zero_where_masked(s, counted), zero_where_masked(t, counted)
+            centers = self.centers.student_centers, self.centers.teacher_centers
+            value = landmark_similarity_loss(s, t, *centers, backend=self.backend)
+            # a tensor decides, so that nobody waits for the device and nothing is compiled again
+            value = torch.where(self.epoch >= self.start_epoch, value, 0)
+        return self._total({"landmarks": value}, return_parts)
+
+    def end_epoch(self, group=None) -> None:
+        """The means of the epoch become the centres of the next one; `group` as in `kd.ClassCenters.swap`."""
+        self.centers.swap(group)
+
+    def _shown(self):
+        return {"start_epoch": self.start_epoch, "backend": repr(self.backend)}

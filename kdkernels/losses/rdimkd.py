@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RdimKD: L2 between two feature maps inside one fixed subspace of their channels, straight from NCHW or tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..projection import StreamingPCA, autoencoder_basis, random_basis
+from ..projection.checks import check_mask
+from ..projection.op import projected_mse
+from .base import (
+    Loss,
+    as_rows,
+    at_least_float32,
+    check_pair,
+    check_rows,
+    full_precision,
+    zero_where_masked,
+)
+
+VARIANTS = ("P", "A", "R")
+NORMALIZERS = ("mean", "variance")
+
+
+class RdimKDLoss(Loss):
+    """|(F_s - F_t) P|_F^2 / norm over all positions, P [c, k] fixed: one projection for both sides.
+
+    Source: RdimKD, arXiv 2312.08700. From the paper: the projection of both sides by one matrix, the L2 distance, the
+    three choices of P, the 1x1 convolution where the student is narrower. Its code is not public: k, the weight, the
+    layers and the norm are ours, and so is how P is fitted.
+
+    variant "P": the k principal directions of the teacher's channels (streaming covariance). "A": the encoder of a
+    linear autoencoder trained on the teacher's features (on their covariance, which is the same loss, see
+    `kd.autoencoder_basis`). "R": random orthonormal columns, ready at once. P and A need the teacher's features once:
+    `loss.observe(teacher_features)` for some batches, then `loss.fit()`.
+
+    Args:
+        channels: c, the teacher's. k: directions kept, at most c.
+        variant: "P", "A" or "R".
+        student_channels: None: the student has c channels. A number: it goes through a trained 1x1 convolution with
+            bias to c channels first; give `loss.parameters()` to the optimiser too.
+        normalizer: "mean": rows times k. "variance": also times the mean variance of the teacher along the k
+            directions, so that 1 is the distance of a student that knows only the mean; R then needs a fit too.
+        rows: [B, T, d]: "tokens" or "mean", needed. [B, C, H, W]: "positions" (the default here) or "gap"; [B, C, L]:
+            "positions". Features [B, c] need none. May also be given in the call.
+        seed: of R, and of the start of A; None draws from PyTorch's generator. weight: factor of the loss, a buffer.
+        backend: as in `kd.projected_mse`.
+
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`: the same positions on both sides, float
+    dtypes may differ; computed in at least float32. mask: bool [B], or one entry a position or token: False rows do not
+    count and get no gradient; all masked gives 0. An empty batch gives 0 with zero gradient and warns once. Gradient to
+    the student and the adapter. Buffers: `basis` [c, k], `scale`, and the accumulator `pca` of P and A.
+
+    >>> teacher = torch.randn(8, 32, 7, 7)
+    >>> loss = kd.losses.RdimKDLoss(32, 4, variant="P", student_channels=16)
+    >>> loss.observe(teacher)
+    >>> loss.fit()
+    >>> student = torch.randn(8, 16, 7, 7, requires_grad=True)
+    >>> loss(student, teacher).backward()
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        k: int,
+        *,
+        variant: str = "P",
+        student_channels: int | None = None,
+        normalizer: str = "mean",
+        rows: str | None = None,
+        seed: int | None = None,
+        weight: float = 1.0,
+        backend: str = "auto",
+    ):
+        super().__init__(weight)
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}: give one of {VARIANTS}")
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer is {normalizer!r}: give one of {NORMALIZERS}")
+        self.channels, self.k, self.variant, self.normalizer = channels, k, variant, normalizer
+        self.rows, self.backend, self.seed = check_rows(rows), backend, seed
+        self.pca = StreamingPCA(channels)
+        self.register_buffer("basis", random_basis(channels, k, generator=self._generator()))
+        self.register_buffer("scale", torch.ones(()))
+        # P and A must not run on the random basis that stands here before the fit
+        self.register_buffer("fitted", torch.tensor(variant == "R" and normalizer == "mean"))
+        self._ready = bool(self.fitted)
+        self.adapter = None if student_channels is None else nn.Linear(student_channels, channels)
+
+    def observe(self, teacher_features, *, mask=None, rows: str | None = None) -> None:
+        """Adds a batch of the teacher's features to what `fit` reads."""
+        x, dim, mask = self._view(teacher_features.detach(), mask, rows, "teacher_features")
+        self.pca.update(x, channel_dim=dim, mask=mask)
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Sets the basis and the scale from what was observed; may be called again."""
+        if self.variant == "P":
+            self.basis.copy_(self.pca.components(self.k))
+        elif self.variant == "A":
+            self.basis.copy_(autoencoder_basis(self.pca.covariance(), self.k, generator=self._generator()))
+        if self.normalizer == "variance":
+            P = self.basis.double()
+            variance = ((self.pca.covariance() @ P) * P).sum() / self.k
+            self.scale.copy_(torch.where(variance > 0, variance, 1.0))
+        self.fitted.fill_(True)
+        self._ready = True
+
+    def forward(
+        self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
+    ):
+        names = check_pair(student_features, teacher_features, "features")
+        if not self._ready:
+            raise RuntimeError(
+                f"variant {self.variant!r} with normalizer={self.normalizer!r} has nothing fitted yet: call "
+                "loss.observe(teacher_features) for some batches, then loss.fit()"
+            )
+        s, dim, kept = self._view(student_features, mask, rows, names[0])
+        t, _, _ = self._view(teacher_features.detach(), mask, rows, names[1])
+        for x, name, width in ((s, names[0], self._student_channels()), (t, names[1], self.channels)):
+            if x.dim() <= dim or x.shape[dim] != width:
+                found = f"{x.shape[dim]} channels" if x.dim() > dim else "no channels"
+                raise ValueError(f"{name} has {found} in shape {tuple(x.shape)}, this loss was made for {width}")
+        places = [tuple(n for i, n in enumerate(x.shape) if i != dim) for x in (s, t)]
+        if places[0] != places[1]:
+            raise ValueError(
+                f"{names[1]} has samples and positions {places[1]}, {names[0]} {places[0]}: pool one side first, or "
+                "compare means with rows='gap' or 'mean'"
+            )
+        if self._too_small(len(s), 1):
+            return self._nothing(["projected"], student_features, return_parts)
+        with full_precision(s):
+            if self.adapter is not None:
+                s = adapted(s, self.adapter, dim, kept)
+            value = projected_mse(s, t, self.basis, channel_dim=dim, mask=kept, backend=self.backend)
+            if self.normalizer == "variance":
+                value = value / self.scale.to(value.dtype)
+        return self._total({"projected": value}, return_parts)
+
+    def _view(self, x, mask, rows, name: str):
+        """(features, channel dim, mask) as `projected_mse` takes them; means and flattened features as rows."""
+        rows = self.rows if rows is None else check_rows(rows)
+        if x.dim() == 2 or rows in ("flatten", "mean", "gap", "groups"):
+            x, mask = as_rows(x, rows, mask, name)
+            return x, x.dim() - 1, mask
+        if rows is None and x.dim() == 3:
+            as_rows(x, rows, mask, name)  # raises: [B, T, d] and [B, C, L] look alike
+        if rows == "tokens" and x.dim() != 3:
+            raise ValueError(f"{name} has shape {tuple(x.shape)} with rows='tokens': tokens are [B, T, d]")
+        dim = 2 if rows == "tokens" else 1
+        if mask is not None:
+            check_mask(mask, x, dim)
+        return x, dim, mask
+
+    def _generator(self):
+        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
+
+    def _student_channels(self) -> int:
+        return self.channels if self.adapter is None else self.adapter.in_features
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._ready = bool(self.fitted)
+
+    def _shown(self):
+        shown = {"channels": self.channels, "k": self.k, "variant": repr(self.variant)}
+        return shown | {"normalizer": repr(self.normalizer), **({"rows": repr(self.rows)} if self.rows else {})}
+
+
+def adapted(s, adapter: nn.Linear, dim: int, mask):
+    """The 1x1 convolution over channel dimension `dim`, in at least float32; masked rows enter it as 0."""
+    dtype = at_least_float32(s)
+    weight, bias = adapter.weight.to(dtype), adapter.bias.to(dtype)
+    if mask is not None:
+        # NaN under the mask would reach the gradient of the weight
+        kept = mask.reshape(*mask.shape, *[1] * (s.dim() - 1 - mask.dim()))
+        s = zero_where_masked(s.movedim(dim, -1), kept.expand(s.movedim(dim, -1).shape[:-1])).movedim(-1, dim)
+    s = s.to(dtype)
+    if dim == s.dim() - 1:
+        return F.linear(s, weight, bias)
+    shape = (s.shape[0], weight.shape[0], *s.shape[2:])
+    return F.conv1d(s.flatten(2), weight[:, :, None], bias).reshape(shape)
