@@ -8,7 +8,7 @@ import torch
 from ranking import LARGE, SIZES, adversarial, backends
 
 import kdkernels as kd
-from kdkernels.rank import isotonic
+from kdkernels.rank import rounds
 
 BACKENDS = backends()
 FAST = backends(reference=False)
@@ -195,18 +195,34 @@ def test_every_length_and_kind_of_row_equals_the_textbook(n, regularization, bac
         assert (g - h).abs().max() <= 1e-6 * max(h.abs().max(), 1e-6 * terms / eps), strength
 
 
+@both
 @pytest.mark.parametrize("n", [3, 17, 100, 1000, 5000])
-def test_pooling_by_rounds_and_by_merges_is_the_same(n, monkeypatch):
-    """On the CPU, rows of few large blocks are pooled by rounds and never come to the merges: force them there."""
+def test_pooling_by_rounds_and_by_merges_is_the_same(n, regularization, monkeypatch):
+    """On the CPU rows are pooled by rounds and hardly ever come to the merges, which CUDA tensors always do."""
     x = torch.stack([*adversarial(n).values()])
     for strength in (1e-3, 0.1, 1.0, 100.0):
         outcomes = []
-        for rounds in (isotonic.pooled_by_rounds, lambda y: None):
-            monkeypatch.setattr(isotonic, "pooled_by_rounds", rounds)
-            outcomes.append([kd.soft_rank(x, "l2", strength, backend="torch")])
-            outcomes[-1].append(kd.rank_diagnostics(x, strength, backend="torch").blocks)
+        for pooled in (rounds.pooled, lambda *a: None):
+            monkeypatch.setattr(rounds, "pooled", pooled)
+            outcomes.append([kd.soft_rank(x, regularization, strength, backend="torch")])
+            found = kd.rank_diagnostics(x, strength, regularization=regularization, backend="torch")
+            outcomes[-1].append(found.blocks[[k != "wider and wider gaps" for k in adversarial(n)]])  # gap = strength
+            if regularization == "l2":
+                outcomes[-1].append(kd.soft_sort(x, "l2", strength, backend="torch"))
         torch.testing.assert_close(*outcomes, rtol=1e-12, atol=1e-9)
         monkeypatch.undo()
+
+
+def test_rows_that_take_too_many_rounds_are_merged(monkeypatch):
+    x = torch.stack([*adversarial(1000).values()])
+    want = kd.soft_rank(x, "l2", 0.05, backend="torch")
+    outcomes = []
+    pool_pairs = rounds._pool_pairs
+    monkeypatch.setattr(
+        rounds, "_pool_pairs", lambda *a, limit: outcomes.append(pool_pairs(*a, limit=1)) or outcomes[-1]
+    )
+    torch.testing.assert_close(kd.soft_rank(x, "l2", 0.05, backend="torch"), want)
+    assert outcomes == [False]
 
 
 @fast

@@ -140,37 +140,8 @@ def minmax(num, den):
     return whole
 
 
-def pooled_by_rounds(y):
-    """Antitonic regression of the rows y [R, N] by pooling every run of violators at once, or None if that stalls.
-
-    Few rounds where blocks are few and large. It asks for sizes, so it is for the CPU.
-    """
-    V, c = y.reshape(-1), None
-    edge = torch.zeros_like(y, dtype=torch.bool)
-    edge[:, -1] = True
-    edge, size = edge.reshape(-1), y.numel()
-    while True:
-        joins = (V[:-1] <= V[1:]).logical_and_(~edge[:-1])
-        gone = int(joins.sum())
-        if gone == 0:
-            break
-        if gone < 0.2 * len(V) and 8 * len(V) > size:
-            return None
-        number = torch.zeros_like(V, dtype=torch.int64)
-        torch.cumsum(~joins, 0, out=number[1:])
-        c = torch.ones_like(V) if c is None else c
-        S, c = (V.new_zeros(len(V) - gone).index_add_(0, number, t) for t in (V * c, c))
-        V = S / c
-        edge = edge[pad(~joins, (0, 1), value=True)]
-    return y if c is None else torch.repeat_interleave(V, c.long()).reshape(y.shape)
-
-
-def solve(problem, n: int) -> torch.Tensor:
-    """The value of each position's block, float64 [R, n], for a problem filled up to [R, N], N a power of two."""
-    if isinstance(problem, Squares) and problem.q.device.type == "cpu":
-        V = pooled_by_rounds(problem.start[:, :n])
-        if V is not None:
-            return V
+def solve(problem) -> torch.Tensor:
+    """The value of each position's block, float64 [R, N], N a power of two."""
     R, N = problem.start.shape
     L = min(N, 16 if R * N >= 1 << 15 else 8)
     V = problem.chunks(L) if L > 1 else None
@@ -179,7 +150,7 @@ def solve(problem, n: int) -> torch.Tensor:
     while L < N:
         V = _merge(V.unflatten(-1, (-1, 2 * L)), problem.halves(L), L).flatten(-2)
         L *= 2
-    return V[:, :n]
+    return V
 
 
 def _merge(V, value, L: int):

@@ -7,25 +7,41 @@ Sums over blocks are fixed-point int64 on CUDA, so that the order in which scatt
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from . import isotonic, strength
+from . import isotonic, rounds, strength
 
 
 def compute_dtype(x) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class Blocks:
-    """The blocks of sorted rows [R, n], runs of equal V: first position and size of each element's block, int64."""
+class Blocks(NamedTuple):
+    """First position and size of the block of each element of sorted rows, int64 [R, n]."""
 
-    def __init__(self, V):
-        number = torch.zeros_like(V, dtype=torch.int64)
-        torch.cumsum(V[:, 1:] != V[:, :-1], -1, out=number[:, 1:])
-        sizes = torch.zeros_like(number).scatter_add_(-1, number, torch.ones_like(number))
-        self.count = sizes.gather(-1, number)
-        self.start = sizes.cumsum(-1).sub_(sizes).gather(-1, number)
+    start: torch.Tensor
+    count: torch.Tensor
+
+
+def runs(V) -> Blocks:
+    """The blocks of rows V [R, n]: runs of equal values."""
+    if V.device.type == "cpu":
+        first = torch.ones_like(V, dtype=torch.bool)
+        torch.ne(V[:, 1:], V[:, :-1], out=first[:, 1:])
+        a = first.reshape(-1).nonzero().squeeze(1)
+        return of_sizes(torch.diff(a, append=a.new_tensor([V.numel()])), *V.shape)
+    number = torch.zeros_like(V, dtype=torch.int64)
+    torch.cumsum(V[:, 1:] != V[:, :-1], -1, out=number[:, 1:])
+    sizes = torch.zeros_like(number).scatter_add_(-1, number, torch.ones_like(number))
+    return Blocks(sizes.cumsum(-1).sub_(sizes).gather(-1, number), sizes.gather(-1, number))
+
+
+def of_sizes(c, R: int, n: int) -> Blocks:
+    """The same from the sizes of all blocks, row after row: their number is read, so this is for the CPU."""
+    start = c.cumsum(0).sub_(c).remainder_(n)
+    return Blocks(*(torch.repeat_interleave(t, c, output_size=R * n).reshape(R, n) for t in (start, c)))
 
 
 def block_sum(t, ids):
@@ -60,10 +76,13 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
         q[:, :n].masked_fill_(gone, isotonic.FAR)
         return q
 
+    settle = None  # rows are pooled by rounds where sizes may be read
     if not kl:
         # a wider gap splits for certain (rank), or pools the whole row (sort)
         g = gap.mul_(eps).clamp_(max=4.0 * N * N) if sort else gap.div_(eps).clamp_(max=2.0 * N + 2)
         problem = isotonic.Squares(from_gaps(g, 1.0 if sort else -1.0), -1 if sort else 1)
+        settle = rounds.Means
+        start = (problem.start[:, :n],)
     elif sort:
         problem = isotonic.Exponentials(
             from_gaps((1 / eps).expand_as(gap)), from_gaps(gap).clamp_(min=isotonic.FAR / 2)
@@ -71,7 +90,13 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
     else:
         valid = n - gone.sum(-1, keepdim=True)
         problem = isotonic.Ratios(from_gaps(gap.div_(eps).clamp_(max=2 * math.log(N + 1) + 2)), valid)
-    return Blocks(isotonic.solve(problem, n))
+        settle = rounds.Ratios
+        start = problem.p[:, :n], problem.w[:, :n]
+    if settle is not None and s.device.type == "cpu":
+        sizes = rounds.pooled(settle(*start), R, n)
+        if sizes is not None:
+            return of_sizes(sizes, R, n)
+    return runs(isotonic.solve(problem)[:, :n])
 
 
 def sort_descending(theta):
@@ -110,7 +135,7 @@ def rank_forward(x, strengths, number, relative, kl, descending, need):
     how = strength.Strength(number, strengths, relative)
     eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned[:, 0], how)
     if number == 0:
-        blocks = Blocks(s)
+        blocks = runs(s)
     else:
         e = eps[:, None].masked_fill(poisoned, 1.0)
         blocks = sorted_blocks(s, gone, e, kl, False)
