@@ -6,6 +6,14 @@ from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
 from .logits import MixupBatch, distillation_kl, mixed_distillation, mixup
+from .nystrom import (
+    nystrom_cka,
+    nystrom_features,
+    nystrom_hsic,
+    nystrom_transfer,
+    select_landmarks,
+    transfer_quality,
+)
 from .nystrom.kda import ClassCenters, landmark_similarity_loss
 from .projection import StreamingPCA, autoencoder_basis, projected_mse, random_basis
 from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_sort, spearman, spearman_corr
@@ -35,12 +43,18 @@ __all__ = [
     "mixed_distillation",
     "mixup",
     "mmd",
+    "nystrom_cka",
+    "nystrom_features",
+    "nystrom_hsic",
+    "nystrom_transfer",
     "pearson",
     "projected_mse",
     "random_basis",
     "rank_diagnostics",
+    "select_landmarks",
     "soft_rank",
     "soft_sort",
     "spearman",
     "spearman_corr",
+    "transfer_quality",
 ]

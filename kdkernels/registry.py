@@ -14,6 +14,7 @@ class Op(NamedTuple):
 
 
 _GRAM = ("triton", "cpp", "torch", "reference")
+_NYSTROM = ("triton", "torch", "reference")
 _PROJECTION = ("triton", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
 _LOGITS = ("triton", "cpp", "torch", "reference")
@@ -27,6 +28,12 @@ OPS = {
         Op("hsic", "gram", _GRAM),
         Op("mmd", "gram", _GRAM),
         Op("gram_mse", "gram", _GRAM),
+        Op("nystrom_features", "nystrom", _NYSTROM),
+        Op("nystrom_cka", "nystrom", _NYSTROM),
+        Op("nystrom_hsic", "nystrom", _NYSTROM),
+        Op("nystrom_transfer", "nystrom", _NYSTROM),
+        Op("select_landmarks", "nystrom", ("torch", "reference")),
+        Op("transfer_quality", "nystrom", ("torch", "reference")),
         Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION),
         Op("projected_mse", "projection", _PROJECTION),
         Op("soft_rank", "rank", _RANK, _RANKS),

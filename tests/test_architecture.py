@@ -29,9 +29,10 @@ ARROWS = {
     "compat": {*FOUNDATIONS, *FAMILIES},
     "distributed": {*FOUNDATIONS},
     **{family: FOUNDATIONS for family in FAMILIES},
+    "nystrom": {*FOUNDATIONS, "gram"},
 }
 # the modules of a family that others may name: its functions, its kernel objects, the rules about their arguments
-INTERFACE = ([], ["op"], ["kda"], ["kda", "op"], ["checks"], ["kernels"], ["problem"])
+INTERFACE = ([], ["op"], ["kda"], ["kda", "op"], ["checks"], ["kernels"], ["problem"], ["bandwidth"])
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 
 
@@ -185,11 +186,16 @@ def test_every_op_takes_its_backend_last_and_shows_an_example():
             ["x", "y"],
             ["x", "regularization", "regularization_strength"],
             ["x", "regularization_strength"],
+            ["s", "t", "basis"],
+            ["s", "t", "s_centers", "t_centers"],
+            ["x", "landmarks"],
+            ["x", "m"],
+            ["s", "t", "s_landmarks", "t_landmarks"],
+            ["x", "y", "x_landmarks", "y_landmarks"],
+            ["s", "t"],
             ["x", "labels"],
             ["student", "teacher"],
             ["student", "teacher", "labels", "permuted_labels", "lam"],
-            ["s", "t", "basis"],
-            ["s", "t", "s_centers", "t_centers"],
         )
         assert parameters[-1].name == "backend" and parameters[-1].default == "auto"
         assert ">>>" in function.__doc__

@@ -110,6 +110,8 @@ def _features(op, backend, quick, generator):
                     continue
                 if kernel.startswith("laplacian") and regime == "near":
                     continue  # in float32 distances of 1e-3 carry four digits: the cusp amplifies them
+                if (kernel, whiten, regime) == ("cosine", "sqrt", "offset30"):
+                    continue  # cosines within 1e-5 of 1: which eigenvalues count is decided by rounding
                 inputs = _sided(regime, SHAPES[count % 3], generator, "sigma" in kernel)
                 dtypes = EVERY_DTYPE if count % 3 == 0 and regime != "offset30" else (SINGLE,)
                 yield _feature_case(kernel, whiten, 1e-3, regime, inputs, dtypes=dtypes)
@@ -230,7 +232,7 @@ def _pairs(op, backend, quick, generator):
             inputs = _two_sided("bland", (n, 5, 4, 3, 3 + n % 2), generator, False, False)
             yield _pair_case(op, "rbf", "cholesky", ESTIMATORS[op][0], "rows", inputs)
     for kernel in KERNELS:
-        inputs = _two_sided("offset3", (21, 18, 20, 17, 19), generator, "sigma" in kernel, True)
+        inputs = _two_sided("bland", (21, 18, 20, 17, 19), generator, "sigma" in kernel, True)
         yield _pair_case(op, kernel, "cholesky", ESTIMATORS[op][0], "chunks", inputs, context=small_chunks)
     if op == "nystrom_cka":
         inputs = _two_sided("bland", (12, 5, 4, 4, 4), generator, False, False)
@@ -248,9 +250,14 @@ def _pairs(op, backend, quick, generator):
 
 
 def _known(op, kernel, regime) -> bool:
-    """At a mean of 30 a dot-product kernel spends its jitter on the mean: centred statistics of K~ are its rounding."""
+    """At a mean of 30 a dot-product kernel spends its jitter on the mean: centred statistics of K~ are its rounding.
+
+    So are those of K~ without its diagonal where one entry of that is 1e5 times the rest.
+    """
     if regime == "offset30" and op != "nystrom_transfer":
         return kernel.startswith(("rbf", "laplacian"))
+    if regime == "edge" and op != "nystrom_transfer" and kernel == "cubic":
+        return False
     return not (kernel.startswith("laplacian") and regime == "near")
 
 

@@ -24,6 +24,7 @@ class Moments(NamedTuple):
     aa: torch.Tensor  # [ma, ma] sum phi phi'
     bb: torch.Tensor
     ab: torch.Tensor  # [ma, mb]
+    tt: torch.Tensor  # [mb, mb] sum psi psi' (transfer with a difference)
     mean_a: torch.Tensor  # [ma]
     mean_b: torch.Tensor
     ka: torch.Tensor  # [ma] sum k phi
@@ -34,7 +35,7 @@ class Moments(NamedTuple):
 
 
 def _shapes(ma: int, mb: int):
-    return (ma, ma), (mb, mb), (ma, mb), (ma,), (mb,), (ma,), (ma,), (mb,), (mb,), (8,)
+    return (ma, ma), (mb, mb), (ma, mb), (mb, mb), (ma,), (mb,), (ma,), (ma,), (mb,), (mb,), (8,)
 
 
 def moment_shape(problem: Problem, ma: int, mb: int):
@@ -98,6 +99,8 @@ def _transfer_moments(pair: Pair) -> Moments:
     total = _zeros(pair)
     for *_, a, _, b in pair:
         if pair.difference:
+            if pair.problem.normalize:
+                total.tt.add_(b.mT @ b)
             a, b = a - b, a + b
         total.aa.add_(a.mT @ a)
         total.bb.add_(b.mT @ b)
@@ -162,6 +165,7 @@ def _moved(S: Moments, sums, near) -> Moments:
         S.aa - n * torch.outer(a, a),
         S.bb - n * torch.outer(b, b),
         S.ab - n * torch.outer(a, b),
+        S.tt,
         near[0] + a,
         near[1] + b,
         weighted(S.ka, Sk, a, S.aa, A, A),
@@ -226,12 +230,7 @@ def _transfer(S: Moments, pair: Pair):
         norm2 = S.bb.square().sum()
         return (S.aa.square().sum() + norm2 - 2 * S.ab.square().sum()).clamp(min=0), norm2
     total = ((S.aa * S.bb).sum() + (S.ab * S.ab.mT).sum()) / 2
-    return total.clamp(min=0), _teacher(S).square().sum()
-
-
-def _teacher(S: Moments):
-    """sum psi psi' from D and P: psi = (P - D) / 2."""
-    return (S.bb - S.ab - S.ab.mT + S.aa) / 4
+    return total.clamp(min=0), S.tt.square().sum()
 
 
 class RowGradient(NamedTuple):
@@ -332,6 +331,6 @@ def _transfer_laws(S: Moments, pair: Pair, grad):
     PS, DS = (S.bb + S.ab.mT) / 2, (S.ab + S.aa) / 2
     PT, DT = (S.bb - S.ab.mT) / 2, (S.ab - S.aa) / 2
     a = RowGradient(2 * scale * PS, 2 * scale * DS, None, None, None)
-    square = 2 * pull * _teacher(S)  # 4 pull psi_i T, psi = (P - D) / 2
+    square = 2 * pull * S.tt  # 4 pull psi_i T, psi = (P - D) / 2
     b = RowGradient(-2 * scale * PT - square, -2 * scale * DT + square, None, None, None)
     return a, b

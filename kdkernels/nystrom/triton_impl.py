@@ -29,8 +29,8 @@ class Config(NamedTuple):
 
 
 # unmeasured: chosen for zero spills on sm_80, sm_90 and sm_100
-FEATURES = Config(64, 32, 32, 8, 2)
-PULL = Config(64, 32, 32, 8, 2)
+FEATURES = Config(64, 32, 32, 8, 1)
+PULL = Config(64, 32, 32, 8, 1)
 # (most landmarks, config): the accumulator is rows x that many
 ROOTS = ((64, Config(64, 32, 32, 8, 2)), (128, Config(64, 32, 32, 8, 2)), (256, Config(32, 32, 32, 8, 2)))
 
