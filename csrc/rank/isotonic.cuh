@@ -12,12 +12,9 @@
 
 namespace kdkernels {
 
-enum Kind : int {
-  kRankSquares,       // mean s / eps - mean w does not fall from block to block
-  kRankExponentials,  // the same of log sum exp(s / eps) - log sum w
-  kSortSquares,       // mean w / eps - mean s
-  kSortExponentials   // log sum exp(w / eps) - log sum exp(s)
-};
+// what does not fall from block to block:
+//   rank, l2: mean s / eps - mean w            kl: log sum exp(s / eps) - log sum w
+//   sort, l2: mean w / eps - mean s            kl: log sum exp(w / eps) - log sum exp(s)
 
 constexpr int kLeaf = 32;  // the most positions of a leaf: their block starts are the bits of one word
 constexpr int kWalk = 6;   // blocks that a merge looks at on either side before it bisects
@@ -90,21 +87,22 @@ struct Segment {  // of the block that holds the last position
   }
 };
 
-template <class Value, bool kPadded, Kind kKind>
+// kl is an argument: its branch is uniform, and half as many kernels are compiled
+template <class Value, bool kPadded, bool kSort>
 struct Fit {
   using Element = Value;
-  static constexpr bool kExponential = kKind == kRankExponentials || kKind == kSortExponentials;
 
   SortedKeys<Value, kPadded> key;  // [m]
   double* sum;                     // padded [m + 1]: Linear or Exponential sums before each position; then block constants
   Blocks blocks;
   int m;
+  bool kl;
   double eps;
 
   // s_high - s_low in the units of the exponent
   __device__ __forceinline__ double apart(int low, int high) const {
     const double d = key.value(high) - key.value(low);
-    return kKind != kRankExponentials || d == 0.0 ? d : d / eps;
+    return kSort || d == 0.0 ? d : d / eps;
   }
 
   // the gap below p. one that forbids (or, sorting, forces) pooling whatever stands around it is cut, so that sums keep
@@ -112,7 +110,7 @@ struct Fit {
   __device__ __forceinline__ double gap(int p) const {
     if (p == 0) return 0.0;
     const double d = key.value(p) - key.value(p - 1);
-    if constexpr (kKind == kSortSquares) return fmin(d * eps, static_cast<double>(m) * m);
+    if (kSort) return fmin(d * eps, static_cast<double>(m) * m);
     if (eps == 0.0) return d > 0.0 ? m : 0.0;
     return fmin(d / eps, static_cast<double>(m));
   }
@@ -121,16 +119,16 @@ struct Fit {
   __device__ __forceinline__ bool pools(int a, int c, int b) const {
     const double left = c - a, right = b - c;
     const double middle = sum[padded(c)];
-    if constexpr (!kExponential) {
+    if (!kl) {
       const double fall = (sum[padded(b)] - middle) * left - (middle - sum[padded(a)]) * right;
       const double limit = 0.5 * left * right * (b - a);
-      return kKind == kSortSquares ? fall >= limit : fall <= limit;
+      return kSort ? fall >= limit : fall <= limit;
     } else {
       const double step = apart(c - 1, b - 1), down = exp(-step);
       // sums over the blocks, each relative to its own largest
       const double high = sum[padded(b)] - middle * down;
       const double low = a == 0 ? middle : middle - sum[padded(a)] * exp(-apart(a - 1, c - 1));
-      if constexpr (kKind == kRankExponentials) {
+      if (!kSort) {
         return high * left * (a + c + 1) <= low * right * (c + b + 1) * down;
       } else {
         const double h = 1.0 / eps;  // sum exp(w / eps) over c positions is geometric
@@ -142,7 +140,7 @@ struct Fit {
   template <int T>
   __device__ void sums(const Group<T>& group) const {
     const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
-    if constexpr (kExponential) {
+    if (kl) {
       Exponential own = Exponential::none();
       for (int p = first; p < last; ++p) {
         const double rise = p > 0 ? apart(p - 1, p) : 0.0;
@@ -196,47 +194,85 @@ struct Fit {
     blocks.after[leaf] = last;
   }
 
-  // the end of the block that starts at a, takes all up to `from`, and then what pools of [from, high)
-  __device__ int reach(int a, int from, int high) const {
-    int low = from;
-    while (low < high) {
-      const Range block = blocks.find((low + high) / 2);
-      if (pools(a, block.a, block.b)) {
-        low = block.b;
-      } else {
-        high = block.a;
-      }
-    }
-    return low;
-  }
-
-  // the block that solved halves [first, middle) and [middle, last) make, [middle, middle) if none
+  // the block that solved halves [first, middle) and [middle, last) make, [middle, middle) if none. one loop around one
+  // comparison, whatever a lane is at: lanes stay together, and the comparison is compiled once
   __device__ Range merge(int first, int middle, int last) const {
-    int a = blocks.find(middle - 1).a, b = blocks.find(middle).b;
-    if (!pools(a, middle, b)) return {middle, middle};
-    for (int step = 0; step < kWalk; ++step) {
-      bool grown = false;
-      if (b < last) {
-        const int next = blocks.find(b).b;
-        if (pools(a, b, next)) b = next, grown = true;
+    enum Step { kTouch, kRight, kLeft, kInner, kJudge } step = kTouch;
+    Range block{blocks.find(middle - 1).a, blocks.find(middle).b};  // joined so far
+    Range tried{0, 0};        // a left block: joins if it pools with all between it and the best end on the right
+    int low = first;          // left blocks before `low` do not join, those from block.a on do
+    int from = 0, end = 0, beyond = 0;  // the best end for a start `from` is in [end, beyond]
+    int walked = 0, x = block.a, c = middle, y = block.b;
+    bool grown = false, settled = false;
+    while (true) {
+      const bool pooled = pools(x, c, y);
+      switch (step) {
+        case kTouch:
+          if (!pooled) return {middle, middle};
+          break;
+        case kRight:
+          if (pooled) block.b = y, grown = true;
+          break;
+        case kLeft:
+          if (pooled) block.a = x, grown = true;
+          break;
+        case kInner:
+          if (pooled) {
+            end = y;
+          } else {
+            beyond = c;
+          }
+          break;
+        case kJudge:
+          if (pooled) {
+            block.a = tried.a;
+          } else {
+            low = tried.b;
+          }
       }
-      if (a > first) {
-        const int next = blocks.find(a - 1).a;
-        if (pools(next, a, b)) a = next, grown = true;
+      // the next comparison
+      if (step == kTouch || step == kLeft) {
+        if (step == kLeft && !grown) return block;
+        if (step == kTouch || ++walked < kWalk) {
+          grown = false;
+          step = kRight;
+          if (block.b < last) {
+            x = block.a, c = block.b, y = blocks.find(c).b;
+            continue;
+          }
+        }
       }
-      if (!grown) return {a, b};
+      if (step == kRight) {
+        step = kLeft;
+        if (block.a > first) {
+          c = block.a, x = blocks.find(c - 1).a, y = block.b;
+          continue;
+        }
+        if (!grown) return block;
+      }
+      // the walk is over: bisect, from the left block in the middle of those in doubt, over positions on the right
+      if (step != kInner || end >= beyond) {
+        if (step == kInner && settled) return {block.a, end};
+        if (step == kInner) {
+          step = kJudge;
+          x = tried.a, c = tried.b, y = end;
+          continue;
+        }
+        settled = low >= block.a;
+        if (!settled) tried = blocks.find((low + block.a) / 2);
+        from = settled ? block.a : tried.b;
+        end = block.b, beyond = last;
+        step = kInner;
+        if (end >= beyond) {
+          if (settled) return {block.a, end};
+          step = kJudge;
+          x = tried.a, c = tried.b, y = end;
+          continue;
+        }
+      }
+      const Range next = blocks.find((end + beyond) / 2);
+      x = from, c = next.a, y = next.b;
     }
-    // a left block joins if it pools with all between it and the best end on the right: joined ones are a suffix
-    int low = first;
-    while (low < a) {
-      const Range block = blocks.find((low + a) / 2);
-      if (pools(block.a, block.b, reach(block.b, b, last))) {
-        a = block.a;
-      } else {
-        low = block.b;
-      }
-    }
-    return {a, reach(a, b, last)};
   }
 
   template <int T>
@@ -272,15 +308,15 @@ struct Fit {
 
   // what an element at p adds to the sum over its block
   __device__ __forceinline__ double term(int p, Range block) const {
-    return kExponential ? exp(-apart(p, block.b - 1)) : key.value(p) - key.value(block.a);
+    return kl ? exp(-apart(p, block.b - 1)) : key.value(p) - key.value(block.a);
   }
 
   // what the elements of a block share, from the sum of their terms; see `rank_at` and `sorted_at`
   __device__ __forceinline__ double constant(Range block, double total) const {
     const double c = block.b - block.a, mean_w = 0.5 * (block.a + block.b + 1);
-    if constexpr (kKind == kRankSquares) return eps == 0.0 ? mean_w : mean_w - total / c / eps;
-    if constexpr (kKind == kRankExponentials) return c * mean_w / total;
-    return kKind == kSortSquares ? total / c : log(total);
+    if (kSort) return kl ? log(total) : total / c;
+    if (kl) return c * mean_w / total;
+    return eps == 0.0 ? mean_w : mean_w - total / c / eps;
   }
 
   // a constant for every block of two or more, over `sum` at its end. terms are summed afresh, relative to the block: a
@@ -317,7 +353,7 @@ struct Fit {
   __device__ __forceinline__ double rank_at(double s, Range block) const {
     if (block.b - block.a == 1) return block.b;
     const double shared = sum[padded(block.b)];
-    if constexpr (kKind == kRankExponentials) {
+    if (kl) {
       const double below = s - key.value(block.b - 1);
       return below == 0.0 ? shared : shared * exp(below / eps);
     }
@@ -329,7 +365,7 @@ struct Fit {
     const int c = block.b - block.a;
     if (c == 1) return key.value(p);
     const double shared = sum[padded(block.b)];
-    if constexpr (kKind == kSortSquares) return key.value(block.a) + (shared + (p - 0.5 * (block.a + block.b - 1)) / eps);
+    if (!kl) return key.value(block.a) + (shared + (p - 0.5 * (block.a + block.b - 1)) / eps);
     const double h = 1.0 / eps;
     return key.value(block.b - 1) + ((p + 1 - block.b) * h - log(expm1(-c * h) / expm1(-h)) + shared);
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Soft ranks of rows too long for the registers or shared memory of one block. Up to kBigRow floats a block still sorts
+// Soft ranks of rows too long for the registers or shared memory of one block. Up to 24,576 floats a block still sorts
 // its row, in two runs that it merges, and only the sums lie in global memory (cached). Longer rows go through workspace:
 // keys and strength (`prepare_keys_kernel`), sorted keys (a segmented radix sort; half formats count their at most
 // 65,536 distinct values instead, `count_keys_kernel`), then fit and ranks (`finish_ranks_kernel`).
@@ -20,29 +20,6 @@ struct LongCall {
 };
 
 constexpr int kCodes = 65536, kHalfCodes = kCodes / 2;
-
-// the facts of a row whose keys are read again at every use; each(visit) visits this thread's keys, kAbsent among them
-template <class Value, int T, class Each>
-__device__ RowFacts facts_of(const Group<T>& group, const Strength& strength, int64_t row, bool poisoned, Each each) {
-  using Key = typename KeyOf<Value>::Key;
-  int count = 0;
-  each([&](Key key) { count += key != kAbsent<Value>; });
-  RowFacts facts;
-  facts.poisoned = group.any(poisoned);
-  facts.m = group.sum(count);
-  facts.eps = NAN;
-  if (facts.poisoned) return facts;
-  double spread = 1.0;
-  if (strength.relative) {
-    spread = spread_of<Value>(group, facts.m, [&](auto visit) {
-      each([&](Key key) {
-        if (key != kAbsent<Value>) visit(key);
-      });
-    });
-  }
-  facts.eps = strength.of(row, spread);
-  return facts;
-}
 
 // two sorted runs of `run` keys each -> the first m of their merge
 template <int T, class Key, class Put>
@@ -73,7 +50,7 @@ __host__ __device__ inline size_t big_row_bytes(int n, int shift) {
          layout_of<Value>(n, shift, false, true).total;
 }
 
-template <class Value, Kind kKind, int T, int kItems>
+template <class Value, int T, int kItems>
 __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
   using Key = typename KeyOf<Value>::Key;
   constexpr int kRun = T * kItems;
@@ -114,8 +91,8 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
       for (int j = 0; j < kItems; ++j) (run ? later : early)[group.rank() * kItems + j] = item[j];
       group.sync();
     }
-    const Fit<Value, true, kKind> fit{
-        {reinterpret_cast<Key*>(base + at.key)}, sum, blocks_at(base, at, rank.shift), facts.m, facts.eps};
+    const Fit<Value, true, false> fit{
+        {reinterpret_cast<Key*>(base + at.key)}, sum, blocks_at(base, at, rank.shift), facts.m, rank.kl, facts.eps};
     merge_runs(group, early, later, kRun, facts.m, [&](int p, Key key) { fit.key.at(p) = key; });
     group.sync();
     fit.solve(group);
@@ -225,7 +202,7 @@ __global__ void __launch_bounds__(T, 1) count_keys_kernel(LongCall call) {
   }
 }
 
-template <class Value, Kind kKind, int T>
+template <class Value, int T>
 __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
   using Key = typename KeyOf<Value>::Key;
   KDK_DYNAMIC_SHARED(memory);
@@ -238,10 +215,11 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
       emit_poison<Value>(group, rank, call.first + row);
       continue;
     }
-    const Fit<Value, false, kKind> fit{{static_cast<Key*>(call.sorted) + row * rank.n},
+    const Fit<Value, false, false> fit{{static_cast<Key*>(call.sorted) + row * rank.n},
                                        reinterpret_cast<double*>(base + at.sum),
                                        blocks_at(base, at, rank.shift),
                                        call.valid[row],
+                                       rank.kl,
                                        rank.eps[call.first + row]};
     fit.solve(group);
     fit.constants(group);

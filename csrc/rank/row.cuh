@@ -105,4 +105,27 @@ __device__ double spread_of(const Group<T>& group, int m, Each each) {
   return found < kSmallestSpread ? 1.0 : found;
 }
 
+// each(visit) visits this thread's keys, those of absent elements among them
+template <class Value, int T, class Each>
+__device__ RowFacts facts_of(const Group<T>& group, const Strength& strength, int64_t row, bool poisoned, Each each) {
+  using Key = typename KeyOf<Value>::Key;
+  int count = 0;
+  each([&](Key key) { count += key != kAbsent<Value>; });
+  RowFacts facts;
+  facts.poisoned = group.any(poisoned);
+  facts.m = group.sum(count);
+  facts.eps = NAN;
+  if (facts.poisoned) return facts;
+  double spread = 1.0;
+  if (strength.relative) {
+    spread = spread_of<Value>(group, facts.m, [&](auto visit) {
+      each([&](Key key) {
+        if (key != kAbsent<Value>) visit(key);
+      });
+    });
+  }
+  facts.eps = strength.of(row, spread);
+  return facts;
+}
+
 }  // namespace kdkernels

@@ -51,44 +51,44 @@ constexpr int slots_of() {
   return T == 32 ? kWarpRows : 1;
 }
 
-template <class Value, Kind kKind, int T, int kItems>
+template <class Value, int T, int kItems>
 bool launch_ranks(RankCall call, const Device& device, cudaStream_t stream) {
   call.shift = shift_of(call.n, T);
   const size_t bytes = slots_of<T>() * row_bytes<Value, T, kItems>(call.n, call.shift);
   if (call.n > T * kItems || bytes > device.shared) return false;
-  KDK_LAUNCH((rank_rows_kernel<Value, kKind, T, kItems>), grid_of(blocks_of(call.rows, slots_of<T>())),
+  KDK_LAUNCH((rank_rows_kernel<Value, T, kItems>), grid_of(blocks_of(call.rows, slots_of<T>())),
              T * slots_of<T>(), bytes, stream, call);
   return true;
 }
 
-template <class Value, Kind kKind>
+template <class Value>
 bool launch_warp_ranks(const RankCall& call, const Device& device, cudaStream_t stream) {
   if constexpr (sizeof(Value) == 8) {
-    return launch_ranks<Value, kKind, 32, 4>(call, device, stream);
+    return launch_ranks<Value, 32, 4>(call, device, stream);
   } else {
-    if (call.n <= 32) return launch_ranks<Value, kKind, 32, 1>(call, device, stream);
-    if (call.n <= 128) return launch_ranks<Value, kKind, 32, 4>(call, device, stream);
-    if (call.n <= 512) return launch_ranks<Value, kKind, 32, 16>(call, device, stream);
-    return launch_ranks<Value, kKind, 32, 32>(call, device, stream);
+    if (call.n <= 32) return launch_ranks<Value, 32, 1>(call, device, stream);
+    if (call.n <= 128) return launch_ranks<Value, 32, 4>(call, device, stream);
+    if (call.n <= 512) return launch_ranks<Value, 32, 16>(call, device, stream);
+    return launch_ranks<Value, 32, 32>(call, device, stream);
   }
 }
 
-template <class Value, Kind kKind>
+template <class Value>
 bool launch_block_ranks(const RankCall& call, const Device& device, cudaStream_t stream) {
   if (call.n <= kFewThreads * kFewItems) {
-    return launch_ranks<Value, kKind, kFewThreads, kFewItems>(call, device, stream);
+    return launch_ranks<Value, kFewThreads, kFewItems>(call, device, stream);
   }
   if constexpr (sizeof(Value) == 8) {
-    return launch_ranks<Value, kKind, kLargeThreads, kBlockItems>(call, device, stream);
+    return launch_ranks<Value, kLargeThreads, kBlockItems>(call, device, stream);
   } else {
     if (call.n <= kBlockThreads * kBlockItems) {
-      return launch_ranks<Value, kKind, kBlockThreads, kBlockItems>(call, device, stream);
+      return launch_ranks<Value, kBlockThreads, kBlockItems>(call, device, stream);
     }
-    return launch_ranks<Value, kKind, kLargeThreads, kLargeItems>(call, device, stream);
+    return launch_ranks<Value, kLargeThreads, kLargeItems>(call, device, stream);
   }
 }
 
-template <class Value, Kind kKind, class Allocate>
+template <class Value, class Allocate>
 bool launch_big_ranks(LongCall call, const Device& device, Allocate allocate, cudaStream_t stream) {
   RankCall& rank = call.rank;
   rank.shift = shift_of(rank.n, kLargeThreads);
@@ -96,11 +96,11 @@ bool launch_big_ranks(LongCall call, const Device& device, Allocate allocate, cu
   if (rank.n > 2 * kLargeThreads * kLargeItems || bytes > device.shared) return false;
   const unsigned grid = grid_of(rank.rows, kOutsideGrid);
   call.memory = static_cast<unsigned char*>(allocate(grid * sizeof(double) * (padded(rank.n) + 1)));
-  KDK_LAUNCH((rank_big_kernel<Value, kKind, kLargeThreads, kLargeItems>), grid, kLargeThreads, bytes, stream, call);
+  KDK_LAUNCH((rank_big_kernel<Value, kLargeThreads, kLargeItems>), grid, kLargeThreads, bytes, stream, call);
   return true;
 }
 
-template <class Value, Kind kKind, class Allocate>
+template <class Value, class Allocate>
 void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
   using Key = typename KeyOf<Value>::Key;
   const RankCall whole = call.rank;
@@ -138,12 +138,12 @@ void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
       sort_segments(sort_memory, &sort_size, static_cast<const Key*>(call.keys), static_cast<Key*>(call.sorted),
                     call.rank.rows, n, stream);
     }
-    KDK_LAUNCH((finish_ranks_kernel<Value, kKind, kLongThreads>), grid_of(call.rank.rows, outside), kLongThreads,
+    KDK_LAUNCH((finish_ranks_kernel<Value, kLongThreads>), grid_of(call.rank.rows, outside), kLongThreads,
                kScratchBytes, stream, call);
   }
 }
 
-template <class Value, Kind kKind, class Allocate>
+template <class Value, class Allocate>
 void launch_ranks_of(const RankCall& call, const Device& device, Allocate allocate, cudaStream_t stream) {
   LongCall whole{};
   whole.rank = call;
@@ -151,29 +151,23 @@ void launch_ranks_of(const RankCall& call, const Device& device, Allocate alloca
   const bool automatic = forced == Schedule::kAuto;
   const bool few = call.rows < kFewRows && call.n > 128;
   if (forced == Schedule::kWarp || (automatic && !few)) {
-    if (launch_warp_ranks<Value, kKind>(call, device, stream)) return;
+    if (launch_warp_ranks<Value>(call, device, stream)) return;
   }
   if (forced != Schedule::kLong && forced != Schedule::kBig) {
-    if (launch_block_ranks<Value, kKind>(call, device, stream)) return;
+    if (launch_block_ranks<Value>(call, device, stream)) return;
   }
   if constexpr (sizeof(Value) == 4) {
-    if (forced != Schedule::kLong && launch_big_ranks<Value, kKind>(whole, device, allocate, stream)) return;
+    if (forced != Schedule::kLong && launch_big_ranks<Value>(whole, device, allocate, stream)) return;
   }
-  launch_long_ranks<Value, kKind>(whole, allocate, stream);
+  launch_long_ranks<Value>(whole, allocate, stream);
 }
 
 // wide: ranks are double
 template <class Allocate>
-void rank_rows(const RankCall& call, bool wide, bool kl, const Device& device, Allocate allocate,
+void rank_rows(const RankCall& call, bool wide, const Device& device, Allocate allocate,
                cudaStream_t stream) {
   if (call.rows == 0) return;
-  if (wide) {
-    kl ? launch_ranks_of<double, kRankExponentials>(call, device, allocate, stream)
-       : launch_ranks_of<double, kRankSquares>(call, device, allocate, stream);
-  } else {
-    kl ? launch_ranks_of<float, kRankExponentials>(call, device, allocate, stream)
-       : launch_ranks_of<float, kRankSquares>(call, device, allocate, stream);
-  }
+  wide ? launch_ranks_of<double>(call, device, allocate, stream) : launch_ranks_of<float>(call, device, allocate, stream);
 }
 
 // the kernels of a backward pass, by the threads of a row
@@ -251,7 +245,7 @@ void sort_rows_backward(const BackwardCall& call, bool wide, bool kl, const Devi
   }
 }
 
-template <class Value, Kind kKind, class Allocate>
+template <class Value, class Allocate>
 void launch_sorts_of(SortCall call, const Device& device, Allocate allocate, cudaStream_t stream) {
   auto bytes = [&](int threads, int slots, size_t scratch) {
     call.shift = shift_of(call.n, threads);
@@ -261,14 +255,14 @@ void launch_sorts_of(SortCall call, const Device& device, Allocate allocate, cud
   if (device.forced == Schedule::kWarp || (device.forced == Schedule::kAuto && !few)) {
     const size_t shared = bytes(32, kWarpRows, Group<32>::kBytes);
     if (call.n <= 1024 && shared <= device.shared) {
-      KDK_LAUNCH((sort_rows_kernel<Value, kKind, 32, false>), grid_of(blocks_of(call.rows, kWarpRows)), 32 * kWarpRows,
+      KDK_LAUNCH((sort_rows_kernel<Value, 32, false>), grid_of(blocks_of(call.rows, kWarpRows)), 32 * kWarpRows,
                  shared, stream, call);
       return;
     }
   }
   const size_t shared = bytes(kBlockThreads, 1, Group<kBlockThreads>::kBytes);
   if (shared <= device.shared && device.forced != Schedule::kLong) {
-    KDK_LAUNCH((sort_rows_kernel<Value, kKind, kBlockThreads, false>), grid_of(call.rows), kBlockThreads, shared, stream,
+    KDK_LAUNCH((sort_rows_kernel<Value, kBlockThreads, false>), grid_of(call.rows), kBlockThreads, shared, stream,
                call);
     return;
   }
@@ -276,48 +270,37 @@ void launch_sorts_of(SortCall call, const Device& device, Allocate allocate, cud
   const unsigned grid = grid_of(call.rows, kOutsideGrid);
   const size_t outside = layout_of<Value>(call.n, call.shift, true, true).total;
   call.memory = static_cast<unsigned char*>(allocate(grid * outside));
-  KDK_LAUNCH((sort_rows_kernel<Value, kKind, kLongThreads, true>), grid, kLongThreads, kScratchBytes, stream, call);
+  KDK_LAUNCH((sort_rows_kernel<Value, kLongThreads, true>), grid, kLongThreads, kScratchBytes, stream, call);
 }
 
 template <class Allocate>
-void sort_rows(const SortCall& call, bool wide, bool kl, const Device& device, Allocate allocate, cudaStream_t stream) {
+void sort_rows(const SortCall& call, bool wide, const Device& device, Allocate allocate, cudaStream_t stream) {
   if (call.rows == 0) return;
-  if (wide) {
-    kl ? launch_sorts_of<double, kSortExponentials>(call, device, allocate, stream)
-       : launch_sorts_of<double, kSortSquares>(call, device, allocate, stream);
-  } else {
-    kl ? launch_sorts_of<float, kSortExponentials>(call, device, allocate, stream)
-       : launch_sorts_of<float, kSortSquares>(call, device, allocate, stream);
-  }
+  wide ? launch_sorts_of<double>(call, device, allocate, stream) : launch_sorts_of<float>(call, device, allocate, stream);
 }
 
-template <class Value, Kind kKind, int T, int kItems>
+template <class Value, int T, int kItems>
 bool launch_spearman(SpearmanCall call, const Device& device, cudaStream_t stream) {
   call.shift = shift_of(call.n, T);
-  const size_t bytes = slots_of<T>() * row_bytes<Value, T, kItems>(call.n, call.shift);
+  const size_t bytes = slots_of<T>() * pair_bytes<Value, T, kItems>(call.n, call.shift);
   if (call.n > T * kItems || bytes > device.shared) return false;
-  KDK_LAUNCH((spearman_rows_kernel<Value, kKind, T, kItems>), grid_of(blocks_of(call.rows, slots_of<T>())),
+  KDK_LAUNCH((spearman_rows_kernel<Value, T, kItems>), grid_of(blocks_of(call.rows, slots_of<T>())),
              T * slots_of<T>(), bytes, stream, call);
   return true;
 }
 
-template <class Value, Kind kKind>
+template <class Value>
 bool launch_fused_spearman(const SpearmanCall& call, const Device& device, cudaStream_t stream) {
   if (device.forced == Schedule::kBig || device.forced == Schedule::kLong) return false;
   if (call.n <= 128 && device.forced != Schedule::kBlock) {
-    if (launch_spearman<Value, kKind, 32, 4>(call, device, stream)) return true;
+    if (launch_spearman<Value, 32, 4>(call, device, stream)) return true;
   }
-  if (launch_spearman<Value, kKind, kFewThreads, kFewItems>(call, device, stream)) return true;
-  if constexpr (sizeof(Value) == 4) {
-    return launch_spearman<Value, kKind, kBlockThreads, kBlockItems>(call, device, stream);
-  }
-  return false;
+  return launch_spearman<Value, kFewThreads, kFewItems>(call, device, stream);
 }
 
-template <class Value, Kind kKind, class Allocate>
+template <class Value, class Allocate>
 void spearman_of(const SpearmanCall& call, const Device& device, Allocate allocate, cudaStream_t stream) {
-  if (launch_fused_spearman<Value, kKind>(call, device, stream)) return;
-  constexpr bool kKl = kKind == kRankExponentials;
+  if (launch_fused_spearman<Value>(call, device, stream)) return;
   constexpr int kDtype = sizeof(Value) == 8 ? kDouble : kFloat;
   const size_t size = static_cast<size_t>(call.rows) * call.n;
   const Rows side[2] = {call.x, call.y};
@@ -332,8 +315,8 @@ void spearman_of(const SpearmanCall& call, const Device& device, Allocate alloca
     blocks[i] = out[i] ? static_cast<int*>(allocate(size * sizeof(int))) : nullptr;
     eps[i] = static_cast<double*>(allocate(call.rows * sizeof(double)));
     const Strength strength{nullptr, false, hard ? 0.0 : call.strength, !hard && call.relative};
-    const RankCall ranks{side[i], side[1 - i], strength, false, call.rows, call.n, 0, rank[i], blocks[i], eps[i]};
-    launch_ranks_of<Value, kKind>(ranks, device, allocate, stream);
+    const RankCall ranks{side[i], side[1 - i], strength, call.kl, false, call.rows, call.n, 0, rank[i], blocks[i], eps[i]};
+    launch_ranks_of<Value>(ranks, device, allocate, stream);
   }
   const TailCall tail{rank[0],   rank[1], eps[0],     call.x,      call.y,
                       call.rows, call.n,  call.value, gradient[0], gradient[1]};
@@ -344,21 +327,16 @@ void spearman_of(const SpearmanCall& call, const Device& device, Allocate alloca
     const Rows u{gradient[i], call.n, kDtype}, r{rank[i], call.n, kDtype};
     const BackwardCall pull{u,         r,      blocks[i], call.n, eps[i],  false,
                             call.rows, call.n, out[i],    kDtype, nullptr, 0};
-    backward<Value, RankBackward<Value, kKl>>(pull, device, allocate, stream);
+    call.kl ? backward<Value, RankBackward<Value, true>>(pull, device, allocate, stream)
+            : backward<Value, RankBackward<Value, false>>(pull, device, allocate, stream);
   }
 }
 
 template <class Allocate>
-void spearman_rows(const SpearmanCall& call, bool wide, bool kl, const Device& device, Allocate allocate,
+void spearman_rows(const SpearmanCall& call, bool wide, const Device& device, Allocate allocate,
                    cudaStream_t stream) {
   if (call.rows == 0) return;
-  if (wide) {
-    kl ? spearman_of<double, kRankExponentials>(call, device, allocate, stream)
-       : spearman_of<double, kRankSquares>(call, device, allocate, stream);
-  } else {
-    kl ? spearman_of<float, kRankExponentials>(call, device, allocate, stream)
-       : spearman_of<float, kRankSquares>(call, device, allocate, stream);
-  }
+  wide ? spearman_of<double>(call, device, allocate, stream) : spearman_of<float>(call, device, allocate, stream);
 }
 
 }  // namespace kdkernels

@@ -12,7 +12,7 @@ struct RankCall {
   Rows x;
   Rows partner;  // spearman: the other side, whose absent elements are dropped here too
   Strength strength;
-  bool descending;
+  bool kl, descending;
   int64_t rows;
   int n;
   int shift;      // log2 of the positions of a leaf
@@ -63,7 +63,7 @@ __host__ __device__ inline size_t row_bytes(int n, int shift) {
   return Group<T>::kBytes + (solve > kSort ? solve : (kSort + 15) / 16 * 16);
 }
 
-template <class Value, Kind kKind, int T, int kItems>
+template <class Value, int T, int kItems>
 __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) rank_rows_kernel(RankCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const Layout at = layout_of<Value>(call.n, call.shift, true, true);
@@ -73,15 +73,14 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) rank_rows_kernel(RankCal
   base += Group<T>::kBytes;
   const int64_t step = static_cast<int64_t>(gridDim.x) * slots;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * slots + slot; row < call.rows; row += step) {
-    typename KeyOf<Value>::Key item[kItems];
     const RowFacts facts =
-        load_row<Value>(group, call.x, call.partner, call.strength, row, call.n, call.descending, item);
+        load_row<Value>(group, call.x, call.partner, call.strength, row, call.n, call.descending, base);
     if (group.rank() == 0) call.eps[row] = facts.eps;
     if (facts.poisoned) {
       emit_poison<Value>(group, call, row);
       continue;
     }
-    const auto fit = solve_row<Value, kKind>(group, item, facts, base, at, call.shift);
+    const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift);
     emit_ranks(group, fit, call, row, [&](auto key) { return fit.position(key); });
     group.sync();
   }

@@ -13,13 +13,14 @@ struct SortCall {
   int64_t rows;
   int n;
   int shift;
+  bool kl;
   void* value;            // Value [R, n]
   int* start;             // [R, n]
   double* eps;            // [R]
   unsigned char* memory;  // workspace [gridDim.x, layout] where a row does not fit into shared memory
 };
 
-template <class Value, Kind kKind, int T, bool kOutside>
+template <class Value, int T, bool kOutside>
 __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) sort_rows_kernel(SortCall call) {
   using Key = typename KeyOf<Value>::Key;
   KDK_DYNAMIC_SHARED(memory);
@@ -36,11 +37,12 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) sort_rows_kernel(SortCal
     for (int i = group.rank(); i < call.n; i += T) count += !is_absent(call.s.template at<Value>(row, i));
     const int m = group.sum(count);
     const bool poisoned = call.n > 0 && is_poison(call.s.template at<Value>(row, 0));
-    Fit<Value, true, kKind> fit{{reinterpret_cast<Key*>(base + at.key)},
-                                reinterpret_cast<double*>(base + at.sum),
-                                blocks_at(base, at, call.shift),
-                                m,
-                                static_cast<double>(NAN)};
+    Fit<Value, true, true> fit{{reinterpret_cast<Key*>(base + at.key)},
+                               reinterpret_cast<double*>(base + at.sum),
+                               blocks_at(base, at, call.shift),
+                               m,
+                               call.kl,
+                               static_cast<double>(NAN)};
     if (!poisoned) {
       for (int p = group.rank(); p < m; p += T) fit.key.at(p) = encode(call.s.template at<Value>(row, m - 1 - p));
       group.sync();

@@ -8,47 +8,42 @@
 
 namespace kdkernels {
 
-// keys of a row into registers; thread t takes the elements t, t + T, ...
-template <class Value, int T, int kItems>
+// the row at `memory`, as in `layout_of`, its keys on the way to their places
+template <class Value>
+__device__ __forceinline__ typename KeyOf<Value>::Key* staged_keys(unsigned char* memory) {
+  return reinterpret_cast<typename KeyOf<Value>::Key*>(memory);
+}
+
+// keys of row `row` into memory, and what else is to be known of it
+template <class Value, int T>
 __device__ RowFacts load_row(const Group<T>& group, const Rows& x, const Rows& partner, const Strength& strength,
-                             int64_t row, int n, bool descending, typename KeyOf<Value>::Key (&item)[kItems]) {
+                             int64_t row, int n, bool descending, unsigned char* memory) {
+  auto* keys = staged_keys<Value>(memory);
   bool poisoned = false;
-  int count = 0;
+  for (int i = group.rank(); i < n; i += T) keys[i] = key_of<Value>(x, partner, row, i, descending, poisoned);
+  return facts_of<Value>(group, strength, row, poisoned, [&](auto visit) {
+    for (int i = group.rank(); i < n; i += T) visit(keys[i]);
+  });
+}
+
+// a loaded row, sorted and solved
+template <class Value, int T, int kItems>
+__device__ Fit<Value, true, false> solve_row(const Group<T>& group, const RowFacts& facts, bool kl,
+                                             unsigned char* memory, int n, const Layout& at, int shift) {
+  using Key = typename KeyOf<Value>::Key;
+  Key item[kItems];
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     const int i = group.rank() + j * T;
-    item[j] = i < n ? key_of<Value>(x, partner, row, i, descending, poisoned) : kAbsent<Value>;
-    count += item[j] != kAbsent<Value>;
+    item[j] = i < n ? staged_keys<Value>(memory)[i] : kAbsent<Value>;
   }
-  RowFacts facts;
-  facts.poisoned = group.any(poisoned);
-  facts.m = group.sum(count);
-  facts.eps = NAN;
-  if (facts.poisoned) return facts;
-  double spread = 1.0;
-  if (strength.relative) {
-    spread = spread_of<Value>(group, facts.m, [&](auto visit) {
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) {
-        if (item[j] != kAbsent<Value>) visit(item[j]);
-      }
-    });
-  }
-  facts.eps = strength.of(row, spread);
-  return facts;
-}
-
-// keys in registers -> a solved row; memory as in `layout_of`
-template <class Value, Kind kKind, int T, int kItems>
-__device__ Fit<Value, true, kKind> solve_row(const Group<T>& group, typename KeyOf<Value>::Key (&item)[kItems],
-                                             const RowFacts& facts, unsigned char* base, const Layout& at, int shift) {
-  using Key = typename KeyOf<Value>::Key;
   group.sync();
-  sort_keys<T>(item, base);
-  const Fit<Value, true, kKind> fit{{reinterpret_cast<Key*>(base + at.key)},
-                                    reinterpret_cast<double*>(base + at.sum),
-                                    blocks_at(base, at, shift),
+  sort_keys<T>(item, memory);
+  const Fit<Value, true, false> fit{{reinterpret_cast<Key*>(memory + at.key)},
+                                    reinterpret_cast<double*>(memory + at.sum),
+                                    blocks_at(memory, at, shift),
                                     facts.m,
+                                    kl,
                                     facts.eps};
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {

@@ -13,7 +13,7 @@ namespace kdkernels {
 struct SpearmanCall {
   Rows x, y;
   double strength;
-  bool relative;
+  bool relative, kl;
   bool hard_target;
   int64_t rows;
   int n;
@@ -25,96 +25,111 @@ struct SpearmanCall {
 
 // of rows r and t, from their second moments about mu; both vectors zero where a side is constant
 struct Correlation {
-  double rho, of_r, of_t, mixed_r, mixed_t;  // d rho / dr = mixed_r t - of_r r, d rho / dt = mixed_t r - of_t t
+  double rho, of_r, of_t, mixed;  // d rho / dr = mixed t - of_r r, d rho / dt = mixed r - of_t t
 };
 __device__ __forceinline__ Correlation correlate(double rr, double tt, double rt) {
-  if (!(rr > 0.0) || !(tt > 0.0)) return {0.0, 0.0, 0.0, 0.0, 0.0};
+  if (!(rr > 0.0) || !(tt > 0.0)) return {0.0, 0.0, 0.0, 0.0};
   const double mixed = 1.0 / (sqrt(rr) * sqrt(tt)), rho = rt * mixed;
-  return {rho, rho / rr, rho / tt, mixed, mixed};
+  return {rho, rho / rr, rho / tt, mixed};
 }
 
-template <class Value, Kind kKind, int T, int kItems>
+// a row pair keeps both sides' ranks and block names beside what one side needs while it is solved
+template <class Value, int T, int kItems>
+__host__ __device__ inline size_t pair_bytes(int n, int shift) {
+  return row_bytes<Value, T, kItems>(n, shift) + (2 * n * (sizeof(Value) + sizeof(int)) + 15) / 16 * 16;
+}
+
+template <class Value, bool kKl, int T>
+__device__ void gradient_of_side(const Group<T>& group, const Pool<sizeof(Value) == 8>& pool, double eps, int n,
+                                 const Value* own, const Value* other, const int* name, double mu, double mixed,
+                                 double along, Value* out) {
+  rank_gradient<kKl>(
+      group, pool, eps,
+      [&](auto visit) {
+        for (int first = 0; first < n; first += T) {
+          const int i = first + group.rank(), id = i < n ? name[i] : -1;
+          const double r = id >= 0 ? static_cast<double>(own[i]) : 0.0;
+          visit(i, id >= 0 ? mixed * (other[i] - mu) - along * (r - mu) : 0.0, r, id);
+        }
+      },
+      [&](int i, double g) {
+        if (i < n) out[i] = static_cast<Value>(g);
+      });
+}
+
+template <class Value, int T, int kItems>
 __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(SpearmanCall call) {
-  constexpr bool kKl = kKind == kRankExponentials, kWide = sizeof(Value) == 8;
   KDK_DYNAMIC_SHARED(memory);
   const Layout at = layout_of<Value>(call.n, call.shift, true, true);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
-  unsigned char* base = memory + slot * row_bytes<Value, T, kItems>(call.n, call.shift);
+  unsigned char* base = memory + slot * pair_bytes<Value, T, kItems>(call.n, call.shift);
   const Group<T> group{base};
+  Value* rank = reinterpret_cast<Value*>(base + row_bytes<Value, T, kItems>(call.n, call.shift));  // [2, n]
+  int* name = reinterpret_cast<int*>(rank + 2 * call.n);                                           // [2, n]
   base += Group<T>::kBytes;
-  const auto pool = Pool<kWide>::at(base, call.n);
+  const auto pool = Pool<sizeof(Value) == 8>::at(base, call.n);
   const int64_t step = static_cast<int64_t>(gridDim.x) * slots;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * slots + slot; row < call.rows; row += step) {
-    Value rank[2][kItems];
-    int name[2][kItems];
-    double eps[2];
+    double eps_x = 0.0, eps_y = 0.0;
     bool poisoned = false;
     int m = 0;
-#pragma unroll
+#pragma unroll 1
     for (int side = 0; side < 2; ++side) {
       const bool hard = side == 1 && call.hard_target;
       const Rows own = side ? call.y : call.x, other = side ? call.x : call.y;
-      typename KeyOf<Value>::Key item[kItems], mine[kItems];
       const Strength strength{nullptr, false, hard ? 0.0 : call.strength, !hard && call.relative};
-      const RowFacts facts = load_row<Value>(group, own, other, strength, row, call.n, false, item);
+      const RowFacts facts = load_row<Value>(group, own, other, strength, row, call.n, false, base);
       poisoned = facts.poisoned;
       m = facts.m;
-      eps[side] = facts.eps;
+      (side ? eps_y : eps_x) = facts.eps;
       if (poisoned) break;
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) mine[j] = item[j];
-      const auto fit = solve_row<Value, kKind>(group, item, facts, base, at, call.shift);
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) {
-        rank[side][j] = 0;
-        name[side][j] = -1;
-        if (mine[j] == kAbsent<Value>) continue;
-        const Range block = fit.blocks.find(fit.position(mine[j]));
-        rank[side][j] = static_cast<Value>(fit.rank_at(decode<Value>(mine[j]), block));
-        name[side][j] = block_name(block, facts.eps);
+      const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift);
+      for (int i = group.rank(); i < call.n; i += T) {
+        bool ignored = false;
+        const auto key = key_of<Value>(own, other, row, i, false, ignored);
+        // -2: absent
+        rank[side * call.n + i] = 0;
+        name[side * call.n + i] = -2;
+        if (key == kAbsent<Value>) continue;
+        const Range block = fit.blocks.find(fit.position(key));
+        rank[side * call.n + i] = static_cast<Value>(fit.rank_at(decode<Value>(key), block));
+        name[side * call.n + i] = block_name(block, facts.eps);
       }
       group.sync();
     }
-    Value* dx = call.dx ? static_cast<Value*>(call.dx) + row * call.n : nullptr;
-    Value* dy = call.dy ? static_cast<Value*>(call.dy) + row * call.n : nullptr;
+    Value* out[2] = {call.dx ? static_cast<Value*>(call.dx) + row * call.n : nullptr,
+                     call.dy ? static_cast<Value*>(call.dy) + row * call.n : nullptr};
     if (poisoned) {
       if (group.rank() == 0) static_cast<Value*>(call.value)[row] = static_cast<Value>(NAN);
       for (int i = group.rank(); i < call.n; i += T) {
-        if (dx) dx[i] = static_cast<Value>(NAN);
-        if (dy) dy[i] = static_cast<Value>(NAN);
+        if (out[0]) out[0][i] = static_cast<Value>(NAN);
+        if (out[1]) out[1][i] = static_cast<Value>(NAN);
       }
       continue;
     }
     const double mu = 0.5 * (m + 1);
     double rr = 0.0, tt = 0.0, rt = 0.0;
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) {
-      // rank 0 alone is absent: kl may underflow to 0, but only within a block
-      if (rank[0][j] == 0 && name[0][j] < 0) continue;
-      const double r = rank[0][j] - mu, t = rank[1][j] - mu;
+    for (int i = group.rank(); i < call.n; i += T) {
+      if (name[i] == -2) continue;
+      const double r = rank[i] - mu, t = rank[call.n + i] - mu;
       rr += r * r;
       tt += t * t;
       rt += r * t;
     }
     const Correlation c = correlate(group.sum(rr), group.sum(tt), group.sum(rt));
     if (group.rank() == 0) static_cast<Value*>(call.value)[row] = static_cast<Value>(c.rho);
-#pragma unroll
+#pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-      Value* out = side ? dy : dx;
-      if (!out) continue;
-      const double mixed = side ? c.mixed_t : c.mixed_r, own = side ? c.of_t : c.of_r;
-      rank_gradient<kKl>(
-          group, pool, eps[side],
-          [&](auto visit) {
-#pragma unroll
-            for (int j = 0; j < kItems; ++j) {
-              const double r = rank[side][j], u = mixed * (rank[1 - side][j] - mu) - own * (r - mu);
-              visit(group.rank() + j * T, u, r, name[side][j]);
-            }
-          },
-          [&](int i, double g) {
-            if (i < call.n) out[i] = static_cast<Value>(g);
-          });
+      if (!out[side]) continue;
+      const Value *own = rank + side * call.n, *other = rank + (1 - side) * call.n;
+      const double eps = side ? eps_y : eps_x, along = side ? c.of_t : c.of_r;
+      if (call.kl) {
+        gradient_of_side<Value, true>(group, pool, eps, call.n, own, other, name + side * call.n, mu, c.mixed, along,
+                                      out[side]);
+      } else {
+        gradient_of_side<Value, false>(group, pool, eps, call.n, own, other, name + side * call.n, mu, c.mixed, along,
+                                       out[side]);
+      }
       group.sync();
     }
   }
@@ -158,8 +173,8 @@ __global__ void __launch_bounds__(T, 1) spearman_tail_kernel(TailCall call) {
     if (group.rank() == 0) static_cast<Value*>(call.value)[row] = static_cast<Value>(poisoned ? NAN : c.rho);
     for (int i = group.rank(); i < call.n; i += T) {
       const double a = r[i] - mu, b = t[i] - mu;
-      if (call.u) static_cast<Value*>(call.u)[row * call.n + i] = static_cast<Value>(c.mixed_r * b - c.of_r * a);
-      if (call.v) static_cast<Value*>(call.v)[row * call.n + i] = static_cast<Value>(c.mixed_t * a - c.of_t * b);
+      if (call.u) static_cast<Value*>(call.u)[row * call.n + i] = static_cast<Value>(c.mixed * b - c.of_r * a);
+      if (call.v) static_cast<Value*>(call.v)[row * call.n + i] = static_cast<Value>(c.mixed * a - c.of_t * b);
     }
   }
 }
