@@ -20,8 +20,8 @@ class Config(NamedTuple):
 # (largest C, config) of both loss kernels; unmeasured: chosen for zero spills on sm_80, sm_90 and sm_100
 ROWS = (
     (128, Config(128, 1)),
-    (512, Config(512, 2)),
-    (1024, Config(1024, 4)),
+    (512, Config(512, 4)),
+    (1024, Config(1024, 8)),
     (1 << 31, Config(2048, 8)),
 )
 MIX = Config(1024, 4)

@@ -3,10 +3,24 @@
 
 from .cka import CKALoss
 from .cmkd import CMKDLoss
+from .dist import DISTLoss
+from .dkd import DKDLoss
 from .kd import KDLoss
 from .kda import KDALoss
 from .ramp import Ramp
 from .rcka import RCKALoss
 from .rdimkd import RdimKDLoss
+from .stkd import STKDLoss
 
-__all__ = ["CKALoss", "CMKDLoss", "KDALoss", "KDLoss", "RCKALoss", "Ramp", "RdimKDLoss"]
+__all__ = [
+    "CKALoss",
+    "CMKDLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "KDALoss",
+    "KDLoss",
+    "RCKALoss",
+    "Ramp",
+    "RdimKDLoss",
+    "STKDLoss",
+]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vanilla knowledge distillation: a divergence of the tempered softmaxes, here in plain PyTorch."""
+"""Vanilla knowledge distillation: the Kullback-Leibler divergences are the fused row op, Jensen-Shannon is PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from ..logits.checks import check_tau
+from ..logits.op import distillation_kl
 from .base import Loss, check_pair, full_precision, mean_of_rows, row_mask, zero_where_masked
 from .base import at_least_float32 as dtype_of
 
@@ -22,13 +24,14 @@ class KDLoss(Loss):
             [KL(p_t || m) + KL(p_s || m)] / 2 with m = (p_t + p_s) / 2. Each times tau^2.
         weight: factor of the loss, a buffer; 1 gives the formula.
         reduction: "mean" over the rows that count, or "sum".
+        backend: as in `kd.distillation_kl`.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`. Logits
     [..., C], each leading index a row; float16 to float64, each side its own dtype, computed in at least float32. mask:
     bool [...], False rows do not count; labels [...] mark with ignore_index the rows that do not count. normalizer
     replaces the number of rows as divisor (gradient accumulation). A batch without rows, or all masked, gives 0 with
     zero gradient. A logit of -inf is a class with probability 0: where both sides have it, the class adds nothing. NaN
-    in a row that counts gives NaN. Gradient to the student only.
+    in a row that counts gives NaN. Gradient to the student only; second derivatives with backend="reference".
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.KDLoss(tau=4.0)
@@ -37,15 +40,21 @@ class KDLoss(Loss):
     0.0
     """
 
-    def __init__(self, tau: float = 4.0, *, divergence: str = "forward", weight: float = 1.0, reduction: str = "mean"):
+    def __init__(
+        self,
+        tau: float = 4.0,
+        *,
+        divergence: str = "forward",
+        weight: float = 1.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
         super().__init__(weight)
-        if not (tau > 0 and math.isfinite(tau)):
-            raise ValueError(f"tau is {tau!r}: a temperature is a positive number")
         if divergence not in DIVERGENCES:
             raise ValueError(f"divergence is {divergence!r}: give one of {DIVERGENCES}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
-        self.tau, self.divergence, self.reduction = float(tau), divergence, reduction
+        self.tau, self.divergence, self.reduction, self.backend = check_tau(tau), divergence, reduction, backend
 
     def forward(
         self,
@@ -58,35 +67,56 @@ class KDLoss(Loss):
         normalizer=None,
         return_parts: bool = False,
     ):
-        names = check_pair(student_logits, teacher_logits, "logits")
-        if student_logits.shape != teacher_logits.shape:
-            raise ValueError(
-                f"{names[1]} has shape {tuple(teacher_logits.shape)}, {names[0]} {tuple(student_logits.shape)}: "
-                "the divergence needs the same rows and classes on both sides"
-            )
-        counted = row_mask(mask, labels, ignore_index, student_logits, names[0])
-        rows = math.prod(student_logits.shape[:-1])
-        if self._too_small(rows, 1):
+        check_classes(student_logits, teacher_logits)
+        counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+        if self._too_small(math.prod(student_logits.shape[:-1]), 1):
             return self._nothing(["kd"], student_logits, return_parts)
-        with full_precision(student_logits):
-            dtype = dtype_of(student_logits, teacher_logits)
-            student = zero_where_masked(student_logits, counted).to(dtype) / self.tau
-            teacher = zero_where_masked(teacher_logits.detach(), counted).to(dtype) / self.tau
-            per_row = self._divergence(student.log_softmax(-1), teacher.log_softmax(-1)) * self.tau**2
-            return self._total({"kd": mean_of_rows(per_row, counted, normalizer, self.reduction)}, return_parts)
+        student, teacher = student_logits, teacher_logits.detach()
+        if self.divergence == "jsd":
+            value = self._jensen_shannon(student, teacher, counted, normalizer)
+        else:
+            # the op treats its second argument as the fixed side of the divergence, and differentiates in both
+            pair = (student, teacher) if self.divergence == "forward" else (teacher, student)
+            value = self._of_rows(*pair, counted, normalizer)
+        return self._total({"kd": value}, return_parts)
 
-    def _divergence(self, log_s, log_t):
-        if self.divergence == "forward":
-            return kl(log_t, log_s)
-        if self.divergence == "reverse":
-            return kl(log_s, log_t)
-        # logaddexp of two -inf has no gradient
-        least = torch.finfo(log_s.dtype).min / 2
-        log_m = torch.logaddexp(log_s.clamp_min(least), log_t.clamp_min(least)) - math.log(2)
-        return (kl(log_t, log_m) + kl(log_s, log_m)) / 2
+    def _of_rows(self, student, teacher, counted, normalizer):
+        how = {"tau": self.tau, "backend": self.backend}
+        if counted is None and normalizer is None:
+            return distillation_kl(student, teacher, reduction=self.reduction, **how)
+        student, teacher = hidden(student, counted, self.backend), hidden(teacher, counted, self.backend)
+        rows = distillation_kl(student, teacher, reduction="none", **how)
+        return mean_of_rows(rows, counted, normalizer, self.reduction)
+
+    def _jensen_shannon(self, student, teacher, counted, normalizer):
+        with full_precision(student):
+            dtype = dtype_of(student, teacher)
+            log_s, log_t = (
+                (zero_where_masked(side, counted).to(dtype) / self.tau).log_softmax(-1) for side in (student, teacher)
+            )
+            # logaddexp of two -inf has no gradient
+            least = torch.finfo(dtype).min / 2
+            log_m = torch.logaddexp(log_s.clamp_min(least), log_t.clamp_min(least)) - math.log(2)
+            rows = (kl(log_t, log_m) + kl(log_s, log_m)) / 2 * self.tau**2
+            return mean_of_rows(rows, counted, normalizer, self.reduction)
 
     def _shown(self):
         return {"tau": self.tau, "divergence": self.divergence, "reduction": self.reduction}
+
+
+def check_classes(student_logits, teacher_logits):
+    """Both sides are logits of the same rows and classes."""
+    names = check_pair(student_logits, teacher_logits, "logits")
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"{names[1]} has shape {tuple(teacher_logits.shape)}, {names[0]} {tuple(student_logits.shape)}: "
+            "the loss needs the same rows and classes on both sides"
+        )
+
+
+def hidden(logits, counted, backend: str):
+    """Logits whose masked rows may go to a row op: only the textbook lets a row with upstream 0 reach its gradient."""
+    return zero_where_masked(logits, counted) if backend == "reference" else logits
 
 
 def kl(log_p, log_q):

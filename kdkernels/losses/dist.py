@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DIST: Pearson correlation of the tempered softmaxes along the rows and along the columns, from sums of the batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..logits.checks import check_tau
+from .base import Loss, full_precision, mean_of_rows, row_mask, zero_where_masked
+from .base import at_least_float32 as dtype_of
+from .kd import check_classes
+
+EPS = 1e-8  # beside the product of the norms, as in the reference implementation
+
+
+class DISTLoss(Loss):
+    """tau^2 [beta (1 - mean_i pearson(s_i, t_i)) + gamma (1 - mean_c pearson(s_.c, t_.c))], s = softmax(z / tau).
+
+    Rows s_i are samples (the paper's inter-class relation), columns s_.c are classes (intra-class). Source: Knowledge
+    Distillation from A Stronger Teacher, arXiv 2205.10536; formula and defaults of its reference implementation: beta
+    = gamma = tau = 1, Pearson with 1e-8 added to the product of the norms (its CIFAR-100 recipes use 2, 2 and tau = 4).
+
+    Args:
+        beta, gamma: factors of the two terms; 0 drops the term.
+        tau: temperature.
+        weight: factor of the whole loss, a buffer. reduction: of the row term, "mean" over the rows that count, or
+            "sum"; the column term is one statistic of the batch.
+
+    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
+    `KDLoss`: logits [..., C], each leading index a row; masked rows enter no mean. normalizer replaces the number of
+    rows in the row term. The column term needs 2 rows: a batch of fewer gives 0 with zero gradient and warns once, a
+    mask that leaves fewer makes it 0. A row or column of equal probabilities correlates 0 and has no gradient through
+    its norm. NaN in a row that counts gives NaN. Gradient to the student only. parts: "rows", "columns".
+
+    >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> loss = kd.losses.DISTLoss(beta=2.0, gamma=2.0, tau=4.0)
+    >>> loss(student, teacher).backward()
+    >>> bool(loss(teacher, teacher) < 1e-3)
+    True
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        tau: float = 1.0,
+        *,
+        weight: float = 1.0,
+        reduction: str = "mean",
+    ):
+        super().__init__(weight)
+        for value, name in ((beta, "beta"), (gamma, "gamma")):
+            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} is {value!r}: give a number >= 0")
+        if beta == gamma == 0:
+            raise ValueError("beta and gamma are both 0: nothing is left to compute")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
+        self.beta, self.gamma, self.tau, self.reduction = float(beta), float(gamma), check_tau(tau), reduction
+
+    def forward(
+        self,
+        student_logits,
+        teacher_logits,
+        *,
+        mask=None,
+        labels=None,
+        ignore_index: int = -100,
+        normalizer=None,
+        return_parts: bool = False,
+    ):
+        check_classes(student_logits, teacher_logits)
+        if student_logits.dim() < 2:
+            raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}: give [..., C]")
+        counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+        terms = [name for name, factor in (("rows", self.beta), ("columns", self.gamma)) if factor]
+        if self._too_small(math.prod(student_logits.shape[:-1]), 2 if self.gamma else 1):
+            return self._nothing(terms, student_logits, return_parts)
+        with full_precision(student_logits):
+            dtype = dtype_of(student_logits, teacher_logits)
+            s, t = (
+                (zero_where_masked(side, counted).flatten(0, -2).to(dtype) / self.tau).softmax(-1)
+                for side in (student_logits, teacher_logits.detach())
+            )
+            counted = None if counted is None else counted.flatten()
+            parts = {}
+            if self.beta:
+                apart = 1 - cosine(*(side - side.mean(1, keepdim=True) for side in (s, t)), 1)
+                parts["rows"] = self.beta * self.tau**2 * mean_of_rows(apart, counted, normalizer, self.reduction)
+            if self.gamma:
+                n = s.new_full((), len(s)) if counted is None else counted.sum().to(dtype)
+                apart = 1 - cosine(*(centred(side, counted, n) for side in (s, t)), 0).mean()
+                parts["columns"] = self.gamma * self.tau**2 * torch.where(n > 1, apart, 0)
+            return self._total(parts, return_parts)
+
+    def _shown(self):
+        return {"beta": self.beta, "gamma": self.gamma, "tau": self.tau, "reduction": self.reduction}
+
+
+def centred(x, mask, n):
+    """x [n, C] minus the mean over the rows that count; the others are 0."""
+    mean = zero_where_masked(x, mask).sum(0) / n.clamp_min(1)
+    return zero_where_masked(x - mean, mask)
+
+
+def cosine(a, b, dim: int):
+    """<a, b> / (|a| |b| + EPS) along dim, for rows of zeros 0 with gradient 0."""
+    return (a * b).sum(dim) / (norm(a, dim) * norm(b, dim) + EPS)
+
+
+def norm(a, dim: int):
+    square = a.square().sum(dim)
+    return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STKD: hard two-label cross-entropy and soft divergence on mixed samples, both from one pass over the logits."""
+
+from __future__ import annotations
+
+import torch
+
+from ..logits.checks import check_fraction, check_labels, check_mix, check_tau
+from ..logits.mixup import MixupBatch
+from ..logits.op import mixed_distillation
+from .base import Loss, mean_of_rows, row_mask
+from .kd import check_classes, hidden
+
+
+class STKDLoss(Loss):
+    """(1 - alpha) CE(y~, p_s(x~)) + alpha tau^2 KL(q || p_s^tau(x~)), mean over the rows of a mixed batch x~.
+
+    x~ = lam x + (1 - lam) x[perm], y~ = lam e_labels + (1 - lam) e_labels[perm]; q = k1 p_t^tau(x~) + k2 [lam
+    p_t^tau(x) + (1 - lam) p_t^tau(x)[perm]] + k3 y~. Source: Similarity Transfer for KD, arXiv 2103.10047. From the
+    paper: virtual samples by mixup, mixed labels, knowledge as similarity over the categories. Its code is not public,
+    so every constant is ours: alpha = 0.9, tau = 4, mix = (1, 0, 0), and Beta(1, 1) in `kd.mixup`. This is the one
+    loss that holds its cross-entropy: add none beside it.
+
+    Args:
+        tau: temperature of the soft term. alpha: its share, in [0, 1].
+        mix: (k1, k2, k3) >= 0 with sum 1; k2 > 0 needs `teacher_clean`, the teacher's logits before mixing.
+        weight: factor of the whole loss, a buffer. reduction: "mean" over the rows that count, or "sum".
+        backend: as in `kd.mixed_distillation`.
+
+    Call: `(student_logits, teacher_logits, mixup_batch, teacher_clean=None, *, mask, ignore_index=-100, normalizer,
+    return_parts)`. Logits [B, C] of the mixed samples, float16 to float64, each side its own dtype, computed in at
+    least float32; mixup_batch from `kd.mixup` (labels, permuted_labels, lam and permutation are used). mask: bool [B],
+    False rows do not count, nor do rows one of whose labels is ignore_index. normalizer replaces their number as
+    divisor. An empty batch, or all masked, gives 0 with zero gradient. NaN in a row that counts gives NaN. Gradient to
+    the student only. parts: "hard" and "soft", two more passes.
+
+    >>> student, teacher = torch.nn.Linear(5, 10), torch.nn.Linear(5, 10)
+    >>> batch = kd.mixup(torch.randn(8, 5), torch.randint(10, (8,)))
+    >>> loss = kd.losses.STKDLoss(alpha=0.9, tau=4.0)
+    >>> loss(student(batch.x), teacher(batch.x), batch).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        tau: float = 4.0,
+        alpha: float = 0.9,
+        mix=(1.0, 0.0, 0.0),
+        weight: float = 1.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(weight)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
+        self.tau, self.alpha, self.mix = check_tau(tau), check_fraction(alpha, "alpha"), check_mix(mix)
+        self.reduction, self.backend = reduction, backend
+
+    def forward(
+        self,
+        student_logits,
+        teacher_logits,
+        mixup_batch,
+        teacher_clean=None,
+        *,
+        mask=None,
+        ignore_index: int = -100,
+        normalizer=None,
+        return_parts: bool = False,
+    ):
+        check_classes(student_logits, teacher_logits)
+        if not isinstance(mixup_batch, MixupBatch):
+            raise TypeError(f"mixup_batch is a {type(mixup_batch).__name__}: give what kd.mixup returns")
+        if student_logits.dim() != 2:
+            raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}: give [B, C]")
+        if self.mix[1] and teacher_clean is None:
+            raise ValueError(f"teacher_clean is missing: mix is {self.mix}, and its second weight needs it")
+        if self._too_small(len(student_logits), 1):
+            return self._nothing([name for name, _ in self._shares()], student_logits, return_parts)
+        first, second, counted = self._labels(mixup_batch, student_logits, mask, ignore_index)
+        student, teacher = student_logits, teacher_logits.detach()
+        clean = {}
+        if self.mix[1]:
+            clean = {"teacher_clean": teacher_clean.detach(), "permutation": mixup_batch.permutation}
+        student, teacher = (hidden(side, counted, self.backend) for side in (student, teacher))
+
+        def value(alpha):
+            rows = mixed_distillation(
+                student, teacher, first, second, mixup_batch.lam, tau=self.tau, alpha=alpha, mix=self.mix,
+                reduction="none", backend=self.backend, **clean,
+            )  # fmt: skip
+            return mean_of_rows(rows, counted, normalizer, self.reduction)
+
+        total = value(self.alpha)
+        total = total * self.weight.to(total.dtype)
+        if not return_parts:
+            return total
+        parts = {name: value(float(name == "soft")) * share for name, share in self._shares()}
+        return total, {name: part * self.weight.to(part.dtype) for name, part in parts.items()}
+
+    def _shares(self):
+        """Names of the terms that are computed, with their weights."""
+        return [(name, share) for name, share in (("hard", 1 - self.alpha), ("soft", self.alpha)) if share]
+
+    def _labels(self, batch, student, mask, ignore_index):
+        """Both labels, 0 where ignored, and the rows that count (None: all)."""
+        counted = row_mask(mask, None, ignore_index, student, "student_logits")
+        pair = []
+        for labels, name in ((batch.labels, "labels"), (batch.permuted_labels, "permuted_labels")):
+            check_labels(labels, len(student), None, student, f"mixup_batch.{name}", "student_logits")
+            used = labels != ignore_index
+            counted = used if counted is None else counted & used
+            pair.append(torch.where(used, labels, 0))
+        return *pair, counted
+
+    def _shown(self):
+        return {"tau": self.tau, "alpha": self.alpha, "mix": self.mix, "reduction": self.reduction}
