@@ -202,6 +202,59 @@ class TestComparison:
             getattr(compare, "compare_" + method.split("_")[0])(Spoiled(), 40, "float32", 0.1)
 
 
+# one past and one short of a warp, of a leaf of 32 positions, of an item more for each thread
+WARP_SIZES = [1, 2, 3, 31, 32, 33, 64, 127, 128, 129, 255, 256, 257]
+BLOCK_SIZES = [1, 33, 362, 1023, 1024, 1025]
+LONG_SIZES = [1, 2, 33, 129, 1024, 1025]
+
+
+def settings(sizes, count):
+    """(n, first setting): each size continues where the last one stopped, so that all settings come up."""
+    return [(n, i * count) for i, n in enumerate(sizes)]
+
+
+class TestRanking:
+    """Every schedule of csrc/rank against the textbook, forced where the row length would choose another one."""
+
+    @pytest.mark.parametrize("n, first", settings(WARP_SIZES, 4))
+    def test_one_warp_a_row(self, kernels, n, first):
+        drive.sweep(kernels, "warp", n, "rsp", 4, False, first)
+
+    @pytest.mark.parametrize("n, first", settings([1000, 1023, 1024], 1))
+    def test_one_warp_a_row_of_a_thousand(self, kernels, n, first):
+        drive.sweep(kernels, "warp", n, "rs", 1, True, first)
+
+    @pytest.mark.parametrize("n, first", settings(BLOCK_SIZES, 2))
+    def test_one_block_a_row(self, kernels, n, first):
+        drive.sweep(kernels, "block", n, "rsp", 2, True, first)
+
+    @pytest.mark.parametrize("n, first", settings(LONG_SIZES, 4))
+    def test_rows_that_go_through_workspace(self, kernels, n, first):
+        drive.sweep(kernels, "long", n, "rs", 4, n < 1000, first)
+
+    def test_correlations_of_rows_that_go_through_workspace(self, kernels):
+        drive.sweep(kernels, "long", 65, "p", 2, True)
+
+    # beyond a block's registers: 256 threads of 16 keys, 512 of 24
+    @pytest.mark.slow
+    @pytest.mark.parametrize("n, first", settings([2049, 4096, 4097, 9000], 1))
+    def test_one_block_a_long_row(self, kernels, n, first):
+        drive.sweep(kernels, "auto", n, "rsp", 2, True, first)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("strength", [1e-9, 1e-4, 0.3])
+    def test_one_block_a_row_with_its_sums_outside(self, kernels, strength):
+        compare.compare_rank(drive.Kernels(kernels, "big"), 12289, "float32", strength, names=["random", "nan", "ties"])
+
+    # float32 is sorted, the half formats count; 65,537: more elements than codes
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("strength", [1e-9, 1e-3, 1.0])
+    def test_a_vocabulary(self, kernels, dtype, strength):
+        names = ["random", "nan", "masked", "clusters"]
+        compare.compare_rank(drive.Kernels(kernels), 65537, dtype, strength, names=names)
+
+
 class TestSanitizers:
     @pytest.mark.parametrize("variant", ["address", "thread"])
     def test_the_emulation_itself_is_clean(self, variant):
@@ -219,3 +272,25 @@ class TestSanitizers:
         assert done.returncode == FOUND, done.stderr[-3000:]
         assert "heap-buffer-overflow" in done.stderr
         assert f"planted.h:{planted_line('out of bounds')}" in done.stderr
+
+    # (schedule, row length, ops): threads that share a row, in every way they can
+    SETTINGS = [
+        "sweep:warp:33:rsp:3:few:0",
+        "sweep:warp:130:rp:1:few:1",
+        "sweep:block:40:rsp:2:few:0",
+        "sweep:long:70:rsp:2:few:0",
+    ]
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_ranking_kernels_stay_within_their_memory_and_have_no_undefined_behaviour(self, setting):
+        assert_clean(sanitized("address", setting))
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_ranking_kernels_have_no_data_race(self, setting):
+        assert_clean(sanitized("thread", setting))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("variant", ["address", "thread"])
+    @pytest.mark.parametrize("setting", ["sweep:auto:1025:rs:1:few:0", "sweep:long:1025:rs:2:few:1"])
+    def test_longer_rows_are_clean_too(self, variant, setting):
+        assert_clean(sanitized(variant, setting, timeout=300))

@@ -10,6 +10,8 @@
 
 namespace py = pybind11;
 
+void bind_rank(py::module_& m);  // rank_module.cpp
+
 namespace {
 
 template <class T>
@@ -56,6 +58,7 @@ Array<float> convert_half(const Array<float>& x, bool bfloat) {
 }  // namespace
 
 PYBIND11_MODULE(simt_kernels, m) {
+  bind_rank(m);
   m.def("planted", &planted);
   m.def("primitives", &run_primitives);
   m.def("convert_half", &convert_half);

@@ -177,11 +177,11 @@ def sort_rows_backward(grad, s, start, kl):
 
 
 def spearman_row(x, y, strength, relative, kl, hard_target):
-    """(rho, d rho/dx, d rho/dy, |r - m| |t - m| over the largest it could be) of one row pair."""
+    """(rho, d rho/dx, d rho/dy, |r - m|, |t - m|, eps of x, eps of y) of one row pair; 1 for what does not exist."""
     n = len(x)
-    nothing = 0.0, np.zeros(n), np.zeros(n), 1.0
+    nothing = 0.0, np.zeros(n), np.zeros(n), 1.0, 1.0, 1.0, 1.0
     if poisoned(x) or poisoned(y):
-        return math.nan, np.full(n, np.nan), np.full(n, np.nan), 1.0
+        return math.nan, np.full(n, np.nan), np.full(n, np.nan), 1.0, 1.0, 1.0, 1.0
     at = np.flatnonzero((x > -np.inf) & (y > -np.inf))
     if len(at) < 2:
         return nothing
@@ -203,4 +203,4 @@ def spearman_row(x, y, strength, relative, kl, hard_target):
     if not hard_target:
         u = ((r0 / length_r - rho * t0 / length_t) / length_t).astype(np.float64)
         dy[at] = rank_gradient_row(u, t, block_y, eps_y, kl, False)
-    return float(rho), dx, dy, float(min(length_r, length_t))
+    return float(rho), dx, dy, float(length_r), float(length_t), eps_x, eps_y
