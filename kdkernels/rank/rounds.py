@@ -8,10 +8,12 @@ beyond what the merges of `isotonic.py` would cost, `pooled` gives up and they t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import pad
 
-SHRINKS = 0.2  # of the blocks must go for another round over all of them
+SHRINKS = 0.05  # of the blocks must go for another round over all of them
 ELEMENTS_A_ROUND = 1000  # the merges handle about this many elements in the time of one round of pairs
 
 
@@ -83,12 +85,14 @@ def pooled(state, R: int, n: int):
 def _pool_pairs(state, joins, last, limit: int) -> bool:
     """Pool violating neighbours until none is left; what was pooled away has size 0. False if the limit was reached."""
     m = len(state.V)
-    # one more entry than there are blocks: the neighbour of those that have none
-    following, before = torch.arange(1, m + 2).clamp_(max=m), torch.arange(-1, m)
-    before[0] = m
-    joins, last = pad(joins, (0, 2)), pad(last, (0, 1), value=True)
-    stamp = torch.empty(m + 1, dtype=torch.int64)
-    state.V = pad(state.V, (0, 1))
+    # entry m is the neighbour of a block at the end of its row; NaN, which no comparison holds for
+    state.V = pad(state.V, (0, 1), value=math.nan)
+    following, before = torch.arange(1, m + 2), torch.arange(-1, m)
+    following[:m][last] = m
+    before[1:m][last[:-1]] = m
+    before[0] = following[m] = m
+    joins = pad(joins, (0, 2))
+    stamp = torch.zeros(m + 1, dtype=torch.bool)
     active = joins.nonzero().squeeze(1)
     for _ in range(limit):
         if len(active) == 0:
@@ -99,14 +103,12 @@ def _pool_pairs(state, joins, last, limit: int) -> bool:
         j = following[i]
         beyond = following[j]
         state.pool_pairs(i, j)
-        state.c[j] = 0
-        following[i], before[beyond], last[i] = beyond, i, last[j]
-        joins[j] = False
-        again = torch.cat([i, before[i]])
-        found = (state.V[again] <= state.V[following[again]]).logical_and_(~last[again])
+        state.c[j], joins[j], stamp[i] = 0, False, True
+        following[i], before[beyond] = beyond, i
+        ahead = before[i]
+        again = torch.cat([i, ahead[~stamp[ahead]]])  # none twice
+        stamp[i] = False
+        found = state.V[again] <= state.V[following[again]]
         joins[again] = found
-        place = torch.arange(len(again))
-        stamp[again] = place
-        once = found.logical_and_(stamp[again] == place)  # a block may be there twice
-        active = torch.cat([others[joins[others]], again[once]])
+        active = torch.cat([others[joins[others]], again[found]])
     return False
