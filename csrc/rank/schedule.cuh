@@ -29,9 +29,9 @@ constexpr size_t kBatchBytes = size_t(1) << 29;
 constexpr int kFewItems = 8, kBlockItems = 16, kLargeItems = 24;
 constexpr int kFewThreads = 128, kBlockThreads = 256, kLargeThreads = 512;
 #ifdef KDK_SIMT
-constexpr int kLongThreads = 64;        // each is a thread of the operating system
+constexpr int kLongThreads = 64, kCountThreads = 64;  // each is a thread of the operating system
 #else
-constexpr int kLongThreads = 1024;
+constexpr int kLongThreads = 512, kCountThreads = 1024;
 #endif
 
 inline unsigned grid_of(int64_t blocks, int64_t most = kGrid) {
@@ -130,7 +130,7 @@ void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
                call);
     if constexpr (sizeof(Key) == 4) {
       if (counts) {
-        KDK_LAUNCH((count_keys_kernel<kLongThreads>), grid_of(call.rank.rows), kLongThreads,
+        KDK_LAUNCH((count_keys_kernel<kCountThreads>), grid_of(call.rank.rows), kCountThreads,
                    kScratchBytes + kHalfCodes * sizeof(int), stream, call);
       }
     }
@@ -315,7 +315,8 @@ void spearman_of(const SpearmanCall& call, const Device& device, Allocate alloca
     blocks[i] = out[i] ? static_cast<int*>(allocate(size * sizeof(int))) : nullptr;
     eps[i] = static_cast<double*>(allocate(call.rows * sizeof(double)));
     const Strength strength{nullptr, false, hard ? 0.0 : call.strength, !hard && call.relative};
-    const RankCall ranks{side[i], side[1 - i], strength, call.kl, false, call.rows, call.n, 0, rank[i], blocks[i], eps[i]};
+    const RankCall ranks{side[i], side[1 - i], strength, call.kl, false, call.rows, call.n, 0, rank[i], blocks[i], eps[i],
+                         true};
     launch_ranks_of<Value>(ranks, device, allocate, stream);
   }
   const TailCall tail{rank[0],   rank[1], eps[0],     call.x,      call.y,

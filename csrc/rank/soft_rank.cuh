@@ -19,6 +19,7 @@ struct RankCall {
   void* rank;     // Value [R, n]
   int* blocks;    // [R, n] or null
   double* eps;    // [R]
+  bool centred = false;  // ranks less (m + 1) / 2, for correlations: they keep their digits where all are close
 };
 
 // a block is named by its first position; -1: alone, or hard
@@ -40,7 +41,7 @@ __device__ void emit_ranks(const Group<T>& group, const Fit& fit, const RankCall
     int name = -1;
     if (key != kAbsent<Value>) {
       const Range block = fit.blocks.find(position(key));
-      r = fit.rank_at(decode<Value>(key), block);
+      r = fit.rank_at(decode<Value>(key), block) - (call.centred ? 0.5 * (fit.m + 1) : 0.0);
       name = block_name(block, fit.eps);
     }
     rank[i] = static_cast<Value>(r);

@@ -49,7 +49,7 @@ __device__ void gradient_of_side(const Group<T>& group, const Pool<sizeof(Value)
         for (int first = 0; first < n; first += T) {
           const int i = first + group.rank(), id = i < n ? name[i] : -1;
           const double r = id >= 0 ? static_cast<double>(own[i]) : 0.0;
-          visit(i, id >= 0 ? mixed * (other[i] - mu) - along * (r - mu) : 0.0, r, id);
+          visit(i, id >= 0 ? mixed * other[i] - along * r : 0.0, r + mu, id);
         }
       },
       [&](int i, double g) {
@@ -87,12 +87,12 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(Spe
       for (int i = group.rank(); i < call.n; i += T) {
         bool ignored = false;
         const auto key = key_of<Value>(own, other, row, i, false, ignored);
-        // -2: absent
         rank[side * call.n + i] = 0;
-        name[side * call.n + i] = -2;
+        name[side * call.n + i] = -1;
         if (key == kAbsent<Value>) continue;
         const Range block = fit.blocks.find(fit.position(key));
-        rank[side * call.n + i] = static_cast<Value>(fit.rank_at(decode<Value>(key), block));
+        // minus mu before it is rounded: with a large eps all ranks are close to mu
+        rank[side * call.n + i] = static_cast<Value>(fit.rank_at(decode<Value>(key), block) - 0.5 * (m + 1));
         name[side * call.n + i] = block_name(block, facts.eps);
       }
       group.sync();
@@ -110,8 +110,7 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(Spe
     const double mu = 0.5 * (m + 1);
     double rr = 0.0, tt = 0.0, rt = 0.0;
     for (int i = group.rank(); i < call.n; i += T) {
-      if (name[i] == -2) continue;
-      const double r = rank[i] - mu, t = rank[call.n + i] - mu;
+      const double r = rank[i], t = rank[call.n + i];
       rr += r * r;
       tt += t * t;
       rt += r * t;
@@ -136,8 +135,8 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(Spe
 }
 
 struct TailCall {
-  const void* r;      // Value [R, n], ranks of x where y is there, 0 elsewhere
-  const void* t;
+  void* r;            // Value [R, n], ranks of x where y is there less mu, 0 elsewhere; mu is put back
+  void* t;
   const double* eps;  // [R] of x, NaN for a poisoned row
   Rows x, y;
   int64_t rows;
@@ -152,8 +151,8 @@ __global__ void __launch_bounds__(T, 1) spearman_tail_kernel(TailCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const Group<T> group{memory};
   for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
-    const Value* r = static_cast<const Value*>(call.r) + row * call.n;
-    const Value* t = static_cast<const Value*>(call.t) + row * call.n;
+    Value* r = static_cast<Value*>(call.r) + row * call.n;
+    Value* t = static_cast<Value*>(call.t) + row * call.n;
     auto there = [&](int i) {
       return !is_absent(call.x.template at<Value>(row, i)) && !is_absent(call.y.template at<Value>(row, i));
     };
@@ -162,8 +161,7 @@ __global__ void __launch_bounds__(T, 1) spearman_tail_kernel(TailCall call) {
     const double mu = 0.5 * (group.sum(count) + 1);
     double rr = 0.0, tt = 0.0, rt = 0.0;
     for (int i = group.rank(); i < call.n; i += T) {
-      if (!there(i)) continue;
-      const double a = r[i] - mu, b = t[i] - mu;
+      const double a = r[i], b = t[i];
       rr += a * a;
       tt += b * b;
       rt += a * b;
@@ -172,7 +170,9 @@ __global__ void __launch_bounds__(T, 1) spearman_tail_kernel(TailCall call) {
     const bool poisoned = call.eps[row] != call.eps[row];
     if (group.rank() == 0) static_cast<Value*>(call.value)[row] = static_cast<Value>(poisoned ? NAN : c.rho);
     for (int i = group.rank(); i < call.n; i += T) {
-      const double a = r[i] - mu, b = t[i] - mu;
+      const double a = r[i], b = t[i];
+      r[i] = static_cast<Value>(a + mu);
+      t[i] = static_cast<Value>(b + mu);
       if (call.u) static_cast<Value*>(call.u)[row * call.n + i] = static_cast<Value>(c.mixed * b - c.of_r * a);
       if (call.v) static_cast<Value*>(call.v)[row * call.n + i] = static_cast<Value>(c.mixed * a - c.of_t * b);
     }
