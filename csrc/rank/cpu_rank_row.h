@@ -8,7 +8,6 @@
 #include <limits>
 #include <memory>
 
-#include "../common/check.h"
 #include "cpu_isotonic.h"
 #include "cpu_sort.h"
 
@@ -179,15 +178,15 @@ class RankGradient {
     return last;
   }
 
-  // g_i = (u_i - mean u) / eps of the block, kl: r_i (u_i - sum r u / sum r) / eps; ids are below n
+  // g_i = (u_i - mean u) / eps of the block, kl: r_i (u_i - sum r u / sum r) / eps; false if an id is not below n
   template <class T, class U>
-  void operator()(const U* u, const U* r, const int32_t* number, int64_t n, double eps, bool kl, bool descending,
+  bool operator()(const U* u, const U* r, const int32_t* number, int64_t n, double eps, bool kl, bool descending,
                   T* g) {
     const int64_t blocks = last_block(number, n) + int64_t(1);
-    KDK_CHECK(blocks <= n, "block ids must be below the length of a row, ", n, ": one is ", blocks - 1);
+    if (blocks > n) return false;
     if (!(eps > 0) || blocks == 0) {
       std::fill_n(g, n, narrow<T>(eps == eps ? 0 : kNaN));
-      return;
+      return true;
     }
     const double rate = descending ? -inverse(eps) : inverse(eps);
     double* mean = mean_.get() + 1;
@@ -208,6 +207,7 @@ class RankGradient {
         g[i] = narrow<T>(number[i] < 0 ? 0 : found);
       }
     }
+    return true;
   }
 
  private:

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <tuple>
 
 #include "cpu_rank_row.h"
@@ -52,9 +53,11 @@ Tensor rank_rows_backward(Tensor grad, Tensor x, Tensor rank, Tensor blocks, Ten
     const double* used = static_cast<const double*>(eps.const_data_ptr());
     Tensor result = empty_like_rows(x, true, kType<T>);
     const auto g = new_rows<T>(result);
+    std::atomic<bool> inside = true;
     for_rows(R, n, [&] { return RankGradient(n); }, [&](RankGradient& gradient, int64_t i) {
-      gradient(u[i], r[i], ids[i], n, used[i], kl, descending, g[i]);
+      if (!gradient(u[i], r[i], ids[i], n, used[i], kl, descending, g[i])) inside = false;
     });
+    KDK_CHECK(inside, op, ": blocks must hold ids below the length of a row, ", n);
     return result;
   });
 }

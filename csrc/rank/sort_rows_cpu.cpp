@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <tuple>
@@ -223,14 +224,19 @@ Tensor soft_sort_rows_backward(Tensor grad, Tensor s, Tensor order, Tensor start
     Tensor result = empty_like_rows(s, true, kType<T>);
     const auto g = new_rows<T>(result);
     auto make = [&] { return std::unique_ptr<double[]>(new double[kl ? n : 0]); };
+    std::atomic<bool> inside = true;  // an exception would lose its text on the way through torch's threads
     for_rows(R, n, make, [&](std::unique_ptr<double[]>& share, int64_t r) {
       T* to = g[r];
       const int64_t* at = place[r];
-      bool inside = true;
-      for (int64_t i = 0; i < n; ++i) inside &= static_cast<uint64_t>(at[i]) < static_cast<uint64_t>(n);
-      KDK_CHECK(inside, op, ": order must hold positions of a row, 0 to ", n - 1);
+      bool all = true;
+      for (int64_t i = 0; i < n; ++i) all &= static_cast<uint64_t>(at[i]) < static_cast<uint64_t>(n);
+      if (!all) {
+        inside = false;
+        return;
+      }
       gradient(u[r], from[r], first[r], n, kl, share.get(), [=](int64_t i) -> T& { return to[at[i]]; });
     });
+    KDK_CHECK(inside, op, ": order must hold positions of a row, below ", n);
     return result;
   });
 }
