@@ -144,9 +144,9 @@ def cuda_cases() -> list[Case]:
 
 
 def cases(device: str) -> list:
-    """All cases of a device: those of the Gram family, then those of the ranking family."""
-    from . import ranking
+    """All cases of a device: those of the Gram family, of the ranking family, of projections and KDA."""
+    from . import projecting, ranking
 
     if device == "cuda":
-        return [*cuda_cases(), *ranking.cuda_cases()]
-    return [*cpu_cases(), *ranking.cpu_cases()]
+        return [*cuda_cases(), *ranking.cuda_cases(), *projecting.cuda_cases()]
+    return [*cpu_cases(), *ranking.cpu_cases(), *projecting.cpu_cases()]

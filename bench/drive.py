@@ -19,11 +19,13 @@ import kdkernels as kd
 
 from . import cases as catalogue
 from . import contenders as others
-from . import data, machine, measure, memory, ranking, roof
+from . import data, machine, measure, memory, projecting, ranking, roof
 from .cases import Case
 from .measure import Contender
 
 BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("triton", "cuda", "torch")}
+# families whose cases have a module of their own: draw, ours, contender, names
+MODULES = {"rank": ranking, "projection": projecting}
 SEEDS = 4  # draws of the inputs that the calls rotate over
 
 
@@ -35,8 +37,8 @@ def listed(device: str, quick: bool) -> list:
 
 def draw(case: Case, device: str, seed: int):
     """((x, y), sigma): inputs in the case's dtype, and the bandwidth of each side as numbers where the case has one."""
-    if case.family == "rank":
-        return ranking.draw(case, device, seed), None
+    if case.family in MODULES:
+        return MODULES[case.family].draw(case, device, seed), None
     pair = data.features(case.n, case.p, case.q, case.regime, seed, device, case.groups)
     x, y = (t.to(getattr(torch, case.dtype)) for t in pair)
     if case.kernel not in ("rbf", "laplacian") or case.sigma == "rule":
@@ -47,8 +49,9 @@ def draw(case: Case, device: str, seed: int):
 
 
 def build(case: Case, sigma, name: str, backend: str | None) -> Contender:
-    if case.family == "rank":
-        return Contender(name, backend, ranking.ours(case, backend) if backend else ranking.contender(case, name))
+    if case.family in MODULES:
+        module = MODULES[case.family]
+        return Contender(name, backend, module.ours(case, backend) if backend else module.contender(case, name))
     if name == "kdkernels":
         return Contender(name, backend, others.ours(case, sigma, backend))
     return Contender(name, None, getattr(others, name)(case, sigma))
@@ -126,7 +129,7 @@ def run(options) -> int:
             share = min(options.case_seconds, left / (len(chosen) - place) * 2)
             _measure_case(index, case, backends, share, ceilings, write, options)
         print(f"[{place + 1}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
-    if options.family != "rank" and (not options.case or options.case in "overhead"):
+    if options.family in (None, "gram") and (not options.case or options.case in "overhead"):
         from . import overhead
 
         for backend in usable_backends("cka", device, options.backends or BACKENDS[device]):
@@ -160,10 +163,10 @@ def _outcome(case: Case, status: str, note: str | None = None) -> dict:
 def names_of(case, device: str, options) -> list[str]:
     if case.family == "rank":
         return ranking.names(case, device)
-    names = ["eager", "algebra"]
-    if options.compiled or (device == "cuda" and options.compiled is None):
-        names.append("compiled")
-    return names
+    compiled = bool(options.compiled or (device == "cuda" and options.compiled is None))
+    if case.family == "projection":
+        return projecting.names(case, device, compiled)
+    return ["eager", "algebra", *(["compiled"] if compiled else [])]
 
 
 def _measure_case(index, case, backends, seconds, ceilings, write, options) -> None:
