@@ -150,7 +150,8 @@ struct Sums {
   double s = 0, one = 0, t = 0, cross = 0;
 };
 
-// student and, for the plain target, teacher: normalisers at tau and 1, and sum exp((y - m_t) / tau) (y - m_t - z + m_s)
+// normalisers of the student at tau and 1 and, with `teacher`, those of the teacher and sum exp(dy / tau) (dy - dz):
+// dz and dy are logits less their maxima
 template <int W>
 KDK_INLINE Sums both_sides(const Side& z, const Side& y, int64_t padded, const Terms& of, bool teacher) {
   using F = typename Wide<W>::F;

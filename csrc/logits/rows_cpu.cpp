@@ -309,9 +309,11 @@ std::tuple<Tensor, Tensor> logits_rows_backward(Tensor grad, double factor, Tens
   KDK_CHECK(statistics.is_cpu() && statistics.is_contiguous() && statistics.scalar_type() == ScalarType::Float &&
                 statistics.numel() == count * c.R,
             "logits_rows_backward: statistics must be what logits_rows gave, float32 [", count, ", ", c.R, "]");
-  const int64_t shape[2] = {c.R, c.C}, none[2] = {0, 0};
-  Tensor ds = torch::stable::new_empty(student, {need_student ? shape : none, 2});
-  Tensor dt = torch::stable::new_empty(teacher, {need_teacher ? shape : none, 2});
+  const int64_t shape[2] = {c.R, c.C}, none[1] = {0};
+  Tensor ds = torch::stable::new_empty(student, {need_student ? shape : none, need_student ? 2u : 1u});
+  // beside a student's gradient an empty tensor, whose dtype is the student's as in the other backends
+  Tensor dt = torch::stable::new_empty(need_teacher ? teacher : student,
+                                       {need_teacher ? shape : none, need_teacher ? 2u : 1u});
   const Backward b{static_cast<const float*>(grad.const_data_ptr()), grad.stride(0), static_cast<float>(factor),
                    static_cast<const float*>(statistics.const_data_ptr()),
                    need_student ? ds.mutable_data_ptr() : nullptr, need_teacher ? dt.mutable_data_ptr() : nullptr};

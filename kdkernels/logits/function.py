@@ -7,6 +7,8 @@ Two operators of fixed arity, `kdkernels::logits_fwd` and `kdkernels::logits_bwd
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..autograd import apply, device_type, plain, without_autocast
@@ -143,7 +145,7 @@ def _logits_fwd_fake(
     rows = student.shape[:-1]
     problem = Problem(tau, alpha, tuple(mix), number, mixed)
     value = student.new_empty(rows if reduction == "none" else (), dtype=dtype)
-    return value, student.new_empty((problem.statistics, rows.numel()) if need else (0,), dtype=dtype)
+    return value, student.new_empty((problem.statistics, math.prod(rows)) if need else (0,), dtype=dtype)
 
 
 def _logits_bwd(
@@ -152,7 +154,7 @@ def _logits_bwd(
 ):  # fmt: skip
     problem = Problem(tau, alpha, tuple(mix), number, mixed)
     extras = Extras(labels, permuted, lam, clean, permutation)
-    rows = student.shape[:-1].numel()
+    rows = math.prod(student.shape[:-1])
     factor = 1 / rows if reduction == "mean" else 1.0
     grad = grad.reshape(-1) if reduction == "none" else grad.expand(rows)
     with without_autocast(device_type(student)):

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of the logits ops can fail: each of these breaks the torch backend once, and a check must notice it."""
+
+import pytest
+import torch
+
+from kdkernels import testing
+from kdkernels.logits import function, problem, torch_impl
+
+FORWARD, BACKWARD, LERP = torch_impl.forward, torch_impl.backward, torch_impl.lerp_rows
+KL, MIXED, MIXUP = "distillation_kl", "mixed_distillation", "mixup"
+
+
+def value(change):
+    return {"forward": lambda *a: (change(FORWARD(*a)[0]), FORWARD(*a)[1])}
+
+
+def gradient(change, which=0):
+    def backward(*a):
+        out = list(BACKWARD(*a))
+        out[which] = change(out[which]) if out[which].numel() else out[which]
+        return tuple(out)
+
+    return {"backward": backward}
+
+
+def posed(**change):
+    """Both passes solve another problem."""
+
+    def forward(s, t, p, *rest):
+        return FORWARD(s, t, p._replace(**change), *rest)
+
+    def backward(g, factor, s, t, statistics, p, *rest):
+        return BACKWARD(g, factor, s, t, statistics, p._replace(**change), *rest)
+
+    return {"forward": forward, "backward": backward}
+
+
+def extras(change):
+    def forward(s, t, p, e, need):
+        return FORWARD(s, t, p, change(e), need)
+
+    def backward(g, factor, s, t, statistics, p, e, need):
+        return BACKWARD(g, factor, s, t, statistics, p, change(e), need)
+
+    return {"forward": forward, "backward": backward}
+
+
+def statistic(row, change):
+    def backward(g, factor, s, t, statistics, *rest):
+        statistics = statistics.clone()
+        statistics[row] = change(statistics[row])
+        return BACKWARD(g, factor, s, t, statistics, *rest)
+
+    return {"backward": backward}
+
+
+def without_last_column(t):
+    t = t.clone()
+    t[..., -1] = 0
+    return t
+
+
+def unwritten(t):
+    out = t.new_empty(t.shape)
+    out.flatten()[:-3] = t.flatten()[:-3]
+    return out
+
+
+def no_maximum(*a):
+    """exp of the logits as they are."""
+    shifted = torch_impl._shifted
+
+    def plain(logits, tau, dtype):
+        x = logits.to(dtype)
+        return x, x / tau, torch.zeros_like(x[..., :1]), (x / tau).exp().sum(-1, keepdim=True).log()
+
+    torch_impl._shifted = plain
+    try:
+        return FORWARD(*a)
+    finally:
+        torch_impl._shifted = shifted
+
+
+def ignored_upstream(g, *rest):
+    return BACKWARD(torch.ones_like(g), *rest)
+
+
+SABOTAGE = {
+    "zeros": (KL, "value", value(torch.zeros_like)),
+    "sign flip": (KL, "value", value(torch.neg)),
+    "5 % scale": (KL, "value", value(lambda v: v * 1.05)),
+    "rows in another order": (KL, "value", value(lambda v: v.flip(0))),
+    "another temperature": (KL, "value", posed(tau=1.01)),
+    "no maximum subtracted": (KL, "value", {"forward": no_maximum}),
+    "a last class not read": (KL, "value", {"forward": lambda s, t, *r: FORWARD(s[:, :-1], t[:, :-1], *r)}),
+    "sides swapped": (KL, "value", {"forward": lambda s, t, *r: FORWARD(t, s, *r)}),
+    "inf * 0": (KL, "value", value(lambda v: v + 0 * v.log())),
+    "gradient sign flip": (KL, "gradient student", gradient(torch.neg)),
+    "gradient 5 % scale": (KL, "gradient student", gradient(lambda g: g * 1.05)),
+    "gradient without its last column": (KL, "gradient student", gradient(without_last_column)),
+    "teacher's gradient 5 % scale": (KL, "gradient teacher", gradient(lambda g: g * 1.05, 1)),
+    "teacher's gradient without its mean": (KL, "gradient teacher", statistic(problem.K, torch.zeros_like)),
+    "normaliser off by 1 %": (KL, "gradient student", statistic(problem.L_S, lambda t: t + 0.01)),
+    "ignored upstream gradient": (KL, "gradient student", {"backward": ignored_upstream}),
+    "unwritten tail": (KL, "poison", gradient(unwritten)),
+    "not the same twice": (KL, "twice", value(lambda v: v * (1 + 1e-7 * torch.randn(())))),
+    "hard term only": (MIXED, "value", posed(alpha=0.0)),
+    "soft term only": (MIXED, "value", posed(alpha=1.0)),
+    "labels swapped": (MIXED, "value", extras(lambda e: e._replace(labels=e.permuted, permuted=e.labels))),
+    "one label for both": (MIXED, "value", extras(lambda e: e._replace(permuted=e.labels))),
+    "clean rows not permuted": (
+        MIXED,
+        "value",
+        extras(lambda e: e._replace(permutation=e.permutation if e.clean is None else torch.arange(len(e.clean)))),
+    ),
+    "target without the labels": (
+        MIXED,
+        "value",
+        {"forward": lambda s, t, p, *r: FORWARD(s, t, p._replace(mix=(*p.mix[:2], 0.0)), *r)},
+    ),
+    "gradient without the labels": (
+        MIXED,
+        "gradient student",
+        {"backward": lambda g, f, s, t, k, p, e, n: BACKWARD(g, f, s, t, k, p._replace(mixed=False), e, n)},
+    ),
+    "normaliser at temperature 1 off": (MIXED, "gradient student", statistic(problem.L_1, lambda t: t + 0.01)),
+    "rows not mixed": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: x.clone()}),
+    "shares swapped": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: LERP(x, o, w, i)}),
+    "permutation inverted": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: LERP(x, w, o, i.argsort())}),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_the_contract_rejects(name, monkeypatch):
+    op, check, broken = SABOTAGE[name]
+    for part, replacement in broken.items():
+        monkeypatch.setattr(torch_impl, part, replacement)
+    family = "accuracy" if check.startswith(("value", "gradient")) else check
+    results = testing.measure(op, "torch", quick=True, checks=[family])
+    assert any(result.check == check and not result.ok for result in results)
+
+
+def test_the_contract_rejects_a_gradient_of_mixup_on_the_wrong_permutation(monkeypatch):
+    from kdkernels.logits import lerp
+
+    right = lerp.Transposed.forward
+
+    class Straight(lerp.Transposed):
+        @staticmethod
+        def forward(grad, lam, permutation, inverse, backend):
+            return right(grad, lam, inverse, permutation, backend)
+
+    monkeypatch.setattr(lerp, "Transposed", Straight)
+    results = testing.measure("mixup", "torch", quick=True, checks=["accuracy"])
+    assert any(result.check == "gradient x" and not result.ok for result in results)
+
+
+def test_the_contract_rejects_strides_that_are_not_read(monkeypatch):
+    def packed(t):
+        return torch.as_strided(t, t.shape, torch.empty(t.shape, device="meta").stride())
+
+    monkeypatch.setattr(function, "_rows", lambda t: t if t is None else packed(t).reshape(-1, t.shape[-1]))
+    results = testing.measure("distillation_kl", "torch", quick=True, checks=["layouts"])
+    assert any(not result.ok for result in results)
+
+
+@pytest.mark.parametrize("op", [KL, MIXED, MIXUP])
+def test_the_contract_accepts_the_unbroken_op(op):
+    assert all(result.ok for result in testing.measure(op, "torch", quick=True))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled row kernels: the same bits for any number of threads, every width, refusals that say why."""
+
+import math
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import native
+from kdkernels.registry import OPS
+
+why = native.lack("cpu", OPS["distillation_kl"].native)
+pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+
+
+def both_gradients(student, teacher, tau, backend):
+    sides = [t.detach().clone().requires_grad_() for t in (student, teacher)]
+    rows = kd.distillation_kl(*sides, tau=tau, reduction="none", backend=backend)
+    return rows.detach(), *torch.autograd.grad(rows.sum(), sides)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    student, teacher = (4 * torch.randn(301, 1037) for _ in range(2))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(both_gradients(student, teacher, 4.0, "cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(a.equal(b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+# the tail of a vector, of a block of 512 summed in float32, and of the padding; a power of two squares its exponentials
+@pytest.mark.parametrize("C", [1, 2, 15, 16, 17, 511, 512, 513, 1000, 2049])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 4.0, 8.0, 16.0, 3.0])
+def test_every_width_and_temperature_is_float64s_to_a_few_eps(C, tau):
+    student, teacher = (4 * torch.randn(5, C) for _ in range(2))
+    exact = both_gradients(student.double(), teacher.double(), tau, "reference")
+    value, *gradients = both_gradients(student, teacher, tau, "cpp")
+    eps = torch.finfo(torch.float32).eps
+    assert ((value - exact[0]).abs() <= 32 * eps * tau**2 * (1 + 20 / tau)).all()
+    for got, want in zip(gradients, exact[1:], strict=True):
+        assert (got - want).abs().max() <= 32 * eps * max(tau, want.abs().max().item())
+
+
+def test_its_exponential_and_its_logarithm_are_right_over_their_whole_range():
+    """A row of two classes d apart: p = 1 / (1 + exp(d)), from the gradient of the hard term; log q from a mixture."""
+    d = torch.linspace(0, 100, 4001)
+    logits = torch.stack([torch.zeros_like(d), -d], 1).requires_grad_()
+    first = torch.zeros(len(d), dtype=torch.long)
+    how = {"tau": 1.0, "alpha": 0.0, "reduction": "sum", "backend": "cpp"}
+    value = kd.mixed_distillation(logits, logits.detach(), first, first, 1.0, **how)
+    (grad,) = torch.autograd.grad(value, logits)
+    p = 1 / (1 + d.double().exp())
+    inside = d < 86  # below, probabilities are 0
+    torch.testing.assert_close(grad[inside, 1].double(), p[inside], rtol=5e-7, atol=0)
+    assert (grad[d > 88, 1] == 0).all()
+    soft = {"tau": 1.0, "alpha": 1.0, "mix": (0.5, 0.0, 0.5), "reduction": "none"}
+    uniform = torch.zeros_like(logits.detach())
+    rows = kd.mixed_distillation(uniform, logits.detach(), first, first, 1.0, backend="cpp", **soft)
+    exact = kd.mixed_distillation(uniform.double(), logits.detach().double(), first, first, 1.0, **soft)
+    torch.testing.assert_close(rows.double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_float64_runs_in_pytorch_with_the_same_answer():
+    student, teacher = (torch.randn(5, 7, dtype=torch.float64) for _ in range(2))
+    for got, want in zip(
+        both_gradients(student, teacher, 2.0, "cpp"), both_gradients(student, teacher, 2.0, "torch"), strict=True
+    ):
+        assert got.equal(want)
+
+
+def test_rows_may_lie_apart_and_the_gap_is_never_read():
+    wide = torch.full((6, 40), math.nan)
+    wide[:, 3:24] = torch.randn(6, 21)
+    dense = wide[:, 3:24].contiguous()
+    teacher = torch.randn(6, 21)
+    for got, want in zip(
+        both_gradients(wide[:, 3:24], teacher, 4.0, "cpp"), both_gradients(dense, teacher, 4.0, "cpp"), strict=True
+    ):
+        assert got.equal(want)
+
+
+def arguments(student, teacher, labels=None, lam=None, order=None, clean=None):
+    return student, teacher, labels, labels, lam, clean, order, 4.0, 0.5, 1.0, 0.0, 0.0, 1.0, True
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"student": torch.zeros(3, 5).double()}, "student is Double: pass float32, float16 or bfloat16"),
+        ({"teacher": torch.zeros(3, 4)}, r"teacher must be CPU logits \[3, 5\] with dense rows"),
+        ({"student": torch.zeros(5, 3).mT}, r"student must be CPU logits \[3, 5\] with dense rows"),
+        ({"labels": torch.tensor([0, 1, 5])}, "labels holds 5: give 0 to 4"),
+        ({"labels": torch.tensor([0, 1])}, r"labels must be a contiguous Long \[3\]"),
+        ({"lam": torch.zeros(3)}, r"lam must be a contiguous Double \[3\]"),
+        ({"order": torch.tensor([0, 1, -1])}, "order holds -1: give 0 to 2"),
+    ],
+)
+def test_the_operator_refuses_what_it_cannot_read(given, message):
+    given = {"student": torch.zeros(3, 5), "teacher": torch.zeros(3, 5), "labels": torch.zeros(3).long(), **given}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.kdkernels.logits_rows(*arguments(**given))
+
+
+def test_mixing_refuses_an_index_that_is_no_row():
+    with pytest.raises(ValueError, match="index holds 3: give 0 to 2"):
+        torch.ops.kdkernels.mix_rows(torch.zeros(3, 4), *[torch.ones(3).double()] * 2, torch.tensor([0, 1, 3]))
