@@ -86,7 +86,7 @@ def sources(library: str) -> list[Path]:
 def build_library(library: str, work: Path, output: Path) -> dict:
     """Builds one library into `output`; raises Unavailable with a reason of one line."""
     if not sources(library):
-        raise Unavailable("no CUDA sources yet" if library == "cuda" else "no C++ sources")
+        raise Unavailable(f"no sources: csrc holds no {'*_cuda.cu' if library == 'cuda' else '*_cpu.cpp'}")
     if sys.platform == "win32":
         raise Unavailable("the native libraries are not built on Windows yet")
     compiler, cmake = find_compiler(), find_program("cmake")
@@ -97,7 +97,7 @@ def build_library(library: str, work: Path, output: Path) -> dict:
         nvcc = find_nvcc()
         if nvcc is None:
             raise Unavailable("nvcc not found (looked for $CUDACXX and nvcc)")
-        options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_HOST_COMPILER={compiler}"]
     if cmake is None:
         raise Unavailable("cmake not found: pip install cmake ninja")
     ninja = find_program("ninja")

@@ -131,6 +131,12 @@ __device__ void sort_keys(Key (&item)[kItems], void* memory) {
   }
 }
 
+// the batch of rows is small enough for int (schedule.cuh)
+struct RowStart {
+  int n;
+  __host__ __device__ int operator()(int row) const { return row * n; }
+};
+
 // rows [rows, n] of keys, each sorted ascending from `from` into `to`; memory null: only *bytes is set
 template <class Key>
 void sort_segments(void* memory, size_t* bytes, const Key* from, Key* to, int64_t rows, int n, cudaStream_t stream) {
@@ -143,11 +149,7 @@ void sort_segments(void* memory, size_t* bytes, const Key* from, Key* to, int64_
   std::copy(from, from + rows * n, to);
   for (int64_t r = 0; r < rows; ++r) std::sort(to + r * n, to + (r + 1) * n);
 #else
-  struct Ends {
-    int n;
-    __host__ __device__ int operator()(int row) const { return row * n; }
-  };
-  const auto begin = thrust::make_transform_iterator(thrust::make_counting_iterator(0), Ends{n});
+  const auto begin = thrust::make_transform_iterator(thrust::make_counting_iterator(0), RowStart{n});
   check_cuda(cub::DeviceSegmentedRadixSort::SortKeys(memory, *bytes, from, to, rows * n, static_cast<int>(rows), begin,
                                                      begin + 1, 0, static_cast<int>(8 * sizeof(Key)), stream),
              "sort of long rows");
