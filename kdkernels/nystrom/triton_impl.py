@@ -132,10 +132,7 @@ def pull(s: Side, rows, grad, need: int) -> Pulled:
     inverse = grad
     if s.z.shape[0] > FUSED:
         mode = PANEL.value
-        if s.whiten == "cholesky":
-            grad = torch.linalg.solve_triangular(s.whitener, grad, upper=False, left=False).contiguous()
-        else:
-            grad = grad @ s.whitener
+        grad = torch_impl.unwhitened(s, grad).contiguous()
     else:
         R = _padded(s, PULL.columns)
         if s.whiten == "cholesky":

@@ -46,7 +46,8 @@ def _tile(
     if KIND >= RBF:
         size = tl.load(half_x_ptr + o_i, mask=m_i, other=0)[:, None]
         size += tl.load(half_z_ptr + o_j, mask=m_j, other=0)[None, :]
-        t = tl.minimum(t - size, 0.0)
+        t -= size
+        t = tl.where(t > 0, 0.0, t)  # keeps NaN
         if KIND == LAPLACIAN:
             t = tl.where(t > -1.9073486e-06 * size, 0.0, t)  # 16 eps: the rounding of a zero distance
     return t
