@@ -213,16 +213,19 @@ def test_pooling_by_rounds_and_by_merges_is_the_same(n, regularization, monkeypa
         monkeypatch.undo()
 
 
-def test_rows_that_take_too_many_rounds_are_merged(monkeypatch):
-    x = torch.stack([*adversarial(1000).values()])
-    want = kd.soft_rank(x, "l2", 0.05, backend="torch")
+@both
+def test_rows_that_take_too_many_rounds_are_merged(regularization, monkeypatch):
     outcomes = []
     pool_pairs = rounds._pool_pairs
-    monkeypatch.setattr(
-        rounds, "_pool_pairs", lambda *a, limit: outcomes.append(pool_pairs(*a, limit=1)) or outcomes[-1]
-    )
-    torch.testing.assert_close(kd.soft_rank(x, "l2", 0.05, backend="torch"), want)
-    assert outcomes == [False]
+    for x in (torch.stack([*adversarial(1000).values()]), adversarial(1000)["heavy"]):
+        for strength in (1e-6, 0.05):
+            want = kd.soft_rank(x, regularization, strength, backend="torch")
+            monkeypatch.setattr(
+                rounds, "_pool_pairs", lambda *a, limit: outcomes.append(pool_pairs(*a, limit=2)) or outcomes[-1]
+            )
+            torch.testing.assert_close(kd.soft_rank(x, regularization, strength, backend="torch"), want)
+            monkeypatch.undo()
+    assert outcomes.count(False) >= 3
 
 
 @fast

@@ -41,7 +41,8 @@ class Ratios:
     """kl: V = p + log Z - log W with p the first of the block, Z = sum exp(p_i - p), W = sum w_i, c its size."""
 
     def __init__(self, p, w):
-        self.p, self.W = p.reshape(-1), w.expand_as(p).reshape(-1)
+        # a copy: pairs are pooled in place, and the merges may yet need w
+        self.p, self.W = p.reshape(-1), torch.empty_like(p).copy_(w).reshape(-1)
         self.V = self.p - self.W.log()
         self.Z = torch.ones_like(self.V)
         self.c = torch.ones_like(self.V)
