@@ -203,14 +203,15 @@ class TestComparison:
 
 
 # one past and one short of a warp, of a leaf of 32 positions, of an item more for each thread
-WARP_SIZES = [1, 2, 3, 31, 32, 33, 64, 127, 128, 129, 255, 256, 257]
+WARP_SIZES = [1, 2, 3, 31, 32, 33]
+LONGER_WARP_SIZES = [64, 127, 128, 129, 255, 256, 257]
 BLOCK_SIZES = [1, 33, 362, 1023, 1024, 1025]
 LONG_SIZES = [1, 2, 33, 129, 1024, 1025]
 
 
-def settings(sizes, count):
+def settings(sizes, count, first=0):
     """(n, first setting): each size continues where the last one stopped, so that all settings come up."""
-    return [(n, i * count) for i, n in enumerate(sizes)]
+    return [(n, first + i * count) for i, n in enumerate(sizes)]
 
 
 class TestRanking:
@@ -220,17 +221,28 @@ class TestRanking:
     def test_one_warp_a_row(self, kernels, n, first):
         drive.sweep(kernels, "warp", n, "rsp", 4, False, first)
 
+    @pytest.mark.parametrize("n, first", settings(LONGER_WARP_SIZES, 2, 24))
+    def test_one_warp_a_longer_row(self, kernels, n, first):
+        drive.sweep(kernels, "warp", n, "rs", 2, True, first)
+
     @pytest.mark.parametrize("n, first", settings([1000, 1023, 1024], 1))
     def test_one_warp_a_row_of_a_thousand(self, kernels, n, first):
         drive.sweep(kernels, "warp", n, "rs", 1, True, first)
 
-    @pytest.mark.parametrize("n, first", settings(BLOCK_SIZES, 2))
+    @pytest.mark.parametrize("n, first", settings(BLOCK_SIZES, 1))
     def test_one_block_a_row(self, kernels, n, first):
-        drive.sweep(kernels, "block", n, "rsp", 2, True, first)
+        drive.sweep(kernels, "block", n, "rsp", 1, True, first)
 
-    @pytest.mark.parametrize("n, first", settings(LONG_SIZES, 4))
+    @pytest.mark.parametrize("n, first", settings(LONG_SIZES, 2, 5))
     def test_rows_that_go_through_workspace(self, kernels, n, first):
-        drive.sweep(kernels, "long", n, "rs", 4, n < 1000, first)
+        drive.sweep(kernels, "long", n, "rs", 2 if n < 1000 else 1, True, first)
+
+    # all rows and twice the settings
+    @pytest.mark.slow
+    @pytest.mark.parametrize("schedule", ["warp", "block", "long"])
+    @pytest.mark.parametrize("n, first", settings([129, 257, 1025], 4))
+    def test_all_rows_in_every_schedule(self, kernels, schedule, n, first):
+        drive.sweep(kernels, schedule, n, "rsp", 4, False, first)
 
     def test_correlations_of_rows_that_go_through_workspace(self, kernels):
         drive.sweep(kernels, "long", 65, "p", 2, True)
