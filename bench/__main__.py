@@ -13,6 +13,8 @@ import argparse
 
 import torch
 
+FAMILIES = ("gram", "rank", "projection", "logits")
+
 
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
@@ -29,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, help="torch.set_num_threads; default: as torch finds it")
         command.add_argument("--backends", nargs="+", metavar="B", help="default: torch cpp | triton torch")
     for command in (run, accuracy, listing):
-        command.add_argument("--family", choices=("gram", "rank", "projection"), help="only the ops of this family")
+        command.add_argument("--family", choices=FAMILIES, help="only the ops of this family")
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
         command.add_argument("--quick", action="store_true", help="a few small cases: to try the driver, not to quote")
     run.add_argument("--case", help="only the cases with this in their name")

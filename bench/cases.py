@@ -144,9 +144,9 @@ def cuda_cases() -> list[Case]:
 
 
 def cases(device: str) -> list:
-    """All cases of a device: those of the Gram family, of the ranking family, of projections and KDA."""
-    from . import projecting, ranking
+    """All cases of a device: those of the Gram family, of the ranking family, of projections and KDA, on logits."""
+    from . import logit_rows, projecting, ranking
 
     if device == "cuda":
-        return [*cuda_cases(), *ranking.cuda_cases(), *projecting.cuda_cases()]
-    return [*cpu_cases(), *ranking.cpu_cases(), *projecting.cpu_cases()]
+        return [*cuda_cases(), *ranking.cuda_cases(), *projecting.cuda_cases(), *logit_rows.cuda_cases()]
+    return [*cpu_cases(), *ranking.cpu_cases(), *projecting.cpu_cases(), *logit_rows.cpu_cases()]

@@ -19,13 +19,13 @@ import kdkernels as kd
 
 from . import cases as catalogue
 from . import contenders as others
-from . import data, machine, measure, memory, projecting, ranking, roof
+from . import data, logit_rows, machine, measure, memory, projecting, ranking, roof
 from .cases import Case
 from .measure import Contender
 
 BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("triton", "cuda", "torch")}
 # families whose cases have a module of their own: draw, ours, contender, names
-MODULES = {"rank": ranking, "projection": projecting}
+MODULES = {"rank": ranking, "projection": projecting, "logits": logit_rows}
 SEEDS = 4  # draws of the inputs that the calls rotate over
 
 
@@ -164,8 +164,8 @@ def names_of(case, device: str, options) -> list[str]:
     if case.family == "rank":
         return ranking.names(case, device)
     compiled = bool(options.compiled or (device == "cuda" and options.compiled is None))
-    if case.family == "projection":
-        return projecting.names(case, device, compiled)
+    if case.family in ("projection", "logits"):
+        return MODULES[case.family].names(case, device, compiled)
     return ["eager", "algebra", *(["compiled"] if compiled else [])]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from ..logits import MixupBatch
 from ..logits.checks import check_fraction, check_labels, check_mix, check_tau
-from ..logits.mixup import MixupBatch
 from ..logits.op import mixed_distillation
 from .base import Loss, mean_of_rows, row_mask
 from .kd import check_classes, hidden
