@@ -204,6 +204,14 @@ def test_the_whole_range_of_float32_in_one_row(regularization, backend):
     assert g.isfinite().all()
 
 
+@every_backend
+def test_the_whole_range_of_float64_in_one_row(backend):
+    big = torch.finfo(torch.float64).max
+    x = torch.tensor([[big, -big, 1e-300, 0.0, -0.0, 1.0, 1e39]], dtype=torch.float64)
+    r = kd.soft_rank(x, "l2", 1e-3, backend=backend)
+    assert r.tolist() == [[7.0, 1.0, 3.0, 3.0, 3.0, 5.0, 6.0]]
+
+
 def test_explain_knows_the_ranking_ops():
     for op in ("soft_rank", "soft_sort", "rank_diagnostics", "spearman", "spearman_corr"):
         why = str(kd.explain(op, X, X))

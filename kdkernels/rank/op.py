@@ -164,6 +164,9 @@ def spearman(
         return pairs.spearman(x, y, strength, kl, bool(hard_target), chosen)
     dtype = metrics.value_dtype(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
+    if chosen != "reference":
+        # soft ranks may all lie near their mean: rounded to float32, their differences would be lost
+        x, y = x.double(), y.double()
     r = _soft_rank(x, strength, kl, False, chosen)
     t = _soft_rank(y, Strength(0.0, None, False) if hard_target else strength, kl, False, chosen)
     if chosen == "reference":
