@@ -7,6 +7,7 @@ from .dist import DISTLoss
 from .dkd import DKDLoss
 from .kd import KDLoss
 from .kda import KDALoss
+from .nystrom import NystromTransferLoss
 from .ramp import Ramp
 from .rcka import RCKALoss
 from .rdimkd import RdimKDLoss
@@ -19,6 +20,7 @@ __all__ = [
     "DKDLoss",
     "KDALoss",
     "KDLoss",
+    "NystromTransferLoss",
     "RCKALoss",
     "Ramp",
     "RdimKDLoss",

@@ -53,7 +53,10 @@ def features(x, z, name, params, whiten, jitter):
 
 
 def jittered(W, jitter):
-    return W + jitter * W.diagonal().mean() * torch.eye(len(W), dtype=W.dtype, device=W.device)
+    mean = W.diagonal().mean()
+    return W + jitter * torch.where(mean == 0, torch.ones_like(mean), mean) * torch.eye(
+        len(W), dtype=W.dtype, device=W.device
+    )
 
 
 def inverse_root(W, jitter):

@@ -78,7 +78,8 @@ def _w_tile(side: Side, z):
 
 def _factored(W, problem: Problem):
     m = len(W)
-    scale = problem.jitter * W.diagonal().mean()
+    mean = W.diagonal().mean()
+    scale = problem.jitter * torch.where(mean == 0, torch.ones_like(mean), mean)  # all-zero landmarks: Phi is 0
     if problem.whiten == "cholesky":
         shifted = W + scale * torch.eye(m, dtype=W.dtype, device=W.device)
         R, info = torch.linalg.cholesky_ex(shifted)

@@ -44,7 +44,7 @@ def kernel_panel(s: Side, rows):
 
 def whitened(s: Side, C):
     if s.whiten == "cholesky":
-        # as R Phi' = C': a transposed row-major matrix is LAPACK's own layout; from the right it takes four times longer
+        # as R Phi' = C': a transposed row-major matrix is LAPACK's own layout; from the right it takes 3 times as long
         return torch.linalg.solve_triangular(s.whitener, C.mT, upper=False).mT
     return C @ s.whitener
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full kernel matrix transfer through Nystrom features: the theory of the KDA paper as a loss of its own."""
+
+from __future__ import annotations
+
+import torch
+
+from ..gram.kernels import spec_of
+from ..nystrom.kda import ClassCenters
+from ..nystrom.op import nystrom_transfer, select_landmarks
+from .base import Loss, check_rows, full_precision, row_mask, rows_of_pair, zero_where_masked
+
+RULES = ("greedy", "rpcholesky", "uniform", "kmeans++")
+
+
+class NystromTransferLoss(Loss):
+    """|K~_S - K~_T|_F^2 / |K~_T|_F^2, K~ = C W^+ C' the Nystrom kernel matrix of each side over the batch.
+
+    Source: the full kernel matrix transfer that Qian et al. (arXiv 2009.14416) derive and then bound by KDA
+    (`kd.losses.KDALoss`); they train with the bound, so every constant here, the weight 1 too, is ours. See
+    `kd.nystrom_transfer`.
+
+    Args:
+        num_landmarks: m, at most; a batch with fewer rows takes all of them: K~ is then K itself up to jitter.
+        kernel: a name, a kernel object, or a pair (student's, teacher's).
+        method: how landmarks are chosen among the teacher's rows, see `kd.select_landmarks`; the same samples serve
+            both sides. "greedy" (the default) is deterministic.
+        centers: a `kd.ClassCenters`: its class means are the landmarks instead, as in the paper. In training mode the
+            loss adds the batch to it (labels are then needed); `end_epoch()` swaps. 0 before the first swap.
+        normalize: divide by |K~_T|_F^2; False leaves the sum over n^2 pairs.
+        rows: what a row is, for more than two dimensions: "tokens", "mean", "flatten", "gap" or "positions".
+        weight: factor of the loss, a buffer.
+        jitter, backend: as in `kd.nystrom_transfer`.
+
+    Call: `(student_features, teacher_features, labels=None, *, mask, rows, ignore_index=-100, return_parts)`. Widths
+    and float dtypes may differ between the sides; computed in at least float32. Rows that are masked or whose label is
+    ignore_index do not count. Where a mask leaves fewer than m rows, one is repeated: the value then differs by about
+    jitter. An empty batch gives 0 with zero gradient and warns once; an all-zero teacher and an all-masked batch give
+    0. NaN in a row that counts gives NaN. Gradient to the student only, through its landmarks too.
+
+    >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 64)
+    >>> loss = kd.losses.NystromTransferLoss(num_landmarks=16)
+    >>> loss(student, teacher).backward()
+    >>> loss(teacher, teacher).item()
+    0.0
+    """
+
+    def __init__(
+        self,
+        num_landmarks: int = 64,
+        *,
+        kernel="rbf",
+        method: str = "greedy",
+        centers: ClassCenters | None = None,
+        normalize: bool = True,
+        rows: str | None = None,
+        weight: float = 1.0,
+        jitter: float = 1e-6,
+        backend: str = "auto",
+    ):
+        super().__init__(weight)
+        spec_of(kernel)
+        if isinstance(num_landmarks, bool) or not isinstance(num_landmarks, int):
+            raise TypeError(f"num_landmarks is a {type(num_landmarks).__name__}: give an integer")
+        if num_landmarks < 1:
+            raise ValueError(f"num_landmarks is {num_landmarks}: give at least 1")
+        if method not in RULES:
+            raise ValueError(f"method is {method!r}: give one of {RULES}")
+        if rows == "groups":
+            raise ValueError(
+                "rows is 'groups': the transfer compares one kernel matrix a batch, give 'tokens' or 'mean'"
+            )
+        if centers is not None and not isinstance(centers, ClassCenters):
+            raise TypeError(f"centers is a {type(centers).__name__}: give a kd.ClassCenters, or None")
+        self.num_landmarks, self.kernel, self.method, self.centers = num_landmarks, kernel, method, centers
+        self.normalize, self.rows, self.jitter, self.backend = normalize, check_rows(rows), jitter, backend
+
+    def forward(
+        self,
+        student_features,
+        teacher_features,
+        labels=None,
+        *,
+        mask=None,
+        rows: str | None = None,
+        ignore_index: int = -100,
+        return_parts: bool = False,
+    ):
+        rows = self.rows if rows is None else check_rows(rows)
+        if rows == "groups":
+            raise ValueError(
+                "rows is 'groups': the transfer compares one kernel matrix a batch, give 'tokens' or 'mean'"
+            )
+        s, t, kept = rows_of_pair(student_features, teacher_features, rows, mask, "features")
+        kept = row_mask(kept, labels, ignore_index, s, "the rows of student_features")
+        if self._too_small(len(s), 1):
+            return self._nothing(["transfer"], student_features, return_parts)
+        with full_precision(s):
+            counted_s, counted_t = zero_where_masked(s, kept), zero_where_masked(t, kept)
+            landmarks = self._landmarks(counted_s, counted_t, labels, kept, ignore_index)
+            value = nystrom_transfer(
+                counted_s, counted_t, *landmarks, kernel=self.kernel, normalize=self.normalize, mask=kept,
+                jitter=self.jitter, backend=self.backend,
+            )  # fmt: skip
+            if self.centers is not None:
+                value = torch.where(self.centers.known.any(), value, 0)
+        return self._total({"transfer": value}, return_parts)
+
+    def _landmarks(self, s, t, labels, kept, ignore_index):
+        if self.centers is None:
+            one = spec_of(self.kernel)[1]
+            how = {"method": self.method, "kernel": one, "mask": kept}
+            index = select_landmarks(t, min(self.num_landmarks, len(t)), **how)
+            return s[index], t[index]
+        if self.training:
+            if labels is None:
+                raise ValueError("labels is None: with centers, training collects class means and needs the labels")
+            given = labels if ignore_index == -100 else torch.where(labels == ignore_index, -100, labels)
+            self.centers.update(s.detach(), t, given, mask=kept)
+        return self.centers.student_centers, self.centers.teacher_centers
+
+    def end_epoch(self, group=None) -> None:
+        """With `centers`: the class means of the epoch become the landmarks of the next one."""
+        if self.centers is not None:
+            self.centers.swap(group)
+
+    def _shown(self):
+        shown = {"kernel": self.kernel}
+        if self.centers is None:
+            shown |= {"num_landmarks": self.num_landmarks, "method": repr(self.method)}
+        return shown
