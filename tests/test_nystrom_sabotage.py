@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract can fail: each of these breaks the Nystrom backend torch in one way, and the named check notices it."""
+
+import contextlib
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import testing
+from kdkernels.nystrom import function, maps, select, side, statistics, torch_impl
+
+FORWARD, BACKWARD = torch_impl.features_forward, torch_impl.features_backward
+DX, DZ, DSIGMA = 0, 1, 2
+
+
+def value(change):
+    return {(torch_impl, "features_forward"): lambda *a: (change(FORWARD(*a)[0]), *FORWARD(*a)[1:])}
+
+
+def gradient(change, which=DX):
+    def backward(*a):
+        out = list(BACKWARD(*a))
+        if a[-1] >> which & 1:
+            out[which] = change(out[which])
+        return tuple(out)
+
+    return {(torch_impl, "features_backward"): backward}
+
+
+def without_last(dim):
+    def change(t):
+        t = t.clone()
+        t.narrow(dim, t.shape[dim] - 1, 1).zero_()
+        return t
+
+    return change
+
+
+def unwritten(t):
+    out = t.new_empty(t.shape)
+    out.flatten()[:-3] = t.flatten()[:-3]
+    return out
+
+
+def half_when_alone(*a):
+    out = BACKWARD(*a)
+    return tuple(g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
+
+
+def packed(x):
+    """The first numbers of the storage, as a kernel that trusts strides it never read would see them."""
+    return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride())
+
+
+def strides_not_read(x, *rest):
+    return FORWARD(packed(x), *rest)
+
+
+def single_factor(W, problem):
+    """W formed in float64, but factored in float32."""
+    factor, spectrum = FACTORED(W.float(), problem)
+    return factor.double(), spectrum.double()
+
+
+def half_rows(spec, x, shift, dtype):
+    return ROWS(spec, x, shift, dtype).bfloat16().to(dtype)
+
+
+def explicit_inverse(s, C):
+    return C @ torch.linalg.inv(s.whitener.to(torch.float16).to(s.whitener.dtype)).mT
+
+
+FACTORED, ROWS, W_GRADIENT = side._factored, maps.prepared_rows, side.factor_gradient
+PULL = torch_impl.pull
+
+FEATURES = {
+    "zeros": ("value", value(torch.zeros_like)),
+    "sign flip": ("value", value(torch.neg)),
+    "5 % scale": ("value", value(lambda v: v * 1.05)),
+    "wrong dtype": ("value", value(torch.Tensor.double)),
+    "lost last row": ("value", value(without_last(0))),
+    "lost last landmark": ("value", value(without_last(1))),
+    "rows in bfloat16": ("value", {(maps, "prepared_rows"): half_rows}),
+    "a whitener in float16": ("value", {(torch_impl, "whitened"): explicit_inverse}),
+    "zero gradient": ("gradient x", gradient(torch.zeros_like)),
+    "gradient sign flip": ("gradient x", gradient(torch.neg)),
+    "gradient 5 % scale": ("gradient x", gradient(lambda g: g * 1.05)),
+    "gradient without its last row": ("gradient x", gradient(without_last(0))),
+    "gradient without its last column": ("gradient x", gradient(without_last(1))),
+    "gradient of the landmarks, 5 % scale": ("gradient landmarks", gradient(lambda g: g * 1.05, DZ)),
+    "gradient of sigma, 5 % scale": ("gradient sigma", gradient(lambda g: g * 1.05, DSIGMA)),
+    "gradient without the path through W": (
+        "gradient landmarks",
+        {(side, "factor_gradient"): lambda *a: 0 * W_GRADIENT(*a)},
+    ),
+    "gradient through W transposed in the product": (
+        "gradient landmarks",
+        {(side, "factor_gradient"): lambda s, product, problem: W_GRADIENT(s, product.mT, problem)},
+    ),
+    "unwritten tail": ("poison", gradient(unwritten)),
+    "wrong where one gradient is asked for": ("needs", {(torch_impl, "features_backward"): half_when_alone}),
+    "not the same twice": ("twice", value(lambda v: v * (1 + 1e-7 * torch.randn(())))),
+    "strides not read": ("layouts", {(torch_impl, "features_forward"): strides_not_read}),
+}
+
+LAWS, MOVED, ONLY = statistics._centred_laws, statistics._moved, statistics.only
+
+
+def law(**change):
+    return {
+        (statistics, "_centred_laws"): lambda *a: tuple(
+            one._replace(**{k: f(getattr(one, k)) for k, f in change.items()}) for one in LAWS(*a)
+        )
+    }
+
+
+def masks_ignored(kept, t):
+    return t
+
+
+def masks_by_product(kept, t):
+    return t if kept is None else t * kept
+
+
+STATISTICS = {
+    "moments not moved to the mean": (
+        "value",
+        {(statistics, "_moved"): lambda S, sums, near: S},
+    ),
+    "gradient without the other side": ("gradient x", law(B=lambda t: 0 * t)),
+    "gradient without its own side": ("gradient x", law(A=lambda t: 0 * t)),
+    "gradient without the diagonal": ("gradient x", law(u=lambda t: 0 * t)),
+    "gradient without the diagonal of the other side": ("gradient x", law(v=lambda t: 0 * t)),
+    "gradient not centred": ("gradient x", law(w=lambda t: 0 * t)),
+    "gradient transposed": ("gradient x", law(B=lambda t: t.mT.reshape(t.shape))),
+    "ignored mask": ("value", {(statistics, "only"): masks_ignored}),
+    "mask by multiplication": ("masks", {(statistics, "only"): masks_by_product}),
+}
+
+
+def rejects(op, check, broken, monkeypatch):
+    for (module, name), replacement in broken.items():
+        monkeypatch.setattr(module, name, replacement)
+    family = "accuracy" if check.startswith(("value", "gradient")) else check
+    results = testing.measure(op, "torch", quick=True, checks=[family])
+    return any(
+        result.check == check and not result.ok and not result.note.startswith("TypeError") for result in results
+    )
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_contract_rejects_features(name, monkeypatch):
+    assert rejects("nystrom_features", *FEATURES[name], monkeypatch)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_the_contract_rejects_statistics(name, monkeypatch):
+    assert rejects("nystrom_cka", *STATISTICS[name], monkeypatch)
+
+
+def test_the_contract_rejects_a_transfer_without_its_denominators_gradient(monkeypatch):
+    right = statistics._transfer_laws
+
+    def without(S, pair, grad):
+        return right(S._replace(tt=0 * S.tt + S.tt.square().mean().sqrt()), pair, grad)
+
+    assert rejects("nystrom_transfer", "gradient y", {(statistics, "_transfer_laws"): without}, monkeypatch)
+
+
+def test_the_contract_rejects_a_selection_that_forgets_what_was_chosen(monkeypatch):
+    right = select._pick
+    forgetful = lambda weight, free, keep, *rest: right(torch.ones_like(weight), free, keep, *rest)  # noqa: E731
+    assert rejects("select_landmarks", "value", {(select, "_pick"): forgetful}, monkeypatch)
+
+
+def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
+    monkeypatch.setattr(function, "without_autocast", lambda device: contextlib.nullcontext())
+    results = testing.contract("nystrom_features", "torch", quick=True)
+    assert {result.check for result in results if not result.ok} == {"autocast"}
+
+
+def test_a_factor_in_float32_does_not_survive_a_jitter_that_one_in_float64_does(monkeypatch):
+    x = torch.randn(200, 3)
+    assert kd.nystrom_features(x, x, kernel=kd.RBF(3.0), jitter=1e-8).isfinite().all()
+    monkeypatch.setattr(side, "_factored", single_factor)
+    with pytest.raises(ValueError, match="no Cholesky factor"):
+        kd.nystrom_features(x, x, kernel=kd.RBF(3.0), jitter=1e-8)
+
+
+@pytest.mark.parametrize("op", ["nystrom_features", "nystrom_cka", "nystrom_transfer"])
+def test_the_contract_accepts_the_unbroken_op(op):
+    assert all(result.ok for result in testing.measure(op, "torch", quick=True))
