@@ -63,11 +63,6 @@ CASES = {
     "stkd clean": Case(lambda: labelled.STKDLoss(alpha=0.5, tau=2.0, mix=(0.25, 0.5, 0.25)), "logits", 1),
     "nystrom": Case(lambda: losses.NystromTransferLoss(6, kernel=kd.RBF(3.0)), "features", 1, 14),
     "nystrom linear": Case(lambda: losses.NystromTransferLoss(6, kernel="linear", normalize=False), "features", 1, 14),
-    "dist": Case(lambda: losses.DISTLoss(), "logits", 2),
-    "dist rows": Case(lambda: losses.DISTLoss(2.0, 0.0, tau=4.0), "logits", 1),
-    "dkd": Case(lambda: labelled.DKDLoss(), "logits", 1),
-    "stkd": Case(lambda: labelled.STKDLoss(), "logits", 1),
-    "stkd clean": Case(lambda: labelled.STKDLoss(alpha=0.5, tau=2.0, mix=(0.25, 0.5, 0.25)), "logits", 1),
     "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
 }
 # 13 rows: odd, so that no even split or padding hides a lost row
