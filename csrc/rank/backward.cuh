@@ -35,7 +35,7 @@ inline size_t pool_bytes_of(int n, bool exponential_sort) {
 }
 
 template <class Value, bool kKl, bool kWide, int T>
-__global__ void __launch_bounds__(T == 32 ? 128 : T, 1) rank_rows_backward_kernel(BackwardCall call) {
+__global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) rank_rows_backward_kernel(BackwardCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
   const size_t bytes = Group<T>::kBytes + (call.pool ? 0 : call.pool_bytes);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) rank_rows_backward_kerne
 
 // d value / ds: the block mean of u (l2), or the softmax of s within the block times the block sum of u (kl)
 template <class Value, bool kKl, bool kWide, int T>
-__global__ void __launch_bounds__(T == 32 ? 128 : T, 1) sort_rows_backward_kernel(BackwardCall call) {
+__global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) sort_rows_backward_kernel(BackwardCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
   const size_t bytes = Group<T>::kBytes + (call.pool ? 0 : call.pool_bytes);

@@ -86,10 +86,12 @@ int64_t pool_kl(const double* s, int64_t entries, Ends ends, int64_t n, double e
     return Block{s[e], static_cast<double>(end - begin), 0, begin, static_cast<int32_t>(e)};
   };
   auto pool = [=](Block& l, const Block& r, int32_t end) {
+    const double fall = (l.top - r.top) * rate;
+    const double left = twice_weight(n, l.begin, r.begin), least = l.sum * twice_weight(n, r.begin, end);
+    if (r.sum * left < least * (1 + fall)) return false;  // exp(fall) >= 1 + fall settles most, without an exponential
     // where this underflows the blocks are far apart: sums and weights differ by powers of n alone
-    const double factor = std::exp((r.top - l.top) * rate);
-    const double share = factor * r.sum;
-    if (share * twice_weight(n, l.begin, r.begin) < l.sum * twice_weight(n, r.begin, end)) return false;
+    const double share = std::exp(-fall) * r.sum;
+    if (share * left < least) return false;
     l.sum += share;
     return true;
   };

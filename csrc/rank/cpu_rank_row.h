@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 
+#include "cpu_exp.h"
 #include "cpu_isotonic.h"
 #include "cpu_sort.h"
 
@@ -45,7 +46,7 @@ void ranks_of_blocks(const Block* blocks, int64_t depth, int64_t entries, Ends e
       for (int64_t e = e0; e < e1; ++e) s[e] = twice_weight(n, a, b) / (2.0 * (b - a));
     } else if (kl) {
       const double share = twice_weight(n, a, b) / 2 / block.sum;
-      for (int64_t e = e0; e < e1; ++e) s[e] = share * std::exp((s[e] - top) * rate);
+      exponentials(s + e0, e1 - e0, top, rate, share);
     } else {
       const double mean = block.mean, middle = n - (static_cast<double>(a) + b - 1) / 2;
       for (int64_t e = e0; e < e1; ++e) s[e] = middle + ((s[e] - top) - mean) * rate;
@@ -169,7 +170,7 @@ class RankGradient {
   static constexpr int64_t kCopies = 4;  // of the sums: a chain of additions into one block would wait for itself
 
  public:
-  explicit RankGradient(int64_t n) : sum_(scratch<Sum>(n + kCopies)), mean_(scratch<double>(n + 1)) {}
+  explicit RankGradient(int64_t n) : sum_(scratch<Sum>(n + kCopies + 1)), mean_(scratch<double>(n + 1)) {}
 
   // the largest block id of a row, -1 if nothing is pooled
   static int32_t last_block(const int32_t* number, int64_t n) {
@@ -189,53 +190,60 @@ class RankGradient {
       return true;
     }
     const double rate = descending ? -inverse(eps) : inverse(eps);
-    double* mean = mean_.get() + 1;
-    mean[-1] = 0;
-    if (blocks == 1) {
-      one_block(u, r, number, n, kl, mean);
-    } else {
-      sum_blocks(u, r, number, n, blocks, kl, mean);
-    }
     if (kl) {
-      for (int64_t i = 0; i < n; ++i) {
-        const double found = r[i] * (u[i] - mean[number[i]]) * rate;
-        g[i] = narrow<T>(number[i] < 0 ? 0 : found);
-      }
+      apply<true>(u, r, number, n, blocks, rate, g);
     } else {
-      for (int64_t i = 0; i < n; ++i) {
-        const double found = (u[i] - mean[number[i]]) * rate;
-        g[i] = narrow<T>(number[i] < 0 ? 0 : found);
-      }
+      apply<false>(u, r, number, n, blocks, rate, g);
     }
     return true;
   }
 
  private:
-  template <class U>
-  static void one_block(const U* u, const U* r, const int32_t* number, int64_t n, bool kl, double* mean) {
-    auto weight = [=](int64_t i) { return number[i] < 0 ? 0.0 : kl ? static_cast<double>(r[i]) : 1.0; };
+  template <bool kKl, class T, class U>
+  void apply(const U* u, const U* r, const int32_t* number, int64_t n, int64_t blocks, double rate, T* g) {
+    double* mean = mean_.get() + 1;
+    mean[-1] = 0;
+    if (blocks == 1) {
+      one_block<kKl>(u, r, number, n, mean);
+    } else {
+      sum_blocks<kKl>(u, r, number, n, blocks, mean);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const double slope = (u[i] - mean[number[i]]) * rate;
+      g[i] = narrow<T>(number[i] < 0 ? 0 : kKl ? r[i] * slope : slope);
+    }
+  }
+
+  template <bool kKl, class U>
+  static void one_block(const U* u, const U* r, const int32_t* number, int64_t n, double* mean) {
+    auto weight = [=](int64_t i) {
+      const double w = kKl ? static_cast<double>(r[i]) : 1.0;
+      return number[i] < 0 ? 0.0 : w;
+    };
     auto value = [=](int64_t i) {
-      return number[i] < 0 ? 0.0 : kl ? static_cast<double>(r[i]) * u[i] : static_cast<double>(u[i]);
+      const double v = kKl ? static_cast<double>(r[i]) * u[i] : static_cast<double>(u[i]);
+      return number[i] < 0 ? 0.0 : v;
     };
     *mean = sum_lanes(n, value) / sum_lanes(n, weight);
   }
 
-  template <class U>
-  void sum_blocks(const U* u, const U* r, const int32_t* number, int64_t n, int64_t blocks, bool kl, double* mean) {
+  template <bool kKl, class U>
+  void sum_blocks(const U* u, const U* r, const int32_t* number, int64_t n, int64_t blocks, double* mean) {
     const int64_t copies = blocks * kCopies <= n ? kCopies : 1;
-    std::fill_n(sum_.get(), blocks * copies, Sum{0, 0});
+    // before the blocks' sums lies one of the elements alone, never read: which they are no branch predictor can tell
+    Sum* sums = sum_.get() + kCopies;
+    std::fill_n(sum_.get(), blocks * copies + kCopies, Sum{0, 0});
     for (int64_t i = 0; i < n; ++i) {
-      if (number[i] < 0) continue;
-      Sum& sum = sum_[number[i] * copies + (i & (copies - 1))];
-      const double weight = kl ? static_cast<double>(r[i]) : 1.0;
+      Sum& sum = sums[number[i] * copies + (i & (copies - 1))];
+      const double weight = kKl ? static_cast<double>(r[i]) : 1.0;
       sum.value += weight * u[i];
       sum.weight += weight;
     }
     for (int64_t b = 0; b < blocks; ++b) {
       Sum total{0, 0};
       for (int64_t c = 0; c < copies; ++c) {
-        total.value += sum_[b * copies + c].value;
-        total.weight += sum_[b * copies + c].weight;
+        total.value += sums[b * copies + c].value;
+        total.weight += sums[b * copies + c].weight;
       }
       mean[b] = total.value / total.weight;
     }

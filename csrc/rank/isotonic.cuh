@@ -87,6 +87,11 @@ struct Segment {  // of the block that holds the last position
   }
 };
 
+// of a strength; 0 ranks hard. finite where it can be, so that 0 times it is 0
+__device__ __forceinline__ double inverse_of(double eps) {
+  return eps == 0.0 ? static_cast<double>(INFINITY) : fmin(1.0 / eps, 1.7e308);
+}
+
 // kl is an argument: its branch is uniform, and half as many kernels are compiled
 template <class Value, bool kPadded, bool kSort>
 struct Fit {
@@ -98,11 +103,12 @@ struct Fit {
   int m;
   bool kl;
   double eps;
+  double inverse;                  // of eps, ranks alone: a division takes 30 instructions
 
   // s_high - s_low in the units of the exponent
   __device__ __forceinline__ double apart(int low, int high) const {
     const double d = key.value(high) - key.value(low);
-    return kSort || d == 0.0 ? d : d / eps;
+    return kSort || d == 0.0 ? d : d * inverse;
   }
 
   // the gap below p. one that forbids (or, sorting, forces) pooling whatever stands around it is cut, so that sums keep
@@ -111,8 +117,7 @@ struct Fit {
     if (p == 0) return 0.0;
     const double d = key.value(p) - key.value(p - 1);
     if (kSort) return fmin(d * eps, static_cast<double>(m) * m);
-    if (eps == 0.0) return d > 0.0 ? m : 0.0;
-    return fmin(d / eps, static_cast<double>(m));
+    return d == 0.0 ? 0.0 : fmin(d * inverse, static_cast<double>(m));
   }
 
   // whether neighbouring blocks [a, c) and [c, b) pool
@@ -157,15 +162,11 @@ struct Fit {
       for (int p = first; p < last; ++p) {
         own.rise += gap(p);
         own.sum += own.rise;
+        sum[padded(p + 1)] = own.sum;
       }
       own.count = last - first;
       const Linear lower = group.before(own, Linear::none());
-      double u = lower.rise, total = lower.sum;
-      for (int p = first; p < last; ++p) {
-        u += gap(p);
-        total += u;
-        sum[padded(p + 1)] = total;
-      }
+      for (int p = first; p < last; ++p) sum[padded(p + 1)] += lower.sum + (p + 1 - first) * lower.rise;
     }
     if (group.rank() == 0) sum[0] = 0.0;
   }
@@ -355,9 +356,9 @@ struct Fit {
     const double shared = sum[padded(block.b)];
     if (kl) {
       const double below = s - key.value(block.b - 1);
-      return below == 0.0 ? shared : shared * exp(below / eps);
+      return below == 0.0 ? shared : shared * exp(below * inverse);
     }
-    return eps == 0.0 ? shared : shared + (s - key.value(block.a)) / eps;
+    return eps == 0.0 ? shared : shared + (s - key.value(block.a)) * inverse;
   }
 
   // l2: mean_B s + (w_p - mean_B w) / eps;  kl: w_p / eps - log sum_B exp(w / eps) + log sum_B exp(s)

@@ -65,7 +65,7 @@ __host__ __device__ inline size_t row_bytes(int n, int shift) {
 }
 
 template <class Value, int T, int kItems>
-__global__ void __launch_bounds__(T == 32 ? 128 : T, 1) rank_rows_kernel(RankCall call) {
+__global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) rank_rows_kernel(RankCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const Layout at = layout_of<Value>(call.n, call.shift, true, true);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;

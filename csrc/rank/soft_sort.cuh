@@ -21,7 +21,7 @@ struct SortCall {
 };
 
 template <class Value, int T, bool kOutside>
-__global__ void __launch_bounds__(T == 32 ? 128 : T, 1) sort_rows_kernel(SortCall call) {
+__global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) sort_rows_kernel(SortCall call) {
   using Key = typename KeyOf<Value>::Key;
   KDK_DYNAMIC_SHARED(memory);
   const Layout at = layout_of<Value>(call.n, call.shift, true, true);
@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) sort_rows_kernel(SortCal
                                blocks_at(base, at, call.shift),
                                m,
                                call.kl,
-                               static_cast<double>(NAN)};
+                               static_cast<double>(NAN),
+                               0.0};
     if (!poisoned) {
       for (int p = group.rank(); p < m; p += T) fit.key.at(p) = encode(call.s.template at<Value>(row, m - 1 - p));
       group.sync();

@@ -44,7 +44,8 @@ __device__ Fit<Value, true, false> solve_row(const Group<T>& group, const RowFac
                                     blocks_at(memory, at, shift),
                                     facts.m,
                                     kl,
-                                    facts.eps};
+                                    facts.eps,
+                                    inverse_of(facts.eps)};
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     const int p = group.rank() * kItems + j;

@@ -58,7 +58,7 @@ __device__ void gradient_of_side(const Group<T>& group, const Pool<sizeof(Value)
 }
 
 template <class Value, int T, int kItems>
-__global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(SpearmanCall call) {
+__global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) spearman_rows_kernel(SpearmanCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const Layout at = layout_of<Value>(call.n, call.shift, true, true);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
@@ -81,7 +81,11 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(Spe
       const RowFacts facts = load_row<Value>(group, own, other, strength, row, call.n, false, base);
       poisoned = facts.poisoned;
       m = facts.m;
-      (side ? eps_y : eps_x) = facts.eps;
+      if (side) {
+        eps_y = facts.eps;
+      } else {
+        eps_x = facts.eps;
+      }
       if (poisoned) break;
       const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift);
       for (int i = group.rank(); i < call.n; i += T) {
@@ -97,13 +101,13 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(Spe
       }
       group.sync();
     }
-    Value* out[2] = {call.dx ? static_cast<Value*>(call.dx) + row * call.n : nullptr,
-                     call.dy ? static_cast<Value*>(call.dy) + row * call.n : nullptr};
+    Value* const dx = call.dx ? static_cast<Value*>(call.dx) + row * call.n : nullptr;
+    Value* const dy = call.dy ? static_cast<Value*>(call.dy) + row * call.n : nullptr;
     if (poisoned) {
       if (group.rank() == 0) static_cast<Value*>(call.value)[row] = static_cast<Value>(NAN);
       for (int i = group.rank(); i < call.n; i += T) {
-        if (out[0]) out[0][i] = static_cast<Value>(NAN);
-        if (out[1]) out[1][i] = static_cast<Value>(NAN);
+        if (dx) dx[i] = static_cast<Value>(NAN);
+        if (dy) dy[i] = static_cast<Value>(NAN);
       }
       continue;
     }
@@ -119,15 +123,16 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 1) spearman_rows_kernel(Spe
     if (group.rank() == 0) static_cast<Value*>(call.value)[row] = static_cast<Value>(c.rho);
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-      if (!out[side]) continue;
+      Value* const out = side ? dy : dx;
+      if (!out) continue;
       const Value *own = rank + side * call.n, *other = rank + (1 - side) * call.n;
       const double eps = side ? eps_y : eps_x, along = side ? c.of_t : c.of_r;
       if (call.kl) {
         gradient_of_side<Value, true>(group, pool, eps, call.n, own, other, name + side * call.n, mu, c.mixed, along,
-                                      out[side]);
+                                      out);
       } else {
         gradient_of_side<Value, false>(group, pool, eps, call.n, own, other, name + side * call.n, mu, c.mixed, along,
-                                       out[side]);
+                                       out);
       }
       group.sync();
     }
