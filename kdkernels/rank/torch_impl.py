@@ -14,6 +14,11 @@ import torch
 from . import isotonic, rounds, strength
 
 
+def may_wait(t) -> bool:
+    """Whether sizes may be read and sums run in order: on the CPU. Elsewhere nothing waits for the device."""
+    return t.device.type == "cpu"
+
+
 def compute_dtype(x) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -27,7 +32,7 @@ class Blocks(NamedTuple):
 
 def runs(V) -> Blocks:
     """The blocks of rows V [R, n]: runs of equal values."""
-    if V.device.type == "cpu":
+    if may_wait(V):
         first = torch.ones_like(V, dtype=torch.bool)
         torch.ne(V[:, 1:], V[:, :-1], out=first[:, 1:])
         a = first.reshape(-1).nonzero().squeeze(1)
@@ -51,7 +56,7 @@ def block_sum(t, ids):
 
 def block_sum_of(t, ids, bits: int):
     """The same of float64 t, on CUDA rounded to multiples of 2^-bits; the CPU adds in order."""
-    if t.device.type == "cpu":
+    if may_wait(t):
         return block_sum(t, ids)
     scale = 2.0**bits
     return block_sum((t * scale).round_().to(torch.int64), ids).double() / scale
@@ -92,7 +97,7 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
         problem = isotonic.Ratios(from_gaps(gap.div_(eps).clamp_(max=2 * math.log(N + 1) + 2)), valid)
         settle = rounds.Ratios
         start = problem.p[:, :n], problem.w[:, :n]
-    if settle is not None and s.device.type == "cpu":
+    if settle is not None and may_wait(s):
         sizes = rounds.pooled(settle(*start), R, n)
         if sizes is not None:
             return of_sizes(sizes, R, n)
@@ -105,7 +110,7 @@ def sort_descending(theta):
     NumPy sorts integers with vector instructions, so a float32 and its position are packed into one: 5 to 10 times
     faster than `torch.sort` on one thread. Float64 rows qualify where they hold float32 values.
     """
-    if theta.device.type != "cpu":
+    if not may_wait(theta):
         return torch.sort(theta, dim=-1, descending=True, stable=True)
     single = theta.float()
     if theta.dtype == torch.float64 and not bool(((single.double() == theta) | theta.isnan()).all()):
@@ -169,7 +174,7 @@ def _scaled(u):
 
     NaN and infinity become 0 there: they are found again in what is not summed.
     """
-    if u.device.type == "cpu":
+    if may_wait(u):
         return u, u, 1.0
     largest = u.abs().amax(-1, keepdim=True)
     unit = largest.masked_fill(largest == 0, 1.0)
