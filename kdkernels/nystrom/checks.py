@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import checks
@@ -56,7 +54,7 @@ def check_whitening(whiten, jitter) -> float:
         raise ValueError(f"whiten is {whiten!r}: give one of {WHITENINGS}")
     if isinstance(jitter, bool) or not isinstance(jitter, (int, float)):
         raise TypeError(f"jitter is {jitter!r}: give a number, relative to the mean diagonal of W")
-    if not (math.isfinite(jitter) and jitter >= 0):
+    if not 0 <= jitter < float("inf"):  # math.isfinite would be a graph break where jitter is a symbol
         raise ValueError(f"jitter is {jitter!r}: it is added to the diagonal of W, give a finite number >= 0")
     return float(jitter)
 

@@ -113,7 +113,18 @@ def needs(*tensors) -> int:
     return sum(1 << bit for bit, t in enumerate(tensors) if t is not None and t.requires_grad)
 
 
+def distinct(*tensors):
+    """The same tensor twice stops torch.compile: a second one becomes a view."""
+    seen, out = [], []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in seen)
+        out.append(tensor.view_as(tensor) if again else tensor)
+        seen.append(tensor)
+    return out
+
+
 def features(x, z, sigma, problem: str):
+    x, z, sigma = distinct(x, z, sigma)
     need = needs(x, z, sigma)
     if need:
         return apply(Features, x, z, sigma, problem, need)[0]
@@ -121,6 +132,7 @@ def features(x, z, sigma, problem: str):
 
 
 def statistic(x, y, mask, zx, zy, sigma_x, sigma_y, problem: str):
+    x, y, zx, zy, sigma_x, sigma_y = distinct(x, y, zx, zy, sigma_x, sigma_y)
     need = needs(x, zx, sigma_x, y, zy, sigma_y)
     if need:
         return apply(Statistic, x, y, mask, zx, zy, sigma_x, sigma_y, problem, need)[0]

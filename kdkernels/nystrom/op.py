@@ -223,7 +223,7 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     else:
         raw = {"unbiased": False, "center": False}
         sides = (s, s, (kernels[0],) * 2), (t, t, (kernels[1],) * 2), (s, t, kernels)
-        ss, norm2, st = (hsic(a, b, kernel=pair, **raw) for a, b, pair in sides)
+        ss, norm2, st = (hsic(*function.distinct(a, b), kernel=pair, **raw) for a, b, pair in sides)
         total = ss + norm2 - 2 * st
         # what is rounding of the expansion is 0
         total = torch.where(total > 64 * torch.finfo(total.dtype).eps * (ss + norm2), total, 0 * total)

@@ -85,13 +85,13 @@ def _factored(W, problem: Problem):
         R, info = torch.linalg.cholesky_ex(shifted)
         failed = (info != 0) | ~torch.isfinite(R).all()
         _explain_failure(W, failed, problem)
-        return torch.where(failed, torch.nan, R), W.new_empty(2, 0)
+        return torch.where(failed, torch.nan, R).contiguous(), W.new_empty(2, 0)
     finite = torch.isfinite(W).all()  # eigh refuses anything else
     lam, U = torch.linalg.eigh(torch.where(finite, W, torch.eye(m, dtype=W.dtype, device=W.device)))
     keep = lam > torch.maximum(scale, m * torch.finfo(lam.dtype).eps * lam[-1])
     root = torch.where(keep, torch.where(keep, lam, torch.ones_like(lam)).rsqrt(), torch.zeros_like(lam))
     root = torch.where(finite, root, torch.nan)
-    return U, torch.stack([lam, root])
+    return U.contiguous(), torch.stack([lam, root])
 
 
 def _explain_failure(W, failed, problem: Problem):
