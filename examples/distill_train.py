@@ -27,30 +27,62 @@ class PseudoLabel(nn.Module):
         return self.weight * F.cross_entropy(student_logits, teacher_logits.argmax(-1))
 
 
+class Task(NamedTuple):
+    """What a loss may need to know before training starts."""
+
+    epochs: int
+    steps: int  # of all epochs
+    classes: int
+    widths: tuple[int, int]  # of the features: student's, teacher's
+    observe: Callable  # () -> the teacher's features of the training images, batch by batch
+
+
 class Method(NamedTuple):
     title: str
-    make: Callable[[float, int], nn.Module] | None  # (weight, number of steps) -> loss(student, teacher)
+    make: Callable[[float, Task], nn.Module] | None  # (weight, task) -> loss(student, teacher)
     uses: str = "logits"  # field of Output that the loss compares
     grid: tuple[float, ...] = ()  # weights that --tune tries; the first is used where nothing was tuned
     op: str | None = None  # the kdkernels op inside
+    labels: bool = False  # whether the loss is called with classes too: the label, or the teacher's argmax without one
 
 
-def ramped(loss: nn.Module, steps: int) -> nn.Module:
+def ramped(loss: nn.Module, task: Task) -> nn.Module:
     """CKA does not see the scale of the logits and its gradient is largest at the start: rise over a third."""
-    return kd.losses.Ramp(loss, start=0, end=steps // 3)
+    return kd.losses.Ramp(loss, start=0, end=task.steps // 3)
 
 
-def rcka(weight: float, steps: int) -> nn.Module:
-    return ramped(kd.losses.RCKALoss.preset("lcka", row_weight=weight, class_weight=weight), steps)
+def rcka(weight: float, task: Task) -> nn.Module:
+    return ramped(kd.losses.RCKALoss.preset("lcka", row_weight=weight, class_weight=weight), task)
+
+
+def kda(weight: float, task: Task) -> nn.Module:
+    """Rows are drawn anew each epoch, so each epoch has its own counts."""
+    how = {"start_epoch": task.epochs // 5, "counts": "epoch", "weight": weight}
+    return kd.losses.KDALoss(task.classes, *task.widths, **how)
+
+
+def rdimkd(variant: str):
+    """On the penultimate features, through an adapter, relative to the teacher's variance: k and all this is ours."""
+
+    def make(weight: float, task: Task) -> nn.Module:
+        student, teacher = task.widths
+        how = {"student_channels": student, "normalizer": "variance", "seed": 0, "weight": weight}
+        loss = kd.losses.RdimKDLoss(teacher, min(16, teacher), variant=variant, **how)
+        for features in task.observe():
+            loss.observe(features.cpu())
+        loss.fit()
+        return loss
+
+    return make
 
 
 METHODS = {
     "ce": Method("cross-entropy alone", None),
-    "pseudo": Method("control: teacher's argmax", lambda w, steps: PseudoLabel(w), "logits", (1.0, 0.3, 3.0, 10.0)),
-    "kd": Method("KD, tau 4", lambda w, steps: kd.losses.KDLoss(tau=4.0, weight=w), "logits", (1.0, 0.3, 3.0, 10.0)),
+    "pseudo": Method("control: teacher's argmax", lambda w, task: PseudoLabel(w), "logits", (1.0, 0.3, 3.0, 10.0)),
+    "kd": Method("KD, tau 4", lambda w, task: kd.losses.KDLoss(tau=4.0, weight=w), "logits", (1.0, 0.3, 3.0, 10.0)),
     "cka": Method(
         "CKA of features, ramp",
-        lambda w, steps: ramped(kd.losses.CKALoss(weight=w), steps),
+        lambda w, task: ramped(kd.losses.CKALoss(weight=w), task),
         "features",
         (15.0, 5.0, 30.0, 60.0, 120.0),
         "cka",
@@ -58,11 +90,25 @@ METHODS = {
     "rcka": Method("RCKA of logits, ramp", rcka, "logits", (15.0, 1.0, 5.0, 30.0, 60.0), "cka"),
     "cmkd": Method(
         "CMKD, entropy at tau 4",
-        lambda w, steps: kd.losses.CMKDLoss(weight=w),
+        lambda w, task: kd.losses.CMKDLoss(weight=w),
         "logits",
         (5.0, 1.0, 2.0, 10.0, 20.0),
         "spearman",
     ),
+    "kda": Method(
+        "KDA, from 20 % of training",
+        kda,
+        "features",
+        (1.0, 0.04, 0.3, 3.0, 10.0),
+        "landmark_similarity_loss",
+        labels=True,
+    ),
+    **{
+        f"rdimkd-{variant.lower()}": Method(
+            f"RdimKD-{variant}, k 16", rdimkd(variant), "features", (5.0, 1.0, 2.0, 10.0, 20.0, 40.0), "projected_mse"
+        )
+        for variant in "PAR"
+    },
 }
 CONTROLS = ("ce", "pseudo", "kd")  # always in the table
 
@@ -93,8 +139,8 @@ def accuracy(net: nn.Module, split: Split) -> float:
     return 100 * right / len(split.labels)
 
 
-def optimiser(net: nn.Module, setup: Setup, steps: int):
-    sgd = torch.optim.SGD(net.parameters(), setup.lr, momentum=0.9, nesterov=True, weight_decay=setup.weight_decay)
+def optimiser(parameters, setup: Setup, steps: int):
+    sgd = torch.optim.SGD(parameters, setup.lr, momentum=0.9, nesterov=True, weight_decay=setup.weight_decay)
     return sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)
 
 
@@ -102,7 +148,7 @@ def train_teacher(data: Data, setup: Setup, seed: int, epochs: int, on_epoch=lam
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     net = setup.teacher(data.classes).to(data.train.images.device)
-    sgd, schedule = optimiser(net, setup, epochs * (len(data.train.labels) // setup.unlabelled))
+    sgd, schedule = optimiser(net.parameters(), setup, epochs * (len(data.train.labels) // setup.unlabelled))
     for _ in range(epochs):
         order = torch.randperm(len(data.train.labels), generator=generator)
         for rows in order.split(setup.unlabelled):
@@ -128,8 +174,16 @@ class Student:
         self.net = setup.student(data.classes).to(data.train.images.device)
         self.steps_per_epoch = len(data.train.labels) // setup.unlabelled
         steps = epochs * self.steps_per_epoch
-        self.loss = self.method.make(weight, steps).to(data.train.images.device) if self.method.make else None
-        self.sgd, self.schedule = optimiser(self.net, setup, steps)
+        widths = self.net.head.in_features, teacher.head.in_features
+        task = Task(epochs, steps, data.classes, widths, self._teacher_features)
+        self.loss = self.method.make(weight, task).to(data.train.images.device) if self.method.make else None
+        own = [] if self.loss is None else self.loss.parameters()
+        self.sgd, self.schedule = optimiser([*self.net.parameters(), *own], setup, steps)
+
+    @torch.no_grad()
+    def _teacher_features(self):
+        for images in self.data.train.images.split(1024):
+            yield self.teacher(images).features
 
     def batch(self, order: torch.Tensor):
         """Labelled rows first, then rows whose label nobody reads."""
@@ -137,8 +191,11 @@ class Student:
         images = self.data.train.images[torch.cat([drawn, order])]
         return augment(images, self.data, self.generator), self.data.train.labels[drawn]
 
-    def distillation(self, student: Output, teacher: Output):
-        return self.loss(getattr(student, self.method.uses), getattr(teacher, self.method.uses))
+    def distillation(self, student: Output, teacher: Output, labels: torch.Tensor):
+        compared = getattr(student, self.method.uses), getattr(teacher, self.method.uses)
+        if not self.method.labels:
+            return self.loss(*compared)
+        return self.loss(*compared, torch.cat([labels, teacher.logits[len(labels) :].argmax(1)]))
 
     def step(self, order: torch.Tensor):
         images, labels = self.batch(order)
@@ -147,7 +204,7 @@ class Student:
         if self.loss is not None:
             with torch.no_grad():
                 teacher = self.teacher(images)
-            total = total + self.distillation(student, teacher)
+            total = total + self.distillation(student, teacher, labels)
         self.sgd.zero_grad()
         total.backward()
         self.sgd.step()
@@ -158,6 +215,8 @@ class Student:
         order = torch.randperm(len(self.data.train.labels), generator=self.generator)
         for rows in order[: self.steps_per_epoch * self.setup.unlabelled].split(self.setup.unlabelled):
             self.step(rows)
+        if hasattr(self.loss, "end_epoch"):
+            self.loss.end_epoch()
 
 
 def train_student(
@@ -197,7 +256,7 @@ def time_method(method: str, weight, data: Data, teacher, setup: Setup, repeats:
         if student.loss is not None:
             leaves = Output(*(t.detach().requires_grad_() for t in output))
             begin = clock()
-            student.distillation(leaves, target).backward()
+            student.distillation(leaves, target, target.logits[:0].argmax(1)).backward()
             end = clock()
             if i >= warm_up:
                 losses.append(end - begin)

@@ -127,8 +127,9 @@ def test_nothing_larger_than_the_projection_is_saved_beyond_the_inputs():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_memory_beyond_the_result_is_one_block_and_the_projection(channels_last):
+def test_memory_beyond_the_result_is_one_block_and_the_projection(channels_last, monkeypatch):
     """Counted in what PyTorch allocates: a permuted copy of one side alone would be 8 MiB."""
+    monkeypatch.setitem(torch_impl.BLOCK, "cpu", 1 << 19)
     s, t = (torch.randn(16, 128, 32, 32) for _ in range(2))
     if channels_last:
         s, t = (x.contiguous(memory_format=torch.channels_last) for x in (s, t))

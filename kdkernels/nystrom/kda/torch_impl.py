@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 # elements of a block of a similarity matrix
-BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def compute_dtype(s, t) -> torch.dtype:
