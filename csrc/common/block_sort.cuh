@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ascending keys of a group, T * kItems of them: before, in any order; after, thread t holds those of the positions
-// t * kItems ... Up to kBitonic keys by a bitonic network in registers, shuffles and, across warps, shared memory: about
-// 1.7 (log2 N)(log2 N + 1) / 2 instructions a key, 90 for 1,024. Above, cub's radix sort (under KDK_SIMT a host sort).
+// t * kItems ... Up to kBitonic keys by a bitonic network in registers, shuffles and, across warps, shared memory:
+// about 1.7 (log2 N)(log2 N + 1) / 2 instructions a key, 90 for 1,024. Above, cub's radix sort (under KDK_SIMT a host
+// sort).
 #pragma once
 
 #include "group.cuh"

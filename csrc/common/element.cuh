@@ -23,7 +23,9 @@ struct KeyOf<float> {
 template <>
 struct KeyOf<double> {
   using Key = unsigned long long;
-  __device__ static unsigned long long bits(double v) { return static_cast<unsigned long long>(__double_as_longlong(v)); }
+  __device__ static unsigned long long bits(double v) {
+    return static_cast<unsigned long long>(__double_as_longlong(v));
+  }
   __device__ static double value(unsigned long long u) { return __longlong_as_double(static_cast<long long>(u)); }
 };
 

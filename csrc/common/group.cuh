@@ -52,8 +52,8 @@ struct Group {
     return reduce(static_cast<int>(value), [](int a, int b) { return a | b; }) != 0;
   }
 
-  // what the threads before this one make together, `none` for the first. State: static from_lane(state, delta) shuffles
-  // up, before.then(after) joins
+  // what the threads before this one make together, `none` for the first. State: static from_lane(state, delta)
+  // shuffles up, before.then(after) joins
   template <class State>
   __device__ State before(State state, State none) const {
 #pragma unroll

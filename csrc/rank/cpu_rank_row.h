@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 
@@ -199,18 +200,32 @@ class RankGradient {
   }
 
  private:
+  // 0 for an element alone, by its bits: a branch is a coin toss here, beside a gather
+  static KDK_INLINE double unless_alone(double value, int32_t number) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits &= ~static_cast<uint64_t>(static_cast<int64_t>(number) >> 63);
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+
   template <bool kKl, class T, class U>
   void apply(const U* u, const U* r, const int32_t* number, int64_t n, int64_t blocks, double rate, T* g) {
     double* mean = mean_.get() + 1;
     mean[-1] = 0;
     if (blocks == 1) {
       one_block<kKl>(u, r, number, n, mean);
-    } else {
-      sum_blocks<kKl>(u, r, number, n, blocks, mean);
+      const double centre = *mean;
+      for (int64_t i = 0; i < n; ++i) {
+        const double slope = (u[i] - centre) * rate, found = kKl ? r[i] * slope : slope;
+        g[i] = narrow<T>(number[i] < 0 ? 0 : found);
+      }
+      return;
     }
+    sum_blocks<kKl>(u, r, number, n, blocks, mean);
     for (int64_t i = 0; i < n; ++i) {
       const double slope = (u[i] - mean[number[i]]) * rate;
-      g[i] = narrow<T>(number[i] < 0 ? 0 : kKl ? r[i] * slope : slope);
+      g[i] = narrow<T>(unless_alone(kKl ? r[i] * slope : slope, number[i]));
     }
   }
 

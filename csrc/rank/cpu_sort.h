@@ -50,6 +50,8 @@ struct Item<double> {
   KDK_INLINE uint32_t index() const { return static_cast<uint32_t>(place); }
 };
 
+constexpr int64_t kShortRow = 40;
+
 // how keys are cut: short rows cannot pay for large tables
 struct Digits {
   static constexpr int64_t kShort = 2000;
@@ -84,6 +86,22 @@ Item<T>* sort_items(Item<T>* a, Item<T>* b, int64_t n, int bits) {
     std::swap(a, b);
   }
   return a;
+}
+
+// the same for a short row: an entry's place is the number of smaller keys, and of equal ones before it
+template <class T>
+void place_items(const Item<T>* a, Item<T>* b, int64_t n) {
+  uint32_t key[kShortRow];
+  uint32_t place[kShortRow];
+  for (int64_t i = 0; i < n; ++i) key[i] = static_cast<uint32_t>(a[i].key());
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t own = key[i];
+    uint32_t before = 0;
+    for (int64_t j = 0; j < i; ++j) before += key[j] <= own;
+    for (int64_t j = i + 1; j < n; ++j) before += key[j] < own;
+    place[i] = before;
+  }
+  for (int64_t i = 0; i < n; ++i) b[place[i]] = a[i];
 }
 
 inline int bit_width(uint64_t v) { return v ? 64 - __builtin_clzll(v) : 0; }
@@ -144,6 +162,12 @@ Ordering<T> order_row(const T* x, int64_t n, Extent<T> extent, bool negated, Ite
   } else {
     for (int64_t i = 0; i < n; ++i) {
       items[i] = Item<T>::of(static_cast<Key>(greatest - number_key(x[i])), static_cast<uint32_t>(i));
+    }
+  }
+  if constexpr (!std::is_same_v<T, double>) {
+    if (m <= kShortRow) {
+      place_items<T>(items, items + n, m);
+      return {items + n, m, negated ? least : greatest, negated};
     }
   }
   if (m > 0) items = sort_items(items, items + n, m, bit_width(static_cast<Key>(greatest - least)));

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over the blocks of a row in any order of its elements, with the same bits in every run: fixed point, integer
-// atomics. Summands lie in [-1, 1]; one is rounded to 2^-33 (narrow: two native 32-bit shared atomics, rows up to 32,768)
-// or 2^-(62 - log2 n) (wide: one 64-bit atomic, emulated by a loop in shared memory, for float64 and rows in global
-// memory). A row whose elements share a block would queue at one address: equal slots of a warp are added up first.
+// atomics. Summands lie in [-1, 1]; one is rounded to 2^-33 (narrow: two native 32-bit shared atomics, rows up to
+// 32,768) or 2^-(62 - log2 n) (wide: one 64-bit atomic, emulated by a loop in shared memory, for float64 and rows in
+// global memory). A row whose elements share a block would queue at one address: equal slots of a warp are added up
+// first.
 #pragma once
 
 #include "../common/group.cuh"

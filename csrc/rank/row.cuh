@@ -79,8 +79,8 @@ __device__ __forceinline__ typename KeyOf<Value>::Key key_of(const Rows& x, cons
   return absent ? kAbsent<Value> : encode(descending ? -v : v);
 }
 
-// sqrt(12) std / m, 1 for a constant row. each(visit) visits this thread's keys; values are scaled by their range first,
-// so that squares neither overflow nor vanish
+// sqrt(12) std / m, 1 for a constant row. each(visit) visits this thread's keys; values are scaled by their range
+// first, so that squares neither overflow nor vanish
 template <class Value, int T, class Each>
 __device__ double spread_of(const Group<T>& group, int m, Each each) {
   using Key = typename KeyOf<Value>::Key;

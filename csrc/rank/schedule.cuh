@@ -122,7 +122,8 @@ void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
   }
   call.rank.shift = 5;
   const unsigned outside = grid_of(batch, kOutsideGrid);
-  call.memory = static_cast<unsigned char*>(allocate(outside * layout_of<Value>(n, call.rank.shift, true, false).total));
+  const size_t fit = layout_of<Value>(n, call.rank.shift, true, false).total;
+  call.memory = static_cast<unsigned char*>(allocate(outside * fit));
   for (call.first = 0; call.first < whole.rows; call.first += batch) {
     const int64_t left = whole.rows - call.first;
     call.rank.rows = left < batch ? left : batch;
@@ -167,7 +168,8 @@ template <class Allocate>
 void rank_rows(const RankCall& call, bool wide, const Device& device, Allocate allocate,
                cudaStream_t stream) {
   if (call.rows == 0) return;
-  wide ? launch_ranks_of<double>(call, device, allocate, stream) : launch_ranks_of<float>(call, device, allocate, stream);
+  wide ? launch_ranks_of<double>(call, device, allocate, stream)
+       : launch_ranks_of<float>(call, device, allocate, stream);
 }
 
 // the kernels of a backward pass, by the threads of a row
@@ -276,7 +278,8 @@ void launch_sorts_of(SortCall call, const Device& device, Allocate allocate, cud
 template <class Allocate>
 void sort_rows(const SortCall& call, bool wide, const Device& device, Allocate allocate, cudaStream_t stream) {
   if (call.rows == 0) return;
-  wide ? launch_sorts_of<double>(call, device, allocate, stream) : launch_sorts_of<float>(call, device, allocate, stream);
+  wide ? launch_sorts_of<double>(call, device, allocate, stream)
+       : launch_sorts_of<float>(call, device, allocate, stream);
 }
 
 template <class Value, int T, int kItems>
@@ -315,8 +318,8 @@ void spearman_of(const SpearmanCall& call, const Device& device, Allocate alloca
     blocks[i] = out[i] ? static_cast<int*>(allocate(size * sizeof(int))) : nullptr;
     eps[i] = static_cast<double*>(allocate(call.rows * sizeof(double)));
     const Strength strength{nullptr, false, hard ? 0.0 : call.strength, !hard && call.relative};
-    const RankCall ranks{side[i], side[1 - i], strength, call.kl, false, call.rows, call.n, 0, rank[i], blocks[i], eps[i],
-                         true};
+    const RankCall ranks{side[i], side[1 - i], strength, call.kl, false, call.rows, call.n, 0,
+                         rank[i], blocks[i], eps[i]};
     launch_ranks_of<Value>(ranks, device, allocate, stream);
   }
   const TailCall tail{rank[0],   rank[1], eps[0],     call.x,      call.y,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// rank_rows and spearman_rows for CUDA tensors: arguments checked, results allocated, schedules of schedule.cuh launched
-// on the current stream. The schemas stand in kdkernels/rank/native_impl.py.
+// rank_rows and spearman_rows for CUDA tensors: arguments checked, results allocated, the schedules of schedule.cuh
+// launched on the current stream. The schemas stand in kdkernels/rank/native_impl.py.
 #include <tuple>
 
 #include "arguments.cuh"
