@@ -6,45 +6,23 @@ Used by the compile-only test leg, which has no GPU: kernel, argument types, com
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from ..testing.compiling import CompileCase, compile_case
 from .triton_impl import MIX, ROWS
 from .triton_kernels import gradient_rows, loss_rows, mix_rows
 
-
-class CompileCase(NamedTuple):
-    name: str
-    kernel: object
-    signature: dict
-    attributes: dict  # divisibility by 16 of pointers and widths, as a launch finds it
-    constants: dict
-    warps: int
-    stages: int
-    tensor_cores: bool = False  # no products here
-    architectures: tuple[int, ...] = (80, 90, 100)
-
-
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 INDICES = ("labels_ptr", "permuted_ptr", "order_ptr", "index_ptr")
 FLOATS = ("tau", "inverse_tau", "alpha", "k1", "k2", "k3", "number", "factor")
 ALIGNED = ("C", "width", "s_r", "t_r", "clean_r")
 SINGLE = ("value_ptr", "stat_ptr", "grad_ptr", "lam_ptr", "weight_ptr", "other_ptr")
 
 
-def _type(argument: str, dtype: str) -> str:
-    """The Triton type of a kernel argument by its name."""
-    if argument in INDICES:
-        return "*i64"
-    if argument in SINGLE:
-        return "*fp32"
-    return POINTERS[dtype] if argument.endswith("_ptr") else "fp32" if argument in FLOATS else "i32"
-
-
 def _case(name, kernel, dtype, warps, **constants) -> CompileCase:
-    signature = {a: "constexpr" if a in constants else _type(a, dtype) for a in kernel.arg_names}
-    aligned = [k for k, a in enumerate(kernel.arg_names) if a.endswith("_ptr") or a in ALIGNED]
-    attributes = {(k,): [["tt.divisibility", 16]] for k in aligned if kernel.arg_names[k] not in constants}
-    return CompileCase(f"{name}-{dtype}", kernel, signature, attributes, constants, warps, 3)
+    def type_of(argument):
+        if argument.endswith("_ptr"):
+            return "int64" if argument in INDICES else "float32" if argument in SINGLE else dtype
+        return "fp32" if argument in FLOATS else "i32"
+
+    return compile_case(f"{name}-{dtype}", kernel, type_of, ALIGNED, warps, 3, **constants)
 
 
 # what training uses: the divergence with a student's gradient, the mixed loss, its target with every term
@@ -56,7 +34,7 @@ FORMS = {
 
 
 def compile_cases():
-    for dtype in POINTERS:
+    for dtype in ("float32", "float16", "bfloat16"):
         for limit, config in ROWS:
             for form, flags in FORMS.items():
                 name = f"{form}-{'long' if limit == 1 << 31 else f'c{limit}'}"
