@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Isotonic regression of one sorted row by a group of threads, in about 2 leaf + log2(m / leaf) dependent steps where
-// the sequential algorithm takes 2 m: every leaf of up to 32 positions is solved by one thread, then halves merge pairwise.
+// the sequential algorithm takes 2 m: every leaf of up to 32 positions is solved by one thread, then halves merge in
+// pairs.
 // A merge makes at most one new block, a suffix of the left and a prefix of the right; its ends are found by walking a
 // few blocks and then by bisection over positions (MATH.md, "In parallel").
 //

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Soft ranks of rows too long for the registers or shared memory of one block. Up to 24,576 floats a block still sorts
 // its row, in two runs that it merges, and only the sums lie in global memory (cached). Longer rows go through
-// workspace: keys and strength (`prepare_keys_kernel`), sorted keys (a segmented radix sort; half formats count their at
-// most 65,536 distinct values instead, `count_keys_kernel`), then fit and ranks (`finish_ranks_kernel`).
+// workspace: keys and strength (`prepare_keys_kernel`), sorted keys (a segmented radix sort; half formats count their
+// at most 65,536 distinct values instead, `count_keys_kernel`), then fit and ranks (`finish_ranks_kernel`).
 #pragma once
 
 #include "soft_rank.cuh"

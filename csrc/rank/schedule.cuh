@@ -319,7 +319,7 @@ void spearman_of(const SpearmanCall& call, const Device& device, Allocate alloca
     eps[i] = static_cast<double*>(allocate(call.rows * sizeof(double)));
     const Strength strength{nullptr, false, hard ? 0.0 : call.strength, !hard && call.relative};
     const RankCall ranks{side[i], side[1 - i], strength, call.kl, false, call.rows, call.n, 0,
-                         rank[i], blocks[i], eps[i]};
+                         rank[i], blocks[i], eps[i], true};
     launch_ranks_of<Value>(ranks, device, allocate, stream);
   }
   const TailCall tail{rank[0],   rank[1], eps[0],     call.x,      call.y,
