@@ -45,7 +45,7 @@ def fixed_layout() -> bool:
     )
 
 
-def sanitized(variant: str, *checks: str, timeout: float = 150) -> subprocess.CompletedProcess:
+def sanitized(variant: str, *checks: str, timeout: float = 300) -> subprocess.CompletedProcess:
     """drive.py in a process of its own under a sanitizer; only NumPy and the module are loaded there."""
     folder = simt_build.build(variant)
     environment = {
@@ -279,18 +279,27 @@ class TestSanitizers:
         lines = map(int, re.findall(r"planted\.h:(\d+)", done.stderr))
         assert set(lines) & set(range(planted_line("race"), planted_line("race") + 3))
 
+    @pytest.mark.parametrize("barrier, schedule", [("__syncthreads();", "block"), ("__syncwarp();", "warp")])
+    def test_thread_sanitizer_misses_the_barriers_of_the_ranking_kernels(self, barrier, schedule):
+        """All of them go through one line, Group::sync."""
+        source = (SIMT.parent.parent / "csrc" / "common" / "group.cuh").read_text().splitlines()
+        (line,) = (i for i, text in enumerate(source, 1) if text.strip() == barrier)
+        done = sanitized("thread", f"skip=group.cuh:{line}", f"sweep:{schedule}:40:r:1:few:0")
+        assert done.returncode == FOUND and "data race" in done.stderr, done.stderr[-3000:]
+
     def test_address_sanitizer_names_the_line_of_a_write_past_shared_memory(self):
         done = sanitized("address", "out_of_bounds")
         assert done.returncode == FOUND, done.stderr[-3000:]
         assert "heap-buffer-overflow" in done.stderr
         assert f"planted.h:{planted_line('out of bounds')}" in done.stderr
 
-    # (schedule, row length, ops): threads that share a row, in every way they can
+    # threads that share a row in every way they can: SCHEDULE:N:OPS:COUNT:ROWS:FIRST
     SETTINGS = [
-        "sweep:warp:33:rsp:3:few:0",
-        "sweep:warp:130:rp:1:few:1",
-        "sweep:block:40:rsp:2:few:0",
-        "sweep:long:70:rsp:2:few:0",
+        "sweep:warp:33:rsp:2:few:0",
+        "sweep:warp:130:r:1:few:1",
+        "sweep:block:40:rs:1:few:0",
+        "sweep:block:40:p:1:few:1",
+        "sweep:long:70:rp:1:few:1",
     ]
 
     @pytest.mark.parametrize("setting", SETTINGS)
@@ -305,4 +314,4 @@ class TestSanitizers:
     @pytest.mark.parametrize("variant", ["address", "thread"])
     @pytest.mark.parametrize("setting", ["sweep:auto:1025:rs:1:few:0", "sweep:long:1025:rs:2:few:1"])
     def test_longer_rows_are_clean_too(self, variant, setting):
-        assert_clean(sanitized(variant, setting, timeout=300))
+        assert_clean(sanitized(variant, setting, timeout=600))

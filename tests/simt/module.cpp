@@ -7,10 +7,9 @@
 #include "simt.h"
 
 #include "planted.h"
+#include "rank_module.h"
 
 namespace py = pybind11;
-
-void bind_rank(py::module_& m);  // rank_module.cpp
 
 namespace {
 

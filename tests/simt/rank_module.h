@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ranking kernels as Python functions on NumPy arrays, through the same choice of schedules as on a GPU. Half formats
 // come as uint16, results go into arrays of the caller. `schedule` forces one, `shared` is what a block may have.
+#pragma once
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -150,7 +152,7 @@ void spearman(const py::array& x, const py::array& y, const std::string& dtype, 
 
 }  // namespace
 
-void bind_rank(py::module_& m) {
+inline void bind_rank(py::module_& m) {
   m.def("rank_rows", &rank);
   m.def("rank_rows_backward", &rank_backward);
   m.def("sort_rows", &sort);
