@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Nystrom ops are good citizens of PyTorch: opcheck, torch.compile without breaks or recompiles, torch.func."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kdkernels as kd
+from kdkernels.gram.kernels import spec_of
+from kdkernels.nystrom import function, select
+from kdkernels.nystrom.problem import encode
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+CALLS = {
+    "features": lambda x, y, m: kd.nystrom_features(x, y[:4], kernel="rbf"),
+    "features sqrt": lambda x, y, m: kd.nystrom_features(x, y[:4], kernel=kd.Laplacian(2.0), whiten="sqrt"),
+    "cka": lambda x, y, m: kd.nystrom_cka(x, y, x[:4], y[:3], mask=m),
+    "hsic": lambda x, y, m: kd.nystrom_hsic(x, y, x[:4], y[:3], kernel=("polynomial", "cosine"), unbiased=False),
+    "transfer": lambda x, y, m: kd.nystrom_transfer(x, y, x[:4], y[:4], kernel=kd.RBF(2.0), mask=m),
+    "selected": lambda x, y, m: kd.nystrom_features(x, x[kd.select_landmarks(x, 4, method="greedy", mask=m)]),
+    "quality": lambda x, y, m: kd.transfer_quality(x, y, kernel="rbf"),
+}
+
+
+def arguments(n=12, dtype=torch.float32):
+    x, y = torch.randn(n, 4, dtype=dtype), torch.randn(n, 4, dtype=dtype) + 0.5
+    mask = torch.rand(n) > 0.2
+    mask[:5] = True
+    return x.requires_grad_(), y.requires_grad_(), mask
+
+
+def value_and_gradients(f, x, y, mask):
+    value = f(x, y, mask)
+    return value, *torch.autograd.grad(value.square().sum(), (x, y), allow_unused=True)
+
+
+def same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiled_call_is_one_graph_and_equals_the_eager_one(name):
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    sides = arguments()
+    same(value_and_gradients(compiled, *sides), value_and_gradients(CALLS[name], *sides))
+
+
+@pytest.mark.parametrize("name", ["features", "cka", "transfer"])
+def test_another_number_of_rows_does_not_recompile(name):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend=counter, dynamic=True)
+    once = None
+    for n in (12, 17, 29):
+        sides = arguments(n)
+        same(value_and_gradients(compiled, *sides), value_and_gradients(CALLS[name], *sides))
+        once = once or counter.frame_count
+    assert 0 < counter.frame_count == once
+
+
+def problem(stat, kernels, whiten, unbiased=True):
+    return encode(stat, *spec_of(kernels), whiten, 1e-3, unbiased, True, "torch")
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("whiten", ["cholesky", "sqrt"])
+@pytest.mark.parametrize("kernel", ["linear", kd.RBF(2.0)], ids=str)
+def test_the_operators_pass_opcheck(kernel, whiten, permuted):
+    x, y, mask = (t.detach() for t in arguments())
+    if permuted:
+        x, y = x.T.contiguous().T, y.T.contiguous().T
+    z, w = y[:4].clone(), x[:3].clone()
+    ops, how = torch.ops.kdkernels, problem("features", kernel, whiten)
+    features = (x, z, None, how, 3)
+    torch.library.opcheck(ops.nystrom_features_fwd, features)
+    _, *saved = function._features_fwd(*features)
+    torch.library.opcheck(ops.nystrom_features_bwd, (torch.randn(12, 4), x, z, None, *saved, how, 3))
+    for stat in ("cka", "transfer"):
+        how = problem(stat, kernel, whiten)
+        sides = (x, y, mask, z, w, None, None)
+        torch.library.opcheck(ops.nystrom_stat_fwd, (*sides, how, 27))
+        _, *saved = function._stat_fwd(*sides, how, 27)
+        torch.library.opcheck(ops.nystrom_stat_bwd, (torch.ones(()), *sides, *saved, how, 27))
+
+
+def test_the_selection_operator_passes_opcheck():
+    x = torch.randn(12, 4)
+    for method in ("rpcholesky", "kmeans++", "uniform", "greedy"):
+        u = select.draws(x, 5, method, None)
+        how = (x, None, torch.ones(1), u, 5, method, "rbf")
+        torch.library.opcheck(torch.ops.kdkernels.select_landmarks, how)
+
+
+def test_a_bandwidth_tensor_reaches_the_operators_and_gets_its_gradient_when_compiled():
+    x, y, _ = arguments()
+    sigma = torch.tensor(2.0, requires_grad=True)
+
+    def f(x, y, sigma):
+        return kd.nystrom_cka(x, y, x[:4], y[:4], kernel=kd.RBF(sigma))
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(g(x, y, sigma), (x, sigma)) for g in (compiled, f))
+    same(got, want)
+
+
+@pytest.mark.parametrize("name", ["features", "cka", "transfer"])
+def test_torch_func_grad_equals_autograd(name):
+    x, y, mask = arguments(dtype=torch.float64)
+    (want,) = torch.autograd.grad(CALLS[name](x, y, mask).square().sum(), x)
+    got = torch.func.grad(lambda v: CALLS[name](v, y.detach(), mask).square().sum())(x.detach())
+    torch.testing.assert_close(got, want)
