@@ -52,7 +52,7 @@ def info() -> str:
         lines += [f"  {name:<10}{found}" for name, found in backends.available_backends(device).items()]
         for op in OPS:
             chosen = backends.choose(op, "auto", device, (torch.float32,))
-            lines.append(f"  {op:<10}runs on {chosen[0]}: {chosen[1]}")
+            lines.append(f"  {op:<9} runs on {chosen[0]}: {chosen[1]}")
     return "\n".join(lines)
 
 
