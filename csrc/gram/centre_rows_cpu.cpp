@@ -236,8 +236,9 @@ void run(const Group& g, bool centre, bool rescale, const Result& out) {
   for (int64_t j = 0; j < static_cast<int64_t>(mean.size()); ++j) out.shift[j] = static_cast<float>(mean[j] * scale);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> centre_rows(Tensor x, std::optional<Tensor> mask, bool centre,
-                                                                       bool rescale) {
+using Rows = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Rows centre_rows(Tensor x, std::optional<Tensor> mask, bool centre, bool rescale) {
   KDK_CHECK(x.is_cpu(), "centre_rows: x is not a CPU tensor: this op runs on the CPU only");
   KDK_CHECK(x.dim() == 3, "centre_rows: x has ", x.dim(), " dimensions: pass features [G, n, p]");
   KDK_CHECK(x.scalar_type() == ScalarType::Float, "centre_rows: x is ",
