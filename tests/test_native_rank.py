@@ -22,10 +22,11 @@ import rows
 why = backend.obstacle("cpp", "cpu", op="spearman") or backend.obstacle("cpp", "cpu", op="soft_sort")
 pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "it runs")]
 
+slow = pytest.mark.slow
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # nothing, one, two; around a warp of the CUDA twin; past float16's sums; around 2^10; wide digits from 2,000; counted
 # halves from 4,096
-SIZES = (0, 1, 2, 31, 32, 33, 362, 1000, 1023, 1024, 1025, 2049, 4097)
+SIZES = (0, 1, 2, 31, 32, 33, 362, 1000, 1023, 1024, 1025, *(pytest.param(n, marks=slow) for n in (2049, 4097)))
 STRENGTHS = ((1.0, False), (1.0, True), (4.0, True), (0.02, False), (1e-9, False), (1000.0, False))
 # the gradients of huge rows are below the smallest normal float32
 HEALTHY = [name for name in rows.REGIMES if name not in ("nan", "infinite", "masked nan", "last nan", "huge")]

@@ -9,7 +9,6 @@
 #include <limits>
 #include <memory>
 
-#include "cpu_exp.h"
 #include "cpu_isotonic.h"
 #include "cpu_sort.h"
 
@@ -47,7 +46,7 @@ void ranks_of_blocks(const Block* blocks, int64_t depth, int64_t entries, Ends e
       for (int64_t e = e0; e < e1; ++e) s[e] = twice_weight(n, a, b) / (2.0 * (b - a));
     } else if (kl) {
       const double share = twice_weight(n, a, b) / 2 / block.sum;
-      exponentials(s + e0, e1 - e0, top, rate, share);
+      for (int64_t e = e0; e < e1; ++e) s[e] = share * std::exp((s[e] - top) * rate);
     } else {
       const double mean = block.mean, middle = n - (static_cast<double>(a) + b - 1) / 2;
       for (int64_t e = e0; e < e1; ++e) s[e] = middle + ((s[e] - top) - mean) * rate;
