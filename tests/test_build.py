@@ -81,11 +81,16 @@ class TestLibrary:
         assert native.has("cpu"), native.status().cpu_reason
 
     @pytest.mark.native
-    @pytest.mark.skipif(not native.has("cpu"), reason="the library is not loaded")
-    def test_the_binary_names_torch_and_neither_python_nor_the_build_machine(self):
-        content = (native._FOLDER / "libkdkernels_cpu.so").read_bytes()
+    @pytest.mark.parametrize("library", ["cpu", "cuda"])
+    def test_the_binary_names_torch_and_neither_python_nor_the_build_machine(self, library):
+        binary = native._FOLDER / f"libkdkernels_{library}.so"
+        if not binary.exists():
+            pytest.skip(f"the library is not built: {getattr(native.status(), f'{library}_reason')}")
+        content = binary.read_bytes()
         # without the name in DT_NEEDED the loader does not look for torch's symbols
-        assert b"libtorch_cpu.so\0" in content
+        assert f"libtorch_{library}.so\0".encode() in content
+        # a CUDA 12 torch brings no libcudart.so.13: the runtime is part of the library
+        assert b"libcudart.so" not in content
         assert b"PyObject" not in content and b"libpython" not in content
         assert str(ROOT).encode() not in content
         assert str(Path(torch.__file__).parent).encode() not in content
@@ -142,10 +147,16 @@ class TestModes:
         with pytest.raises(SystemExit, match="KDK_BUILD=cpu: cpu library not built"):
             self.build("cpu", tmp_path)
 
-    def test_cuda_without_sources_says_so(self, tmp_path):
-        if native_build.sources("cuda"):
-            pytest.skip("there are CUDA sources now")
-        with pytest.raises(native_build.Unavailable, match="^no CUDA sources yet$"):
+    def test_a_library_without_sources_says_so(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(native_build, "sources", lambda library: [])
+        with pytest.raises(native_build.Unavailable, match=r"^no sources: csrc holds no \*_cuda.cu$"):
+            native_build.build_library("cuda", tmp_path, tmp_path)
+
+    def test_without_nvcc_the_cuda_library_is_missing_for_that_reason(self, monkeypatch, tmp_path):
+        if native_build.find_compiler() is None:
+            pytest.skip("no C++ compiler")
+        monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+        with pytest.raises(native_build.Unavailable, match=r"^nvcc not found"):
             native_build.build_library("cuda", tmp_path, tmp_path)
 
 

@@ -195,6 +195,13 @@ class TestLoader:
         monkeypatch.setattr(native.torch.version, "cuda", None)
         assert "has no CUDA: install a CUDA build of torch" in native._load("cuda", {})
 
+    @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+    @pytest.mark.skipif(not (native._FOLDER / "libkdkernels_cuda.so").exists(), reason="the CUDA library is not built")
+    def test_beside_a_cpu_torch_the_cuda_library_is_there_and_says_why_it_is_not_loaded(self):
+        status = native.status()
+        assert status.build["cuda"]["built"] and not status.cuda
+        assert status.cuda_reason == f"this torch ({torch.__version__}) has no CUDA: install a CUDA build of torch"
+
     def test_importing_loads_nothing_and_the_environment_can_switch_it_off(self):
         code = (
             "import torch; from kdkernels import native; "
