@@ -58,7 +58,7 @@ __device__ void gradient_of_side(const Group<T>& group, const Pool<sizeof(Value)
 }
 
 template <class Value, int T, int kItems>
-__global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) spearman_rows_kernel(SpearmanCall call) {
+__global__ void __launch_bounds__(T == 32 ? 128 : T, 3) spearman_rows_kernel(SpearmanCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const Layout at = layout_of<Value>(call.n, call.shift, true, true);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
