@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ranking kernels as Python functions on NumPy arrays, through the same choice of schedules as on a GPU. Half formats
-// come as uint16, results go into arrays of the caller. `schedule` forces one, `shared` is what a block may have.
+// The ranking kernels as Python functions on NumPy arrays, through the same choice of schedules as on a GPU. Half
+// formats come as uint16, results go into the caller's arrays. `schedule` forces one; `shared`: bytes of a block.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -86,8 +86,8 @@ void rank(const py::array& x, const std::string& dtype, const std::optional<Floa
   rank_rows(call, dtype == "float64", device, Allocate{&workspace}, nullptr);
 }
 
-BackwardCall backward_of(const py::array& grad, const py::array& value, int value_dtype, const Ints& name, py::array& dx,
-                         int dtype) {
+BackwardCall backward_of(const py::array& grad, const py::array& value, int value_dtype, const Ints& name,
+                         py::array& dx, int dtype) {
   BackwardCall call{};
   call.grad = rows_of(grad, dtype == kDouble ? kDouble : kFloat);
   call.value = rows_of(value, value_dtype);
