@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The four dtypes of a row as unsigned keys whose order is that of the numbers: -NaN < -inf < ... < inf < NaN. The least
-// and the greatest key of a row tell whether it is poisoned and whether entries are absent.
+// The four dtypes of a row as unsigned keys whose order is that of the numbers: -NaN < -inf < ... < inf < NaN.
+// The least and the greatest key of a row tell whether it is poisoned and whether entries are absent.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
