@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 class Op(NamedTuple):
     name: str
-    family: str  # kdkernels/<family>/ (a dot: a folder inside) holds op.py, reference.py, spec.py, MATH.md and the implementations
+    # kdkernels/<family>/ (a dot: a folder inside) holds op.py, reference.py, spec.py, MATH.md and the implementations
+    family: str
     backends: tuple[str, ...]
     native: tuple[str, ...] = ()  # operators that a compiled library must implement to be its backend
 

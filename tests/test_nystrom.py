@@ -188,7 +188,10 @@ def test_transfer_quality_of_a_copy_is_zero_with_a_finite_gradient():
 @pytest.mark.parametrize("method", ["rpcholesky", "uniform", "kmeans++", "greedy"])
 def test_selected_rows_are_different_and_the_seed_decides(method):
     x = torch.randn(50, 6)
-    draw = lambda seed: kd.select_landmarks(x, 20, method=method, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+
+    def draw(seed):
+        return kd.select_landmarks(x, 20, method=method, generator=torch.Generator().manual_seed(seed))
+
     assert len(draw(0).unique()) == 20 and draw(0).equal(draw(0)) and draw(0).dtype == torch.int64
     assert draw(0).equal(draw(1)) == (method == "greedy")
     assert sorted(kd.select_landmarks(x, 50, method=method).tolist()) == list(range(50))

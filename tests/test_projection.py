@@ -71,7 +71,8 @@ def test_every_derivative_is_that_of_the_value(backend):
     mask = torch.rand(3, 4) > 0.3
     for reduction in ("mean", "sum", "none"):
         for keep in (None, mask, mask[:, 0]):
-            call = lambda *a, how=dict(reduction=reduction, mask=keep): kd.projected_mse(*a, backend=backend, **how)  # noqa: E731
+            how = dict(reduction=reduction, mask=keep, backend=backend)
+            call = lambda *a, how=how: kd.projected_mse(*a, **how)  # noqa: E731
             assert torch.autograd.gradcheck(call, (s, t.requires_grad_(), P))
 
 
