@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts the entries of one row that are present, those that rank highest first. What is sorted is a key above
-// an index, by the digits in which the row's keys differ: least digit first, no comparisons, stable. Short rows count
-// instead, for each entry, the entries before it.
+// Sorts the entries of one row that are present, in an order where the first rank highest. What is sorted is a key
+// above an index, by the digits in which the row's keys differ: least digit first, no comparisons, stable. Short rows
+// count instead, for each entry, the entries before it.
 #pragma once
 
 #include <algorithm>
@@ -50,6 +50,8 @@ struct Item<double> {
   KDK_INLINE uint32_t index() const { return static_cast<uint32_t>(place); }
 };
 
+constexpr int64_t kShortRow = 40;
+
 // how keys are cut: short rows cannot pay for large tables
 struct Digits {
   static constexpr int64_t kShort = 2000;
@@ -86,45 +88,20 @@ Item<T>* sort_items(Item<T>* a, Item<T>* b, int64_t n, int bits) {
   return a;
 }
 
-// the place of each key of a short row: the number of smaller keys, and of equal ones before it
-#define KDK_PLACES(NAME, TARGET)                                                    \
-  TARGET inline void NAME(const uint32_t* key, uint32_t* place, int64_t n) {        \
-    for (int64_t i = 0; i < n; ++i) {                                               \
-      const uint32_t own = key[i];                                                  \
-      uint32_t before = 0;                                                          \
-      for (int64_t j = 0; j < i; ++j) before += key[j] <= own;                      \
-      for (int64_t j = i + 1; j < n; ++j) before += key[j] < own;                   \
-      place[i] = before;                                                            \
-    }                                                                               \
-  }
-KDK_PLACES(places_baseline, )
-#if KDK_X86
-KDK_PLACES(places_avx2, KDK_AVX2)
-KDK_PLACES(places_avx512, KDK_AVX512)
-#endif
-#undef KDK_PLACES
-
-// sorts a short row from a to b; false if this machine sorts a row of this length sooner by digits
+// the same for a short row: an entry's place is the number of smaller keys, and of equal ones before it
 template <class T>
-bool sort_short(const Item<T>* a, Item<T>* b, int64_t n) {
-  constexpr int64_t kShort = 40, kShortWide = 128;  // measured
-  static const Isa isa = detect_isa();
-  if (n > (isa == Isa::kBaseline ? kShort : kShortWide)) return false;
-  uint32_t key[kShortWide], place[kShortWide];
+void place_items(const Item<T>* a, Item<T>* b, int64_t n) {
+  uint32_t key[kShortRow];
+  uint32_t place[kShortRow];
   for (int64_t i = 0; i < n; ++i) key[i] = static_cast<uint32_t>(a[i].key());
-#if KDK_X86
-  if (isa == Isa::kAvx512) {
-    places_avx512(key, place, n);
-  } else if (isa == Isa::kAvx2) {
-    places_avx2(key, place, n);
-  } else {
-    places_baseline(key, place, n);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t own = key[i];
+    uint32_t before = 0;
+    for (int64_t j = 0; j < i; ++j) before += key[j] <= own;
+    for (int64_t j = i + 1; j < n; ++j) before += key[j] < own;
+    place[i] = before;
   }
-#else
-  places_baseline(key, place, n);
-#endif
   for (int64_t i = 0; i < n; ++i) b[place[i]] = a[i];
-  return true;
 }
 
 inline int bit_width(uint64_t v) { return v ? 64 - __builtin_clzll(v) : 0; }
@@ -188,7 +165,10 @@ Ordering<T> order_row(const T* x, int64_t n, Extent<T> extent, bool negated, Ite
     }
   }
   if constexpr (!std::is_same_v<T, double>) {
-    if (sort_short<T>(items, items + n, m)) return {items + n, m, negated ? least : greatest, negated};
+    if (m <= kShortRow) {
+      place_items<T>(items, items + n, m);
+      return {items + n, m, negated ? least : greatest, negated};
+    }
   }
   if (m > 0) items = sort_items(items, items + n, m, bit_width(static_cast<Key>(greatest - least)));
   return {items, m, negated ? least : greatest, negated};
