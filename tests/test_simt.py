@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+import kdkernels as kd
 
 SIMT = Path(__file__).resolve().parent / "simt"
 sys.path.insert(0, str(SIMT))
@@ -257,6 +260,14 @@ class TestRanking:
     @pytest.mark.parametrize("strength", [1e-9, 1e-4, 0.3])
     def test_one_block_a_row_with_its_sums_outside(self, kernels, strength):
         compare.compare_rank(drive.Kernels(kernels, "big"), 12289, "float32", strength, names=["random", "nan", "ties"])
+
+    # gaps far beyond the strength: prefix sums near m^3 / 2, and blocks of two that they must still decide
+    def test_a_vocabulary_of_almost_hard_ranks(self, kernels):
+        x = np.exp(5 * np.random.default_rng(0).standard_normal((1, 131072))).astype(np.float32)
+        found = drive.Kernels(kernels, "long").rank_rows(x, "float32", None, 1e-9, False, False, False, False)[0]
+        # the NumPy oracle's sums start at the largest element, 1e18 eps away: even long double is too short for it
+        expected = kd.soft_rank(torch.from_numpy(x).double(), "l2", 1e-9, backend="torch").numpy()
+        assert (np.abs(found - expected) <= np.spacing(expected.astype(np.float32))).all()
 
     # float32 is sorted, the half formats count; 65,537: more elements than codes
     @pytest.mark.slow

@@ -91,13 +91,13 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
       for (int j = 0; j < kItems; ++j) (run ? later : early)[group.rank() * kItems + j] = item[j];
       group.sync();
     }
-    const Fit<Value, true, false> fit{{reinterpret_cast<Key*>(base + at.key)},
-                                      sum,
-                                      blocks_at(base, at, rank.shift),
-                                      facts.m,
-                                      rank.kl,
-                                      facts.eps,
-                                      inverse_of(facts.eps)};
+    Fit<Value, true, false> fit{{reinterpret_cast<Key*>(base + at.key)},
+                                sum,
+                                blocks_at(base, at, rank.shift),
+                                facts.m,
+                                rank.kl,
+                                facts.eps,
+                                inverse_of(facts.eps)};
     merge_runs(group, early, later, kRun, facts.m, [&](int p, Key key) { fit.key.at(p) = key; });
     group.sync();
     fit.solve(group);
@@ -221,13 +221,13 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
       continue;
     }
     const double eps = rank.eps[call.first + row];
-    const Fit<Value, false, false> fit{{static_cast<Key*>(call.sorted) + row * rank.n},
-                                       reinterpret_cast<double*>(base + at.sum),
-                                       blocks_at(base, at, rank.shift),
-                                       call.valid[row],
-                                       rank.kl,
-                                       eps,
-                                       inverse_of(eps)};
+    Fit<Value, false, false> fit{{static_cast<Key*>(call.sorted) + row * rank.n},
+                                 reinterpret_cast<double*>(base + at.sum),
+                                 blocks_at(base, at, rank.shift),
+                                 call.valid[row],
+                                 rank.kl,
+                                 eps,
+                                 inverse_of(eps)};
     fit.solve(group);
     fit.constants(group);
     const int* table = call.table ? call.table + row * kCodes : nullptr;

@@ -64,18 +64,19 @@ struct RowFacts {
   double eps;
 };
 
-// of the elements that count; an element also goes where its partner is absent, and a poisoned partner poisons
+// of the elements that count; an element also goes where its partner is absent, and a pair that stays may poison both
+// rows
 template <class Value>
 __device__ __forceinline__ typename KeyOf<Value>::Key key_of(const Rows& x, const Rows& partner, int64_t row, int i,
                                                              bool descending, bool& poisoned) {
   const Value v = x.at<Value>(row, i);
-  bool absent = is_absent(v);
-  poisoned |= is_poison(v);
+  bool absent = is_absent(v), poison = is_poison(v);
   if (partner.p) {
     const Value w = partner.at<Value>(row, i);
     absent |= is_absent(w);
-    poisoned |= is_poison(w);
+    poison |= is_poison(w);
   }
+  poisoned |= poison && !absent;
   return absent ? kAbsent<Value> : encode(descending ? -v : v);
 }
 

@@ -39,13 +39,13 @@ __device__ Fit<Value, true, false> solve_row(const Group<T>& group, const RowFac
   }
   group.sync();
   sort_keys<T>(item, memory);
-  const Fit<Value, true, false> fit{{reinterpret_cast<Key*>(memory + at.key)},
-                                    reinterpret_cast<double*>(memory + at.sum),
-                                    blocks_at(memory, at, shift),
-                                    facts.m,
-                                    kl,
-                                    facts.eps,
-                                    inverse_of(facts.eps)};
+  Fit<Value, true, false> fit{{reinterpret_cast<Key*>(memory + at.key)},
+                              reinterpret_cast<double*>(memory + at.sum),
+                              blocks_at(memory, at, shift),
+                              facts.m,
+                              kl,
+                              facts.eps,
+                              inverse_of(facts.eps)};
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     const int p = group.rank() * kItems + j;

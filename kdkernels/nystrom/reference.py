@@ -93,9 +93,11 @@ def hsic(phi, psi, unbiased):
 def cka(phi, psi, unbiased):
     K, L = phi @ phi.T, psi @ psi.T
     kk, ll, kl = hsic_of(K, K, unbiased), hsic_of(L, L, unbiased), hsic_of(K, L, unbiased)
-    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN
-    least = (8 * torch.finfo(K.dtype).eps / (len(K) - 1)) ** 2
-    if not (kk > least * K.square().sum() and ll > least * L.square().sum()):
+    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN. kk itself would not tell: its
+    # terms cancel to eps |K|^2, not to its square
+    H = torch.eye(len(K), dtype=K.dtype, device=K.device) - 1 / len(K)
+    least = (32 * torch.finfo(K.dtype).eps) ** 2
+    if not all((H @ A @ H).square().sum() > least * A.square().sum() for A in (K, L)):
         undefined = kk * ll * kl
         return undefined if undefined.isnan() else nothing(phi, psi)
     return kl / (kk.sqrt() * ll.sqrt())

@@ -180,9 +180,10 @@ def spearman_row(x, y, strength, relative, kl, hard_target):
     """(rho, d rho/dx, d rho/dy, |r - m|, |t - m|, eps of x, eps of y) of one row pair; 1 for what does not exist."""
     n = len(x)
     nothing = 0.0, np.zeros(n), np.zeros(n), 1.0, 1.0, 1.0, 1.0
-    if poisoned(x) or poisoned(y):
+    # a pair absent on either side goes first, whatever the other side holds
+    at = np.flatnonzero((x != -np.inf) & (y != -np.inf))
+    if poisoned(x[at]) or poisoned(y[at]):
         return math.nan, np.full(n, np.nan), np.full(n, np.nan), 1.0, 1.0, 1.0, 1.0
-    at = np.flatnonzero((x > -np.inf) & (y > -np.inf))
     if len(at) < 2:
         return nothing
     eps_x = strength_of(x[at], 1.0, strength, relative)
