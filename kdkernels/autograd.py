@@ -34,6 +34,33 @@ def apply(function: type[torch.autograd.Function], *arguments):
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
+class NoSecondDerivative(torch.autograd.Function):
+    """A backward pass as something that refuses to be differentiated again: its `forward` is that pass.
+
+    With create_graph=True the gradient must carry a graph, if only to say that it has none: dropped silently, a
+    gradient penalty would be a constant.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the second derivative of this op is not written out: pass backend='reference' for it")
+
+
+def register(name: str, schema: str, function, fake):
+    """An operator `kdkernels::name` of fixed arity, with one Python implementation for every device."""
+    name = f"kdkernels::{name}"
+    torch.library.define(name, schema)
+    for device in ("CPU", "CUDA"):
+        torch.library.impl(name, device)(function)
+    torch.library.register_fake(name)(fake)
+
+
 class _Nothing:
     def __enter__(self):
         return self

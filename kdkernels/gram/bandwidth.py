@@ -9,6 +9,8 @@ An operator of its own, `kdkernels::gram_bandwidth`: traced, its index arithmeti
 
 import torch
 
+from ..autograd import register
+
 EXACT = 1024
 
 
@@ -68,7 +70,4 @@ def _fake(x, mask, rule, factor):
     return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-torch.library.define("kdkernels::gram_bandwidth", "(Tensor x, Tensor? mask, str rule, float factor) -> Tensor")
-for device in ("CPU", "CUDA"):
-    torch.library.impl("kdkernels::gram_bandwidth", device)(_bandwidth)
-torch.library.register_fake("kdkernels::gram_bandwidth")(_fake)
+register("gram_bandwidth", "(Tensor x, Tensor? mask, str rule, float factor) -> Tensor", _bandwidth, _fake)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import apply, device_type, plain, without_autocast
+from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from . import torch_impl
 from .problem import decode
 
@@ -43,28 +43,14 @@ class GramStatistic(torch.autograd.Function):
     def backward(ctx, grad, _rows, _kept):
         if grad is None:  # the value was not used
             return (None,) * 7
-        # with create_graph=True the gradient must carry a graph, if only to say that it has none: dropped silently, a
-        # gradient penalty would be a constant
         run = GramGradient.apply if torch.is_grad_enabled() else backward
         gradients = run(grad, *ctx.saved_tensors, ctx.problem, ctx.need)
         dx, dy, dsx, dsy = (g if ctx.need >> bit & 1 else None for bit, g in enumerate(gradients))
         return dx, dy, None, dsx, dsy, None, None
 
 
-class GramGradient(torch.autograd.Function):
-    """The backward pass as something that refuses to be differentiated again."""
-
-    generate_vmap_rule = True
-
+class GramGradient(NoSecondDerivative):
     forward = staticmethod(backward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("the second derivative of a Gram op is not written out: pass backend='reference' for it")
 
 
 def differentiable(x, y, mask, sigma_x, sigma_y, problem, need):
@@ -126,23 +112,20 @@ def _gram_bwd_fake(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need
 
 
 def _register():
-    library = torch.library
     tensors = "Tensor x, Tensor y, Tensor? mask, Tensor? sigma_x, Tensor? sigma_y"
-    library.define(
-        "kdkernels::gram_fwd", f"({tensors}, str problem, int need) -> (Tensor value, Tensor rows, Tensor kept)"
+    register(
+        "gram_fwd",
+        f"({tensors}, str problem, int need) -> (Tensor value, Tensor rows, Tensor kept)",
+        _gram_fwd,
+        _gram_fwd_fake,
     )
-    library.define(
-        "kdkernels::gram_bwd",
+    register(
+        "gram_bwd",
         f"(Tensor grad, {tensors}, Tensor rows, Tensor kept, str problem, int need)"
         " -> (Tensor dx, Tensor dy, Tensor dsigma_x, Tensor dsigma_y)",
+        _gram_bwd,
+        _gram_bwd_fake,
     )
-    for name, function, fake in (
-        ("kdkernels::gram_fwd", _gram_fwd, _gram_fwd_fake),
-        ("kdkernels::gram_bwd", _gram_bwd, _gram_bwd_fake),
-    ):
-        for device in ("CPU", "CUDA"):
-            library.impl(name, device)(function)
-        library.register_fake(name)(fake)
 
 
 _register()

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ..autograd import apply, device_type, plain, without_autocast
+from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from . import torch_impl
 from .problem import STUDENT, TEACHER, Extras, Problem, compute_dtype
 
@@ -56,26 +56,13 @@ class RowLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 15
-        # with create_graph=True the gradient must carry a graph, if only to say that it has none
         run = RowLossGradient.apply if torch.is_grad_enabled() else backward
         d_student, d_teacher = run(grad, *ctx.saved_tensors, *ctx.how, ctx.need, ctx.backend)
         return d_student if ctx.need & STUDENT else None, d_teacher if ctx.need & TEACHER else None, *(None,) * 13
 
 
-class RowLossGradient(torch.autograd.Function):
-    """The backward pass as something that refuses to be differentiated again."""
-
-    generate_vmap_rule = True
-
+class RowLossGradient(NoSecondDerivative):
     forward = staticmethod(backward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("the second derivative of a logits op is not written out: pass backend='reference' for it")
 
 
 def _implementation(backend):
@@ -96,22 +83,9 @@ def _rows(t):
 
 
 def _logits_fwd(
-    student,
-    teacher,
-    labels,
-    permuted,
-    lam,
-    clean,
-    permutation,
-    tau,
-    alpha,
-    mix,
-    number,
-    mixed,
-    reduction,
-    need,
-    backend,
-):
+    student, teacher, labels, permuted, lam, clean, permutation, tau, alpha, mix, number, mixed,
+    reduction, need, backend,
+):  # fmt: skip
     problem = Problem(tau, alpha, tuple(mix), number, mixed)
     extras = Extras(labels, permuted, lam, clean, permutation)
     with without_autocast(device_type(student)):
@@ -125,22 +99,9 @@ def _logits_fwd(
 
 
 def _logits_fwd_fake(
-    student,
-    teacher,
-    labels,
-    permuted,
-    lam,
-    clean,
-    permutation,
-    tau,
-    alpha,
-    mix,
-    number,
-    mixed,
-    reduction,
-    need,
-    backend,
-):
+    student, teacher, labels, permuted, lam, clean, permutation, tau, alpha, mix, number, mixed,
+    reduction, need, backend,
+):  # fmt: skip
     dtype = compute_dtype(student, teacher, clean)
     rows = student.shape[:-1]
     problem = Problem(tau, alpha, tuple(mix), number, mixed)
@@ -175,22 +136,16 @@ def _logits_bwd_fake(
 
 
 def _register():
-    library = torch.library
     tensors = "Tensor student, Tensor teacher, Tensor? labels, Tensor? permuted, Tensor? lam, Tensor? clean"
     tensors += ", Tensor? permutation"
     how = "float tau, float alpha, float[] mix, float number, bool mixed, str reduction, int need, str backend"
-    library.define("kdkernels::logits_fwd", f"({tensors}, {how}) -> (Tensor value, Tensor statistics)")
-    library.define(
-        "kdkernels::logits_bwd",
+    register("logits_fwd", f"({tensors}, {how}) -> (Tensor value, Tensor statistics)", _logits_fwd, _logits_fwd_fake)
+    register(
+        "logits_bwd",
         f"(Tensor grad, {tensors}, Tensor statistics, {how}) -> (Tensor d_student, Tensor d_teacher)",
+        _logits_bwd,
+        _logits_bwd_fake,
     )
-    for name, function, fake in (
-        ("kdkernels::logits_fwd", _logits_fwd, _logits_fwd_fake),
-        ("kdkernels::logits_bwd", _logits_bwd, _logits_bwd_fake),
-    ):
-        for device in ("CPU", "CUDA"):
-            library.impl(name, device)(function)
-        library.register_fake(name)(fake)
 
 
 _register()

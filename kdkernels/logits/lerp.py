@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import apply, plain
+from ..autograd import apply, plain, register
 from .function import _implementation
 
 
@@ -72,12 +72,9 @@ def _lerp_rows(x, weight, other, index, backend):
         return _implementation(backend).lerp_rows(x, weight, other, index)
 
 
-def _register():
-    name, device_types = "kdkernels::mixup_rows", ("CPU", "CUDA")
-    torch.library.define(name, "(Tensor x, Tensor weight, Tensor other, Tensor index, str backend) -> Tensor")
-    for device in device_types:
-        torch.library.impl(name, device)(_lerp_rows)
-    torch.library.register_fake(name)(lambda x, weight, other, index, backend: x.new_empty(x.shape))
-
-
-_register()
+register(
+    "mixup_rows",
+    "(Tensor x, Tensor weight, Tensor other, Tensor index, str backend) -> Tensor",
+    _lerp_rows,
+    lambda x, weight, other, index, backend: x.new_empty(x.shape),
+)

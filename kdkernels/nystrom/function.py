@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import apply, device_type, plain, without_autocast
+from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from . import side, statistics, torch_impl
 from .problem import decode
 
@@ -84,25 +84,11 @@ class Statistic(torch.autograd.Function):
         return dx, dy, None, dzx, dzy, dsx, dsy, None, None
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """A backward pass as something that refuses to be differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("the second derivative of a Nystrom op is not written out: pass backend='reference' for it")
-
-
-class FeaturesGradient(_NoSecondDerivative):
+class FeaturesGradient(NoSecondDerivative):
     forward = staticmethod(_features_backward)
 
 
-class StatisticGradient(_NoSecondDerivative):
+class StatisticGradient(NoSecondDerivative):
     forward = staticmethod(_stat_backward)
 
 
@@ -194,7 +180,6 @@ def _stat_bwd_fake(grad, x, y, mask, zx, zy, sigma_x, sigma_y, fx, sx, fy, sy, m
 
 
 def _register():
-    library = torch.library
     one, two = "Tensor x, Tensor z, Tensor? sigma", "Tensor x, Tensor y, Tensor? mask, Tensor zx, Tensor zy"
     two += ", Tensor? sigma_x, Tensor? sigma_y"
     saved = "Tensor factor_x, Tensor spectrum_x, Tensor factor_y, Tensor spectrum_y, Tensor moments"
@@ -221,10 +206,7 @@ def _register():
             _stat_bwd_fake,
         ),
     ):
-        library.define(f"kdkernels::{name}", schema)
-        for device in ("CPU", "CUDA"):
-            library.impl(f"kdkernels::{name}", device)(function)
-        library.register_fake(f"kdkernels::{name}")(fake)
+        register(name, schema, function, fake)
 
 
 _register()

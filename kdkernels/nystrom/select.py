@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import device_type, without_autocast
+from ..autograd import device_type, register, without_autocast
 from . import maps
 from .problem import kernel_spec
 from .side import bandwidths, work_dtype
@@ -92,10 +92,9 @@ def _fake(x, mask, sigma, u, m, method, kernel):
     return x.new_empty(m, dtype=torch.int64)
 
 
-torch.library.define(
-    "kdkernels::select_landmarks",
+register(
+    "select_landmarks",
     "(Tensor x, Tensor? mask, Tensor? sigma, Tensor u, int m, str method, str kernel) -> Tensor",
+    _select,
+    _fake,
 )
-for device in ("CPU", "CUDA"):
-    torch.library.impl("kdkernels::select_landmarks", device)(_select)
-torch.library.register_fake("kdkernels::select_landmarks")(_fake)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import apply, device_type, plain, without_autocast
+from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from . import torch_impl
 
 
@@ -40,27 +40,14 @@ class ProjectedMSE(torch.autograd.Function):
     def backward(ctx, grad, _projected):
         if grad is None:  # the value was not used
             return (None,) * 8
-        # with create_graph=True the gradient must carry a graph, if only to say that it has none
         run = ProjectedMSEGradient.apply if torch.is_grad_enabled() else backward
         gradients = run(grad, *ctx.saved_tensors, ctx.channel_dim, ctx.reduction, ctx.backend, ctx.need)
         ds, dt, dbasis = (g if ctx.need >> bit & 1 else None for bit, g in enumerate(gradients))
         return ds, dt, dbasis, None, None, None, None, None
 
 
-class ProjectedMSEGradient(torch.autograd.Function):
-    """The backward pass as something that refuses to be differentiated again."""
-
-    generate_vmap_rule = True
-
+class ProjectedMSEGradient(NoSecondDerivative):
     forward = staticmethod(backward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("the second derivative of projected_mse is not written out: pass backend='reference' for it")
 
 
 def differentiable(s, t, basis, mask, channel_dim, reduction, backend, need):
@@ -98,21 +85,15 @@ def _bwd_fake(grad, s, t, basis, mask, projected, channel_dim, reduction, backen
 
 
 def _register():
-    library = torch.library
     how = "int channel_dim, str reduction, str backend, int need"
     tensors = "Tensor s, Tensor t, Tensor basis, Tensor? mask"
-    library.define("kdkernels::projected_mse_fwd", f"({tensors}, {how}) -> (Tensor value, Tensor projected)")
-    library.define(
-        "kdkernels::projected_mse_bwd",
+    register("projected_mse_fwd", f"({tensors}, {how}) -> (Tensor value, Tensor projected)", _fwd, _fwd_fake)
+    register(
+        "projected_mse_bwd",
         f"(Tensor grad, {tensors}, Tensor projected, {how}) -> (Tensor ds, Tensor dt, Tensor dbasis)",
+        _bwd,
+        _bwd_fake,
     )
-    for name, function, fake in (
-        ("kdkernels::projected_mse_fwd", _fwd, _fwd_fake),
-        ("kdkernels::projected_mse_bwd", _bwd, _bwd_fake),
-    ):
-        for device in ("CPU", "CUDA"):
-            library.impl(name, device)(function)
-        library.register_fake(name)(fake)
 
 
 _register()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import apply, plain, without_autocast
+from ..autograd import NoSecondDerivative, apply, plain, register, without_autocast
 from . import native_impl, torch_impl
 
 X, STRENGTH = 1, 2  # bits of `need`
@@ -73,20 +73,6 @@ class SoftSort(torch.autograd.Function):
             dstrengths if ctx.need & STRENGTH else None,
             None, None, None, None, None, None,
         )  # fmt: skip
-
-
-class NoSecondDerivative(torch.autograd.Function):
-    """A backward pass as something that refuses to be differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("the second derivative of a ranking op is not written out: pass backend='reference' for it")
 
 
 class SoftRankGradient(NoSecondDerivative):
@@ -221,7 +207,6 @@ def _sort_bwd_fake(grad, strengths, s, order, start, eps, kl, descending, need, 
 
 
 def _register():
-    library = torch.library
     how = "Tensor? strengths, float strength, bool relative, bool kl, bool descending, int need, str backend"
     tail = "Tensor eps, bool kl, bool descending, int need, str backend) -> (Tensor dx, Tensor dstrengths)"
     schemas = {
@@ -242,12 +227,8 @@ def _register():
             _sort_bwd_fake,
         ),
     }
-    for name, (schema, function, fake) in schemas.items():
-        name = f"kdkernels::{name}"
-        library.define(name, schema)
-        for device in ("CPU", "CUDA"):
-            library.impl(name, device)(function)
-        library.register_fake(name)(fake)
+    for name, entry in schemas.items():
+        register(name, *entry)
 
 
 _register()

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import apply, plain, without_autocast
+from ..autograd import NoSecondDerivative, apply, plain, register, without_autocast
 from . import metrics, native_impl
-from .function import NoSecondDerivative
 
 X, Y = 1, 2  # bits of `need`
 
@@ -147,7 +146,6 @@ def _pearson_bwd_fake(grad, x, y, moments, need):
 
 
 def _register():
-    library = torch.library
     strength = "float strength, bool relative, bool kl, bool hard_target, int need, str backend"
     schemas = {
         "spearman_fwd": (
@@ -166,12 +164,8 @@ def _register():
             _pearson_bwd_fake,
         ),
     }
-    for name, (schema, function, fake) in schemas.items():
-        name = f"kdkernels::{name}"
-        library.define(name, schema)
-        for device in ("CPU", "CUDA"):
-            library.impl(name, device)(function)
-        library.register_fake(name)(fake)
+    for name, entry in schemas.items():
+        register(name, *entry)
 
 
 _register()

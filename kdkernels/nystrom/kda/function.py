@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ...autograd import apply, device_type, plain, without_autocast
+from ...autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from . import torch_impl
 
 
@@ -37,27 +37,12 @@ class LandmarkSimilarity(torch.autograd.Function):
     def backward(ctx, grad, _slope, _inverse):
         if grad is None:  # the value was not used
             return (None,) * 6
-        # with create_graph=True the gradient must carry a graph, if only to say that it has none
         run = LandmarkSimilarityGradient.apply if torch.is_grad_enabled() else backward
         return run(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None, None
 
 
-class LandmarkSimilarityGradient(torch.autograd.Function):
-    """The backward pass as something that refuses to be differentiated again."""
-
-    generate_vmap_rule = True
-
+class LandmarkSimilarityGradient(NoSecondDerivative):
     forward = staticmethod(backward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "the second derivative of landmark_similarity_loss is not written out: pass backend='reference' for it"
-        )
 
 
 def differentiable(s, t, s_centers, t_centers, backend):
@@ -93,23 +78,19 @@ def _bwd_fake(grad, s, t, s_centers, t_centers, slope, inverse, backend):
 
 
 def _register():
-    library = torch.library
     tensors = "Tensor s, Tensor t, Tensor s_centers, Tensor t_centers"
-    library.define(
-        "kdkernels::landmark_similarity_fwd",
+    register(
+        "landmark_similarity_fwd",
         f"({tensors}, str backend, bool need) -> (Tensor value, Tensor slope, Tensor inverse)",
+        _fwd,
+        _fwd_fake,
     )
-    library.define(
-        "kdkernels::landmark_similarity_bwd",
+    register(
+        "landmark_similarity_bwd",
         f"(Tensor grad, {tensors}, Tensor slope, Tensor inverse, str backend) -> Tensor",
+        _bwd,
+        _bwd_fake,
     )
-    for name, function, fake in (
-        ("kdkernels::landmark_similarity_fwd", _fwd, _fwd_fake),
-        ("kdkernels::landmark_similarity_bwd", _bwd, _bwd_fake),
-    ):
-        for device in ("CPU", "CUDA"):
-            library.impl(name, device)(function)
-        library.register_fake(name)(fake)
 
 
 _register()
