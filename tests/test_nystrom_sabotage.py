@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 import torch
+from broken import half_when_alone, packed, unwritten, without_last
 
 import kdkernels as kd
 from kdkernels import testing
@@ -26,31 +27,6 @@ def gradient(change, which=DX):
         return tuple(out)
 
     return {(torch_impl, "features_backward"): backward}
-
-
-def without_last(dim):
-    def change(t):
-        t = t.clone()
-        t.narrow(dim, t.shape[dim] - 1, 1).zero_()
-        return t
-
-    return change
-
-
-def unwritten(t):
-    out = t.new_empty(t.shape)
-    out.flatten()[:-3] = t.flatten()[:-3]
-    return out
-
-
-def half_when_alone(*a):
-    out = BACKWARD(*a)
-    return tuple(g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
-
-
-def packed(x):
-    """The first numbers of the storage, as a kernel that trusts strides it never read would see them."""
-    return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride())
 
 
 def strides_not_read(x, *rest):
@@ -99,7 +75,7 @@ FEATURES = {
         {(side, "factor_gradient"): lambda s, product, problem: W_GRADIENT(s, product.mT, problem)},
     ),
     "unwritten tail": ("poison", gradient(unwritten)),
-    "wrong where one gradient is asked for": ("needs", {(torch_impl, "features_backward"): half_when_alone}),
+    "wrong where one gradient is asked for": ("needs", {(torch_impl, "features_backward"): half_when_alone(BACKWARD)}),
     "not the same twice": ("twice", value(lambda v: v * (1 + 1e-7 * torch.randn(())))),
     "strides not read": ("layouts", {(torch_impl, "features_forward"): strides_not_read}),
 }

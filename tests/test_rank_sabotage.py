@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from broken import packed, unwritten, without_last
 
 from kdkernels import testing
 from kdkernels.rank import function, isotonic, metrics, rounds, torch_impl
@@ -38,22 +39,6 @@ def gradient(change):
 def sees(change):
     """The forward pass ranks other rows."""
     return {"rank_forward": lambda x, *rest: FORWARD(change(x), *rest)}
-
-
-def packed(x):
-    return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride())
-
-
-def without_last(t):
-    t = t.clone()
-    t[..., -1] = 0
-    return t
-
-
-def unwritten(t):
-    out = t.new_empty(t.shape)
-    out.flatten()[:-3] = t.flatten()[:-3]
-    return out
 
 
 def without_mean(grad, x, rank, blocks, eps, kl, descending):
@@ -93,7 +78,7 @@ SABOTAGE = {
     "rounded to half": ("soft_rank", "value", ranks(lambda r: r.half().to(r.dtype))),
     "wrong dtype": ("soft_rank", "value", ranks(torch.Tensor.double)),
     "wrong row": ("soft_rank", "value", ranks(lambda r: r.roll(1, 0))),
-    "lost last column": ("soft_rank", "value", sees(without_last)),
+    "lost last column": ("soft_rank", "value", sees(without_last(-1))),
     "absent entries as numbers": ("soft_rank", "value", sees(lambda x: x.clamp(min=-1e30))),
     "poison spreads": ("soft_rank", "value", ranks(lambda r: r + r.sum() * 0)),
     "poison is cleaned": ("soft_rank", "value", ranks(lambda r: r.nan_to_num(0.0))),
@@ -102,7 +87,7 @@ SABOTAGE = {
     "zero gradient": ("soft_rank", "gradient x", gradient(torch.zeros_like)),
     "gradient sign flip": ("soft_rank", "gradient x", gradient(torch.neg)),
     "gradient 5 % scale": ("soft_rank", "gradient x", gradient(lambda g: g * 1.05)),
-    "gradient without its last column": ("soft_rank", "gradient x", gradient(without_last)),
+    "gradient without its last column": ("soft_rank", "gradient x", gradient(without_last(-1))),
     "gradient of the wrong row": ("soft_rank", "gradient x", gradient(lambda g: g.roll(1, 0))),
     "gradient without the mean": ("soft_rank", "gradient x", {"rank_backward": without_mean}),
     "all in one block": ("soft_rank", "gradient x", block_ids(torch.zeros_like)),

@@ -8,6 +8,7 @@ import contextlib
 
 import pytest
 import torch
+from broken import half_when_alone, noisy, packed, unwritten, without_last
 
 from kdkernels import testing
 from kdkernels.gram import function, torch_impl
@@ -55,41 +56,12 @@ def inputs(change):
     return {"forward": lambda x, y, *rest: FORWARD(change(x), change(y), *rest), "backward": backward}
 
 
-def without_last(dim):
-    def change(x):
-        x = x.clone()
-        x.narrow(dim, x.shape[dim] - 1, 1).zero_()
-        return x
-
-    return change
-
-
-def unwritten(t):
-    out = t.new_empty(t.shape)
-    out.flatten()[:-3] = t.flatten()[:-3]
-    return out
-
-
 def transposed(t):
     return t.mT.reshape(t.shape)
 
 
-def packed(x):
-    """The first numbers of the storage, as a kernel that trusts strides it never read would see them."""
-    return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride())
-
-
 def ignored_upstream(grad, *rest):
     return BACKWARD(torch.ones_like(grad), *rest)
-
-
-def half_when_alone(*a):
-    out = BACKWARD(*a)
-    return tuple(g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
-
-
-def noisy(t):
-    return t * (1 + 1e-7 * torch.randn(()))
 
 
 def no_mask_forward(x, y, mask, *rest):
@@ -130,7 +102,7 @@ SABOTAGE = {
     "gradient without its last column": ("gradient x", gradient(without_last(2))),
     "ignored upstream gradient": ("gradient x", {"backward": ignored_upstream}),
     "unwritten tail": ("poison", gradient(unwritten)),
-    "wrong where one gradient is asked for": ("needs", {"backward": half_when_alone}),
+    "wrong where one gradient is asked for": ("needs", {"backward": half_when_alone(BACKWARD)}),
     "not the same twice": ("twice", value(noisy)),
     "strides not read": ("layouts", inputs(packed)),
     "mask by multiplication": ("masks", {"forward": mask_by_product}),

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from broken import noisy, packed, unwritten, without_last
 
 from kdkernels import testing
 from kdkernels.nystrom.kda import torch_impl as kda
@@ -38,30 +39,6 @@ def gradient(change, which=0):
 def inputs(change):
     """The forward pass sees other features on both sides."""
     return lambda op: {"forward": lambda s, t, *rest: ORIGINAL[op][0](change(s), change(t), *rest)}
-
-
-def without_last(dim):
-    def change(x):
-        x = x.clone()
-        x.narrow(dim, x.shape[dim] - 1, 1).zero_()
-        return x
-
-    return change
-
-
-def unwritten(t):
-    out = t.new_empty(t.shape)
-    out.flatten()[:-3] = t.flatten()[:-3]
-    return out
-
-
-def noisy(t):
-    return t * (1 + 1e-7 * torch.randn(()))
-
-
-def packed(x):
-    """As a kernel that trusts strides it never read would see it."""
-    return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride())
 
 
 def no_mask(op):

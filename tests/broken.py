@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a kernel typically goes wrong: changes that the sabotage suites make to inputs, values and gradients."""
+
+import torch
+
+
+def without_last(dim):
+    """The last row, column or sample is lost: a loop that ends one too early."""
+
+    def change(t):
+        t = t.clone()
+        t.narrow(dim, t.shape[dim] - 1, 1).zero_()
+        return t
+
+    return change
+
+
+def unwritten(t):
+    """The last three elements are never stored."""
+    out = t.new_empty(t.shape)
+    out.flatten()[:-3] = t.flatten()[:-3]
+    return out
+
+
+def packed(t):
+    """The first numbers of the storage, as a kernel that trusts strides it never read would see them."""
+    return torch.as_strided(t, t.shape, torch.empty(t.shape, device="meta").stride())
+
+
+def noisy(t):
+    """Not the same bits twice."""
+    return t * (1 + 1e-7 * torch.randn(()))
+
+
+def half_when_alone(backward):
+    """A backward pass that is wrong where one gradient alone is asked for; `need` is its last argument."""
+
+    def broken(*a):
+        out = backward(*a)
+        return tuple(g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
+
+    return broken
