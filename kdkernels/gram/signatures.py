@@ -6,54 +6,35 @@ Used by the compile-only test leg, which has no GPU: kernel, argument types, com
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from ..testing.compiling import ALL, CompileCase, compile_case
 from .triton_launch import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
 from .triton_maps import KINDS
 from .triton_small import finish, row_sums, split_gram, weighted_rows
 from .triton_tile_kernels import gradient_rows, tile_sums, weight_panel
 from .triton_tiles import FLASH, PANEL, SUMS
 
-
-class CompileCase(NamedTuple):
-    name: str
-    kernel: object
-    signature: dict
-    attributes: dict  # divisibility by 16 of pointers and widths, as a launch finds it
-    constants: dict
-    warps: int
-    stages: int
-    tensor_cores: bool  # half-precision products: on sm_90 they must become wgmma
-    architectures: tuple[int, ...]  # compute capabilities this configuration is chosen on
-
-
-ALL = (80, 90, 100)
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+DTYPES = ("float32", "float16", "bfloat16")
 ALIGNED = ("n", "p", "q", "x_g", "x_n", "y_g", "y_n", "per_x", "per_y")
 _FLOAT32 = ("part", "square", "kept", "value", "rows", "alpha", "par", "typical", "rho", "row", "column", "weights")
 _FLOAT32 += ("dz", "extra", "u_x", "u_y", "grad", "sums", "dsigma")
 
 
 def _type(argument: str, dtype: str) -> str:
-    """The Triton type of a kernel argument by its name."""
+    """The dtype of what a pointer points to, else the Triton type, by the argument's name."""
     stem = argument.removesuffix("_ptr")
     if stem == argument:
         return "fp32" if argument.startswith("sigma") else "i32"
     if stem in ("stats", "unit"):
-        return "*fp64"
+        return "float64"
     if stem in ("mask", "keep"):
-        return "*u8"
+        return "uint8"
     if stem == "ref":
-        return "*i64"
-    return "*fp32" if stem.startswith(_FLOAT32) else POINTERS[dtype]
+        return "int64"
+    return "float32" if stem.startswith(_FLOAT32) else dtype
 
 
-def _case(name, kernel, dtype, warps, stages, tensor_cores=False, architectures=ALL, **constants) -> CompileCase:
-    signature = {a: "constexpr" if a in constants else _type(a, dtype) for a in kernel.arg_names}
-    aligned = [k for k, a in enumerate(kernel.arg_names) if a.endswith("_ptr") or a in ALIGNED]
-    attributes = {(k,): [["tt.divisibility", 16]] for k in aligned if kernel.arg_names[k] not in constants}
-    name = f"{name}-{dtype}" + ("" if architectures == ALL else f"-sm{architectures[0]}")
-    return CompileCase(name, kernel, signature, attributes, constants, warps, stages, tensor_cores, architectures)
+def _case(name, kernel, dtype, *launch, **constants) -> CompileCase:
+    return compile_case(f"{name}-{dtype}", kernel, lambda a: _type(a, dtype), ALIGNED, *launch, **constants)
 
 
 def _sides(kind: str) -> dict:
@@ -66,7 +47,7 @@ def _sides(kind: str) -> dict:
 def compile_cases():
     """Default configurations with the options that training uses: unbiased CKA, gradient to one side."""
     flags = {"STABLE": True, "UNBIASED": True, "MASK": False, "ROW_NORM": False}
-    for dtype in POINTERS:
+    for dtype in DTYPES:
         half = dtype != "float32"
         pick = 0 if half else 1
         for limit, *pair in SPLIT_CONFIGS:
