@@ -9,10 +9,26 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import NoSecondDerivative, apply, plain, register, without_autocast
+from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from . import native_impl, torch_impl
 
 X, STRENGTH = 1, 2  # bits of `need`
+
+
+def _remember(ctx, inputs, output, tensors):
+    """The first output is differentiable; `tensors` are what its backward pass reads."""
+    *_, ctx.kl, ctx.descending, ctx.need, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad, differentiable, backward):
+    if grad is None:  # the value was not used
+        return (None,) * 8
+    run = differentiable if torch.is_grad_enabled() else backward
+    dx, dstrengths = run(grad, *ctx.saved_tensors, ctx.kl, ctx.descending, ctx.need, ctx.backend)
+    return (dx if ctx.need & X else None, dstrengths if ctx.need & STRENGTH else None, *(None,) * 6)
 
 
 class SoftRank(torch.autograd.Function):
@@ -26,23 +42,11 @@ class SoftRank(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, strengths, _, _, ctx.kl, ctx.descending, ctx.need, ctx.backend = inputs
-        rank, blocks, eps = output
-        ctx.mark_non_differentiable(blocks, eps)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, strengths, rank, blocks, eps)
+        _remember(ctx, inputs, output, (*inputs[:2], *output))
 
     @staticmethod
-    def backward(ctx, grad, _blocks, _eps):
-        if grad is None:
-            return (None,) * 8
-        run = SoftRankGradient.apply if torch.is_grad_enabled() else rank_backward
-        dx, dstrengths = run(grad, *ctx.saved_tensors, ctx.kl, ctx.descending, ctx.need, ctx.backend)
-        return (
-            dx if ctx.need & X else None,
-            dstrengths if ctx.need & STRENGTH else None,
-            None, None, None, None, None, None,
-        )  # fmt: skip
+    def backward(ctx, grad, *_):
+        return _gradients(ctx, grad, SoftRankGradient.apply, rank_backward)
 
 
 class SoftSort(torch.autograd.Function):
@@ -56,23 +60,11 @@ class SoftSort(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, strengths, _, _, ctx.kl, ctx.descending, ctx.need, ctx.backend = inputs
-        _, s, order, start, eps = output
-        ctx.mark_non_differentiable(s, order, start, eps)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(strengths, s, order, start, eps)
+        _remember(ctx, inputs, output, (inputs[1], *output[1:]))
 
     @staticmethod
     def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 8
-        run = SoftSortGradient.apply if torch.is_grad_enabled() else sort_backward
-        dx, dstrengths = run(grad, *ctx.saved_tensors, ctx.kl, ctx.descending, ctx.need, ctx.backend)
-        return (
-            dx if ctx.need & X else None,
-            dstrengths if ctx.need & STRENGTH else None,
-            None, None, None, None, None, None,
-        )  # fmt: skip
+        return _gradients(ctx, grad, SoftSortGradient.apply, sort_backward)
 
 
 class SoftRankGradient(NoSecondDerivative):
@@ -138,7 +130,7 @@ def _implementation(backend):
 def _rank_fwd(x, strengths, strength, relative, kl, descending, need, backend):
     if x.numel() == 0:
         return _rank_fwd_fake(x, strengths, strength, relative, kl, descending, need, backend)
-    with without_autocast(x.device.type):
+    with without_autocast(device_type(x)):
         run = _implementation(backend).rank_forward
         return run(x, strengths, strength, relative, kl, descending, bool(need))
 
@@ -152,7 +144,7 @@ def _rank_fwd_fake(x, strengths, strength, relative, kl, descending, need, backe
 def _rank_bwd(grad, x, strengths, rank, blocks, eps, kl, descending, need, backend):
     if x.numel() == 0:
         return _rank_bwd_fake(grad, x, strengths, rank, blocks, eps, kl, descending, need, backend)
-    with without_autocast(x.device.type):
+    with without_autocast(device_type(x)):
         dx = _implementation(backend).rank_backward(grad, x, rank, blocks, eps, kl, descending)
         dstrengths = x.new_empty(0, dtype=torch.float64)
         if need & STRENGTH:
@@ -168,7 +160,7 @@ def _rank_bwd_fake(grad, x, strengths, rank, blocks, eps, kl, descending, need, 
 def _sort_fwd(x, strengths, strength, relative, kl, descending, need, backend):
     if x.numel() == 0:
         return _sort_fwd_fake(x, strengths, strength, relative, kl, descending, need, backend)
-    with without_autocast(x.device.type):
+    with without_autocast(device_type(x)):
         if backend == "cpp":
             return native_impl.soft_sort_forward(x, strengths, strength, relative, kl, descending)
         theta = x.contiguous() if descending else torch_impl.negated(x.contiguous())
@@ -188,7 +180,7 @@ def _sort_fwd_fake(x, strengths, strength, relative, kl, descending, need, backe
 def _sort_bwd(grad, strengths, s, order, start, eps, kl, descending, need, backend):
     if s.numel() == 0:
         return _sort_bwd_fake(grad, strengths, s, order, start, eps, kl, descending, need, backend)
-    with without_autocast(s.device.type):
+    with without_autocast(device_type(s)):
         # value = -f(-x) where ascending: the signs cancel
         if backend == "cpp":
             dx = native_impl.soft_sort_backward(grad, s, order, start, kl)
