@@ -119,9 +119,9 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, backend="auto") -> torc
             raise ValueError(f"{name} has {n} rows: mmd with unbiased={unbiased} needs at least {least}")
     masks = check_mmd_masks(mask, x, y)
     check_bandwidths(kernels, x)
-    chosen = backends.resolve("mmd", backend, x.device.type, (x.dtype, y.dtype))
+    chosen = backends.resolve("mmd", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
-        with without_autocast(x.device.type):
+        with without_autocast(device_type(x)):
             return two_sample.reference_mmd(x, y, kernels[0], unbiased, masks, least)
     rows = torch.cat(two_sample.promoted(x, y), dim=-2)
     labels, keep = two_sample.labels(x, y, masks, unbiased, least)
@@ -149,7 +149,7 @@ def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
     name = "gram_mse" if stat in ("mse", "row_mse") else stat
     chosen = backends.resolve(name, backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
-        with without_autocast(x.device.type):
+        with without_autocast(device_type(x)):
             return _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least)
     return _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backend as backends
-from ..autograd import without_autocast
+from ..autograd import device_type, without_autocast
 from . import function, metrics, pairs, reference
 from .checks import check_pair, check_regularization, check_rows
 from .strength import Strength, of_rows, parse
@@ -80,7 +80,7 @@ def _along(run, op, x, regularization, strength, dim, descending, backend):
     dim, kl = check_rows(x, dim), check_regularization(regularization)
     last = dim == x.dim() - 1
     rows = x if last else x.movedim(dim, -1)
-    chosen = backends.resolve(op, backend, x.device.type, (x.dtype,))
+    chosen = backends.resolve(op, backend, device_type(x), (x.dtype,))
     out = run(rows, parse(strength, rows), kl, bool(descending), chosen)
     return out if last else out.movedim(-1, dim)
 
@@ -93,14 +93,14 @@ def _eps(rows, strength):
 def _soft_rank(rows, strength, kl, descending, chosen):
     if chosen != "reference":
         return function.soft_rank(rows, strength, kl, descending, chosen)
-    with without_autocast(rows.device.type):
+    with without_autocast(device_type(rows)):
         return reference.soft_rank(rows, _eps(rows, strength), kl, descending)[0]
 
 
 def _soft_sort(rows, strength, kl, descending, chosen):
     if chosen != "reference":
         return function.soft_sort(rows, strength, kl, descending, chosen)
-    with without_autocast(rows.device.type):
+    with without_autocast(device_type(rows)):
         return reference.soft_sort(rows, _eps(rows, strength), kl, descending)
 
 
@@ -124,7 +124,7 @@ def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="
     rows = x.detach().movedim(dim, -1)
     strength = parse(regularization_strength, rows)
     strength = strength._replace(tensor=None if strength.tensor is None else strength.tensor.detach())
-    chosen = backends.resolve("rank_diagnostics", backend, x.device.type, (x.dtype,))
+    chosen = backends.resolve("rank_diagnostics", backend, device_type(x), (x.dtype,))
     if chosen == "reference":
         ids = reference.soft_rank(rows, _eps(rows, strength), kl, False)[1]
     else:
@@ -159,7 +159,7 @@ def spearman(
     dim, kl = check_pair(x, y, dim), check_regularization(regularization)
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
     strength = parse(regularization_strength, x)
-    chosen = backends.resolve("spearman", backend, x.device.type, (x.dtype, y.dtype))
+    chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
     if chosen in ("cpp", "cuda") and strength.tensor is None:
         return pairs.spearman(x, y, strength, kl, bool(hard_target), chosen)
     dtype = metrics.value_dtype(x, y)
@@ -186,7 +186,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     """
     dim = check_pair(x, y, dim)
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
-    chosen = backends.resolve("pearson", backend, x.device.type, (x.dtype, y.dtype))
+    chosen = backends.resolve("pearson", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
         valid, dtype = (x != -torch.inf) & (y != -torch.inf), metrics.value_dtype(x, y)
         return reference.correlation(x.to(dtype), y.to(dtype), valid)
@@ -203,7 +203,7 @@ def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     """
     dim = check_pair(x, y, dim)
     x, y = x.detach().movedim(dim, -1), y.detach().movedim(dim, -1)
-    chosen = backends.resolve("spearman_corr", backend, x.device.type, (x.dtype, y.dtype))
+    chosen = backends.resolve("spearman_corr", backend, device_type(x), (x.dtype, y.dtype))
     dtype = metrics.value_dtype(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     hard = Strength(0.0, None, False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import NoSecondDerivative, apply, plain, register, without_autocast
+from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from . import metrics, native_impl
 
 X, Y = 1, 2  # bits of `need`
@@ -125,7 +125,7 @@ def pearson_backward(grad, x, y, moments, need):
 def _pearson_fwd(x, y, need):
     if x.numel() == 0:
         return tuple(t.zero_() for t in _pearson_fwd_fake(x, y, need))
-    with without_autocast(x.device.type):
+    with without_autocast(device_type(x)):
         value, moments = metrics.pearson(x, y)
     return value.to(metrics.value_dtype(x, y)), moments
 
@@ -136,7 +136,7 @@ def _pearson_fwd_fake(x, y, need):
 
 
 def _pearson_bwd(grad, x, y, moments, need):
-    with without_autocast(x.device.type):
+    with without_autocast(device_type(x)):
         dx, dy = metrics.pearson_gradient(grad, x, y, moments, need & X, need & Y)
     return dx, dy
 
