@@ -31,8 +31,9 @@ ARROWS = {
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram"},
 }
-# the modules of a family that others may name: its functions, its kernel objects, the rules about their arguments
-INTERFACE = ([], ["op"], ["kda"], ["kda", "op"], ["checks"], ["kernels"], ["problem"], ["bandwidth"])
+# the modules of a family that others may name: its functions, its kernel objects (and what they do to a Triton tile),
+# the rules about their arguments
+INTERFACE = ([], ["op"], ["kda"], ["kda", "op"], ["checks"], ["kernels"], ["triton_maps"], ["problem"], ["bandwidth"])
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 
 

@@ -10,6 +10,8 @@ import triton.language as tl
 
 LINEAR, POLYNOMIAL, RBF, LAPLACIAN = (tl.constexpr(k) for k in range(4))
 KINDS = {"linear": 0, "cosine": 0, "polynomial": 1, "rbf": 2, "laplacian": 3}
+# in units of |z_i|^2 + |z_j|^2: 16 eps, the rounding of a zero distance
+ROUNDING = tl.constexpr(16 * 2.0**-23)
 
 
 @triton.jit
@@ -36,7 +38,7 @@ def tile_product(g, square_i, square_j, diagonal, KIND: tl.constexpr):
         s = square_i[:, None] + square_j[None, :]
         t = tl.minimum(g - 0.5 * s, 0.0)
         if KIND == LAPLACIAN:
-            t = tl.where(t > -1.9073486e-06 * s, 0.0, t)  # 16 eps: the rounding of a zero distance
+            t = tl.where(t > -ROUNDING * s, 0.0, t)
         return tl.where(diagonal, 0.0, t)
     else:
         return g

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from ..gram.triton_maps import KINDS
 from ..testing.compiling import compile_case
 from .triton_impl import FEATURES, PULL, ROOTS
-from .triton_kernels import KINDS, PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows
+from .triton_kernels import PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows
 
 MODES = {"panel": PANEL.value, "triangle": TRIANGLE.value, "root": ROOT.value}
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..autograd import device_type
 from . import maps, side
 from .problem import Problem
 from .side import Side
@@ -23,7 +24,7 @@ CHUNK_BYTES = 256 << 20  # of one [rows, m] panel on a GPU
 def chunks(x, m: int):
     """Slices of the rows of x."""
     n = x.shape[0]
-    rows = CHUNK if x.device.type == "cpu" else max(CHUNK, CHUNK_BYTES // (4 * max(1, m)) // 1024 * 1024)
+    rows = CHUNK if device_type(x) == "cpu" else max(CHUNK, CHUNK_BYTES // (4 * max(1, m)) // 1024 * 1024)
     return [slice(start, min(n, start + rows)) for start in range(0, n, rows)]
 
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..gram.triton_maps import KINDS
 from . import torch_impl
 from .side import Side
 from .torch_impl import SIGMA, Pulled, X, Z
-from .triton_kernels import KINDS, PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows
+from .triton_kernels import PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows
 
 FUSED = 256  # most landmarks whose whitening is fused
 

@@ -12,18 +12,10 @@ whole blocks by the identity, inverse [M, BN] its inverted diagonal blocks; all 
 import triton
 import triton.language as tl
 
-LINEAR, POLYNOMIAL, RBF, LAPLACIAN = (tl.constexpr(k) for k in range(4))
-KINDS = {"linear": 0, "cosine": 0, "polynomial": 1, "rbf": 2, "laplacian": 3}
+from ..gram.triton_maps import LAPLACIAN, LINEAR, POLYNOMIAL, RBF, ROUNDING, power, sigma_slope
+
 # what happens to the tiles of C: nothing, substitution by a triangle, a product with a square root
 PANEL, TRIANGLE, ROOT = (tl.constexpr(k) for k in range(3))
-
-
-@triton.jit
-def _power(x, N: tl.constexpr):
-    y = tl.full(x.shape, 1.0, tl.float32)
-    for _ in tl.static_range(N):
-        y = y * x
-    return y
 
 
 @triton.jit
@@ -49,7 +41,7 @@ def _tile(
         t -= size
         t = tl.where(t > 0, 0.0, t)  # keeps NaN
         if KIND == LAPLACIAN:
-            t = tl.where(t > -1.9073486e-06 * size, 0.0, t)  # 16 eps: the rounding of a zero distance
+            t = tl.where(t > -ROUNDING * size, 0.0, t)
     return t
 
 
@@ -58,7 +50,7 @@ def _value(t, par_ptr, scale, coef0, KIND: tl.constexpr, DEGREE: tl.constexpr, S
     if KIND == LINEAR:
         return t
     elif KIND == POLYNOMIAL:
-        return _power(t * scale + coef0, DEGREE)
+        return power(t * scale + coef0, DEGREE)
     else:
         total = tl.zeros_like(t)
         for k in tl.static_range(S):
@@ -73,7 +65,7 @@ def _value(t, par_ptr, scale, coef0, KIND: tl.constexpr, DEGREE: tl.constexpr, S
 @triton.jit
 def _slope(t, par_ptr, scale, coef0, KIND: tl.constexpr, DEGREE: tl.constexpr, S: tl.constexpr):
     if KIND == POLYNOMIAL:
-        return DEGREE * scale * _power(t * scale + coef0, DEGREE - 1)
+        return DEGREE * scale * power(t * scale + coef0, DEGREE - 1)
     else:
         total = tl.zeros_like(t)
         d = tl.sqrt(-2 * t)
@@ -84,16 +76,6 @@ def _slope(t, par_ptr, scale, coef0, KIND: tl.constexpr, DEGREE: tl.constexpr, S
             else:
                 total += tl.where(d > 0, tl.exp(-d / s) / (s * tl.where(d > 0, d, 1.0)), 0.0)
         return total
-
-
-@triton.jit
-def _sigma_slope(t, par_ptr, KIND: tl.constexpr):
-    s = tl.load(par_ptr)
-    if KIND == RBF:
-        return tl.exp(t / (s * s)) * (-2 * t) / (s * s * s)
-    else:
-        d = tl.sqrt(-2 * t)
-        return tl.exp(-d / s) * d / (s * s)
 
 
 @triton.jit
@@ -214,7 +196,7 @@ def pull_rows(
             t = _tile(rows_x, half_x_ptr, z_ptr, half_z_ptr, o_i, o_j, m_i, m_j, d, BM, BN, BK, KIND, PRECISION)
             v = dc * _slope(t, par_ptr, scale, coef0, KIND, DEGREE, S)
             if SIGMA:
-                dsigma += tl.sum(tl.where(inside, dc * _sigma_slope(t, par_ptr, KIND), 0.0), axis=1)
+                dsigma += tl.sum(tl.where(inside, dc * sigma_slope(t, par_ptr, 0.0, KIND, True), 0.0), axis=1)
         # dc_ij dk/dg_ij
         tl.store(rows_v + at_j, v, mask=inside)
     if SIGMA:

@@ -54,7 +54,7 @@ def projected_mse(s, t, basis, *, channel_dim=1, reduction="mean", mask=None, ba
     mask = mask_of_positions(mask, s, dim)
     chosen = backends.resolve("projected_mse", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
-        with without_autocast(s.device.type):
+        with without_autocast(device_type(s)):
             dtype = compute_dtype(s, t)
             rows = (planes(x, dim).mT.to(dtype) for x in (s, t))
             return reference.projected_mse(*rows, basis.to(dtype), mask, reduction)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import checks
+from ..autograd import device_type, without_autocast
 from .checks import check_channel_dim, check_count, check_mask, mask_of_positions
 from .layout import planes
 
@@ -82,7 +83,7 @@ class StreamingPCA(nn.Module):
             n = keep.sum()
             mean = rows.sum(0) / n.clamp(min=1)
             centred = torch.where(keep[:, None], rows - mean, 0)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(device_type(rows)):
             self._join(n, mean, centred.T @ centred)
 
     def _join(self, n, mean, scatter):

@@ -7,13 +7,12 @@ teacher. Half inputs are computed in float32; Triton projects them in tf32, 11 b
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from ..testing import REGIMES, Caps, Case, pair
+from ..testing import REGIMES, Case, pair, product_caps, small_blocks
 from . import op as ops
 from . import torch_impl
 
@@ -44,29 +43,8 @@ SHAPES = ((3, 12, 7, 2), (5, 6, 17, 5), (2, 15, 8, 8), (4, 3, 33, 1))
 # around the tiles of 16, 32 and 64 rows, channels and directions
 SIZES = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65)
 MORE_SIZES = (127, 128, 129, 257)
-
-
-@contextlib.contextmanager
-def small_blocks():
-    """Blocks of a few positions of one sample, as a large feature map has them."""
-    before = dict(torch_impl.BLOCK)
-    torch_impl.BLOCK.update(cpu=40, cuda=40)
-    try:
-        yield
-    finally:
-        torch_impl.BLOCK.update(before)
-
-
-def caps(backend: str):
-    def of(dtype: torch.dtype) -> Caps:
-        if dtype == DOUBLE:
-            return Caps(1e-13, 1e-12)
-        if dtype == SINGLE or backend != "triton":
-            return Caps(1e-6, 3e-6)
-        # two rounded factors, forward and again backward: four times 2^-12 at most, 2^-11 typically
-        return Caps(1e-3, 2e-3)
-
-    return of
+# a few positions of one sample a block, as a large feature map has them
+SMALL = partial(small_blocks, torch_impl.BLOCK, 40)
 
 
 def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
@@ -91,7 +69,7 @@ def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
     for layout in LAYOUTS:
         for reduction in REDUCTIONS:
             inputs = _inputs("offset3", (3, 12, 7, 2), layout, reduction == "none", generator)
-            yield _case(backend, layout, reduction, "blocks", inputs, context=small_blocks)
+            yield _case(backend, layout, reduction, "blocks", inputs, context=SMALL)
     yield from _degenerate(backend, generator)
     for layout, reduction, masked in (
         ("nchw", "mean", True), ("channels last", "none", True), ("tokens", "sum", False), ("sequence", "mean", True),
@@ -149,7 +127,7 @@ def _case(backend, layout, reduction, label, inputs, turn=None, **fields):
         return call(t, "reference").nan_to_num().abs().max()
 
     name = f"{layout} {reduction} {label} {'x'.join(map(str, inputs['s'].shape))}" + " masked" * ("mask" in inputs)
-    return Case(name, inputs, call, caps(backend), scale, **fields)
+    return Case(name, inputs, call, product_caps(backend), scale, **fields)
 
 
 def _degenerate(backend, generator):
@@ -165,7 +143,7 @@ def _degenerate(backend, generator):
         inputs |= {name: size * inputs[name] for name in "st"}
         yield _case(backend, "nchw", "mean", f"size {size:g}", inputs, dtypes=(SINGLE, *HALF))
     yield _case(backend, "sequence", "mean", "own blocks", _inputs("peaky", (2, 41, 5, 2), "sequence", True, generator),
-                context=partial(small_blocks))  # fmt: skip
+                context=SMALL)  # fmt: skip
 
 
 def bytes_moved(rows: int, c: int, k: int, item_s: int, item_t: int, backward: bool = False) -> int:

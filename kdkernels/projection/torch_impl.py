@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..autograd import device_type
 from .layout import by_rows, planes, positions, write
 
 # elements of a difference: 16 MiB on a CPU. Smaller ones fit a core's own cache and take the same time, but each block
@@ -33,7 +34,7 @@ def compute_dtype(s, t) -> torch.dtype:
 def blocks(x) -> Iterator[Block]:
     """Blocks of planes x [B, c, p]: whole samples, or positions of one sample where it is larger than a block."""
     B, c, p = x.shape
-    elements = BLOCK.get(x.device.type, BLOCK["cuda"])
+    elements = BLOCK.get(device_type(x), BLOCK["cuda"])
     samples = max(1, elements // max(1, c * p))
     step = p if samples > 1 or c * p <= elements else max(1, elements // c)
     for first in range(0, B, samples):

@@ -17,6 +17,7 @@ from .. import backend as backends
 from ..registry import OPS
 from .case import REGIMES, Caps, Case, pair, sample
 from .checks import CUDA_ONLY, STRUCTURAL, Result, accuracy, poison, probe_of
+from .products import product_caps, small_blocks
 
 __all__ = [
     "Caps",
@@ -28,7 +29,9 @@ __all__ = [
     "measure",
     "pair",
     "poison",
+    "product_caps",
     "sample",
+    "small_blocks",
 ]
 
 

@@ -49,7 +49,7 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, backend="auto") -> t
     t, s_centers, t_centers = t.detach(), s_centers.detach(), t_centers.detach()
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
-        with without_autocast(s.device.type):
+        with without_autocast(device_type(s)):
             dtype = compute_dtype(s, t)
             return reference.landmark_similarity(*(x.to(dtype) for x in (s, t, s_centers, t_centers)))
     need = torch.is_grad_enabled() and s.requires_grad

@@ -7,12 +7,12 @@ what the rounding of the products' terms can make of them. Triton rounds half in
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from ...testing import REGIMES, Caps, Case, pair, sample
+from ...testing import REGIMES, Case, pair, product_caps, sample, small_blocks
 from . import op as ops
 from . import torch_impl
 
@@ -25,28 +25,8 @@ EVERY_DTYPE += ((SINGLE, torch.bfloat16, SINGLE, SINGLE), (torch.float16, SINGLE
 SHAPES = ((13, 7, 5, 9), (5, 17, 8, 8), (33, 3, 19, 2), (6, 10, 4, 40))
 SIZES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 65)
 MORE_SIZES = (127, 128, 129, 257)
-
-
-@contextlib.contextmanager
-def small_blocks():
-    """One or two rows a block, as for thousands of landmarks."""
-    before = dict(torch_impl.BLOCK)
-    torch_impl.BLOCK.update(cpu=20, cuda=20)
-    try:
-        yield
-    finally:
-        torch_impl.BLOCK.update(before)
-
-
-def caps(backend: str):
-    def of(dtype: torch.dtype) -> Caps:
-        if dtype == DOUBLE:
-            return Caps(1e-13, 1e-12)
-        if dtype == SINGLE or backend != "triton":
-            return Caps(1e-6, 3e-6)
-        return Caps(1e-3, 2e-3)
-
-    return of
+# one or two rows a block, as for thousands of landmarks
+SMALL = partial(small_blocks, torch_impl.BLOCK, 20)
 
 
 def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
@@ -65,7 +45,7 @@ def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
         for shape in ((n, 5, 3, 4), (4, n, 3, 4), (4, 5, n, 3), (4, 5, 3, n)):
             yield _case(backend, "size", _inputs("edge", shape, "far", generator))
     for shape in SHAPES:
-        yield _case(backend, "blocks", _inputs("bland", shape, "class means", generator), context=small_blocks)
+        yield _case(backend, "blocks", _inputs("bland", shape, "class means", generator), context=SMALL)
     yield from _degenerate(backend, generator)
     for shape, how in (((13, 7, 5, 9), "class means"), ((9, 6, 8, 8), "near")):
         yield _case(backend, "probe", _inputs("offset3", shape, how, generator), probe=True)
@@ -78,7 +58,8 @@ def _inputs(regime, shape, how, generator):
     if how == "near" and d == e:
         t = s + 1e-3 * t
         centers = sample(regime, (C, d), generator)
-        return {"s": s, "t": t, "s_centers": centers, "t_centers": centers + 1e-3 * torch.randn(C, d).double()}
+        noise = torch.randn(C, d, generator=generator, dtype=torch.float64)
+        return {"s": s, "t": t, "s_centers": centers, "t_centers": centers + 1e-3 * noise}
     if how == "class means":
         one_hot = torch.eye(C, dtype=torch.float64)[:, torch.arange(B) % C]
         means = [one_hot @ x / one_hot.sum(1, keepdim=True).clamp(min=1) for x in (s, t)]
@@ -112,7 +93,7 @@ def _case(backend, label, inputs, **fields):
 
     name = f"{label} " + "x".join(str(n) for n in (*inputs["s"].shape, *inputs["t_centers"].shape))
     constants = ("t", "s_centers", "t_centers")
-    return Case(name, inputs, call, caps(backend), scale, terms, constants=constants, **fields)
+    return Case(name, inputs, call, product_caps(backend), scale, terms, constants=constants, **fields)
 
 
 def _degenerate(backend, generator):

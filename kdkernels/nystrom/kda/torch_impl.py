@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from ...autograd import device_type
+
 # elements of a block of a similarity matrix
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
@@ -23,7 +25,7 @@ def forward(s, t, s_centers, t_centers, need: bool):
     s_centers, t_centers = s_centers.to(dtype), t_centers.to(dtype)
     slope = s.new_empty(s.shape if need else (0,), dtype=dtype)
     loss, square = torch.zeros((2,), dtype=torch.float64, device=s.device)
-    rows = max(1, BLOCK.get(s.device.type, BLOCK["cuda"]) // len(s_centers))
+    rows = max(1, BLOCK.get(device_type(s), BLOCK["cuda"]) // len(s_centers))
     for first in range(0, len(s), rows):
         at = slice(first, first + rows)
         V = _block(s[at].to(dtype), t[at].to(dtype), s_centers, t_centers, loss, square)
