@@ -23,7 +23,7 @@ help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
 	@echo "make test         the whole test suite      make test-quick   the part that takes under three minutes"
 	@echo "make lint         ruff                      make bench        measure this machine"
-	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|all"
+	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"
 	@echo "make clean        remove build products and .venv"
 
 demo:

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-FAMILIES = ("gram", "rank", "projection", "logits")
+FAMILIES = ("gram", "rank", "nystrom", "projection", "logits")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, help="torch.set_num_threads; default: as torch finds it")
         command.add_argument("--backends", nargs="+", metavar="B", help="default: torch cpp | triton torch")
     for command in (run, accuracy, listing):
-        command.add_argument("--family", choices=FAMILIES, help="only the ops of this family")
+        command.add_argument("--family", choices=FAMILIES, nargs="+", help="only the ops of these families")
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
         command.add_argument("--quick", action="store_true", help="a few small cases: to try the driver, not to quote")
     run.add_argument("--case", help="only the cases with this in their name")
@@ -81,7 +81,7 @@ def _list(options) -> int:
     from . import drive
 
     for case in drive.listed(options.device, options.quick):
-        if options.family not in (None, case.family):
+        if not drive.asked(case.family, options):
             continue
         shape = " ".join(f"{k}={v}" for k, v in case.shape.items() if k != "groups" or v > 1)
         wanted = "; ".join(f"{t.figure} against {t.against}: {t.bound:g}" for t in case.targets)

@@ -65,9 +65,9 @@ def run(options) -> int:
     path = Path(options.out) if options.out else drive.default_path(shared, "accuracy")
     write = drive.Writer(path, shared)
     wanted, chosen = options.backends or drive.BACKENDS[device], []
-    if options.family in (None, "gram"):
+    if drive.asked("gram", options):
         chosen += [(measure, point, "cka") for point in points(options.quick)]
-    if options.family in (None, "rank"):
+    if drive.asked("rank", options):
         chosen += [(rank_accuracy.measure, point, "soft_rank") for point in rank_accuracy.points(options.quick)]
     begin, missed = time.monotonic(), 0
     for place, (measured, point, op) in enumerate(chosen):

@@ -19,13 +19,13 @@ import kdkernels as kd
 
 from . import cases as catalogue
 from . import contenders as others
-from . import data, logit_rows, machine, measure, memory, projecting, ranking, roof
+from . import data, logit_rows, machine, measure, memory, nystrom_rows, projecting, ranking, roof
 from .cases import Case
 from .measure import Contender
 
 BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("triton", "cuda", "torch")}
 # families whose cases have a module of their own: draw, ours, contender, names
-MODULES = {"rank": ranking, "projection": projecting, "logits": logit_rows}
+MODULES = {"rank": ranking, "nystrom": nystrom_rows, "projection": projecting, "logits": logit_rows}
 SEEDS = 4  # draws of the inputs that the calls rotate over
 
 
@@ -33,6 +33,10 @@ def listed(device: str, quick: bool) -> list:
     """The cases of a device; `quick`: a few of them at a quarter of the size, to try the driver."""
     cases = catalogue.cases(device)
     return [c.smaller() for c in cases if c.quick] if quick else cases
+
+
+def asked(family: str, options) -> bool:
+    return not options.family or family in options.family
 
 
 def draw(case: Case, device: str, seed: int):
@@ -103,7 +107,7 @@ def run(options) -> int:
     chosen = [
         (k, c)
         for k, c in enumerate(listed(device, options.quick))
-        if options.family in (None, c.family) and (not options.case or options.case in c.name)
+        if asked(c.family, options) and (not options.case or options.case in c.name)
     ]
     if not chosen:
         print(f"no case has {options.case!r} in its name: python -m bench list", file=sys.stderr)
@@ -129,7 +133,7 @@ def run(options) -> int:
             share = min(options.case_seconds, left / (len(chosen) - place) * 2)
             _measure_case(index, case, backends, share, ceilings, write, options)
         print(f"[{place + 1}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
-    if options.family in (None, "gram") and (not options.case or options.case in "overhead"):
+    if asked("gram", options) and (not options.case or options.case in "overhead"):
         from . import overhead
 
         for backend in usable_backends("cka", device, options.backends or BACKENDS[device]):
@@ -164,7 +168,7 @@ def names_of(case, device: str, options) -> list[str]:
     if case.family == "rank":
         return ranking.names(case, device)
     compiled = bool(options.compiled or (device == "cuda" and options.compiled is None))
-    if case.family in ("projection", "logits"):
+    if case.family in MODULES:
         return MODULES[case.family].names(case, device, compiled)
     return ["eager", "algebra", *(["compiled"] if compiled else [])]
 
@@ -259,12 +263,12 @@ def _write_times(case, runners, results, extras, ceilings, write, device) -> Non
                     "flops": flops,
                     "roof": which,
                     "roof_percent": None if limit is None else 100 * limit / p50,
-                    "targets": _targets(case, runner, phase, p50, against, extras, ceilings),
+                    "targets": _targets(case, runner, phase, p50, against, extras, ceilings, limit),
                 }
             )
 
 
-def _targets(case, runner, phase, ms, against, extras, ceilings) -> list[dict]:
+def _targets(case, runner, phase, ms, against, extras, ceilings, limit) -> list[dict]:
     """The case's figures for this row: what was asked, what came out, whether it holds."""
     found, contender = [], runner.contender
     for target in case.targets if contender.name == "kdkernels" else ():
@@ -278,6 +282,12 @@ def _targets(case, runner, phase, ms, against, extras, ceilings) -> list[dict]:
             value = own["peak_bytes"] / theirs if own["peak_bytes"] is not None and theirs else None
         elif target.figure == "launches":
             value = own["launches"]
+        elif target.figure == "bytes":
+            value = own["peak_bytes"]
+        elif target.figure == "ms":
+            value = ms
+        elif target.figure == "roof" and limit is not None:
+            value = 100 * limit / ms
         elif target.figure == "microseconds" and runner.method == "graph":
             value = ms * 1e3
         elif target.figure == "graph" and runner.method == "graph":

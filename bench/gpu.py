@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Certifies and measures an NVIDIA machine without a network, in stages that each end inside ten minutes.
 
-    PYTHON=python3 make gpu OUT=dir STAGE=build|test|sanitize|bench|all
+    PYTHON=python3 make gpu OUT=dir STAGE=build|test|sanitize|bench|losses|all
 
 build     compiles csrc/ with CMake into kdkernels/_lib; without cmake the pure-Python and Triton backends are used
 test      the tests marked gpu, then the contract of every op on the device
 sanitize  compute-sanitizer memcheck and racecheck over a short contract run of the Gram ops, and over every schedule of
           the ranking kernels
-bench     the benchmark of both families and its report
+bench     the benchmark of the Gram and the ranking family, and the report
+losses    the benchmark of Nystrom features, projections, KDA and logits, and the report of all rows so far
 
-OUT gets at most eight files: <stage>.json (status, commit, machine, steps), gpu.log, bench.jsonl, ranking.jsonl and
-report.md. A step that passed is not run again while the sources are the same; --force (FORCE=1) runs it again.
+OUT gets at most ten files: <stage>.json (status, commit, machine, steps), gpu.log, bench.jsonl, ranking.jsonl,
+losses.jsonl and report.md. A step that passed is not run again while the sources are the same; --force (FORCE=1) runs
+it again.
 Exit code: 0 all passed, 1 something failed, 2 no CUDA device.
 """
 
@@ -30,7 +32,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("build", "test", "sanitize", "bench")
+STAGES = ("build", "test", "sanitize", "bench", "losses")
+# (name of the step and of its rows, families, seconds) of the stages that measure
+MEASURED = {
+    "bench": (("bench", ("gram",), 270), ("ranking", ("rank",), 200)),
+    "losses": (("losses", ("nystrom", "projection", "logits"), 470),),
+}
 GRAM = ("cka", "hsic", "mmd", "gram_mse")
 STAGE_SECONDS = 570  # a stage ends inside ten minutes
 TAIL_LINES = 30
@@ -74,15 +81,16 @@ def steps(stage: str, out: Path) -> list[Step]:
             Step(name, [tool, "--tool", check, "--error-exitcode", "66", *command], share, None, environment)
             for name, check, command, share, environment in checks
         ]
-    files = [("bench", "gram", 270, str(out / "bench.jsonl")), ("ranking", "rank", 200, str(out / "ranking.jsonl"))]
     measure = [python, "-m", "bench", "run", "--device", "cuda"]
-    return [
-        *(
-            Step(name, [*measure, "--family", family, "--seconds", str(seconds), "--out", rows], 0.5)
-            for name, family, seconds, rows in files
-        ),
-        Step("report", [python, "-m", "bench", "report", *(rows for *_, rows in files)], 1.0, "report.md"),
-    ]
+    runs = [
+        Step(name, [*measure, "--family", *families, "--seconds", str(seconds), "--out", str(out / f"{name}.jsonl")],
+             (seconds + 20) / STAGE_SECONDS)
+        for name, families, seconds in MEASURED[stage]
+    ]  # fmt: skip
+    own = {name for name, *_ in MEASURED[stage]}
+    rows = [out / f"{name}.jsonl" for parts in MEASURED.values() for name, *_ in parts]
+    rows = [str(path) for path in rows if path.stem in own or path.exists()]
+    return [*runs, Step("report", [python, "-m", "bench", "report", *rows], 1.0, "report.md")]
 
 
 def cuda_device() -> dict | None:

@@ -177,7 +177,7 @@ def cpu_cases() -> list[FeatureCase]:
         _maps((32, 197, 384), 64, 1.0, "tokens"),
         _maps((256, 512), 64, 0, "rows"),
         _landmarks(256, 100, 512, 512, (Target("speed", "eager", 1.0),), quick=True),
-        _landmarks(1024, 1000, 512, 2048),
+        _landmarks(1024, 1000, 2048, 2048, (Target("speed", "eager", 1.0),)),
     ]
 
 

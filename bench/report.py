@@ -69,6 +69,7 @@ def _table(head, rows, caption) -> str:
 
 
 UNITS = {"speed": " x", "memory": " x", "overhead": " us", "microseconds": " us", "launches": "", "graph": " x"}
+UNITS |= {"ms": " ms", "bytes": " bytes", "roof": " %"}
 
 
 def _targets(rows) -> str:
@@ -76,7 +77,7 @@ def _targets(rows) -> str:
     found.sort(key=lambda pair: pair[1]["holds"])
     body = []
     for row, target in found:
-        sign = ">=" if target["figure"] == "speed" else "<="
+        sign = ">=" if target["figure"] in ("speed", "roof") else "<="
         unit = UNITS[target["figure"]]
         body.append(
             [
