@@ -2,6 +2,7 @@
 """Fused kernels for knowledge distillation: Gram/CKA statistics as PyTorch ops, with pure-PyTorch references."""
 
 from . import losses
+from .analysis import cka_matrix
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
@@ -33,6 +34,7 @@ __all__ = [
     "autoencoder_basis",
     "available_backends",
     "cka",
+    "cka_matrix",
     "debug_checks",
     "distillation_kl",
     "explain",

@@ -55,7 +55,7 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
         none = torch.zeros_like(one)
         return value, (_side(one, none, none), _side(one, none, none))
     rows = _RowNormalized(stats, rho) if problem.row_normalize else _Plain(stats)
-    form = _estimator(problem, n)
+    form = estimator(problem, n)
     kl, kk, ll = rows.hsic("kl", form), rows.hsic("kk", form), rows.hsic("ll", form)
     if problem.stat == "hsic":
         unit, zero = ux * uy, torch.zeros_like(ux)
@@ -63,9 +63,7 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
             rows.x_side(form, unit, zero) if need[0] else None,
             rows.y_side(form, unit, zero) if need[1] else None,
         )
-    # a side whose centred sum of squares is below its own rounding has no direction: CKA is 0 there, with zero gradient
-    floor = (8 * eps) ** 2 * form.c
-    defined = ~((kk <= floor * rows.total("kk")) | (ll <= floor * rows.total("ll")))
+    defined = ~(constant(kk, rows.total("kk"), form, eps) | constant(ll, rows.total("ll"), form, eps))
     one = torch.ones_like(kk)
     kk, ll = torch.where(defined, kk, one), torch.where(defined, ll, one)
     alpha = (1 / (kk.sqrt() * ll.sqrt())) * defined
@@ -76,7 +74,7 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
     )
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """h(K, L) = c [ S_KL - r a.b + s A B ], the shape that HSIC_0, HSIC_1 and the uncentred sum share."""
 
     c: torch.Tensor | float
@@ -84,14 +82,19 @@ class _Form(NamedTuple):
     s: torch.Tensor | float
 
 
-def _estimator(problem: Problem, n) -> _Form:
+def estimator(problem: Problem, n) -> Form:
     if problem.unbiased:
         n = n.clamp(min=4) if isinstance(n, torch.Tensor) else n  # a smaller masked group is set to 0 by the caller
-        return _Form(1 / (n * (n - 3)), 2 / (n - 2), 1 / ((n - 1) * (n - 2)))
+        return Form(1 / (n * (n - 3)), 2 / (n - 2), 1 / ((n - 1) * (n - 2)))
     m = n.clamp(min=2) if isinstance(n, torch.Tensor) else max(n, 2.0)
     if problem.center:
-        return _Form(1 / (m - 1) ** 2, 2 / m, 1 / m**2)
-    return _Form(1 / (m - 1) ** 2, 0.0, 0.0)
+        return Form(1 / (m - 1) ** 2, 2 / m, 1 / m**2)
+    return Form(1 / (m - 1) ** 2, 0.0, 0.0)
+
+
+def constant(h, total, form: Form, eps: float):
+    """Whether a side has no direction, h(K, K) being below the rounding of S_KK: CKA is 0 there, with zero gradient."""
+    return h <= (8 * eps) ** 2 * form.c * total
 
 
 def _column(value):

@@ -165,7 +165,7 @@ def _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
 
 def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen):
     """Resolve bandwidth rules, then the operator: with its gradient where one is needed."""
-    sigma_x, sigma_y = _sigma(kernels[0], x, mask), _sigma(kernels[1], y, mask)
+    sigma_x, sigma_y = sigma_of(kernels[0], x, mask), sigma_of(kernels[1], y, mask)
     problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, chosen)
     need = 0
     if torch.is_grad_enabled():
@@ -176,7 +176,7 @@ def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chos
     return forward(x, y, mask, sigma_x, sigma_y, problem, 0)[0]
 
 
-def _sigma(kernel: Kernel, x, mask):
+def sigma_of(kernel: Kernel, x, mask):
     """The bandwidth as a tensor [1] or [G], or None where the kernel has none or it is a number."""
     sigma = kernel.sigma
     if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):

@@ -96,7 +96,7 @@ def landmark_means(side: Side, weight) -> torch.Tensor | None:
     return row - (row.index_select(-1, subset) * w).sum(-1, keepdim=True) / (2 * total)
 
 
-def _exact_means(K, weight):
+def exact_means(K, weight):
     """u_i = mean_j K_ij - mean/2 of a kept K^ whose uncounted pairs are zero."""
     total = K.shape[-1] if weight is None else weight.sum(-1, keepdim=True).clamp(min=1)
     row = K.sum(-1) / total
@@ -139,7 +139,7 @@ def row_stats(pairs: Pairs):
             K, means = maps.kernel(side, t[-1], i, i), None
             K = pairs.only_counted(K, i, i, K is t[-1])
             if side.stable and not side.spec.linear:  # rows of a centred linear K sum to about zero by themselves
-                means = _exact_means(K, pairs.weight)
+                means = exact_means(K, pairs.weight)
                 K = pairs.only_counted(K.sub_(means[..., None]).sub_(means[..., None, :]), i, i, False)
             u.append(means)
             grams.append(K)

@@ -8,9 +8,9 @@ formulas of Chan, Golub & LeVeque 1983, which do not cancel however large the me
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from .. import checks
+from ..accumulator import Accumulator
 from ..autograd import device_type, without_autocast
 from .checks import check_channel_dim, check_count, check_mask, mask_of_positions
 from .layout import planes
@@ -18,7 +18,7 @@ from .layout import planes
 CHUNK = 1 << 22  # elements of a batch that are widened to float64 at once
 
 
-class StreamingPCA(nn.Module):
+class StreamingPCA(Accumulator):
     """Streaming principal component analysis of channels: `update` with batches, `merge` accumulators, `components`.
 
     Args:
@@ -45,13 +45,6 @@ class StreamingPCA(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(num_channels, dtype=torch.float64))
         self.register_buffer("scatter", torch.zeros(num_channels, num_channels, dtype=torch.float64))
-
-    def _apply(self, fn, recurse=True):
-        """.to(device) moves the buffers, .half() and .float() do not round them."""
-        for name, buffer in self._buffers.items():
-            moved = fn(buffer)
-            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        return self
 
     @torch.no_grad()
     def update(self, x, *, channel_dim: int = 1, mask=None) -> None:

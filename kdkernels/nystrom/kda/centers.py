@@ -8,13 +8,13 @@ two runs give the same bits. Sums are float64, means float32, all of it buffers.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ... import backend as backends
 from ... import checks
+from ...accumulator import Accumulator
 
 
-class ClassCenters(nn.Module):
+class ClassCenters(Accumulator):
     """Landmarks of KDA: `update` sums features by class, `swap` makes their means the landmarks of the next epoch.
 
     Source: KDA (arXiv 2009.14416): the centres of an epoch are the class means of the epoch before, no moving average.
@@ -69,13 +69,6 @@ class ClassCenters(nn.Module):
         self.register_buffer("first_counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))  # classes that have a centre
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
-
-    def _apply(self, fn, recurse=True):
-        """.to(device) moves the buffers; .half() and .double() leave sums and centres in their dtypes."""
-        for name, buffer in self._buffers.items():
-            moved = fn(buffer)
-            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        return self
 
     @torch.no_grad()
     def update(self, s, t, labels, *, mask=None) -> None:
