@@ -8,6 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import labelled
+import pyramid
 import pytest
 import torch
 
@@ -63,6 +64,8 @@ CASES = {
     "stkd clean": Case(lambda: labelled.STKDLoss(alpha=0.5, tau=2.0, mix=(0.25, 0.5, 0.25)), "logits", 1),
     "nystrom": Case(lambda: losses.NystromTransferLoss(6, kernel=kd.RBF(3.0)), "features", 1, 14),
     "nystrom linear": Case(lambda: losses.NystromTransferLoss(6, kernel="linear", normalize=False), "features", 1, 14),
+    "pcka": Case(lambda: pyramid.PCKALoss(), "features", 1),
+    "pcka transposed": Case(lambda: pyramid.PCKALoss(center=True, transposed=0.5), "features", 1),
     "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
 }
 # 13 rows: odd, so that no even split or padding hides a lost row

@@ -8,6 +8,7 @@ from .dkd import DKDLoss
 from .kd import KDLoss
 from .kda import KDALoss
 from .nystrom import NystromTransferLoss
+from .pcka import PCKALoss
 from .ramp import Ramp
 from .rcka import RCKALoss
 from .rdimkd import RdimKDLoss
@@ -21,6 +22,7 @@ __all__ = [
     "KDALoss",
     "KDLoss",
     "NystromTransferLoss",
+    "PCKALoss",
     "RCKALoss",
     "Ramp",
     "RdimKDLoss",

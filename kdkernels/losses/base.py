@@ -51,7 +51,7 @@ class Loss(nn.Module):
         _warn_once(
             self._token,
             f"{type(self).__name__} got a batch of {n} {what} and needs {least}: it gives 0 with zero gradient for "
-            "such a batch (drop_last=True in the data loader avoids it)",
+            f"such a batch{' (drop_last=True in the data loader avoids it)' if what == 'rows' else ''}",
         )
         return True
 

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PCKA: CKA between the patches of feature maps, channel by channel; all channels of a level are one batched op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .. import checks
+from ..gram.kernels import spec_of
+from ..gram.op import cka
+from ..gram.problem import minimum_rows
+from .base import (
+    Loss,
+    at_least_float32,
+    check_pair,
+    full_precision,
+    levels,
+    weight_tensor,
+    weight_text,
+    zero_of,
+)
+from .cka import check_estimator, level_weights
+
+PATCH = 16
+PRESETS = {
+    "detection": {"weight": 10.0},
+    "two_stage_detection": {"weight": 10.0, "transposed": 1.0},
+}
+
+
+class PCKALoss(Loss):
+    """- sum over levels of mean_c [ CKA(X_c, Y_c) + w_T CKA(X_c', Y_c') ], X_c the patches of channel c as rows.
+
+    Source: Rethinking CKA in KD, arXiv 2401.11824, its loss for feature pyramids. As in its public code a map [H, W] is
+    resized (bilinear, align_corners=False) to the next multiples of 16 and cut into patches of 16 x 16: X_c is
+    [patches, B 256], a row the same patch in every sample. CKA is linear, uncentred and biased, without row norms; the
+    loss is -CKA. 15 is the default of the public class. Its detection configurations give 10 to each of the levels P2
+    to P5 (`PCKALoss.preset("detection")`), and for two-stage detectors 10 to the transposed term as well
+    (`preset("two_stage_detection")`); the weight of both terms is one number there, and here.
+
+    CKA does not change with the scale of the features, so its gradient goes as 1/|x|: see `RCKALoss`, and
+    `kd.losses.Ramp` for what mends it.
+
+    Args:
+        weight: factor of the loss, a buffer. weights: one factor a level, a buffer; default 1 each.
+        transposed: w_T, a buffer; 0, the default, drops the term for good. Its rows are the 256 B positions.
+        row_normalize: divide the rows of the Gram matrices by sqrt(K_ii), an option of the public class.
+        center, unbiased, kernel: the textbook variants, see `kd.cka`. They need more patches: 2 centred, 4 unbiased.
+        backend: as in `kd.cka`.
+
+    Call: `(student_features, teacher_features, *, mask, return_parts)`; a tensor [B, C, H, W] or a list of levels.
+    Batch and channels must agree; height and width may differ as long as both round up to one multiple of 16. Float16
+    to float64, each side its own dtype, resized and computed in at least float32. mask: bool [B], samples that count:
+    a masked one takes no part; or bool [B, H, W], positions: a masked one is 0 on both sides before the resize, which
+    leaves it out of every product (linear and uncentred only, both sides of one size). A level with one patch has CKA
+    1 (the public code fails there); with fewer than the estimator needs, or an empty batch, it adds 0 with zero
+    gradient and warns once. A channel that is zero on a side counts as CKA 0 (NaN in the public code). All masked gives
+    0. A NaN that counts gives NaN. Gradient to the student only; the resize adds it with atomics on CUDA unless
+    `torch.use_deterministic_algorithms(True)`.
+
+    >>> student, teacher = torch.randn(2, 8, 40, 30, requires_grad=True), torch.randn(2, 8, 40, 30)
+    >>> loss = kd.losses.PCKALoss()
+    >>> loss(student, teacher).backward()
+    >>> round(loss(teacher, teacher).item(), 3)
+    -15.0
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 15.0,
+        weights=None,
+        transposed: float = 0.0,
+        row_normalize: bool = False,
+        center: bool = False,
+        unbiased: bool = False,
+        kernel="linear",
+        backend: str = "auto",
+    ):
+        super().__init__(weight)
+        check_estimator(kernel, unbiased, center, row_normalize)
+        self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
+        self.backend = backend
+        self.register_buffer("weights", None if weights is None else level_weights(weights, "weights"))
+        share = weight_tensor(transposed, "transposed")
+        if share.dim():
+            raise ValueError(f"transposed is {transposed!r}: give one number")
+        self.register_buffer("transposed", share if bool(share) else None)
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> PCKALoss:
+        """The loss of the public detection configurations; `changes` go to the constructor."""
+        if name not in PRESETS:
+            raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def forward(self, student_features, teacher_features, *, mask=None, return_parts: bool = False):
+        pairs = levels(student_features, teacher_features)
+        single = isinstance(student_features, torch.Tensor)
+        if self.weights is not None and len(self.weights) != len(pairs):
+            raise ValueError(f"student_features has {len(pairs)} levels, weights has {len(self.weights)}")
+        sizes = [self._check(s, t, mask, None if single else i) for i, (s, t) in enumerate(pairs)]
+        parts = {}
+        for i, ((student, teacher), size) in enumerate(zip(pairs, sizes, strict=True)):
+            suffix = "" if single else f"_{i}"
+            weight = None if self.weights is None else self.weights[i]
+            for name, value in self._level(student, teacher.detach(), size, mask).items():
+                parts[name + suffix] = value if weight is None else value * weight.to(value.dtype)
+        return self._total(parts, return_parts)
+
+    def _check(self, student, teacher, mask, index):
+        """Height and width of the resized maps."""
+        names = check_pair(student, teacher, "features", index)
+        for side, name in zip((student, teacher), names, strict=True):
+            if side.dim() != 4:
+                raise ValueError(f"{name} has shape {tuple(side.shape)}: give feature maps [B, C, H, W]")
+        if student.shape[1] != teacher.shape[1]:
+            raise ValueError(
+                f"{names[1]} has {teacher.shape[1]} channels, {names[0]} has {student.shape[1]}: channels are compared "
+                "one to one; project the student's with a 1 x 1 convolution"
+            )
+        size, other = (tuple(-(-n // PATCH) * PATCH for n in side.shape[2:]) for side in (student, teacher))
+        if size != other:
+            raise ValueError(
+                f"{names[1]} has maps of {tuple(teacher.shape[2:])}, {names[0]} of {tuple(student.shape[2:])}: both "
+                f"must round up to the same multiples of {PATCH}; resize one of them"
+            )
+        if mask is not None:
+            self._check_mask(mask, student, teacher, names)
+        return size
+
+    def _check_mask(self, mask, student, teacher, names):
+        checks.is_tensor(mask, "mask")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
+        checks.same_device(mask, student, "mask", names[0])
+        B, _, *size = student.shape
+        allowed = [(B,), (B, *size)]
+        if tuple(mask.shape) not in allowed:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}: for {names[0]} give {allowed[0]} or {allowed[1]}")
+        if mask.dim() == 3:
+            if teacher.shape[2:] != student.shape[2:]:
+                raise ValueError(
+                    f"mask has shape {tuple(mask.shape)} and {names[1]} maps of {tuple(teacher.shape[2:])}: a mask of "
+                    "positions needs maps of one size; mask samples with [B]"
+                )
+            if self.center or any(spec.name != "linear" for spec in spec_of(self.kernel)):
+                raise ValueError(
+                    f"mask has shape {tuple(mask.shape)}: positions can be left out of the linear, uncentred CKA only; "
+                    "mask samples with [B]"
+                )
+
+    def _level(self, student, teacher, size, mask):
+        """-CKA of each term, averaged over the channels."""
+        patches = size[0] * size[1] // PATCH**2
+        names = ["patches"] if self.transposed is None else ["patches", "transposed"]
+        enough = not self._too_small(student.shape[0], 1)
+        if not enough or self._too_small(patches, minimum_rows(self.unbiased, self.center), "patches"):
+            return {name: zero_of(student) for name in names}
+        with full_precision(student):
+            x, y = (patch_rows(side, size, mask) for side in (student, teacher))
+            parts = {"patches": -self._cka(x, y, None).mean()}
+            if self.transposed is not None:
+                rows = None
+                if mask is not None and mask.dim() == 1:
+                    rows = mask.repeat_interleave(PATCH**2).expand(x.shape[0], -1)
+                value = -self._cka(x.mT, y.mT, rows).mean()
+                parts["transposed"] = value * self.transposed.to(value.dtype)
+            if mask is not None:  # kernels of distances see two sides of zeros as alike
+                parts = {name: torch.where(mask.any(), value, 0) for name, value in parts.items()}
+            return parts
+
+    def _cka(self, x, y, mask):
+        how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
+        return cka(x, y, mask=mask, row_normalize=self.row_normalize, **how)
+
+    def _shown(self):
+        shown = {} if self.weights is None else {"weights": weight_text(self.weights)}
+        shown["transposed"] = 0 if self.transposed is None else weight_text(self.transposed)
+        names = ("row_normalize", "center", "unbiased", "kernel")
+        return {**shown, **{name: getattr(self, name) for name in names}}
+
+
+def patch_rows(maps, size, mask=None):
+    """[B, C, H, W] as [C, patches, B 256]: resized to `size`, cut into patches, what is masked 0."""
+    maps = maps.to(at_least_float32(maps))
+    if mask is not None:
+        kept = mask[:, None, None, None] if mask.dim() == 1 else mask[:, None]
+        maps = torch.where(kept, maps, torch.zeros((), dtype=maps.dtype, device=maps.device))
+    if tuple(maps.shape[2:]) != size:  # at their own size bilinear weights are 1 and 0
+        maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    B, C = maps.shape[:2]
+    tall, wide = (n // PATCH for n in size)
+    patches = maps.reshape(B, C, tall, PATCH, wide, PATCH).permute(1, 2, 4, 0, 3, 5)
+    return patches.reshape(C, tall * wide, B * PATCH**2)
