@@ -63,6 +63,7 @@ up_to_date() { [ -f "$stamp" ] && [ -f kdkernels/_lib/build.json ] && [ "$(cat "
 use_existing() {
   case $purpose in
     demo) needs="sklearn matplotlib tqdm" ;;
+    # tests of lightning, transformers and accelerate are skipped where these are missing
     test*) needs="pytest hypothesis pybind11 sklearn matplotlib tqdm" ;;
     lint) needs="ruff" ;;
     *) needs="" ;;
@@ -81,7 +82,14 @@ use_venv() {
     base=$PYTHON
   fi
   venv_python=$PWD/.venv/bin/python
-  if "$venv_python" -c 'import pip' >/dev/null 2>&1 && up_to_date "$venv_python"; then
+  # the demonstration, which a newcomer runs first, does without lightning and transformers: 230 MB
+  extras=demo,test,lint,triton further=
+  case $purpose in
+    demo) ;;
+    *) extras=$extras,integrations further="lightning transformers accelerate" ;;
+  esac
+  if "$venv_python" -c 'import pip' >/dev/null 2>&1 && up_to_date "$venv_python" \
+    && [ -z "$(lacks "$venv_python" $further)" ]; then
     return
   fi
   if ! "$venv_python" -c 'import pip' >/dev/null 2>&1; then
@@ -101,7 +109,7 @@ use_venv() {
   # torch comes first: the build finds its headers here, which pip's isolated build could not be sure of
   $install $build_tools torch >&2
   # editable, so that tests run from this folder see the compiled library
-  $install --no-build-isolation -e '.[demo,test,lint,triton]' >&2
+  $install --no-build-isolation -e ".[$extras]" >&2
   key "$venv_python" > "$stamp"
 }
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two integration examples with the real libraries: what they print, and what each promises about its steps."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels as kd
+
+# an environment that was given by PYTHON= may lack them; the one that make sets up has them
+pytest.importorskip("lightning")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import hf_trainer
+import lightning_module
+
+
+def test_the_lightning_example_distils_a_student_that_beats_the_one_trained_on_labels():
+    accuracies = lightning_module.main()
+    assert accuracies["teacher"] > 0.97
+    assert accuracies["distilled"] > accuracies["cross-entropy"] + 0.02
+
+
+@pytest.fixture(scope="module")
+def distillation():
+    """A module after two epochs of twenty steps, and its teacher as it was before."""
+    torch.manual_seed(0)
+    teacher = lightning_module.Net(8)
+    before = copy.deepcopy(teacher)
+    module, _ = lightning_module.fit(lightning_module.Net(4), teacher, 2)
+    return module, before
+
+
+def test_in_lightning_the_teacher_stays_as_it_was_and_the_student_moves(distillation):
+    module, before = distillation
+    module.train()
+    assert module.student.training and not module.teacher.training
+    for name, tensor in module.teacher.state_dict().items():
+        assert tensor.equal(before.state_dict()[name]), name
+    optimised = {id(p) for group in module.configure_optimizers()[0][0].param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in module.student.parameters()}
+
+
+def test_in_lightning_the_weights_follow_their_schedules_and_checkpoints_keep_them(distillation):
+    module, _ = distillation
+    assert module.kd.weight == 0.75  # the second of two epochs began
+    assert module.cka.steps == 40 and module.cka.end == 13 and module.cka.weight == 1
+    fresh = lightning_module.Distillation(lightning_module.Net(4), lightning_module.Net(8))
+    fresh.load_state_dict(module.state_dict())
+    assert fresh.kd.weight == 0.75 and fresh.cka.steps == 40 and fresh.cka.weight == 1
+
+
+def test_the_loss_in_lightning_is_cross_entropy_and_divergence_and_alignment_at_their_weights(
+    distillation, monkeypatch
+):
+    module, _ = distillation
+    logged = {}
+    monkeypatch.setattr(module, "log_dict", logged.update)
+    images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    module.train()
+    loss = module.training_step((images, labels), 0)
+    logits, features = module.student(images)
+    targets, guide = module.teacher(images)
+    ce = torch.nn.functional.cross_entropy(logits, labels)
+    p = (targets / 4).softmax(-1)
+    divergence = 16 * (p * (p.log() - (logits / 4).log_softmax(-1))).sum(-1).mean()
+    alignment = 1 - kd.cka(features.mean((2, 3)), guide.mean((2, 3)))
+    torch.testing.assert_close(loss, ce + 0.75 * divergence + alignment)
+    assert set(logged) == {"ce", "kd", "cka"} and not any(term.requires_grad for term in logged.values())
+
+
+def test_the_trainer_example_brings_the_student_towards_the_teacher():
+    nats = hf_trainer.main()
+    assert nats["before"] > 1.5 and nats["after"] < 0.25
+
+
+VOCABULARY = 48
+
+
+def trained(tmp_path, samples, **settings):
+    """A student after two steps of plain gradient descent, in the order of the samples."""
+    torch.manual_seed(0)
+    teacher, student = (hf_trainer.language_model(width, 1, VOCABULARY) for width in (32, 16))
+    arguments = hf_trainer.arguments(
+        str(tmp_path), max_steps=2, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, seed=0, **settings
+    )
+    trainer = hf_trainer.DistillationTrainer(student, arguments, train_dataset=samples, teacher=teacher)
+    trainer.train()
+    return trainer, student
+
+
+def apart(student, other):
+    pairs = zip(student.parameters(), other.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def test_in_the_trainer_one_batch_of_eight_is_four_micro_batches_of_two_whatever_their_padding(tmp_path):
+    torch.manual_seed(1)
+    samples = hf_trainer.sequences(16, VOCABULARY)
+    _, whole = trained(tmp_path, samples, per_device_train_batch_size=8)
+    trainer, parts = trained(tmp_path, samples, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert trainer.state.global_step == 2
+    assert apart(whole, parts) < 1e-6
+    # the distance is one that steps of this size could show
+    _, other = trained(tmp_path, samples, per_device_train_batch_size=4)
+    assert apart(whole, other) > 1e-3
+
+
+def test_in_the_trainer_padding_has_no_influence_and_the_teacher_no_gradient(tmp_path):
+    torch.manual_seed(1)
+    samples = hf_trainer.sequences(16, VOCABULARY)
+    trainer, student = trained(tmp_path, samples, per_device_train_batch_size=8)
+    padded = [{name: s[name].clone() for name in s} for s in samples]
+    for sample in padded:
+        sample["input_ids"][sample["attention_mask"] == 0] = 7
+    _, other = trained(tmp_path, padded, per_device_train_batch_size=8)
+    assert apart(student, other) < 1e-7
+    assert not trainer.teacher.training and all(p.grad is None for p in trainer.teacher.parameters())
+
+
+def test_the_loss_of_the_trainer_is_cross_entropy_and_divergence_of_the_counted_tokens(tmp_path):
+    torch.manual_seed(1)
+    samples = hf_trainer.sequences(8, VOCABULARY)
+    trainer, student = trained(tmp_path, samples, per_device_train_batch_size=8)
+    batch = {name: torch.stack([s[name] for s in samples]).to(student.device) for name in samples[0]}
+    counted = batch["labels"][:, 1:] != hf_trainer.IGNORED
+    loss = trainer.compute_loss(student, batch, num_items_in_batch=2 * counted.sum())
+
+    logits, targets = (model(batch["input_ids"]).logits[:, :-1][counted] for model in (student, trainer.teacher))
+    hard = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][counted])
+    p = (targets / 2).softmax(-1)
+    soft = 4 * (p * (p.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(loss, (hard + soft) / 4)
+    assert isinstance(trainer.distillation, kd.losses.KDLoss)
