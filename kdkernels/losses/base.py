@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every loss module shares: weights as buffers, rows and masks, detached teachers, parts, and the last batch.
+"""What every loss module shares: weights as buffers, levels, rows and masks, detached teachers, parts, last batches.
 
 A loss is called student before teacher and returns a scalar in float32 (float64 for float64 input), whatever autocast
 says. The teacher never gets a gradient. Masked rows have no influence, even where they hold NaN, and gradient 0.
@@ -68,6 +68,57 @@ class Loss(nn.Module):
         return {}
 
 
+class FeatureLoss(Loss):
+    """A loss between features, summed over levels with one weight each.
+
+    A subclass says what it compares (`_compared`, by default rows) and what that costs (`_value`, or `_terms` for more
+    than one part). Levels are checked before any of them is computed; one too small for the estimator adds 0.
+    """
+
+    part = "features"  # the name of a level's part; a list of levels adds _0, _1, ...
+    least = 1  # rows, or samples, that a level needs
+    unit = "levels"  # what `weights` counts
+
+    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0):
+        super().__init__(weight)
+        self.rows = check_rows(rows)
+        self.register_buffer("weights", None if weights is None else level_weights(weights, "weights"))
+
+    def forward(
+        self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
+    ):
+        rows = self.rows if rows is None else check_rows(rows)
+        pairs = levels(student_features, teacher_features)
+        single = isinstance(student_features, torch.Tensor)
+        with full_precision(pairs[0][0]):
+            ready = self._ready(pairs, single, rows, mask)
+            if self.weights is not None and len(self.weights) != len(ready):
+                raise ValueError(f"student_features has {len(ready)} {self.unit}, weights has {len(self.weights)}")
+            parts = {}
+            for i, compared in enumerate(ready):
+                for name, value in self._terms(*compared).items():
+                    if self.weights is not None:
+                        value = value * self.weights[i].to(value.dtype)
+                    parts[name if single else f"{name}_{i}"] = value
+        return self._total(parts, return_parts)
+
+    def _ready(self, pairs, single: bool, rows, mask) -> list[tuple]:
+        """What `_terms` takes, for each level; checks everything."""
+        return [self._compared(s, t, rows, mask, None if single else i) for i, (s, t) in enumerate(pairs)]
+
+    def _compared(self, student, teacher, rows, mask, index) -> tuple:
+        return rows_of_pair(student, teacher, rows, mask, "features", index)
+
+    def _terms(self, x, y, kept) -> dict[str, torch.Tensor]:
+        if self._too_small(x.shape[-2], self.least):
+            return {self.part: zero_of(x)}
+        return {self.part: self._value(x, y, kept)}
+
+    def _shown(self):
+        shown = {} if self.rows is None else {"rows": self.rows}
+        return shown if self.weights is None else {**shown, "weights": weight_text(self.weights)}
+
+
 _warned = set()
 
 
@@ -90,6 +141,13 @@ def weight_tensor(weight, name: str) -> torch.Tensor:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number, or one number a level")
     if not all(math.isfinite(w) for w in value.flatten().tolist()):
         raise ValueError(f"{name} is {weight!r}: a weight must be finite")
+    return value
+
+
+def level_weights(weights, name: str) -> torch.Tensor:
+    value = weight_tensor(weights, name)
+    if value.dim() != 1:
+        raise ValueError(f"{name} is {weights!r}: give a list, one weight a level")
     return value
 
 
@@ -268,3 +326,11 @@ def mean_of_rows(values, mask, normalizer, reduction: str = "mean"):
     if reduction == "sum":
         return total
     return total / (values.numel() if mask is None else mask.sum().clamp_min(1))
+
+
+def mean_of_groups(values, mask, least: int):
+    """Mean over the groups in which the mask leaves enough rows, 0 if none does; values [] or [G]."""
+    if mask is None:
+        return values.mean()
+    enough = mask.sum(-1) >= least
+    return torch.where(enough, values, 0).sum() / enough.sum().clamp_min(1)

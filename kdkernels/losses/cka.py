@@ -3,23 +3,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
-from .base import (
-    Loss,
-    check_rows,
-    full_precision,
-    levels,
-    rows_of_pair,
-    weight_tensor,
-    weight_text,
-)
+from .base import FeatureLoss, mean_of_groups
 
 
-class CKALoss(Loss):
+class CKALoss(FeatureLoss):
     """sum over levels of w_l (1 - CKA(K_l, L_l)), K_l, L_l the kernel matrices of the student's and teacher's features.
 
     Source: CKA is Kornblith et al. 2019 (arXiv 1905.00414); as a loss, 1 - CKA, it has no canonical weight: 1 is ours.
@@ -49,6 +39,8 @@ class CKALoss(Loss):
     True
     """
 
+    part = "cka"
+
     def __init__(
         self,
         kernel="linear",
@@ -60,48 +52,17 @@ class CKALoss(Loss):
         weight: float = 1.0,
         backend: str = "auto",
     ):
-        super().__init__(weight)
+        super().__init__(rows=rows, weights=weights, weight=weight)
         check_estimator(kernel, unbiased, center, False)
-        self.kernel, self.unbiased, self.center = kernel, unbiased, center
-        self.rows, self.backend = check_rows(rows), backend
-        self.register_buffer("weights", None if weights is None else level_weights(weights, "weights"))
+        self.kernel, self.unbiased, self.center, self.backend = kernel, unbiased, center, backend
+        self.least = minimum_rows(unbiased, center)
 
-    def forward(
-        self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
-    ):
-        pairs = levels(student_features, teacher_features)
-        single = isinstance(student_features, torch.Tensor)
-        names = ["cka"] if single else [f"cka_{i}" for i in range(len(pairs))]
-        if self.weights is not None and len(self.weights) != len(pairs):
-            raise ValueError(f"student_features has {len(pairs)} levels, weights has {len(self.weights)}")
-        least = minimum_rows(self.unbiased, self.center)
-        ready = []
-        for i, (student, teacher) in enumerate(pairs):
-            ready.append(rows_of_pair(student, teacher, self._rows(rows), mask, "features", None if single else i))
-        if any(self._too_small(x.shape[-2], least) for x, _, _ in ready):
-            return self._nothing(names, student_features, return_parts)
-        parts = {}
-        for i, (name, (x, y, kept)) in enumerate(zip(names, ready, strict=True)):
-            with full_precision(x):
-                aligned = cka(x, y, mask=kept, **self._estimator())
-                parts[name] = mean_of_groups(1 - aligned, kept, least)
-                if self.weights is not None:
-                    parts[name] = parts[name] * self.weights[i].to(parts[name].dtype)
-        return self._total(parts, return_parts)
-
-    def _rows(self, rows):
-        return self.rows if rows is None else check_rows(rows)
-
-    def _estimator(self):
-        return {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
+    def _value(self, x, y, kept):
+        how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
+        return mean_of_groups(1 - cka(x, y, mask=kept, **how), kept, self.least)
 
     def _shown(self):
-        shown = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center}
-        if self.rows is not None:
-            shown["rows"] = self.rows
-        if self.weights is not None:
-            shown["weights"] = weight_text(self.weights)
-        return shown
+        return {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, **super()._shown()}
 
 
 def check_estimator(kernel, unbiased: bool, center: bool, row_normalize: bool):
@@ -111,18 +72,3 @@ def check_estimator(kernel, unbiased: bool, center: bool, row_normalize: bool):
         raise ValueError("center=False with unbiased=True: the unbiased estimator is centred, pass unbiased=False")
     if unbiased and row_normalize:
         raise ValueError("unbiased=True with row_normalize=True: pass row_normalize=False, or unbiased=False")
-
-
-def level_weights(weights, name: str):
-    value = weight_tensor(weights, name)
-    if value.dim() != 1:
-        raise ValueError(f"{name} is {weights!r}: give a list, one weight a level")
-    return value
-
-
-def mean_of_groups(values, mask, least: int):
-    """Mean over the groups in which the mask leaves enough rows, 0 if none does; values [] or [G]."""
-    if mask is None:
-        return values.mean()
-    enough = mask.sum(-1) >= least
-    return torch.where(enough, values, 0).sum() / enough.sum().clamp_min(1)

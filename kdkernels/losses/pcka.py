@@ -10,17 +10,8 @@ from .. import checks
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
-from .base import (
-    Loss,
-    at_least_float32,
-    check_pair,
-    full_precision,
-    levels,
-    weight_tensor,
-    weight_text,
-    zero_of,
-)
-from .cka import check_estimator, level_weights
+from .base import FeatureLoss, at_least_float32, check_pair, weight_tensor, weight_text, zero_of
+from .cka import check_estimator
 
 PATCH = 16
 PRESETS = {
@@ -29,7 +20,7 @@ PRESETS = {
 }
 
 
-class PCKALoss(Loss):
+class PCKALoss(FeatureLoss):
     """- sum over levels of mean_c [ CKA(X_c, Y_c) + w_T CKA(X_c', Y_c') ], X_c the patches of channel c as rows.
 
     Source: Rethinking CKA in KD, arXiv 2401.11824, its loss for feature pyramids. As in its public code a map [H, W] is
@@ -78,11 +69,10 @@ class PCKALoss(Loss):
         kernel="linear",
         backend: str = "auto",
     ):
-        super().__init__(weight)
+        super().__init__(weights=weights, weight=weight)
         check_estimator(kernel, unbiased, center, row_normalize)
         self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
         self.backend = backend
-        self.register_buffer("weights", None if weights is None else level_weights(weights, "weights"))
         share = weight_tensor(transposed, "transposed")
         if share.dim():
             raise ValueError(f"transposed is {transposed!r}: give one number")
@@ -96,21 +86,11 @@ class PCKALoss(Loss):
         return cls(**{**PRESETS[name], **changes})
 
     def forward(self, student_features, teacher_features, *, mask=None, return_parts: bool = False):
-        pairs = levels(student_features, teacher_features)
-        single = isinstance(student_features, torch.Tensor)
-        if self.weights is not None and len(self.weights) != len(pairs):
-            raise ValueError(f"student_features has {len(pairs)} levels, weights has {len(self.weights)}")
-        sizes = [self._check(s, t, mask, None if single else i) for i, (s, t) in enumerate(pairs)]
-        parts = {}
-        for i, ((student, teacher), size) in enumerate(zip(pairs, sizes, strict=True)):
-            suffix = "" if single else f"_{i}"
-            weight = None if self.weights is None else self.weights[i]
-            for name, value in self._level(student, teacher.detach(), size, mask).items():
-                parts[name + suffix] = value if weight is None else value * weight.to(value.dtype)
-        return self._total(parts, return_parts)
+        # no rows: what a row is, a patch, is the loss itself
+        return super().forward(student_features, teacher_features, mask=mask, return_parts=return_parts)
 
-    def _check(self, student, teacher, mask, index):
-        """Height and width of the resized maps."""
+    def _compared(self, student, teacher, rows, mask, index):
+        """Both sides, height and width of the resized maps, the mask."""
         names = check_pair(student, teacher, "features", index)
         for side, name in zip((student, teacher), names, strict=True):
             if side.dim() != 4:
@@ -128,7 +108,7 @@ class PCKALoss(Loss):
             )
         if mask is not None:
             self._check_mask(mask, student, teacher, names)
-        return size
+        return student, teacher.detach(), size, mask
 
     def _check_mask(self, mask, student, teacher, names):
         checks.is_tensor(mask, "mask")
@@ -151,32 +131,31 @@ class PCKALoss(Loss):
                     "mask samples with [B]"
                 )
 
-    def _level(self, student, teacher, size, mask):
+    def _terms(self, student, teacher, size, mask):
         """-CKA of each term, averaged over the channels."""
         patches = size[0] * size[1] // PATCH**2
         names = ["patches"] if self.transposed is None else ["patches", "transposed"]
         enough = not self._too_small(student.shape[0], 1)
         if not enough or self._too_small(patches, minimum_rows(self.unbiased, self.center), "patches"):
             return {name: zero_of(student) for name in names}
-        with full_precision(student):
-            x, y = (patch_rows(side, size, mask) for side in (student, teacher))
-            parts = {"patches": -self._cka(x, y, None).mean()}
-            if self.transposed is not None:
-                rows = None
-                if mask is not None and mask.dim() == 1:
-                    rows = mask.repeat_interleave(PATCH**2).expand(x.shape[0], -1)
-                value = -self._cka(x.mT, y.mT, rows).mean()
-                parts["transposed"] = value * self.transposed.to(value.dtype)
-            if mask is not None:  # kernels of distances see two sides of zeros as alike
-                parts = {name: torch.where(mask.any(), value, 0) for name, value in parts.items()}
-            return parts
+        x, y = (patch_rows(side, size, mask) for side in (student, teacher))
+        parts = {"patches": -self._cka(x, y, None).mean()}
+        if self.transposed is not None:
+            rows = None
+            if mask is not None and mask.dim() == 1:
+                rows = mask.repeat_interleave(PATCH**2).expand(x.shape[0], -1)
+            value = -self._cka(x.mT, y.mT, rows).mean()
+            parts["transposed"] = value * self.transposed.to(value.dtype)
+        if mask is not None:  # kernels of distances see two sides of zeros as alike
+            parts = {name: torch.where(mask.any(), value, 0) for name, value in parts.items()}
+        return parts
 
     def _cka(self, x, y, mask):
         how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
         return cka(x, y, mask=mask, row_normalize=self.row_normalize, **how)
 
     def _shown(self):
-        shown = {} if self.weights is None else {"weights": weight_text(self.weights)}
+        shown = super()._shown()
         shown["transposed"] = 0 if self.transposed is None else weight_text(self.transposed)
         names = ("row_normalize", "center", "unbiased", "kernel")
         return {**shown, **{name: getattr(self, name) for name in names}}
