@@ -2,7 +2,7 @@
 """Fused kernels for knowledge distillation: Gram/CKA statistics as PyTorch ops, with pure-PyTorch references."""
 
 from . import losses
-from .analysis import cka_matrix
+from .analysis import CKAMetric, cka_matrix
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
@@ -22,6 +22,7 @@ from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_so
 __version__ = "0.1.0"
 
 __all__ = [
+    "CKAMetric",
     "ClassCenters",
     "Cosine",
     "Laplacian",

@@ -8,7 +8,14 @@ class Accumulator(nn.Module):
     """`.to(device)` moves the buffers, `.half()` and `.float()` do not round them."""
 
     def _apply(self, fn, recurse=True):
-        for name, buffer in self._buffers.items():
-            moved = fn(buffer)
-            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        return self
+        return super()._apply(without_rounding(fn), recurse)
+
+
+def without_rounding(fn):
+    """What `fn` does to a tensor, but for its dtype."""
+
+    def move(tensor):
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move

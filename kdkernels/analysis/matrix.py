@@ -89,13 +89,16 @@ def check_layers(layers, name: str) -> list[torch.Tensor]:
     if not layers:
         raise ValueError(f"{name} is an empty list: it needs the features of at least one layer")
     for place, x in enumerate(layers):
-        one = f"{name}[{place}]"
-        checks.floating(x, one)
-        if x.dim() != 2:
-            raise ValueError(f"{one} has shape {tuple(x.shape)}: give [n, p], e.g. {one}.flatten(1)")
-        checks.not_empty(x, one)
-        checks.finite(x, one)
+        check_layer(x, f"{name}[{place}]")
     return list(layers)
+
+
+def check_layer(x, name: str):
+    checks.floating(x, name)
+    if x.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: give [n, p], e.g. {name}.flatten(1)")
+    checks.not_empty(x, name)
+    checks.finite(x, name)
 
 
 def check_together(xs, ys, unbiased: bool):

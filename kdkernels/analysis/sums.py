@@ -123,8 +123,8 @@ class Sums:
 def products(K, L):
     """S_KL [L, M] of tiles [L, r, c] and [M, r, c]: in the tiles' dtype along a row, in float64 over rows."""
     total = 0
-    for rows in torch.arange(K.shape[1]).split(max(1, PRODUCTS // (len(K) * len(L)))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    step = max(1, PRODUCTS // (len(K) * len(L)))
+    for part in (slice(start, start + step) for start in range(0, K.shape[1], step)):
         each = torch.bmm(K[:, part].transpose(0, 1), L[:, part].permute(1, 2, 0))
         total = total + each.sum(0, dtype=torch.float64)
     return total
