@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import torch
 
+from ..autograd import device_type
+from ..backend import resolve
+from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
+from . import both_ways
 from .base import Loss, check_rows, full_precision, levels, rows_of_pair, weight_tensor, weight_text, zero_where_masked
+from .both_ways import cka_both_ways
 from .cka import check_estimator, mean_of_groups
 
 PRESETS = {
@@ -120,22 +125,36 @@ class RCKALoss(Loss):
         if any(self._too_small(side.shape[-2], least) for side, _, _ in [(x, y, kept), *stages]):
             everything = [student_logits, *levels_or_none(student_features)]
             return self._nothing(names, everything, return_parts)
-        parts = {}
         with full_precision(x):
-            for name in names:
-                value = getattr(self, f"_{name}")(x, y, kept, stages, least)
-                parts[name] = value if name == "features" else value * getattr(self, TERMS[name]).to(value.dtype)
+            aligned = self._logits(x, y, kept, names)
+            parts = {name: mean_of_groups(-value, kept, least) for name, value in aligned.items()}
+            parts = {name: value * getattr(self, TERMS[name]).to(value.dtype) for name, value in parts.items()}
+            if stages:
+                parts["features"] = self._features(stages, least)
             return self._total(parts, return_parts)
 
-    def _rows(self, x, y, kept, stages, least):
-        return mean_of_groups(-self._cka(x, y, kept, self.row_normalize), kept, least)
+    def _logits(self, x, y, kept, names):
+        """CKA between samples and between classes, those of `names`; [] or a value a group."""
+        if self._published:
+            chosen = resolve("cka", self.backend, device_type(x), (x.dtype, y.dtype))
+            if both_ways.worth_it(chosen, x):
+                values = cka_both_ways(*(zero_where_masked(side, kept) for side in (x, y)), "classes" in names)
+                return {name: value for name, value in zip(TERMS, values.unbind(), strict=False) if name in names}
+        aligned = {}
+        if "rows" in names:
+            aligned["rows"] = self._cka(x, y, kept, self.row_normalize)
+        if "classes" in names:
+            # a masked sample is a zero feature of each class: it enters no product, norm, distance or mean over classes
+            x, y = zero_where_masked(x, kept), zero_where_masked(y, kept)
+            aligned["classes"] = self._cka(x.mT, y.mT, None, self.row_normalize)
+        return aligned
 
-    def _classes(self, x, y, kept, stages, least):
-        # a masked sample is a zero feature of each class: it enters no product, norm, distance or mean over classes
-        x, y = zero_where_masked(x, kept), zero_where_masked(y, kept)
-        return mean_of_groups(-self._cka(x.mT, y.mT, None, self.row_normalize), kept, least)
+    @property
+    def _published(self) -> bool:
+        linear = all(spec.name == "linear" for spec in spec_of(self.kernel))
+        return linear and self.row_normalize and not (self.center or self.unbiased)
 
-    def _features(self, x, y, kept, stages, least):
+    def _features(self, stages, least):
         total = 0
         for i, (s, t, kept) in enumerate(stages):
             gram = relations(s, kept), relations(t, kept)
