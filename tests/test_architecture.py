@@ -27,11 +27,12 @@ ARROWS = {
     "backend": {"native", "registry"},
     "testing": {"backend", "registry"},
     "losses": {*FOUNDATIONS, *FAMILIES},
-    "compat": {*FOUNDATIONS, *FAMILIES},
+    "compat": {*FOUNDATIONS, *FAMILIES, "losses"},
     "distributed": {*FOUNDATIONS},
     "analysis": {*FOUNDATIONS, "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram"},
+    "relation": {*FOUNDATIONS, "gram"},
 }
 # the modules of a family that others may name: its functions, its kernel objects (and what they do to a Triton tile),
 # the rules about their arguments
