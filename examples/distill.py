@@ -22,10 +22,11 @@ from pathlib import Path
 try:
     import torch
     from distill_data import load
+    from distill_methods import CONTROLS, METHODS
     from distill_nets import SETUPS, parameters
     from distill_parallel import Job, run_all
     from distill_report import CAVEAT, against_control, legend, make_row, save_plot, save_records, table
-    from distill_train import CONTROLS, METHODS, accuracy, time_method, train_teacher
+    from distill_train import accuracy, time_method, train_teacher
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `make demo`, which installs what is needed, or: pip install -e '.[demo]'")
@@ -37,8 +38,8 @@ TUNING_SEED = 1000  # the seeds of --tune start here: none of them appears in a 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    names = f"any of {', '.join(METHODS)} (default: all); {', '.join(CONTROLS)} always take part"
-    add("--losses", nargs="+", default=list(METHODS), metavar="NAME", help=names)
+    names = f"all (default), or any of {', '.join(METHODS)}; {', '.join(CONTROLS)} always take part"
+    add("--losses", nargs="+", default=["all"], metavar="NAME", help=names)
     add("--seeds", type=int, metavar="N", help="number of seeds (default: 5; 3 with --tune)")
     add("--seed", type=int, metavar="N", help=f"the first seed (default: 0; {TUNING_SEED} with --tune)")
     add(
@@ -65,6 +66,7 @@ def parse(arguments=None):
 
 def finish(parser, options):
     names = [name for item in options.losses for name in item.split(",") if name]
+    names = list(METHODS) if names == ["all"] else names
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         parser.error(f"--losses: no loss is named {', '.join(unknown)}; there are {', '.join(METHODS)}")
@@ -217,6 +219,7 @@ def record_weights(options, runs):
             "epochs": options.epochs,
             "command": f"python examples/distill.py --tune --data {options.data} --setup {options.setup}",
         }
+    record[options.data][options.setup] = {name: entries[name] for name in METHODS if name in entries}
     options.record.parent.mkdir(parents=True, exist_ok=True)
     options.record.write_text(json.dumps(record, indent=1) + "\n")
     print(f"Saved {options.record}.")

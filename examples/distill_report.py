@@ -16,6 +16,7 @@ to every method. So the table shows usable gradients and honest plumbing, not th
 CIFAR-100 and a GPU. Weights were chosen on the validation split; no row was left out."""
 
 HEADER = ("method", "weight", "test accuracy, %", "gain over CE", "ms a step", "loss share", "backend")
+PHASES = ("forward", "loss", "backward", "rest")
 
 
 class Row(NamedTuple):
@@ -28,7 +29,10 @@ class Row(NamedTuple):
     gain: float | None  # mean over seeds of the difference to cross-entropy with the same seed
     gain_error: float | None  # its standard error
     step_ms: float
-    loss_share: float | None  # of a step: forward and backward of the added loss
+    forward_ms: float  # of it: the nets
+    loss_ms: float  # all losses, forward
+    backward_ms: float  # everything
+    loss_share: float | None  # of a step: forward and backward of the added loss alone
     backend: str
     curve: list[float]  # validation accuracy by epoch, mean over seeds
 
@@ -47,6 +51,7 @@ def make_row(name: str, title: str, weight, runs, baseline, timing) -> Row:
         None if is_ce else statistics.mean(gains),
         None if is_ce else standard_error(gains),
         timing.step_ms,
+        *timing.phases_ms,
         None if timing.loss_ms is None else timing.loss_ms / timing.step_ms,
         timing.backend,
         [statistics.mean(epoch) for epoch in zip(*(run.curve for run in runs), strict=True)],
@@ -126,13 +131,14 @@ def save_plot(path: Path, heading: str, rows: list[Row], teacher: float):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.55 * len(rows) + 2.6), width_ratios=(3, 2))
-    colours = [f"C{i}" for i in range(len(rows))]
+    size = (17, 0.55 * len(rows) + 2.6)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=size, width_ratios=(3, 2, 2))
+    colours = [plt.get_cmap("tab20")(i % 20) for i in range(len(rows))]
     for i, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         left.plot(row.tests, [i] * len(row.tests), "o", color=colour, alpha=0.35, markersize=6)
         left.errorbar(row.mean, i, xerr=row.deviation or 0, fmt="D", color=colour, capsize=4, markersize=7)
         left.annotate(spread(row.mean, row.deviation), (row.mean, i), (0, 9), textcoords="offset points", ha="center")
-        right.plot(
+        middle.plot(
             range(1, len(row.curve) + 1),
             row.curve,
             color=colour,
@@ -153,13 +159,27 @@ def save_plot(path: Path, heading: str, rows: list[Row], teacher: float):
     left.set_yticks(range(len(rows)), [row.title for row in rows])
     left.set_ylim(len(rows) - 0.4, -0.7)
     left.set_xlabel("test accuracy, % (dots: seeds; diamond: mean ± standard deviation)")
-    right.set_xlabel("epoch")
-    right.set_ylabel("validation accuracy, %")
-    right.legend(fontsize=8, loc="lower right")
-    for axes in (left, right):
+    middle.set_xlabel("epoch")
+    middle.set_ylabel("validation accuracy, %")
+    middle.legend(fontsize=8, loc="lower right")
+    plot_times(right, rows)
+    for axes in (left, middle, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(heading, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_times(axes, rows: list[Row]):
+    """A bar a method: where a training step goes."""
+    ends = [0.0] * len(rows)
+    for phase, shade in zip(PHASES, ("C0", "C3", "C1", "0.8"), strict=True):
+        parts = [getattr(row, f"{phase}_ms", row.step_ms - end) for row, end in zip(rows, ends, strict=True)]
+        axes.barh(range(len(rows)), parts, left=ends, color=shade, label=phase, height=0.6)
+        ends = [end + part for end, part in zip(ends, parts, strict=True)]
+    axes.set_yticks(range(len(rows)), [])
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+    axes.set_xlabel("ms a step: nets forward, losses forward, backward, rest")
+    axes.legend(fontsize=8)

@@ -3,114 +3,18 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from distill_data import Data, Split, augment, draw_labelled
+from distill_methods import METHODS, Task
 from distill_nets import Output, Setup
 from torch import nn
 
 import kdkernels as kd
-
-
-class PseudoLabel(nn.Module):
-    """The control: the teacher's argmax as if it were the label."""
-
-    def __init__(self, weight: float = 1.0):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, student_logits, teacher_logits):
-        return self.weight * F.cross_entropy(student_logits, teacher_logits.argmax(-1))
-
-
-class Task(NamedTuple):
-    """What a loss may need to know before training starts."""
-
-    epochs: int
-    steps: int  # of all epochs
-    classes: int
-    widths: tuple[int, int]  # of the features: student's, teacher's
-    observe: Callable  # () -> the teacher's features of the training images, batch by batch
-
-
-class Method(NamedTuple):
-    title: str
-    make: Callable[[float, Task], nn.Module] | None  # (weight, task) -> loss(student, teacher)
-    uses: str = "logits"  # field of Output that the loss compares
-    grid: tuple[float, ...] = ()  # weights that --tune tries; the first is used where nothing was tuned
-    op: str | None = None  # the kdkernels op inside
-    labels: bool = False  # whether the loss is called with classes too: the label, or the teacher's argmax without one
-
-
-def ramped(loss: nn.Module, task: Task) -> nn.Module:
-    """CKA does not see the scale of the logits and its gradient is largest at the start: rise over a third."""
-    return kd.losses.Ramp(loss, start=0, end=task.steps // 3)
-
-
-def rcka(weight: float, task: Task) -> nn.Module:
-    return ramped(kd.losses.RCKALoss.preset("lcka", row_weight=weight, class_weight=weight), task)
-
-
-def kda(weight: float, task: Task) -> nn.Module:
-    """Rows are drawn anew each epoch, so each epoch has its own counts."""
-    how = {"start_epoch": task.epochs // 5, "counts": "epoch", "weight": weight}
-    return kd.losses.KDALoss(task.classes, *task.widths, **how)
-
-
-def rdimkd(variant: str):
-    """On the penultimate features, through an adapter, relative to the teacher's variance: k and all this is ours."""
-
-    def make(weight: float, task: Task) -> nn.Module:
-        student, teacher = task.widths
-        how = {"student_channels": student, "normalizer": "variance", "seed": 0, "weight": weight}
-        loss = kd.losses.RdimKDLoss(teacher, min(16, teacher), variant=variant, **how)
-        for features in task.observe():
-            loss.observe(features.cpu())
-        loss.fit()
-        return loss
-
-    return make
-
-
-METHODS = {
-    "ce": Method("cross-entropy alone", None),
-    "pseudo": Method("control: teacher's argmax", lambda w, task: PseudoLabel(w), "logits", (1.0, 0.3, 3.0, 10.0)),
-    "kd": Method("KD, tau 4", lambda w, task: kd.losses.KDLoss(tau=4.0, weight=w), "logits", (1.0, 0.3, 3.0, 10.0)),
-    "cka": Method(
-        "CKA of features, ramp",
-        lambda w, task: ramped(kd.losses.CKALoss(weight=w), task),
-        "features",
-        (15.0, 5.0, 30.0, 60.0, 120.0),
-        "cka",
-    ),
-    "rcka": Method("RCKA of logits, ramp", rcka, "logits", (15.0, 1.0, 5.0, 30.0, 60.0), "cka"),
-    "cmkd": Method(
-        "CMKD, entropy at tau 4",
-        lambda w, task: kd.losses.CMKDLoss(weight=w),
-        "logits",
-        (5.0, 1.0, 2.0, 10.0, 20.0),
-        "spearman",
-    ),
-    "kda": Method(
-        "KDA, from 20 % of training",
-        kda,
-        "features",
-        (1.0, 0.04, 0.3, 3.0, 10.0),
-        "landmark_similarity_loss",
-        labels=True,
-    ),
-    **{
-        f"rdimkd-{variant.lower()}": Method(
-            f"RdimKD-{variant}, k 16", rdimkd(variant), "features", (5.0, 1.0, 2.0, 10.0, 20.0, 40.0), "projected_mse"
-        )
-        for variant in "PAR"
-    },
-}
-CONTROLS = ("ce", "pseudo", "kd")  # always in the table
 
 
 class Run(NamedTuple):
@@ -121,8 +25,12 @@ class Run(NamedTuple):
     test: float | None  # test accuracy after the last one, %; None while weights are chosen
 
 
+PHASES = ("forward", "loss", "backward")
+
+
 class Timing(NamedTuple):
     step_ms: float  # a whole training step
+    phases_ms: tuple[float, ...]  # of it: PHASES, the nets forward, all losses forward, everything backward
     loss_ms: float | None  # forward and backward of the added loss alone
     backend: str
 
@@ -169,6 +77,7 @@ class Student:
     def __init__(self, method: str, weight: float | None, data: Data, teacher, setup: Setup, seed: int, epochs: int):
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
+        self.mixing = torch.Generator().manual_seed(seed)  # one of its own: the batches stay those of the others
         self.method, self.data, self.teacher, self.setup = METHODS[method], data, teacher, setup
         self.labelled = draw_labelled(data.train.labels, setup.labels, seed)
         self.net = setup.student(data.classes).to(data.train.images.device)
@@ -191,25 +100,45 @@ class Student:
         images = self.data.train.images[torch.cat([drawn, order])]
         return augment(images, self.data, self.generator), self.data.train.labels[drawn]
 
-    def distillation(self, student: Output, teacher: Output, labels: torch.Tensor):
-        compared = getattr(student, self.method.uses), getattr(teacher, self.method.uses)
-        if not self.method.labels:
-            return self.loss(*compared)
-        return self.loss(*compared, torch.cat([labels, teacher.logits[len(labels) :].argmax(1)]))
-
-    def step(self, order: torch.Tensor):
-        images, labels = self.batch(order)
-        student, teacher = self.net(images), None
-        total = F.cross_entropy(student.logits[: len(labels)], labels)
-        if self.loss is not None:
+    def forward(self, images: torch.Tensor, labels: torch.Tensor):
+        """Outputs of student and teacher, and what else the loss is called with."""
+        if self.loss is None:
+            return self.net(images), None, ()
+        with torch.no_grad():
+            teacher = self.teacher(images)
+        more = ()
+        if self.method.labels or self.method.mixes:
+            more = (torch.cat([labels, teacher.logits[len(labels) :].argmax(1)]),)
+        if self.method.mixes:
+            more = (kd.mixup(images, *more, alpha=1.0, generator=self.mixing),)
+            images = more[0].x
             with torch.no_grad():
                 teacher = self.teacher(images)
-            total = total + self.distillation(student, teacher, labels)
+        return self.net(images), teacher, more
+
+    def added(self, student: Output, teacher: Output, more) -> torch.Tensor:
+        return self.loss(getattr(student, self.method.uses), getattr(teacher, self.method.uses), *more)
+
+    def total(self, student: Output, teacher: Output | None, labels: torch.Tensor, more) -> torch.Tensor:
+        if self.method.mixes:
+            return self.added(student, teacher, more)
+        total = F.cross_entropy(student.logits[: len(labels)], labels)
+        return total if self.loss is None else total + self.added(student, teacher, more)
+
+    def step(self, order: torch.Tensor, passed=lambda phase: None):
+        """One step; `passed` is called at the end of each of PHASES."""
+        images, labels = self.batch(order)
+        passed("data")
+        student, teacher, more = self.forward(images, labels)
+        passed("forward")
+        total = self.total(student, teacher, labels, more)
+        passed("loss")
         self.sgd.zero_grad()
         total.backward()
+        passed("backward")
         self.sgd.step()
         self.schedule.step()
-        return student, teacher
+        return student, teacher, more
 
     def epoch(self):
         order = torch.randperm(len(self.data.train.labels), generator=self.generator)
@@ -233,7 +162,7 @@ def train_student(
 
 
 def time_method(method: str, weight, data: Data, teacher, setup: Setup, repeats: int = 60) -> Timing:
-    """Medians over steps, one run at a time; the loss is timed on the outputs of the same steps, cut off the net.
+    """Medians over steps, one run at a time; the loss is timed once more on the outputs of the same steps.
 
     On the CPU it is the CPU time of the one thread, which other programs disturb less than the time on the wall.
     """
@@ -248,25 +177,26 @@ def time_method(method: str, weight, data: Data, teacher, setup: Setup, repeats:
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    steps, losses, output, warm_up = [], [], None, 1 + repeats // 6
-    for i in range(warm_up + repeats):
-        start = clock()
-        output, target = student.step(rows)
-        middle = clock()
+    seconds = {name: [] for name in ("step", "alone", "data", *PHASES)}
+    for i in range(1 + repeats // 6 + repeats):
+        if i == 1 + repeats // 6:  # warm
+            seconds = {name: [] for name in seconds}
+        start = last = clock()
+
+        def passed(phase):
+            nonlocal last
+            now = clock()
+            seconds[phase].append(now - last)  # noqa: B023
+            last = now
+
+        output, target, more = student.step(rows, passed)
+        seconds["step"].append(clock() - start)
         if student.loss is not None:
             leaves = Output(*(t.detach().requires_grad_() for t in output))
-            begin = clock()
-            student.distillation(leaves, target, target.logits[:0].argmax(1)).backward()
-            end = clock()
-            if i >= warm_up:
-                losses.append(end - begin)
-        if i >= warm_up:
-            steps.append(middle - start)
-    op = METHODS[method].op
-    field = METHODS[method].uses
+            start = clock()
+            student.added(leaves, target, more).backward()
+            seconds["alone"].append(clock() - start)
+    ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items() if values}
+    op, field = METHODS[method].op, METHODS[method].uses
     backend = kd.explain(op, getattr(output, field), getattr(target, field)).backend if op else "plain PyTorch"
-    return Timing(1e3 * _median(steps), 1e3 * _median(losses) if losses else None, backend)
-
-
-def _median(values) -> float:
-    return sorted(values)[len(values) // 2]
+    return Timing(ms["step"], tuple(ms[name] for name in PHASES), ms.get("alone"), backend)

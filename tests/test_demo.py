@@ -75,6 +75,7 @@ def test_a_dry_run_trains_all_methods_prints_the_table_and_saves_plot_and_record
         assert row["tests"] == [row["mean"]] and len(row["curve"]) == 1
         assert (row["loss_share"] is None) == (row["name"] == "ce")
         assert row["loss_share"] is None or 0 < row["loss_share"] < 1
+        assert 0 < row["forward_ms"] + row["loss_ms"] + row["backward_ms"] < 1.5 * row["step_ms"]
     with (tmp_path / "new" / "plot.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == list(distill_train.METHODS)
 
@@ -82,12 +83,13 @@ def test_a_dry_run_trains_all_methods_prints_the_table_and_saves_plot_and_record
 def test_both_controls_stand_in_the_table_whatever_losses_are_named():
     assert distill.parse(["--losses", "rcka"]).losses == ["ce", "pseudo", "kd", "rcka"]
     assert distill.parse(["--losses", "cka,rcka"]).losses == ["ce", "pseudo", "kd", "cka", "rcka"]
+    assert distill.parse(["--losses", "all"]).losses == distill.parse([]).losses == list(distill_train.METHODS)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--losses", "rkca"], "no loss is named rkca; there are ce, pseudo, kd, cka, rcka, cmkd"),
+        (["--losses", "rkca"], "no loss is named rkca; there are ce, pseudo, kd, dkd, dist, cka, rcka, cmkd"),
         (["--seeds", "0"], "--seeds is 0: give at least 1"),
         (["--epochs", "-3"], "--epochs is -3: give at least 1"),
         (["--threads", "0"], "--threads is 0"),
@@ -173,12 +175,13 @@ def test_gain_is_paired_by_seed_with_its_standard_error():
     def runs(*accuracies):
         return [distill_train.Run("x", seed, 1.0, [0.0, a], a) for seed, a in enumerate(accuracies)]
 
-    ce, timing = runs(80.0, 90.0, 85.0), distill_train.Timing(8.0, 2.0, "cpp")
+    ce, timing = runs(80.0, 90.0, 85.0), distill_train.Timing(8.0, (3.0, 1.0, 2.5), 2.0, "cpp")
     row = distill_report.make_row("x", "X", 1.0, runs(84.0, 92.0, 85.0), ce, timing)
     # differences 4, 2, 0: mean 2, standard deviation 2, over sqrt(3)
     assert row.gain == 2.0 and row.gain_error == pytest.approx(2 / 3**0.5)
     assert row.mean == 87.0 and row.deviation == pytest.approx(19**0.5)
     assert row.loss_share == 0.25
+    assert (row.step_ms, row.forward_ms, row.loss_ms, row.backward_ms) == (8.0, 3.0, 1.0, 2.5)
     base = distill_report.make_row("ce", "CE", None, ce, ce, timing._replace(loss_ms=None))
     assert distill_report.cells(base) == ("CE", "-", "85.0 ± 5.0", "-", "8.0", "-", "cpp")
     control = row._replace(name="pseudo", tests=[84.0, 91.0, 86.0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KDA and RdimKD in the demonstration: labels, epochs, adapters and the teacher's statistics reach them."""
+"""KDA, STKD and RdimKD in the demonstration: labels, mixtures, adapters and the teacher's statistics reach them."""
 
 import sys
 
@@ -42,12 +42,27 @@ def test_kda_starts_after_a_fifth_of_training_and_its_centres_change_each_epoch(
 def test_kda_is_given_the_labels_where_there_are_any_and_else_the_teachers_argmax(digits, teacher):
     student, seen = student_of("kda", digits, teacher), []
     student.loss.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
-    _, target = student.step(torch.arange(64))
+    _, target, _ = student.step(torch.arange(64))
     labels = seen[0][2]
     assert labels.shape == (96,) and labels[32:].equal(target.logits[32:].argmax(1))
     again = student_of("kda", digits, teacher)
     assert labels[:32].equal(again.batch(torch.arange(64))[1])
     assert not labels[:32].equal(target.logits[:32].argmax(1))  # after one epoch the teacher errs
+
+
+def test_stkd_is_the_whole_loss_on_mixed_images_that_both_nets_see(digits, teacher, monkeypatch):
+    student, seen = student_of("stkd", digits, teacher), []
+    monkeypatch.setattr(student, "loss", lambda *arguments: seen.append(arguments) or arguments[0].sum())
+    output, target, (mixed,) = student.step(torch.arange(64))
+    images, labels = student_of("stkd", digits, teacher).batch(torch.arange(64))
+    assert 0 < mixed.lam < 1 and mixed.labels[:32].equal(labels)
+    torch.testing.assert_close(mixed.x, mixed.lam * images + (1 - mixed.lam) * images[mixed.permutation])
+    with torch.no_grad():
+        assert teacher(mixed.x).logits.equal(target.logits)
+        assert mixed.labels[32:].equal(teacher(images).logits[32:].argmax(1))
+    assert [len(arguments) for arguments in seen] == [3] and seen[0][0] is output.logits and seen[0][2] is mixed
+    # no cross-entropy beside it
+    assert student.total(output, target, labels, (mixed,)).equal(output.logits.sum())
 
 
 @pytest.mark.parametrize("setup, width", [("A", 64), ("B", 16)])
