@@ -8,6 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import labelled
+import mapped
 import pyramid
 import pytest
 import torch
@@ -66,6 +67,15 @@ CASES = {
     "nystrom linear": Case(lambda: losses.NystromTransferLoss(6, kernel="linear", normalize=False), "features", 1, 14),
     "pcka": Case(lambda: pyramid.PCKALoss(), "features", 1),
     "pcka transposed": Case(lambda: pyramid.PCKALoss(center=True, transposed=0.5), "features", 1),
+    "sp": Case(lambda: losses.SPLoss(weight=10.0), "features", 1, 14),
+    "gram mse": Case(lambda: losses.GramMSELoss(), "features", 1, 14),
+    "mmd": Case(lambda: losses.MMDLoss(kd.RBF(sigma=3.0)), "features", 2),
+    "mmd biased": Case(lambda: losses.MMDLoss(kd.RBF(sigma=(1.0, 4.0)), unbiased=False), "features", 1),
+    "nst": Case(lambda: mapped.NSTLoss(), "features", 1, 14),
+    "ickd": Case(lambda: mapped.ICKDLoss(), "features", 1),
+    "fsp": Case(lambda: mapped.FSPLoss(), "features", 1),
+    "at": Case(lambda: mapped.ATLoss(weight=10.0), "features", 1, 14),
+    "at cubes": Case(lambda: mapped.ATLoss(p=3, weight=10.0), "features", 1, 14),
     "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
 }
 # 13 rows: odd, so that no even split or padding hides a lost row
