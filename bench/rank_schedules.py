@@ -3,7 +3,7 @@
 
     python -m bench.rank_schedules [--device cuda] [--longest N]
 
-Row lengths on both sides of each schedule's edge, rows of full and of half precision, float32 rows that hold bfloat16
+Row lengths on both sides of each schedule's edge, rows of full and of half precision, float32 rows that hold half
 values, both regularizations, masks, ties, a NaN row beside whole ones. Results are compared with the portable backend
 on the CPU in float64, loosely: what is wrong here is wrong by ranks, the contract has the last digits.
 """
@@ -22,7 +22,7 @@ from kdkernels import backend as backends
 BACKEND = {"cuda": "cuda", "cpu": "cpp"}
 # (rows, n): sub-warp, warp, block in registers, block in shared memory, beyond it
 SHAPES = ((9, 1), (9, 2), (9, 31), (9, 32), (5, 33), (3, 1000), (3, 1024), (2, 1025), (2, 4097), (2, 21841), (1, 57000))
-LONG = ((2, 128256),)
+LONG = ((3, 128256),)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REGULARIZATIONS = ("l2", "kl")
 
@@ -35,15 +35,16 @@ def rows(count: int, n: int, dtype, kind: str):
         x[0, 1::7] = -torch.inf
         if count > 2:
             x[1, n // 2] = torch.nan
-    if kind == "upcast":
-        x = x.bfloat16().float()
+    if kind in ("upcast", "mixed"):
+        halves = x.bfloat16().float(), x.half().float(), x if kind == "mixed" else x.bfloat16().float()
+        x = torch.stack([halves[i % 3][i] for i in range(count)])
     return x
 
 
 def points(longest: int):
     """(op, rows, dtype, kind, regularization) of each call."""
     for count, n in (shape for shape in SHAPES + LONG if shape[1] <= longest):
-        kinds = ("plain", "awkward") if n < LONG[0][1] else ("plain", "upcast")
+        kinds = ("plain", "awkward") if n < LONG[0][1] else ("plain", "upcast", "mixed")
         for dtype in DTYPES:
             for kind in kinds if dtype == torch.float32 else kinds[:1]:
                 for regularization in REGULARIZATIONS:

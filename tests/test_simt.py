@@ -30,6 +30,7 @@ def _simt_build():
 simt_build = _simt_build()
 import compare  # noqa: E402
 import drive  # noqa: E402
+import rows  # noqa: E402
 
 # where there is a compiler the module must build: a failure is an error of the fixture, never a skip
 pytestmark = pytest.mark.skipif(simt_build.compiler() is None, reason="no C++ compiler")
@@ -268,6 +269,21 @@ class TestRanking:
         # the NumPy oracle's sums start at the largest element, 1e18 eps away: even long double is too short for it
         expected = kd.soft_rank(torch.from_numpy(x).double(), "l2", 1e-9, backend="torch").numpy()
         assert (np.abs(found - expected) <= np.spacing(expected.astype(np.float32))).all()
+
+    # which rows of a float32 batch hold half values is found on the device: those count, the others are sorted
+    @pytest.mark.parametrize("n, strength, kl, descending", [(1027, 0.01, False, False), (67, 0.3, True, True)])
+    def test_long_float32_rows_that_hold_half_values_are_counted_row_by_row(self, kernels, n, strength, kl, descending):
+        x, names, sorted_rows = rows.upcast(n)
+        kernels.sorted_segments()
+        long = drive.Kernels(kernels, "long")
+        compare.compare_rank(long, n, "float32", strength, kl=kl, descending=descending, data=(x, x, names))
+        assert kernels.sorted_segments() == sorted_rows
+
+    def test_a_count_of_equal_elements_may_exceed_sixteen_bits(self, kernels):
+        x, names, sorted_rows = rows.upcast(70001, names=["one value", "float32"])
+        kernels.sorted_segments()
+        compare.compare_rank(drive.Kernels(kernels), 70001, "float32", 1e-3, data=(x, x, names))
+        assert kernels.sorted_segments() == sorted_rows
 
     # float32 is sorted, the half formats count; 65,537: more elements than codes
     @pytest.mark.slow

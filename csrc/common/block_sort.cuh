@@ -132,27 +132,46 @@ __device__ void sort_keys(Key (&item)[kItems], void* memory) {
   }
 }
 
-// the batch of rows is small enough for int (schedule.cuh)
-struct RowStart {
+// where rows [rows, n] start and end: a batch is small enough for int (schedule.cuh). One that is not wanted ends where
+// it starts, which is read on the device
+template <class Wanted>
+struct Segments {
   int n;
-  __host__ __device__ int operator()(int row) const { return row * n; }
+  Wanted wanted;
+  struct Start {
+    int n;
+    __host__ __device__ int operator()(int row) const { return row * n; }
+  };
+  struct End {
+    int n;
+    Wanted wanted;
+    __host__ __device__ int operator()(int row) const { return row * n + (wanted(row) ? n : 0); }
+  };
 };
 
-// rows [rows, n] of keys, each sorted ascending from `from` into `to`; memory null: only *bytes is set
-template <class Key>
-void sort_segments(void* memory, size_t* bytes, const Key* from, Key* to, int64_t rows, int n, cudaStream_t stream) {
+// rows of keys, each wanted one sorted ascending from `from` into `to`; memory null: only *bytes is set
+template <class Key, class Wanted>
+void sort_segments(void* memory, size_t* bytes, const Key* from, Key* to, int64_t rows,
+                   const Segments<Wanted>& segments, cudaStream_t stream) {
+  const typename Segments<Wanted>::Start start{segments.n};
+  const typename Segments<Wanted>::End end{segments.n, segments.wanted};
 #ifdef KDK_SIMT
   (void)stream;
   if (memory == nullptr) {
     *bytes = 1;
     return;
   }
-  std::copy(from, from + rows * n, to);
-  for (int64_t r = 0; r < rows; ++r) std::sort(to + r * n, to + (r + 1) * n);
+  for (int row = 0; row < rows; ++row) {
+    if (start(row) < end(row)) simt::sorted_segments.push_back(row);
+    std::copy(from + start(row), from + end(row), to + start(row));
+    std::sort(to + start(row), to + end(row));
+  }
 #else
-  const auto begin = thrust::make_transform_iterator(thrust::make_counting_iterator(0), RowStart{n});
-  check_cuda(cub::DeviceSegmentedRadixSort::SortKeys(memory, *bytes, from, to, rows * n, static_cast<int>(rows), begin,
-                                                     begin + 1, 0, static_cast<int>(8 * sizeof(Key)), stream),
+  const thrust::counting_iterator<int> row(0);
+  check_cuda(cub::DeviceSegmentedRadixSort::SortKeys(
+                 memory, *bytes, from, to, static_cast<int>(rows) * segments.n, static_cast<int>(rows),
+                 thrust::make_transform_iterator(row, start),
+                 thrust::make_transform_iterator(row, end), 0, static_cast<int>(8 * sizeof(Key)), stream),
              "sort of long rows");
 #endif
 }

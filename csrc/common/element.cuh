@@ -9,6 +9,7 @@ namespace kdkernels {
 
 enum Dtype : int { kHalf, kBfloat16, kFloat, kDouble };
 
+__host__ __device__ inline bool is_half(int dtype) { return dtype == kHalf || dtype == kBfloat16; }
 inline int bytes_of(int dtype) { return dtype == kDouble ? 8 : dtype == kFloat ? 4 : 2; }
 
 // Key: unsigned of Value's size whose order is Value's; the largest key belongs to no number and means absent

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Soft ranks of rows too long for the registers or shared memory of one block. Up to 24,576 floats a block still sorts
 // its row, in two runs that it merges, and only the sums lie in global memory (cached). Longer rows go through
-// workspace: keys and strength (`prepare_keys_kernel`), sorted keys (a segmented radix sort; half formats count their
-// at most 65,536 distinct values instead, `count_keys_kernel`), then fit and ranks (`finish_ranks_kernel`).
+// workspace: keys and strength (`prepare_keys_kernel`), sorted keys, then fit and ranks (`finish_ranks_kernel`). A row
+// of half values is sorted by counting its at most 65,536 distinct ones (`count_keys_kernel`), any other by a segmented
+// radix sort. Which float row holds half values alone (an upcast copy) is found on the device, row by row.
 #pragma once
 
 #include "soft_rank.cuh"
@@ -15,8 +16,16 @@ struct LongCall {
   void* keys;             // Key [batch, n]
   void* sorted;           // Key [batch, n]
   int* valid;             // [batch] elements that are there, -1 for a poisoned row
-  int* table;             // [batch, 65536] or null: first position of a half value's code
+  int* format;            // [batch] Dtype: the half format that holds all of a row, kFloat or kDouble if none does
+  int* table;             // [batch, 65536] or null (double): first position of a half value's code
   unsigned char* memory;  // [gridDim.x, layout], in `rank_big_kernel` the sums alone
+};
+
+// the rows of a batch that the radix sort has to do
+struct NeedsSort {
+  const int* valid;
+  const int* format;
+  __host__ __device__ bool operator()(int row) const { return valid[row] > 0 && !is_half(format[row]); }
 };
 
 constexpr int kCodes = 65536, kHalfCodes = kCodes / 2;
@@ -107,7 +116,27 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
   }
 }
 
-// x -> keys, eps and the number of elements that are there
+// the key of a half or bfloat16 value in 16 bits, in the same order
+__device__ __forceinline__ int code_of(unsigned key, int format) {
+  if (format == kBfloat16) return static_cast<int>(key >> 16);
+  const unsigned u = __half_as_ushort(__float2half_rn(decode<float>(key)));
+  return static_cast<int>(u & 0x8000u ? ~u & 0xFFFFu : u | 0x8000u);
+}
+__device__ __forceinline__ unsigned key_of_code(int code, int format) {
+  // a negative bfloat16's lower half is zero, and turned over in the key
+  if (format == kBfloat16) return static_cast<unsigned>(code) << 16 | (code & 0x8000 ? 0u : 0xFFFFu);
+  const unsigned u = code & 0x8000 ? static_cast<unsigned>(code) ^ 0x8000u : ~static_cast<unsigned>(code) & 0xFFFFu;
+  return encode(__half2float(__ushort_as_half(static_cast<unsigned short>(u))));
+}
+
+// bit `format` set: the format does not hold the value of this key
+__device__ __forceinline__ unsigned formats_without(unsigned key) {
+  const unsigned half = key_of_code(code_of(key, kHalf), kHalf);
+  const unsigned bfloat = key_of_code(code_of(key, kBfloat16), kBfloat16);
+  return (half != key ? 1u << kHalf : 0u) | (bfloat != key ? 1u << kBfloat16 : 0u);
+}
+
+// x -> keys, eps, the number of elements that are there, the format of the row
 template <class Value, int T>
 __global__ void __launch_bounds__(T, 1) prepare_keys_kernel(LongCall call) {
   using Key = typename KeyOf<Value>::Key;
@@ -117,8 +146,18 @@ __global__ void __launch_bounds__(T, 1) prepare_keys_kernel(LongCall call) {
   for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
     Key* keys = static_cast<Key*>(call.keys) + row * rank.n;
     bool poisoned = false;
+    unsigned without = 0;
     for (int i = group.rank(); i < rank.n; i += T) {
-      keys[i] = key_of<Value>(rank.x, rank.partner, call.first + row, i, rank.descending, poisoned);
+      const Key key = key_of<Value>(rank.x, rank.partner, call.first + row, i, rank.descending, poisoned);
+      keys[i] = key;
+      if constexpr (sizeof(Key) == 4) {
+        if (rank.x.dtype == kFloat && key != kAbsent<Value>) without |= formats_without(key);
+      }
+    }
+    int format = rank.x.dtype;
+    if (format == kFloat) {
+      without = group.reduce(without, [](unsigned a, unsigned b) { return a | b; });
+      format = !(without >> kBfloat16 & 1) ? kBfloat16 : !(without >> kHalf & 1) ? kHalf : kFloat;
     }
     const RowFacts facts = facts_of<Value>(group, rank.strength, call.first + row, poisoned, [&](auto visit) {
       for (int i = group.rank(); i < rank.n; i += T) visit(keys[i]);
@@ -126,21 +165,9 @@ __global__ void __launch_bounds__(T, 1) prepare_keys_kernel(LongCall call) {
     if (group.rank() == 0) {
       rank.eps[call.first + row] = facts.eps;
       call.valid[row] = facts.poisoned ? -1 : facts.m;
+      call.format[row] = format;
     }
   }
-}
-
-// the key of a half or bfloat16 value in 16 bits, in the same order
-__device__ __forceinline__ int code_of(unsigned key, int dtype) {
-  if (dtype == kBfloat16) return static_cast<int>(key >> 16);
-  const unsigned u = __half_as_ushort(__float2half_rn(decode<float>(key)));
-  return static_cast<int>(u & 0x8000u ? ~u & 0xFFFFu : u | 0x8000u);
-}
-__device__ __forceinline__ unsigned key_of_code(int code, int dtype) {
-  // a negative bfloat16's lower half is zero, and turned over in the key
-  if (dtype == kBfloat16) return static_cast<unsigned>(code) << 16 | (code & 0x8000 ? 0u : 0xFFFFu);
-  const unsigned u = code & 0x8000 ? static_cast<unsigned>(code) ^ 0x8000u : ~static_cast<unsigned>(code) & 0xFFFFu;
-  return encode(__half2float(__ushort_as_half(static_cast<unsigned short>(u))));
 }
 
 struct Count {
@@ -149,7 +176,7 @@ struct Count {
   __device__ Count then(const Count& next) const { return {count + next.count}; }
 };
 
-// sorts keys of half values by counting: negative numbers first, then the others, 128 KiB of bins each time
+// sorts the rows that have a format by counting: negative numbers first, then the others, 128 KiB of bins each time
 template <int T>
 __global__ void __launch_bounds__(T, 1) count_keys_kernel(LongCall call) {
   static_assert(kHalfCodes % T == 0);
@@ -159,7 +186,8 @@ __global__ void __launch_bounds__(T, 1) count_keys_kernel(LongCall call) {
   int* bins = reinterpret_cast<int*>(memory + kScratchBytes);
   constexpr int kShare = kHalfCodes / T;
   for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
-    if (call.valid[row] < 0) continue;
+    const int format = call.format[row];
+    if (call.valid[row] < 0 || !is_half(format)) continue;
     const unsigned* keys = static_cast<const unsigned*>(call.keys) + row * rank.n;
     unsigned* sorted = static_cast<unsigned*>(call.sorted) + row * rank.n;
     int* table = call.table + row * kCodes;
@@ -170,7 +198,7 @@ __global__ void __launch_bounds__(T, 1) count_keys_kernel(LongCall call) {
       for (int i = group.rank(); i < rank.n; i += T) {
         const unsigned key = keys[i];
         if (key == kAbsent<float>) continue;
-        const int code = code_of(key, rank.x.dtype) - half * kHalfCodes;
+        const int code = code_of(key, format) - half * kHalfCodes;
         if (code >= 0 && code < kHalfCodes) atomicAdd(bins + code, 1);
       }
       group.sync();
@@ -198,7 +226,7 @@ __global__ void __launch_bounds__(T, 1) count_keys_kernel(LongCall call) {
           }
         }
         const int stop = min(last, high < kHalfCodes ? bins[high] : total);
-        const unsigned key = key_of_code(low + half * kHalfCodes, rank.x.dtype);
+        const unsigned key = key_of_code(low + half * kHalfCodes, format);
         for (; p < stop; ++p) sorted[before + p] = key;
       }
       group.sync();
@@ -230,10 +258,11 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
                                  inverse_of(eps)};
     fit.solve(group);
     fit.constants(group);
-    const int* table = call.table ? call.table + row * kCodes : nullptr;
+    const int format = call.format[row];
+    const int* table = is_half(format) ? call.table + row * kCodes : nullptr;
     emit_ranks(group, fit, rank, call.first + row, [&](Key key) {
       if constexpr (sizeof(Key) == 4) {
-        if (table) return table[code_of(key, rank.x.dtype)];
+        if (table) return table[code_of(key, format)];
       }
       return fit.position(key);
     });

@@ -105,19 +105,23 @@ void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
   using Key = typename KeyOf<Value>::Key;
   const RankCall whole = call.rank;
   const int n = whole.n;
-  const bool counts = whole.x.dtype == kHalf || whole.x.dtype == kBfloat16;
-  const size_t row_size = 2 * sizeof(Key) * static_cast<size_t>(n) + (counts ? kCodes * sizeof(int) : 0);
+  // a float row may turn out to hold half values alone: every one has a table, and an empty segment if it does
+  constexpr bool kCounts = sizeof(Key) == 4;
+  const bool sorts = !is_half(whole.x.dtype);
+  const size_t row_size = (sorts ? 3 : 2) * sizeof(Key) * static_cast<size_t>(n) + (kCounts ? kCodes * sizeof(int) : 0);
   int64_t batch = static_cast<int64_t>(kBatchBytes / row_size);
   batch = batch < 1 ? 1 : batch < whole.rows ? batch : whole.rows;
   const size_t keys = sizeof(Key) * static_cast<size_t>(n) * batch;
   call.keys = allocate(keys);
   call.sorted = allocate(keys);
   call.valid = static_cast<int*>(allocate(sizeof(int) * batch));
-  call.table = counts ? static_cast<int*>(allocate(sizeof(int) * kCodes * batch)) : nullptr;
+  call.format = static_cast<int*>(allocate(sizeof(int) * batch));
+  call.table = kCounts ? static_cast<int*>(allocate(sizeof(int) * kCodes * batch)) : nullptr;
   size_t sort_size = 0;
   void* sort_memory = nullptr;
-  if (!counts) {
-    sort_segments<Key>(nullptr, &sort_size, nullptr, nullptr, batch, n, stream);
+  const Segments<NeedsSort> segments{n, {call.valid, call.format}};  // cub keeps one more copy of the keys
+  if (sorts) {
+    sort_segments<Key>(nullptr, &sort_size, nullptr, nullptr, batch, segments, stream);
     sort_memory = allocate(sort_size > 0 ? sort_size : 1);
   }
   call.rank.shift = 5;
@@ -129,15 +133,13 @@ void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
     call.rank.rows = left < batch ? left : batch;
     KDK_LAUNCH((prepare_keys_kernel<Value, kLongThreads>), grid_of(call.rank.rows), kLongThreads, kScratchBytes, stream,
                call);
-    if constexpr (sizeof(Key) == 4) {
-      if (counts) {
-        KDK_LAUNCH((count_keys_kernel<kCountThreads>), grid_of(call.rank.rows), kCountThreads,
-                   kScratchBytes + kHalfCodes * sizeof(int), stream, call);
-      }
+    if constexpr (kCounts) {
+      KDK_LAUNCH((count_keys_kernel<kCountThreads>), grid_of(call.rank.rows), kCountThreads,
+                 kScratchBytes + kHalfCodes * sizeof(int), stream, call);
     }
-    if (!counts) {
+    if (sorts) {
       sort_segments(sort_memory, &sort_size, static_cast<const Key*>(call.keys), static_cast<Key*>(call.sorted),
-                    call.rank.rows, n, stream);
+                    call.rank.rows, segments, stream);
     }
     KDK_LAUNCH((finish_ranks_kernel<Value, kLongThreads>), grid_of(call.rank.rows, outside), kLongThreads,
                kScratchBytes, stream, call);

@@ -66,8 +66,9 @@ def compare_rank(
     seed=0,
     names=None,
     twice=False,
+    data=None,
 ):
-    x, storage, names = rows.matrix(n, dtype, seed, names)
+    x, storage, names = data or rows.matrix(n, dtype, seed, names)
     work = "float64" if dtype == "float64" else "float32"
     what = f"rank n={n} {dtype} eps={strength} relative={relative} kl={kl} descending={descending}"
     if factor is not None:

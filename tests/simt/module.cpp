@@ -62,5 +62,6 @@ PYBIND11_MODULE(simt_kernels, m) {
   m.def("primitives", &run_primitives);
   m.def("convert_half", &convert_half);
   m.def("reverse_blocks", [](bool on) { simt::reverse_blocks = on; });
+  m.def("sorted_segments", [] { return std::exchange(simt::sorted_segments, {}); });
   m.def("skip_barrier", [](const std::string& at) { simt::skipped_barrier = at; });
 }

@@ -40,6 +40,44 @@ REGIMES = {
 }
 
 
+# float32 rows of a batch that mixes what a format holds with what it does not: name: (generator, whether one does)
+UPCAST = {
+    "bfloat16": (lambda rng, n: _values(rng, n, "bfloat16"), True),
+    "float16": (lambda rng, n: _values(rng, n, "float16"), True),
+    "float32": (lambda rng, n: rng.standard_normal(n), False),
+    "bfloat16 and one more bit": (lambda rng, n: _last(_values(rng, n, "bfloat16"), 1 + 2.0**-16), False),
+    "float16 and one more bit": (lambda rng, n: _last(_values(rng, n, "float16"), 1 + 2.0**-11), False),
+    "float16 and one too large": (lambda rng, n: _last(_values(rng, n, "float16"), 65520 + 32), False),
+    "float16 and one too small": (lambda rng, n: _last(_values(rng, n, "float16"), 2.0**-24 + 2.0**-36), False),
+    "float16 below its normal numbers": (lambda rng, n: rng.integers(-999, 999, n) * 2.0**-24, True),
+    "bfloat16 from end to end": (lambda rng, n: _values(rng, n, "bfloat16", 1e38), True),
+    "zeros of both signs": (lambda rng, n: np.where(rng.random(n) < 0.5, 0.0, -0.0), True),
+    "bfloat16, masked": (lambda rng, n: np.where(rng.random(n) < 0.3, -np.inf, _values(rng, n, "bfloat16")), True),
+    "float32, masked": (lambda rng, n: np.where(rng.random(n) < 0.3, -np.inf, rng.standard_normal(n)), False),
+    "bfloat16 with nan": (lambda rng, n: _last(_values(rng, n, "bfloat16"), np.nan), True),
+    "float32 with nan": (lambda rng, n: _last(rng.standard_normal(n), np.nan), True),  # poisoned: nothing to sort
+    "all absent": (lambda rng, n: np.full(n, -np.inf), True),
+    "negative float16": (lambda rng, n: -np.abs(_values(rng, n, "float16")), True),
+    "one value": (lambda rng, n: np.full(n, -1.5), True),
+}
+
+
+def _last(x, value):
+    x[-1] = value
+    return x
+
+
+def _values(rng, n, dtype, scale=3.0):
+    return round_to(scale * rng.standard_normal(n), dtype)[0].astype(np.float64)
+
+
+def upcast(n: int, seed: int = 0, names=None):
+    """(float32 [R, n], names, the rows that have to be sorted)."""
+    rng, names = np.random.default_rng([seed, n]), list(UPCAST if names is None else names)
+    x = np.stack([UPCAST[name][0](rng, n) for name in names]).astype(np.float32)
+    return x, names, [row for row, name in enumerate(names) if not UPCAST[name][1]]
+
+
 def round_to(x, dtype: str):
     """float64 -> the values of `dtype`, held in float32 (half formats, as uint16 bits beside them) or in itself."""
     with np.errstate(over="ignore"):

@@ -34,6 +34,9 @@ inline constexpr int warpSize = 32;
 
 namespace simt {
 
+// segments that a segmented sort on the host, in the place of cub's, did not find empty
+inline std::vector<int> sorted_segments;
+
 constexpr int kNamedBarriers = 16;
 constexpr unsigned kMaxThreads = 1024;      // of a block
 constexpr std::size_t kMaxShared = 232448;  // bytes of a block, sm_90 and later
