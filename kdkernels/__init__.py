@@ -2,7 +2,7 @@
 """Fused kernels for knowledge distillation: Gram/CKA statistics as PyTorch ops, with pure-PyTorch references."""
 
 from . import losses
-from .analysis import CKAMetric, cka_matrix
+from .analysis import CKAMetric, Comparison, cka_matrix, compare_models
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CKAMetric",
     "ClassCenters",
+    "Comparison",
     "Cosine",
     "Laplacian",
     "Linear",
@@ -36,6 +37,7 @@ __all__ = [
     "available_backends",
     "cka",
     "cka_matrix",
+    "compare_models",
     "debug_checks",
     "distillation_kl",
     "explain",

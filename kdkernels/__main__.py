@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m kdkernels info` says what is loaded and what runs where; `validate` certifies this machine's backends."""
+"""`python -m kdkernels info`: what is loaded and runs where; `validate`: certifies backends; `compare`: two models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from . import __version__, native, testing
 from . import backend as backends
+from .analysis import command
 from .registry import OPS
 
 
@@ -26,7 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     validate.add_argument("--backend", choices=backends.BACKENDS, help="default: all that can run on the device")
     validate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     validate.add_argument("--quick", action="store_true", help="fewer combinations of regimes, kernels and options")
+    compare = commands.add_parser("compare", help="CKA between the layers of two models: heat map, CSV")
+    command.add_arguments(compare)
     given = parser.parse_args(arguments)
+    if given.command == "compare":
+        return command.run(given)
     if given.command == "info":
         print(info())
         return 0

@@ -65,9 +65,15 @@ def hsics(xs, ys, kernels, unbiased: bool, backend: str, dtype) -> Hsics:
     """The three HSICs of all pairs; layers that are the same tensors on both sides are prepared once."""
     problem = sums.problem_of(kernels, unbiased, backend)
     same = kernels[0] is kernels[1] and len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))
-    left = [sums.side_of(x, kernels[0], problem, dtype) for x in xs]
-    right = left if same else [sums.side_of(y, kernels[1], problem, dtype, first=False) for y in ys]
-    return sums.of_sides(left, right, problem, same)
+    together = len(xs) if same else len(xs) + len(ys)
+    A = B = sums.Layers(len(xs), together, kernels[0], problem, dtype)
+    for x in xs:
+        A.put(x)
+    if not same:
+        B = sums.Layers(len(ys), together, kernels[1], problem, dtype, first=False)
+        for y in ys:
+            B.put(y)
+    return sums.hsics(A, B)
 
 
 def ratio(h: Hsics) -> torch.Tensor:

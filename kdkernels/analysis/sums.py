@@ -176,33 +176,85 @@ def edge(n: int, layers: int, item: int) -> int:
     return min(n, max(LEAST_TILE, min(panels.TILE, fits)))
 
 
-def tile_sums(sums: Sums, xs: list[Side], ys: list[Side], problem: Problem, same: bool):
-    n, item = xs[0].left.shape[0], xs[0].left.element_size()
-    step = edge(n, len(xs) + (0 if same else len(ys)), item)
-    if step == n:
-        everything = slice(0, n)
-        K = torch.stack([whole(s, problem) for s in xs])
-        sums.add(K, K if same else torch.stack([whole(s, problem) for s in ys]), everything, everything)
-        return
-    xs = [s._replace(u=panels.landmark_means(s, None)) for s in xs]
-    ys = xs if same else [s._replace(u=panels.landmark_means(s, None)) for s in ys]
-    for i in (slice(start, min(start + step, n)) for start in range(0, n, step)):
-        for j in (slice(start, min(start + step, n)) for start in range(i.start, n, step)):
-            K = torch.stack([tile(s, problem, i, j) for s in xs])
-            sums.add(K, K if same else torch.stack([tile(s, problem, i, j) for s in ys]), i, j)
+class Layers:
+    """The layers of one network for one batch, each reduced as soon as it comes to the smaller of what it needs.
+
+    A Gram matrix [n, n] replaces the rows where it is no larger than they are and all of them fit into `BYTES`; else
+    prepared rows are kept, for feature space or for tiles. `put` leaves x to its owner: changing it in place later, or
+    freeing it, does no harm.
+    """
+
+    def __init__(self, most: int, together: int, kernel: Kernel, problem: Problem, dtype, first: bool = True):
+        # most: layers that may come; together: those of both networks
+        self.most, self.together, self.kernel, self.problem = most, together, kernel, problem
+        self.dtype, self.first = dtype, first
+        self.n, self.grams = 0, None
+        self.sides, self.units, self.widths = [], [], []
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @property
+    def spec(self):
+        return self.problem.kx if self.first else self.problem.ky
+
+    def put(self, x, place: int | None = None) -> int:
+        """x [n, p] as the next layer, or in the place of one that is there; the place it has."""
+        self.n = x.shape[0]
+        side = side_of(x, self.kernel, self.problem, self.dtype, self.first)
+        place = len(self) if place is None else place
+        if place == len(self):
+            for column in (self.sides, self.units, self.widths):
+                column.append(None)
+        self.units[place], self.widths[place], self.sides[place] = side.P.unit, x.shape[1], side
+        if self.fits and not (self.spec.linear and x.shape[1] < self.n):
+            self.gram(place)
+        return place
+
+    @property
+    def fits(self) -> bool:
+        return edge(self.n, self.together, self.dtype.itemsize) == self.n
+
+    def gram(self, place: int):
+        """K of one layer takes the place of its rows."""
+        if self.grams is None:
+            like = self.sides[place].left
+            self.grams = like.new_empty(self.most, self.n, self.n)
+        self.grams[place] = whole(self.sides[place], self.problem)
+        self.sides[place] = None
+
+    def all_grams(self):
+        for place, side in enumerate(self.sides):
+            if side is not None:
+                self.gram(place)
+        return self.grams[: len(self)]
+
+    def with_means(self) -> list[Side]:
+        return [side._replace(u=panels.landmark_means(side, None)) for side in self.sides]
 
 
-def units_of(sides: list[Side]):
-    return torch.stack([s.P.unit for s in sides])
-
-
-def of_sides(xs: list[Side], ys: list[Side], problem: Problem, same: bool) -> Hsics:
-    """HSIC of all pairs of prepared layers; `same`: ys are xs under one kernel function."""
-    n = xs[0].left.shape[0]
-    sums = Sums(len(xs), len(ys), n, xs[0].left)
-    widths, others = ([s.P.z.shape[1] for s in sides] for sides in (xs, ys))
-    if in_feature_space(problem, n, widths, others):
-        feature_sums(sums, xs, ys, problem.unbiased)
+def hsics(A: Layers, B: Layers) -> Hsics:
+    """HSIC of all pairs; B may be A."""
+    n, problem, same = A.n, A.problem, B is A
+    sums = Sums(len(A), len(B), n, A.units[0])
+    kept = A.grams is None and B.grams is None
+    if kept and in_feature_space(problem, n, A.widths, B.widths):
+        feature_sums(sums, A.sides, B.sides, problem.unbiased)
+    elif A.fits:
+        everything, K = slice(0, n), A.all_grams()
+        sums.add(K, K if same else B.all_grams(), everything, everything)
     else:
-        tile_sums(sums, xs, ys, problem, same)
-    return sums.finish(problem, n, (units_of(xs), units_of(ys)), torch.finfo(xs[0].left.dtype).eps, same)
+        tile_sums(sums, A.with_means(), None if same else B.with_means(), problem)
+    units = torch.stack(A.units), torch.stack(B.units)
+    return sums.finish(problem, n, units, torch.finfo(A.dtype).eps, same)
+
+
+def tile_sums(sums: Sums, xs: list[Side], ys: list[Side] | None, problem: Problem):
+    """Each unordered pair of blocks once; ys None: those of xs."""
+    n, item = xs[0].left.shape[0], xs[0].left.element_size()
+    step = edge(n, len(xs) + len(ys or ()), item)
+    blocks = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    for place, i in enumerate(blocks):
+        for j in blocks[place:]:
+            K = torch.stack([tile(s, problem, i, j) for s in xs])
+            sums.add(K, K if ys is None else torch.stack([tile(s, problem, i, j) for s in ys]), i, j)

@@ -151,12 +151,17 @@ def _positive(value, what: str, owner: str) -> float:
 _BY_NAME = {kernel.name: kernel() for kernel in (Linear, Polynomial, Cosine, RBF, Laplacian)}
 
 
+def names() -> list[str]:
+    """Kernel functions that a name is enough for."""
+    return sorted(_BY_NAME)
+
+
 def _one(kernel, what: str) -> Kernel:
     if isinstance(kernel, Kernel):
         return kernel
     if isinstance(kernel, str) and kernel in _BY_NAME:
         return _BY_NAME[kernel]
-    raise ValueError(f"{what} is {kernel!r}: give one of {sorted(_BY_NAME)} or an object such as kd.RBF(sigma=2.0)")
+    raise ValueError(f"{what} is {kernel!r}: give one of {names()} or an object such as kd.RBF(sigma=2.0)")
 
 
 def spec_of(kernel) -> tuple[Kernel, Kernel]:

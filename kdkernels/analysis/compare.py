@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CKA between the layers of two networks in one pass over a loader: unbiased, and memory that no batch adds to."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from ..gram.kernels import spec_of
+from ..gram.problem import minimum_rows
+from ..losses.base import check_rows
+from . import stream, sums
+from .comparison import Comparison
+from .network import Network, arguments_of, device_of, dtype_of, moved, patterns
+
+
+def compare_models(
+    model_a,
+    model_b,
+    loader,
+    layers=None,
+    *,
+    rows=None,
+    kernel="linear",
+    unbiased=True,
+    inputs=None,
+    device=None,
+    progress=True,
+    backend="auto",
+) -> Comparison:
+    """CKA of every chosen layer of `model_a` with every chosen layer of `model_b`, over all batches of `loader`.
+
+    cka[l, m] = sum h(K_l, L_m) / sqrt(sum h(K_l, K_l) sum h(L_m, L_m)), sums over batches of HSIC_1: a ratio of sums
+    (Nguyen et al. 2021, arXiv 2010.15327; Song et al. 2012), with its standard error. Each batch's HSICs are unbiased,
+    so the batch size does not move the value; their ratio has a bias below the standard error. See `kd.CKAMetric`.
+
+    Memory beside the models: of one batch, for each layer the smaller of its features and its Gram matrix, then nine
+    numbers a pair of layers, whatever the number of batches. One forward pass of each model a batch (one in all where
+    both are the same model and layers).
+
+    Args:
+        model_a, model_b: nn.Modules for the same inputs. A model in training mode warns, and is left in it: dropout and
+            batch statistics then make the features depend on chance and on the batch. No gradient is recorded.
+        loader: any iterable of batches: tensors, (inputs, ...) tuples, of which the first entry counts, or dicts,
+            passed by keyword as far as `forward` takes them. Shuffle it: the error takes batches for independent.
+        layers: a name or an fnmatch pattern ("layer?", "blocks.*.mlp"), a list of them for both models, or a pair of
+            lists. None: every module without children that is called and has a float output. A layer called several
+            times counts with its last call; of an output that is a tuple or a dict its first tensor counts.
+        rows: how outputs become rows, one value or a pair (a's, b's). Convolutions [B, C, H, W]: "flatten" (default),
+            "gap" (mean over positions), "positions" (each position a sample). Tokens [B, T, d], which have no default:
+            "tokens", "mean", "flatten".
+        kernel, unbiased, backend: as in `kd.cka_matrix`; a bandwidth rule such as "median" sees one batch at a time.
+        inputs: a function of the batch that gives what the models are called with, where the above does not fit.
+        device: moves the models and the batches there; None: batches go where each model is.
+        progress: a tqdm bar, where tqdm is installed.
+
+    Returns:
+        `Comparison`: `cka` and `standard_error` [La, Lb] float64 on the CPU, labels, `plot(path)`, `to_csv(path)`.
+
+    A batch with fewer rows than the estimator needs (4; 2 with unbiased=False) is left out with one warning; if it is
+    the first, that is an error: the loader's batch_size is too small. Every batch counts once: drop_last=True spares
+    the noise of a small last one. A NaN in a layer makes its entries NaN and no others.
+
+    Raises:
+        ValueError: layers that do not exist (it lists those that do) or are never called, layers whose rows do not fit
+            together, an empty loader. TypeError: an output without a tensor, a batch of unknown type.
+
+    >>> a = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+    >>> found = kd.compare_models(a, a, torch.randn(10, 32, 8), progress=False)
+    >>> found.labels_a, found.cka.diagonal().allclose(torch.ones(3, dtype=torch.float64))
+    (('0', '1', '2'), True)
+    """
+    a, b = _networks(model_a, model_b, layers, rows)
+    kernels = spec_of(kernel)
+    if device is not None:
+        model_a.to(device), model_b.to(device)
+    for name, model in dict.fromkeys((("model_a", model_a), ("model_b", model_b))):
+        if model.training:
+            warnings.warn(f"{name} is in training mode, and left in it: call {name}.eval() first", stacklevel=2)
+    run = _Run(a, b, kernels, unbiased, backend, dtype_of(model_a, model_b))
+    for batch in _bar(loader, progress):
+        run.add(batch if inputs is None else inputs(batch))
+    return run.result(kernel)
+
+
+def _networks(model_a, model_b, layers, rows) -> tuple[Network, Network]:
+    wanted = patterns(layers)
+    rows = rows if isinstance(rows, (tuple, list)) else (rows, rows)
+    if len(rows) != 2:
+        raise ValueError(f"rows has {len(rows)} entries: give one, or a pair (model_a's, model_b's)")
+    for entry in rows:
+        if check_rows(entry) == "groups":
+            raise ValueError("rows is 'groups': give 'flatten', 'gap', 'positions', 'tokens' or 'mean'")
+    a = Network(model_a, "model_a", wanted[0], rows[0])
+    if model_b is model_a and wanted[0] == wanted[1] and rows[0] == rows[1]:
+        return a, a
+    return a, Network(model_b, "model_b", wanted[1], rows[1])
+
+
+class _Run:
+    """The sums of all batches so far."""
+
+    def __init__(self, a: Network, b: Network, kernels, unbiased: bool, backend: str, dtype):
+        self.a, self.b, self.kernels, self.unbiased, self.dtype = a, b, kernels, bool(unbiased), dtype
+        self.backend, self.minimum = backend, minimum_rows(self.unbiased, True)
+        self.same = b is a and kernels[0] is kernels[1]
+        self.sums, self.seen, self.batches, self.rows, self.left_out = None, 0, 0, 0, 0
+
+    def add(self, batch):
+        self.seen += 1
+        A = self._features(self.a, batch, self.kernels[0], True)
+        B = A if self.same else self._features(self.b, batch, self.kernels[1], False)
+        if A.n != B.n:
+            raise ValueError(
+                f"rows: model_a's layers give {A.n} rows, model_b's {B.n}: both must describe the same samples; "
+                "rows='flatten', 'gap' or 'mean' give one a sample"
+            )
+        if A.n < self.minimum:
+            self._too_small(A.n)
+            return
+        h = sums.hsics(A, B)
+        order_a, order_b = (torch.tensor(net.order(), device=h.kl.device) for net in (self.a, self.b))
+        batch = stream.terms(h.kl, h.kk[:, None], h.ll)[:, order_a][:, :, order_b]
+        self.sums = batch if self.sums is None else self.sums + batch
+        self.batches, self.rows = self.batches + 1, self.rows + A.n
+
+    def _features(self, net: Network, batch, kernel, first: bool) -> sums.Layers:
+        arguments, options = arguments_of(batch, net.model, net.name)
+        device = device_of(net.model)
+        if device is not None:
+            arguments, options = moved(arguments, device), moved(options, device)
+        together = len(self.a) + (0 if self.same else len(self.b))
+        layers = sums.Layers(len(net), together, kernel, self._problem(arguments, options), self.dtype, first)
+        return net.features(arguments, options, layers)
+
+    def _problem(self, arguments, options):
+        tensor = next((t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor)), torch.empty(0))
+        return sums.problem_of(self.kernels, self.unbiased, sums.choose_backend(self.backend, tensor))
+
+    def _too_small(self, n: int):
+        if self.seen == 1:
+            raise ValueError(
+                f"loader's first batch gives {n} rows, and CKA with unbiased={self.unbiased} needs at least "
+                f"{self.minimum}: use a larger batch_size"
+            )
+        self.left_out += 1
+        if self.left_out == 1:
+            warnings.warn(
+                f"loader's batch {self.seen} gives {n} rows and {self.minimum} are needed: it is left out, as are "
+                "others like it (drop_last=True in the data loader avoids it)",
+                stacklevel=4,
+            )
+
+    def result(self, kernel) -> Comparison:
+        if not self.batches:
+            raise ValueError("loader gave no batch: it is empty, or an iterator that was used up before")
+        total = self.sums.cpu()
+        return Comparison(
+            cka=stream.value(total),
+            standard_error=stream.standard_error(total, self.batches),
+            labels_a=tuple(self.a.called),
+            labels_b=tuple(self.b.called),
+            rows=self.rows,
+            batches=self.batches,
+            kernel=repr(kernel),
+            unbiased=self.unbiased,
+        )
+
+
+def _bar(loader, progress: bool):
+    if not progress:
+        return loader
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return loader
+    return tqdm(loader, desc="comparing", unit="batch", dynamic_ncols=True)
