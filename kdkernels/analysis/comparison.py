@@ -36,8 +36,11 @@ class Comparison:
     def __repr__(self) -> str:
         shape = f"{len(self.labels_a)} x {len(self.labels_b)} layers, {self.rows:,} rows in {self.batches:,} batches"
         how = f"kernel={self.kernel}, unbiased={self.unbiased}"
-        low, high, error = self.cka.min(), self.cka.max(), self.standard_error.max()
-        return f"Comparison({shape}, {how}: CKA {low:.3f} to {high:.3f} +- {error:.3f})"
+        known = self.cka[~self.cka.isnan()]
+        if not len(known):
+            return f"Comparison({shape}, {how}: CKA nan)"
+        error = self.standard_error[~self.cka.isnan()].max()
+        return f"Comparison({shape}, {how}: CKA {known.min():.3f} to {known.max():.3f} +- {error:.3f})"
 
     def nearest(self) -> str:
         """One line a layer of the first network: the layer of the second that is most like it."""
