@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.losses import RCKALoss
+from kdkernels.losses import RCKALoss, both_ways
 
 
 def gram(rows):
@@ -218,3 +218,51 @@ def test_autocast_rounds_no_relation_between_features():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = loss(*sides)
     assert value.equal(loss(*sides))
+
+
+PUBLISHED = {"unbiased": False, "center": False, "row_normalize": True, "backend": "reference"}
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (131, 300), (2, 6, 5), (1, 4)])
+@pytest.mark.parametrize("dtype, size", [(torch.float64, 1.0), (torch.float32, 1e-12), (torch.float32, 1e12)])
+def test_the_products_of_both_terms_are_the_two_ops(shape, dtype, size):
+    x, y = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    x, y = ((side + 0.2) * size for side in (x, y))
+    x, y = x.to(dtype).requires_grad_(), y.to(dtype)
+    wide = x.detach().double().requires_grad_()
+    rtol = 1e-9 if dtype == torch.float64 else 2e-6
+    for columns in (True, False):
+        values = both_ways.cka_both_ways(x, y, columns)
+        sides = [(wide, y.double()), (wide.mT, y.double().mT)][: len(values)]
+        assert len(values) == 1 + columns
+        for value, pair in zip(values, sides, strict=True):
+            expected = kd.cka(*pair, **PUBLISHED)
+            torch.testing.assert_close(value.double(), expected, rtol=rtol, atol=rtol)
+            mine = torch.autograd.grad(value.sum(), x, retain_graph=True)[0]
+            theirs = torch.autograd.grad(expected.sum(), wide)[0]
+            # one row has no direction to turn: what is left is rounding
+            atol = max(rtol * theirs.abs().max().item(), rtol / size if shape[0] == 1 else 0)
+            torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_the_operators_behind_both_terms_are_good_citizens(columns):
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    for need in (True, False):
+        torch.library.opcheck(torch.ops.kdkernels.both_ways_fwd.default, (x, y, columns, need))
+    value, *kept = torch.ops.kdkernels.both_ways_fwd(x, y, columns, True)
+    torch.library.opcheck(torch.ops.kdkernels.both_ways_bwd.default, (torch.ones_like(value), x, y, *kept, columns))
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: both_ways.cka_both_ways(s, y, columns), x)
+    (gradient,) = torch.autograd.grad(both_ways.cka_both_ways(x, y, columns).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("n, classes", [(8, 6), (140, 6), (140, 280)])
+def test_the_loss_is_one_number_whichever_way_it_is_computed(n, classes):
+    student, teacher = torch.randn(n, classes, requires_grad=True), torch.randn(n, classes)
+    student.data[3] = 0
+    values = [RCKALoss(backend=backend)(student, teacher) for backend in ("torch", "reference")]
+    torch.testing.assert_close(*values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in values), rtol=1e-4, atol=1e-6)

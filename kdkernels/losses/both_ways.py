@@ -5,7 +5,7 @@ Linear, uncentred, biased, Gram rows over sqrt(K_ii): the logit terms of RCKA. X
 1/|Y_:c|; Xn = X diag(w), Yn = Y diag(v). Between columns S_KL = <Xn Yn', X Y'>, S_KK = <Xn Xn', X X'>, S_LL alike; the
 products X X' and Y Y' are the Gram matrices between rows. Backward is four products of n x n with n x C:
 
-    dX = a Mn Y + (W - g Kn) X + (R - Xn diag(1'(Xn o R))) diag(w),   R = a M Yn - g K Xn,
+    dX = a Mn Y + (W - g Kn) X + (R - X diag(w^2 1'(X o R))) diag(w),   R = a M Y diag(v) - g K X diag(w),
 
 M = X Y', Mn = Xn Yn', Kn = Xn Xn', a = 1/sqrt(S_KK S_LL), g = CKA/S_KK, and W + W' the pair weights between rows:
 W_ij = a r_i s_i L_ij - g r_i^2 K_ij with its own a and g, r and s the inverse row norms, whose own change is
@@ -18,14 +18,14 @@ import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 
-K, L, M, KN, MN = range(5)  # what is kept of the products
-MOST_ROWS = 1024  # n x n beyond it is dearer than what `kd.cka` does
+HALVES = 64  # rows of a block below which two products are dearer than their symmetry saves
+SMALL = 128  # rows up to which calls cost more than products
 
 
 def worth_it(backend: str, x) -> bool:
     """Whether the products of the row side are the cheap ones here; kernels of a GPU have two calls of their own."""
     n, C = x.shape[-2:]
-    return backend in ("torch", "cpp") and n <= MOST_ROWS and n <= 2 * C
+    return backend in ("torch", "cpp") and (n <= SMALL or 2 * n <= C)
 
 
 def cka_both_ways(x, y, columns: bool = True):
@@ -43,9 +43,9 @@ def forward(x, y, columns, need):
     return run(x, y, columns, need)
 
 
-def backward(grad, x, y, products, norms, numbers, columns):
+def backward(grad, x, y, products, weights, norms, numbers, columns):
     run = _bwd if plain(grad, x, y) else torch.ops.kdkernels.both_ways_bwd
-    return run(grad, x, y, products, norms, numbers, columns)
+    return run(grad, x, y, products, weights, norms, numbers, columns)
 
 
 class BothWays(torch.autograd.Function):
@@ -56,10 +56,10 @@ class BothWays(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, y, ctx.columns, _ = inputs
-        _, products, norms, numbers = output
-        ctx.mark_non_differentiable(products, norms, numbers)
+        _, products, weights, norms, numbers = output
+        ctx.mark_non_differentiable(products, weights, norms, numbers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, y, products, norms, numbers)
+        ctx.save_for_backward(x, y, products, weights, norms, numbers)
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -82,100 +82,109 @@ def _inverse_root(square):
     return torch.where(square > 0, square, torch.inf).rsqrt()
 
 
-def _diagonal(matrix):
-    return matrix.diagonal(dim1=-2, dim2=-1)
+def _squares(v):
+    """(v_x v_x, v_x v_y, v_y v_y) of a pair v [2, ...]."""
+    return torch.cat([v[:1], v]) * torch.cat([v, v[1:]])
 
 
-def _dot(a, b, weight=None):
-    """Sum over pairs, finished in float64, of row i times weight_i."""
-    rows = torch.linalg.vecdot(a, b).double()
-    return (rows if weight is None else rows * weight).sum(-1)
+def _gram(X, out):
+    """X X' into `out`, a quarter of it by symmetry; returns its diagonal."""
+    half = X.shape[-2] // 2
+    if half < HALVES:
+        torch.matmul(X, X.mT, out=out)
+    else:
+        torch.matmul(X[..., :half, :], X.mT, out=out[..., :half, :])
+        torch.matmul(X[..., half:, :], X[..., half:, :].mT, out=out[..., half:, half:])
+        out[..., half:, :half] = out[..., :half, half:].mT
+    return out.diagonal(dim1=-2, dim2=-1)
 
 
 def _fwd(x, y, columns, need):
-    """Values, products [2 or 5, ..., n, n], inverse column norms [2, ..., C] (or empty), the numbers of backward."""
+    """Values; for backward products [2 or 6, ..., n, n], weights [3, ..., n], norms [2, ..., C] and numbers."""
     dtype = _dtype(x, y)
     with without_autocast(device_type(x)):
         X, Y = (side.detach().to(dtype) for side in (x, y))
-        products = X.new_empty(5 if columns else 2, *X.shape[:-1], X.shape[-2])
-        for at, left, right in ((K, X, X), (L, Y, Y), (M, X, Y))[: 3 if columns else 2]:
-            torch.matmul(left, right.mT, out=products[at])
-        scale = _scale(products)
-        products[:2] *= scale.square().to(dtype)[..., None, None]
-        rho, sigma = (_inverse_root(_diagonal(products[at]).double()) for at in (K, L))
-        pairs = ((K, L, rho * sigma), (K, K, rho * rho), (L, L, sigma * sigma))
-        sums = [torch.stack([_dot(products[i], products[j], weight) for i, j, weight in pairs])]
+        products = X.new_empty(6 if columns else 2, *X.shape[:-1], X.shape[-2])
+        plain, normed = products[:3], products[3:]
+        own = torch.stack([_gram(X, plain[0]), _gram(Y, plain[-1])])
+        # rows of length one or so: no product of two sums leaves float32
+        mean = own.mean(-1)
+        scale = torch.where(mean > 0, mean, 1).rsqrt()
+        weights = _squares(_inverse_root(own * scale.square()[..., None]))
+        if columns:
+            torch.matmul(X, Y.mT, out=plain[1])
+            plain *= _squares(scale)[..., None, None]
+        else:
+            plain *= scale.square()[..., None, None]
+        k, l = plain[0], plain[-1]
+        rows = torch.stack([(k * k).sum(-1), (k * l).sum(-1), (l * l).sum(-1)])
+        sums = (rows * weights).double().sum(-1, keepdim=True).movedim(-1, 1)
         norms = X.new_empty(0)
         if columns:
-            products[M] *= scale.prod(0).to(dtype)[..., None, None]
-            norms = torch.stack([_inverse_root(side.square().sum(-2)) for side in (X, Y)])
+            norms = _inverse_root(torch.stack([side.square().sum(-2) for side in (X, Y)]))
             Xn, Yn = X * norms[0, ..., None, :], Y * norms[1, ..., None, :]
-            torch.matmul(Xn, Xn.mT, out=products[KN])
-            torch.matmul(Xn, Yn.mT, out=products[MN])
-            pairs = ((products[MN], M), (products[KN], K), (Yn @ Yn.mT, L))
-            sums.append(torch.stack([_dot(normed, products[at]) for normed, at in pairs]))
-        kl, kk, ll = torch.stack(sums, dim=1)
+            _gram(Xn, normed[0]), _gram(Yn, normed[2])
+            torch.matmul(Xn, Yn.mT, out=normed[1])
+            sums = torch.cat([sums, (normed * plain).sum(-1).double().sum(-1)[:, None]], dim=1)
+        kk, kl, ll = sums
         undefined = (kk <= 0) | (ll <= 0)
-        a = torch.where(undefined, torch.inf, kk).rsqrt() * torch.where(undefined, torch.inf, ll).rsqrt()
+        a = torch.where(undefined, 0, (kk * ll).rsqrt())
         value = a * kl
-        numbers = torch.cat([scale, a, torch.where(undefined, 0, value / kk)])
-    return value.to(dtype), products if need else products[:0].clone(), norms, numbers
+        numbers = torch.cat([a, torch.where(undefined, 0, value / kk), scale.double()]).to(dtype)
+    if not need:
+        products = products[:0].clone()
+    return value.to(dtype), products, weights, norms, numbers
 
 
-def _scale(products):
-    """Powers of two that bring the rows of X and of Y to length one or so: no product of two sums leaves float32."""
-    mean = torch.stack([_diagonal(products[at]).mean(-1) for at in (K, L)]).double()
-    return torch.exp2(torch.log2(torch.where(mean > 0, mean, 1)).div_(-2).round_())
-
-
-def _bwd(grad, x, y, products, norms, numbers, columns):
-    """dX; `numbers` are the scales of X and Y, and a and g of each way."""
+def _bwd(grad, x, y, products, weights, norms, numbers, columns):
+    """dX; `numbers` are a and g of each way, and the scales of X and Y."""
     dtype = _dtype(x, y)
     with without_autocast(device_type(x)):
         X, Y = (side.detach().to(dtype) for side in (x, y))
-        scale_x, scale_y = numbers[:2]
-        a, g = numbers[2:].unflatten(0, (2, -1)) * grad.double()
-        rho, sigma = (_inverse_root(_diagonal(products[at]).double()) for at in (K, L))
-        p, q = ((f[0, ..., None] * rho * r).to(dtype)[..., None] for f, r in ((a, sigma), (g, rho)))
-        W = p * products[L] - q * products[K]
-        moved = torch.linalg.vecdot(W, products[K]) * rho.square().to(dtype)
+        plain, normed, ways = products[:3], products[3:], len(grad)
+        k, l = plain[0], plain[-1]
+        a, g = (numbers[:ways] * grad)[..., None, None], (numbers[ways : 2 * ways] * grad)[..., None, None]
+        scale_x, scale_y = numbers[2 * ways :, ..., None, None]
+        W = a[0] * weights[1, ..., None] * l
+        W.addcmul_(g[0] * weights[0, ..., None], k, value=-1)
+        moved = (W * k).sum(-1) * weights[0]
         W = W + W.mT
-        _diagonal(W).sub_(moved)
-        number = lambda value: value.to(dtype)[..., None, None]  # noqa: E731
+        W.diagonal(dim1=-2, dim2=-1).sub_(moved)
         if not columns:
-            return ((W * number(scale_x.square())) @ X).to(x.dtype)
-        W = (W - number(g[1]) * products[KN]) * number(scale_x.square())
+            return ((W * scale_x.square()) @ X).to(x.dtype)
+        W.addcmul_(g[1], normed[0], value=-1)
         w, v = norms[..., None, :]
-        Xn, Yn = X * w, Y * v
-        R = (number(a[1]) * products[M]) @ Yn - (number(g[1]) * products[K]) @ Xn
-        R -= Xn * (Xn * R).sum(-2, keepdim=True)
-        R *= w
-        R += W @ X
-        R += (number(a[1] * scale_x * scale_y) * products[MN]) @ Y
-    return R.to(x.dtype)
+        R = ((a[1] * plain[1]) @ Y).mul_(v)
+        R.addcmul_((g[1] * k) @ X, w, value=-1)
+        R.addcmul_(X, w.square() * (X * R).sum(-2, keepdim=True), value=-1)
+        dx = (W * scale_x.square()) @ X
+        dx += (a[1] * scale_x * scale_y * normed[1]) @ Y
+        dx.addcmul_(R, w)
+    return dx.to(x.dtype)
 
 
 def _fwd_fake(x, y, columns, need):
     dtype, lead, n, ways = _dtype(x, y), x.shape[:-2], x.shape[-2], 2 if columns else 1
-    norms = x.new_empty((2, *lead, x.shape[-1]) if columns else 0, dtype=dtype)
-    products = x.new_empty((5 if columns else 2) if need else 0, *lead, n, n, dtype=dtype)
-    numbers = x.new_empty(2 + 2 * ways, *lead, dtype=torch.float64)
-    return x.new_empty(ways, *lead, dtype=dtype), products, norms, numbers
+    new = lambda *shape: x.new_empty(shape, dtype=dtype)  # noqa: E731
+    products = new((6 if columns else 2) if need else 0, *lead, n, n)
+    norms = new(2, *lead, x.shape[-1]) if columns else new(0)
+    return new(ways, *lead), products, new(3, *lead, n), norms, new(2 + 2 * ways, *lead)
 
 
-def _bwd_fake(grad, x, y, products, norms, numbers, columns):
+def _bwd_fake(grad, x, y, products, weights, norms, numbers, columns):
     return x.new_empty(x.shape)
 
 
+KEPT = "Tensor products, Tensor weights, Tensor norms, Tensor numbers"
 register(
     "both_ways_fwd",
-    "(Tensor x, Tensor y, bool columns, bool need) -> (Tensor value, Tensor products, Tensor norms, Tensor numbers)",
+    "(Tensor x, Tensor y, bool columns, bool need) -> (Tensor value, " + KEPT + ")",
     _fwd,
     _fwd_fake,
 )
 register(
     "both_ways_bwd",
-    "(Tensor grad, Tensor x, Tensor y, Tensor products, Tensor norms, Tensor numbers, bool columns) -> Tensor dx",
+    "(Tensor grad, Tensor x, Tensor y, " + KEPT + ", bool columns) -> Tensor dx",
     _bwd,
     _bwd_fake,
 )
