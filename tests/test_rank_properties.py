@@ -8,7 +8,6 @@ import torch
 from ranking import LARGE, SIZES, adversarial, backends
 
 import kdkernels as kd
-from kdkernels.rank import rounds
 
 BACKENDS = backends()
 FAST = backends(reference=False)
@@ -197,39 +196,6 @@ def test_every_length_and_kind_of_row_equals_the_textbook(n, regularization, bac
         terms = want.detach().amax() if regularization == "kl" else 1.0
         eps = 1.0 if strength == "auto" else strength
         assert (g - h).abs().max() <= 1e-6 * max(h.abs().max(), 1e-6 * terms / eps), strength
-
-
-@both
-@pytest.mark.parametrize("n", [3, 17, 100, 1000, 5000])
-def test_pooling_by_rounds_and_by_merges_is_the_same(n, regularization, monkeypatch):
-    """On the CPU rows are pooled by rounds and hardly ever come to the merges, which CUDA tensors always do."""
-    x = torch.stack([*adversarial(n).values()])
-    for strength in (1e-3, 0.1, 1.0, 100.0):
-        outcomes = []
-        for pooled in (rounds.pooled, lambda *a: None):
-            monkeypatch.setattr(rounds, "pooled", pooled)
-            outcomes.append([kd.soft_rank(x, regularization, strength, backend="torch")])
-            found = kd.rank_diagnostics(x, strength, regularization=regularization, backend="torch")
-            outcomes[-1].append(found.blocks[[k != "wider and wider gaps" for k in adversarial(n)]])  # gap = strength
-            if regularization == "l2":
-                outcomes[-1].append(kd.soft_sort(x, "l2", strength, backend="torch"))
-        torch.testing.assert_close(*outcomes, rtol=1e-12, atol=1e-9)
-        monkeypatch.undo()
-
-
-@both
-def test_rows_that_take_too_many_rounds_are_merged(regularization, monkeypatch):
-    outcomes = []
-    pool_pairs = rounds._pool_pairs
-    for x in (torch.stack([*adversarial(1000).values()]), adversarial(1000)["heavy"]):
-        for strength in (1e-6, 0.05):
-            want = kd.soft_rank(x, regularization, strength, backend="torch")
-            monkeypatch.setattr(
-                rounds, "_pool_pairs", lambda *a, limit: outcomes.append(pool_pairs(*a, limit=2)) or outcomes[-1]
-            )
-            torch.testing.assert_close(kd.soft_rank(x, regularization, strength, backend="torch"), want)
-            monkeypatch.undo()
-    assert outcomes.count(False) >= 3
 
 
 @fast

@@ -1,115 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
 """Isotonic regression of many rows by rounds of pooling, with few blocks in hand: the CPU's way, as it asks for sizes.
 
-First every run of violators is pooled at once, while that shrinks the rows; then pairs of violators, through a linked
-list, so that a round costs what still violates and not what has settled. The number of rounds depends on the data:
-beyond what the merges of `isotonic.py` would cost, `pooled` gives up and they take over.
+While many blocks go, every run of violators of the whole list is pooled at once. What then still violates are sites,
+single blocks in a list that falls everywhere else: each swallows its neighbours on both sides, several a round, up to
+half of the way to the next site. Only adjacent violators are ever pooled, so the result is that of one after the other.
 """
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
-import torch
-from torch.nn.functional import pad
-
-SHRINKS = 0.05  # of the blocks must go for another round over all of them
-ELEMENTS_A_ROUND = 1000  # the merges handle about this many elements in the time of one round of pairs
-
-
-class Means:
-    """l2: V is the mean of y over the block, c its size."""
-
-    def __init__(self, y):
-        self.V = y.reshape(-1)
-        self.c = torch.ones_like(self.V)
-
-    def pool_runs(self, number, first):
-        """Pool block k into block number[k]; `first` marks the first of each run."""
-        S = _sums(self.V * self.c, number, first)
-        self.c = _sums(self.c, number, first)
-        self.V = S / self.c
-
-    def pool_pairs(self, i, j):
-        c_i, c_j = self.c[i], self.c[j]
-        total = c_i + c_j
-        self.V[i] = (self.V[i] * c_i + self.V[j] * c_j) / total
-        self.c[i] = total
+SHRINKS = 0.15  # of the blocks must go for another round over all of them
+WINDOW = 4, 256  # neighbours on either side that a site looks at in a round
+LOOKED_AT = 4096  # neighbours that all sites together look at, at least: fewer cost a round as much
+FEWER = 4  # a site stops at the next one, settled or not: with fewer active ones all become a list again
+SIDES = np.array([-1, 1])[:, None, None]
 
 
-class Ratios:
-    """kl: V = p + log Z - log W with p the first of the block, Z = sum exp(p_i - p), W = sum w_i, c its size."""
+def pooled(blocks, first, most):
+    """The first positions of all blocks of a list, pooled, where entry k begins at position first[k].
 
-    def __init__(self, p, w):
-        # a copy: pairs are pooled in place, and the merges may yet need w
-        self.p, self.W = p.reshape(-1), torch.empty_like(p).copy_(w).reshape(-1)
-        self.V = self.p - self.W.log()
-        self.Z = torch.ones_like(self.V)
-        self.c = torch.ones_like(self.V)
-
-    def pool_runs(self, number, first):
-        p = self.p[first]
-        self.Z = _sums(self.Z * (self.p - p[number]).exp_(), number, first)
-        self.W, self.c = _sums(self.W, number, first), _sums(self.c, number, first)
-        self.p, self.V = p, p + self.Z.log() - self.W.log()
-
-    def pool_pairs(self, i, j):
-        p = self.p[i]
-        Z, W = self.Z[i] + self.Z[j] * (self.p[j] - p).exp_(), self.W[i] + self.W[j]
-        self.Z[i], self.W[i], self.V[i] = Z, W, p + Z.log() - W.log()
-        self.c[i] += self.c[j]
-
-
-def _sums(t, number, first):
-    return t.new_zeros(int(first.sum())).index_add_(0, number, t)
-
-
-def pooled(state, R: int, n: int):
-    """The sizes of all blocks, row after row, int64, of a fresh state on [R, n]; None where that takes too long."""
-    last = torch.zeros(R, n, dtype=torch.bool)  # of its row
-    last[:, -1] = True
-    last = last.reshape(-1)
+    None where that takes more than `most` rounds.
+    """
     while True:
-        V = state.V
-        joins = (V[:-1] <= V[1:]).logical_and_(~last[:-1])
-        gone = int(joins.sum())
-        if gone < SHRINKS * len(V):
-            break
-        first = pad(~joins, (1, 0), value=True)
-        state.pool_runs(first.cumsum(0).sub_(1), first)
-        last = last[pad(~joins, (0, 1), value=True)]
-    if gone and not _pool_pairs(state, joins, last, limit=50 + R * n // ELEMENTS_A_ROUND):
-        return None
-    return state.c[state.c > 0].long()
+        joins = blocks.joins()
+        gone = np.count_nonzero(joins)
+        if gone == 0:
+            return first
+        if gone > SHRINKS * len(blocks):
+            start, length = runs(joins)
+            many = np.flatnonzero(length > 1)
+            merged = blocks.pooled(start[many], length[many])
+        else:
+            sites = Sites(blocks, *runs_of_many(joins))
+            most = sites.settle(most)
+            if most <= 0:
+                return None
+            start, many, merged = sites.merged()
+            if not sites.active.any():
+                return first.take(start)
+        blocks, first = blocks.take(start), first.take(start)
+        blocks.put(many, merged)
 
 
-def _pool_pairs(state, joins, last, limit: int) -> bool:
-    """Pool violating neighbours until none is left; what was pooled away has size 0. False if the limit was reached."""
-    m = len(state.V)
-    # entry m is the neighbour of a block at the end of its row; NaN, which no comparison holds for
-    state.V = pad(state.V, (0, 1), value=math.nan)
-    following, before = torch.arange(1, m + 2), torch.arange(-1, m)
-    following[:m][last] = m
-    before[1:m][last[:-1]] = m
-    before[0] = following[m] = m
-    joins = pad(joins, (0, 2))
-    stamp = torch.zeros(m + 1, dtype=torch.bool)
-    active = joins.nonzero().squeeze(1)
-    for _ in range(limit):
-        if len(active) == 0:
-            state.V = state.V[:m]
-            return True
-        leads = ~joins[before[active]]  # the first pair of each run of violators
-        i, others = active[leads], active[~leads]
-        j = following[i]
-        beyond = following[j]
-        state.pool_pairs(i, j)
-        state.c[j], joins[j], stamp[i] = 0, False, True
-        following[i], before[beyond] = beyond, i
-        ahead = before[i]
-        again = torch.cat([i, ahead[~stamp[ahead]]])  # none twice
-        stamp[i] = False
-        found = state.V[again] <= state.V[following[again]]
-        joins[again] = found
-        active = torch.cat([others[joins[others]], again[found]])
-    return False
+def runs(joins):
+    """First entry and length of each run of entries that join, of the others alone."""
+    first = np.empty(len(joins) + 1, dtype=bool)
+    first[0] = True
+    np.logical_not(joins, out=first[1:])
+    start = np.flatnonzero(first)
+    return start, lengths(start, len(first))
+
+
+def lengths(start, size):
+    """Of the runs that begin at start[k]; the last one ends at `size`."""
+    length = np.empty_like(start)
+    np.subtract(start[1:], start[:-1], out=length[:-1])
+    length[-1:] = size - start[-1:]
+    return length
+
+
+def runs_of_many(joins):
+    """First entry and length of each run of two or more entries that join."""
+    k = np.flatnonzero(joins)
+    begin = np.empty(len(k), dtype=bool)
+    begin[0] = True
+    np.not_equal(k[1:] - 1, k[:-1], out=begin[1:])
+    at = np.flatnonzero(begin)
+    length = lengths(at, len(k))
+    length += 1
+    return k[at], length
+
+
+class Sites:
+    """Blocks of several entries of a list, sorted; entry k of `pooled` is what list entries low[k] to high[k] make."""
+
+    def __init__(self, blocks, start, length):
+        self.list, self.pooled = blocks, blocks.pooled(start, length)
+        self.low, self.high = start, start + length - 1
+        self.active = np.ones(len(start), dtype=bool)
+
+    def settle(self, most):
+        """Pool until little violates, in at most that many rounds; how many are left."""
+        enough = len(self.low) // FEWER
+        while most > 0:
+            self._merge()
+            active = np.flatnonzero(self.active)
+            if len(active) <= enough:
+                break
+            self._swallow(active, most % 2)
+            most -= 1
+        return most
+
+    def merged(self):
+        """The entries of the list that begin a block; which of them are sites, and those."""
+        inside = np.zeros(len(self.list) + 1, dtype=np.int8)
+        inside[self.low + 1] += 1
+        inside[self.high + 1] -= 1
+        start = np.flatnonzero(inside[:-1].cumsum(dtype=np.int8) == 0)
+        inner = self.high - self.low
+        return start, self.low + inner - inner.cumsum(), self.pooled
+
+    def _merge(self):
+        """Pool sites that touch and violate."""
+        while True:
+            touch = self.high[:-1] + 1 == self.low[1:]
+            touch &= self.active[:-1] | self.active[1:]
+            k = np.flatnonzero(touch)
+            if len(k) == 0:
+                return
+            pairs = self.pooled.take(np.stack([k, k + 1], 1).ravel())
+            k = k[pairs.joins()[::2]]
+            if len(k) == 0:
+                return
+            joins = np.zeros(len(self.low) - 1, dtype=bool)
+            joins[k] = True
+            start, length = runs(joins)
+            of_many = np.flatnonzero(length > 1)
+            merged = self.pooled.pooled(start[of_many], length[of_many])
+            self.pooled = self.pooled.take(start)
+            self.pooled.put(of_many, merged)
+            self.low, self.high = self.low[start], self.high[start + length - 1]
+            self.active = self.active[start]
+            self.active[of_many] = True
+
+    def _swallow(self, active, odd):
+        low, high = self.low[active], self.high[active]
+        # entries free on either side; those between two active sites are shared, an odd one by turns
+        before, after = active - 1, active + 1
+        gap = np.empty((2, len(active)), dtype=np.int64)
+        gap[0] = low - 1 - self.high.take(before, mode="wrap")
+        gap[1] = self.low.take(after, mode="wrap") - 1 - high
+        shared = np.empty(gap.shape, dtype=bool)
+        shared[0] = self.active.take(before, mode="wrap")
+        shared[1] = self.active.take(after, mode="wrap")
+        if active[0] == 0:
+            gap[0, 0], shared[0, 0] = low[0], False
+        if active[-1] == len(self.low) - 1:
+            gap[1, -1], shared[1, -1] = len(self.list) - 1 - high[-1], False
+        share = np.where(shared, (gap + [[odd], [1 - odd]]) // 2, gap)
+        K = int(min(max(LOOKED_AT // len(active), WINDOW[0]), WINDOW[1]))
+        step = np.arange(K)
+        index = np.stack([low - 1, high + 1])[..., None] + SIDES * step
+        np.clip(index, 0, len(self.list) - 1, out=index)
+        free = step < share[..., None]
+        count, pooled = self.list.swallow(self.pooled.take(active), index, SIDES, free)
+        moved = (count > 0).any(0)
+        settled = ~moved & ((share == gap) | (share > 0)).all(0)
+        self.low[active], self.high[active] = low - count[0], high + count[1]
+        of_moved = np.flatnonzero(moved)
+        self.pooled.put(active[of_moved], pooled.take(of_moved))
+        self.active[active[settled]] = False

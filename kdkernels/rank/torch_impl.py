@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soft ranks and sorts in portable PyTorch: rows together, O(n) memory, no host sync, the same bits every time.
 
-Sums over blocks are fixed-point int64 on CUDA, so that the order in which scatter_add adds does not matter.
+Sums over blocks are fixed-point int64, so that the order in which scatter_add adds does not matter. CPU tensors go to
+`cpu.py`, which reads sizes; this is their way too where pooling takes too many rounds there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import isotonic, rounds, strength
+from . import cpu, isotonic, strength
+from .cpu import negated
 
 
 def may_wait(t) -> bool:
@@ -32,21 +34,10 @@ class Blocks(NamedTuple):
 
 def runs(V) -> Blocks:
     """The blocks of rows V [R, n]: runs of equal values."""
-    if may_wait(V):
-        first = torch.ones_like(V, dtype=torch.bool)
-        torch.ne(V[:, 1:], V[:, :-1], out=first[:, 1:])
-        a = first.reshape(-1).nonzero().squeeze(1)
-        return of_sizes(torch.diff(a, append=a.new_tensor([V.numel()])), *V.shape)
     number = torch.zeros_like(V, dtype=torch.int64)
     torch.cumsum(V[:, 1:] != V[:, :-1], -1, out=number[:, 1:])
     sizes = torch.zeros_like(number).scatter_add_(-1, number, torch.ones_like(number))
     return Blocks(sizes.cumsum(-1).sub_(sizes).gather(-1, number), sizes.gather(-1, number))
-
-
-def of_sizes(c, R: int, n: int) -> Blocks:
-    """The same from the sizes of all blocks, row after row: their number is read, so this is for the CPU."""
-    start = c.cumsum(0).sub_(c).remainder_(n)
-    return Blocks(*(torch.repeat_interleave(t, c, output_size=R * n).reshape(R, n) for t in (start, c)))
 
 
 def block_sum(t, ids):
@@ -55,9 +46,7 @@ def block_sum(t, ids):
 
 
 def block_sum_of(t, ids, bits: int):
-    """The same of float64 t, on CUDA rounded to multiples of 2^-bits; the CPU adds in order."""
-    if may_wait(t):
-        return block_sum(t, ids)
+    """The same of float64 t rounded to multiples of 2^-bits."""
     scale = 2.0**bits
     return block_sum((t * scale).round_().to(torch.int64), ids).double() / scale
 
@@ -81,13 +70,10 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
         q[:, :n].masked_fill_(gone, isotonic.FAR)
         return q
 
-    settle = None  # rows are pooled by rounds where sizes may be read
     if not kl:
         # a wider gap splits for certain (rank), or pools the whole row (sort)
         g = gap.mul_(eps).clamp_(max=4.0 * N * N) if sort else gap.div_(eps).clamp_(max=2.0 * N + 2)
         problem = isotonic.Squares(from_gaps(g, 1.0 if sort else -1.0), -1 if sort else 1)
-        settle = rounds.Means
-        start = (problem.start[:, :n],)
     elif sort:
         problem = isotonic.Exponentials(
             from_gaps((1 / eps).expand_as(gap)), from_gaps(gap).clamp_(min=isotonic.FAR / 2)
@@ -95,35 +81,14 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
     else:
         valid = n - gone.sum(-1, keepdim=True)
         problem = isotonic.Ratios(from_gaps(gap.div_(eps).clamp_(max=2 * math.log(N + 1) + 2)), valid)
-        settle = rounds.Ratios
-        start = problem.p[:, :n], problem.w[:, :n]
-    if settle is not None and may_wait(s):
-        sizes = rounds.pooled(settle(*start), R, n)
-        if sizes is not None:
-            return of_sizes(sizes, R, n)
     return runs(isotonic.solve(problem)[:, :n])
 
 
 def sort_descending(theta):
-    """Rows [..., n] sorted descending, NaN first, stable, and their order: `torch.sort`, only faster on the CPU.
-
-    NumPy sorts integers with vector instructions, so a float32 and its position are packed into one: 5 to 10 times
-    faster than `torch.sort` on one thread. Float64 rows qualify where they hold float32 values.
-    """
-    if not may_wait(theta):
-        return torch.sort(theta, dim=-1, descending=True, stable=True)
-    single = theta.float()
-    if theta.dtype == torch.float64 and not bool(((single.double() == theta) | theta.isnan()).all()):
-        return torch.sort(theta, dim=-1, descending=True, stable=True)
-    bits = single.add(0.0).view(torch.int32)  # -0.0 is 0.0
-    # order of the integers = order of the numbers; a NaN with a sign would be the least of all
-    key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).masked_fill_(theta.isnan(), 0x7FFFFFFF)
-    packed = key.bitwise_not_().to(torch.int64).bitwise_left_shift_(32)
-    packed = packed.bitwise_or_(torch.arange(theta.shape[-1])).contiguous()
-    packed.numpy().sort(axis=-1)
-    key = (packed >> 32).to(torch.int32).bitwise_not_()
-    s = key.bitwise_xor_((key >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
-    return s.to(theta.dtype), packed.bitwise_and_(0xFFFFFFFF)
+    """Rows [..., n] sorted descending, NaN first, stable, and their order: `torch.sort`, only faster on the CPU."""
+    if may_wait(theta) and theta.numel():
+        return cpu.sort_descending(theta)
+    return torch.sort(theta, dim=-1, descending=True, stable=True)
 
 
 def _sorted_rows(theta):
@@ -137,6 +102,10 @@ def _sorted_rows(theta):
 
 def rank_forward(x, strengths, number, relative, kl, descending, need):
     """rank in x's compute dtype, blocks int32 like x or [0], eps float64, of x [..., n]."""
+    if may_wait(x):
+        found = cpu.rank_forward(x, strengths, number, relative, kl, descending, need)
+        if found is not None:
+            return found
     shape, n = x.shape, x.shape[-1]
     rows = x.reshape(-1, n)
     s, order, poisoned, gone = _sorted_rows(negated(rows) if descending else rows)
@@ -170,12 +139,10 @@ def rank_forward(x, strengths, number, relative, kl, descending, need):
 
 
 def _scaled(u):
-    """u as multiples of the largest magnitude of its row, for fixed-point sums; the CPU needs no scale.
+    """u as multiples of the largest magnitude of its row, for fixed-point sums.
 
     NaN and infinity become 0 there: they are found again in what is not summed.
     """
-    if may_wait(u):
-        return u, u, 1.0
     largest = u.abs().amax(-1, keepdim=True)
     unit = largest.masked_fill(largest == 0, 1.0)
     u = u / unit
@@ -184,6 +151,8 @@ def _scaled(u):
 
 def rank_backward(grad, x, rank, blocks, eps, kl, descending):
     """d/dx, in x's dtype."""
+    if may_wait(x):
+        return cpu.rank_backward(grad, x, rank, blocks, eps, kl, descending)
     n = x.shape[-1]
     ids = blocks.reshape(-1, n).to(torch.int64)
     alone = ids < 0
@@ -206,6 +175,10 @@ def rank_backward(grad, x, rank, blocks, eps, kl, descending):
 
 def sort_forward(s, strengths, number, relative, kl):
     """value, start int32, eps of rows s [..., n] sorted descending, absent entries last; NaN where a row starts so."""
+    if may_wait(s):
+        found = cpu.sort_forward(s, strengths, number, relative, kl)
+        if found is not None:
+            return found
     shape, n = s.shape, s.shape[-1]
     rows = s.reshape(-1, n).double()
     poisoned = ~(rows[:, :1] < math.inf)
@@ -238,6 +211,8 @@ def sort_forward(s, strengths, number, relative, kl):
 
 def sort_backward(grad, s, start, kl):
     """d/ds, in s's dtype."""
+    if may_wait(s):
+        return cpu.sort_backward(grad, s, start, kl)
     n = s.shape[-1]
     rows, u, ids = s.reshape(-1, n).double(), grad.reshape(-1, n).double(), start.reshape(-1, n).to(torch.int64)
     gone, poisoned = rows == -math.inf, ~(rows[:, :1] < math.inf)
@@ -252,11 +227,6 @@ def sort_backward(grad, s, start, kl):
     g = (g * unit).masked_fill(gone, 0.0)
     bad = poisoned | ~u.isfinite().all(-1, keepdim=True)
     return g.masked_fill(bad, math.nan).to(s.dtype).reshape(s.shape)
-
-
-def negated(x):
-    """-x, where absent entries (-inf) stay so and +inf, which poisons a row, becomes NaN."""
-    return torch.where(x == -math.inf, x, torch.where(x == math.inf, math.nan, -x))
 
 
 def rank_strength_gradient(dx, grad, x, strengths, rank, blocks, eps, kl, descending):

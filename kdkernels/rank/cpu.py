@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft ranks and sorts of CPU tensors in PyTorch and NumPy: few passes over a row, as sizes may be read here.
+
+Rows are sorted into [R, n + 1] with a NaN behind each, and NaN in the place of absent entries: blocks are then runs of
+one long list (`blocks.py`, `rounds.py`), sums over them sums of slices, and no row needs a mask of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from . import blocks, rounds, strength
+
+QUIET = {"invalid": "ignore", "over": "ignore", "divide": "ignore", "under": "ignore"}
+LARGE = 1e290  # a strength beyond it is as good: positions times strength stay finite
+
+
+def packed_sort(rows):
+    """Float32 rows [R, n] without NaN in descending order, stable, as float32 [R, n + 1], and where each stood, int64.
+
+    NumPy sorts integers with vector instructions, so a float32 and its position are packed into one: 5 to 10 times
+    faster than `torch.sort` on one thread. Column n holds what stands last: a NaN, and its own position. Positions
+    count through all rows.
+    """
+    R, n = rows.shape
+    bits = rows.detach().add(0.0).numpy().view(np.int32)  # -0.0 is 0.0
+    # order of the integers = order of the numbers
+    key = bits >> 31
+    key &= 0x7FFFFFFF
+    key ^= bits
+    packed = np.full((R, n + 1), 0x7FFFFFFF, dtype=np.int64)
+    np.invert(key, out=packed[:, :n], casting="same_kind")
+    packed <<= 32
+    packed |= np.arange(R * (n + 1)).reshape(R, n + 1)
+    packed.sort(axis=1)
+    key = (packed >> 32).astype(np.int32)
+    np.invert(key, out=key)
+    mask = key >> 31
+    mask &= 0x7FFFFFFF
+    key ^= mask
+    packed &= 0xFFFFFFFF
+    return key.view(np.float32), packed
+
+
+def sorted_rows(rows, poisoned):
+    """Rows [R, n] sorted descending, float64 [R, n + 1], and where each stood; a poisoned row counts as constant.
+
+    Absent entries and the last column are NaN.
+    """
+    R, n = rows.shape
+    if poisoned.any():
+        rows = rows.masked_fill(poisoned[:, None], 0.0)
+    if rows.dtype != torch.float64 or bool((rows.float().double() == rows).all()):
+        s, order = packed_sort(rows.float())
+        s = s.astype(np.float64)
+    else:
+        s, order = np.full((R, n + 1), math.nan), np.empty((R, n + 1), dtype=np.int64)
+        order[:, n] = np.arange(n, R * (n + 1), n + 1)
+        found = torch.sort(rows, dim=-1, descending=True, stable=True)
+        s[:, :n] = found.values.numpy()
+        np.add(found.indices.numpy(), (order[:, n] - n)[:, None], out=order[:, :n])
+    return s, order
+
+
+def sort_descending(theta):
+    """Rows [..., n] sorted descending, NaN first, stable, and their order in the row."""
+    single = theta.detach().float()
+    poisoned = single.isnan().any()
+    if poisoned or (theta.dtype == torch.float64 and not bool((single.double() == theta).all())):
+        return torch.sort(theta, dim=-1, descending=True, stable=True)
+    n = theta.shape[-1]
+    s, order = packed_sort(single.reshape(-1, n))
+    s, order = torch.from_numpy(s)[:, :n], torch.from_numpy(order)[:, :n]
+    order = order - torch.arange(0, len(s) * (n + 1), n + 1)[:, None]
+    return s.to(theta.dtype, copy=True).reshape(theta.shape), order.reshape(theta.shape)
+
+
+def poisoned_rows(rows):
+    """Which rows [R, n] hold NaN or +inf."""
+    return ~(rows.amax(-1) < math.inf)
+
+
+def absent(s):
+    """Make absent entries of sorted rows NaN; the number of the others, [R, 1] or one for all."""
+    n = s.shape[1] - 1
+    if not (s[:, n - 1] == -math.inf).any():
+        return n
+    gone = s == -math.inf
+    s[gone] = math.nan
+    return n - gone.sum(-1, keepdims=True)
+
+
+def first_positions(s, n_valid, eps, kl, sort):
+    """Positions in s [R, n + 1], as one list, at which the blocks of its rows begin; None where that takes too long.
+
+    eps is a number, or one a row, [R, 1].
+    """
+    width = s.shape[1]
+    flat = s.reshape(-1)
+    single = np.ndim(eps) == 0
+    eps = np.minimum(eps, LARGE)
+
+    def of_entries(t, at=None):
+        """A number, or one a row, at positions of the list."""
+        if single:
+            return t
+        return t.repeat(width) if at is None else t.reshape(-1).take(at // width)
+
+    fall = np.empty_like(flat)
+    np.subtract(flat[:-1], flat[1:], out=fall[:-1])
+    fall[-1] = math.nan
+    rows = fall.reshape(s.shape)
+    if sort:
+        joins = rows * eps >= 1
+    elif kl:
+        w = np.maximum(n_valid - np.arange(width), 1.0)
+        step = np.log(w)
+        step[..., :-1] -= step[..., 1:]
+        joins = rows <= eps * step
+    else:
+        joins = rows <= eps
+    start, length = rounds.runs(joins.reshape(-1)[:-1])
+    t = flat.take(start)
+    over = np.repeat(t, length)
+    np.subtract(flat, over, out=over)
+    if not kl:
+        x = np.add.reduceat(over, start)
+        x /= length
+        half = length * 0.5
+        half += start
+        half *= of_entries(1 / eps if sort else eps, start)
+        x += half
+        found = (blocks.Rising if sort else blocks.Means)(t, x, length.astype(np.float64))
+    elif sort:
+        t += np.log(np.add.reduceat(np.exp(over, out=over), start))
+        rate = of_entries(1 / eps, start)
+        z = (start % width) * -rate
+        z += np.log(geometric(length, rate))
+        found = blocks.Exponentials(z, t)
+    else:
+        rate = 1 / eps
+        over.reshape(s.shape)[...] *= rate
+        Z = np.add.reduceat(np.exp(over, out=over), start)
+        first = (np.broadcast_to(n_valid, (len(s), 1)) - np.arange(width)).reshape(-1).take(start)
+        rate = np.broadcast_to(rate, (len(s), 1)).reshape(-1).take(start // width)
+        found = blocks.Ratios(t, Z, weights(first, length), rate)
+    return rounds.pooled(found, start, 100 + len(flat) // 4096)
+
+
+def weights(first, length):
+    """The sum of first, first - 1, ..., `length` of them."""
+    return (2 * first + 1 - length) * (length / 2)
+
+
+def geometric(length, rate):
+    """sum exp(-i rate), i < length."""
+    return np.expm1(-length * rate) / np.expm1(-rate)
+
+
+def rank_forward(x, strengths, number, relative, kl, descending, need):
+    """As `torch_impl.rank_forward`; None where pooling takes too many rounds."""
+    with np.errstate(**QUIET):
+        return _rank_forward(x.detach(), strengths, number, relative, kl, descending, need)
+
+
+def _rank_forward(x, strengths, number, relative, kl, descending, need):
+    shape, n = x.shape, x.shape[-1]
+    rows = x.reshape(-1, n)
+    R = len(rows)
+    if descending:
+        rows = negated(rows)
+    poisoned = poisoned_rows(rows)
+    how = strength.Strength(number, strengths, relative)
+    eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned, how)
+    s, order = sorted_rows(rows, poisoned)
+    n_valid = absent(s)
+    e = number
+    if relative or strengths is not None:
+        e = eps.detach().masked_fill(poisoned, 1.0)[:, None].numpy()
+    flat = s.reshape(-1)
+    start = first_positions(s, n_valid, e, kl and number > 0, False)
+    if start is None:
+        return None
+    length = rounds.lengths(start, flat.size)
+    first = (np.broadcast_to(n_valid, (R, 1)) - np.arange(n + 1)).reshape(-1).take(start)
+    many = length > 1
+    if number == 0:
+        r = np.repeat(first - (length - 1) / 2, length)
+        r[np.isnan(flat)] = math.nan
+    else:
+        t = np.repeat(flat.take(start), length)
+        r = np.subtract(flat, t, out=t)
+        r.reshape(s.shape)[...] /= e
+        if kl:
+            np.exp(r, out=r)
+            share = weights(first, length)
+            share /= np.add.reduceat(r, start)
+            r *= np.repeat(share, length)
+        else:
+            level = np.add.reduceat(r, start)
+            level /= -length
+            level += first
+            level -= (length - 1) / 2
+            r += np.repeat(level, length)
+    if np.ndim(n_valid):
+        r[np.isnan(r)] = 0.0
+    order = torch.from_numpy(order.reshape(-1))
+    rank = unsorted(torch.from_numpy(r).to(torch.promote_types(x.dtype, torch.float32)), order, R, n)
+    bad = bool(poisoned.any())
+    if bad:
+        rank[poisoned] = math.nan
+    rank, eps = rank.reshape(shape), eps.reshape(shape[:-1])
+    if not need:
+        return rank, x.new_empty(0, dtype=torch.int32), eps
+    if number == 0:
+        return rank, torch.full(shape, -1, dtype=torch.int32), eps
+    ids = np.repeat(np.where(many, start % (n + 1), -1).astype(np.int32), length)
+    ids = unsorted(torch.from_numpy(ids), order, R, n)
+    if bad:
+        ids[poisoned] = -1
+    return rank, ids.reshape(shape), eps
+
+
+def unsorted(t, order, R, n):
+    """t [R (n + 1)] at the places it came from, [R, n]."""
+    return torch.empty_like(t).scatter_(0, order, t).reshape(R, n + 1)[:, :n].contiguous()
+
+
+def rank_backward(grad, x, rank, ids, eps, kl, descending):
+    """As `torch_impl.rank_backward`."""
+    n = x.shape[-1]
+    ids = ids.reshape(-1, n)
+    R = len(ids)
+    alone = ids < 0  # all of a row share a sum that nobody reads
+    at = (ids + torch.arange(1, R * (n + 1), n + 1)[:, None]).reshape(-1)
+    u = grad.reshape(-1, n).double()
+    sums = torch.zeros(R * (n + 1), dtype=torch.float64)
+    if kl:
+        r = rank.reshape(-1, n).double()
+        mean = sums.scatter_add(0, at, (r * u).reshape(-1))
+        mean /= sums.scatter_add_(0, at, r.reshape(-1))
+    else:
+        mean = sums.scatter_add(0, at, u.reshape(-1))
+        mean /= torch.bincount(at, minlength=R * (n + 1))
+    g = torch.sub(u, mean[at].reshape(R, n), out=u if u.dtype != grad.dtype else None)
+    if kl:
+        g *= r
+    e = eps.reshape(-1, 1)
+    e = e.masked_fill(e == 0, math.inf)
+    g.masked_fill_(alone, 0.0).div_(-e if descending else e)
+    return g.to(x.dtype).reshape(x.shape)
+
+
+def negated(x):
+    """-x, where absent entries (-inf) stay so and +inf, which poisons a row, becomes NaN."""
+    return torch.where(x == -math.inf, x, torch.where(x == math.inf, math.nan, -x))
+
+
+def sort_forward(s, strengths, number, relative, kl):
+    """As `torch_impl.sort_forward`; None where pooling takes too many rounds."""
+    with np.errstate(**QUIET):
+        return _sort_forward(s.detach(), strengths, number, relative, kl)
+
+
+def _sort_forward(s, strengths, number, relative, kl):
+    shape, n = s.shape, s.shape[-1]
+    rows = s.reshape(-1, n)
+    R = len(rows)
+    poisoned = ~(rows[:, 0] < math.inf)
+    how = strength.Strength(number, strengths, relative)
+    eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned, how)
+    given = s
+    s = np.full((R, n + 1), math.nan)
+    torch.from_numpy(s)[:, :n] = rows
+    s[poisoned.numpy(), :n] = 0.0
+    n_valid = absent(s)
+    e = number
+    if relative or strengths is not None:
+        e = eps.detach().masked_fill(poisoned, 1.0)[:, None].numpy()
+    i = np.arange(n + 1)
+    if number == 0:
+        value = s
+        start = np.broadcast_to(i, s.shape)
+    else:
+        flat = s.reshape(-1)
+        first = first_positions(s, n_valid, e, kl, True)
+        if first is None:
+            return None
+        length = rounds.lengths(first, flat.size)
+        a = first % (n + 1)
+        t = flat.take(first)
+        d = np.repeat(t, length)
+        np.subtract(flat, d, out=d)
+        if kl:
+            t += np.log(np.add.reduceat(np.exp(d, out=d), first))
+            rate = 1 / e if np.ndim(e) == 0 else (1 / e).reshape(-1).take(first // (n + 1))
+            t -= np.log(geometric(length, rate))
+            middle = a
+        else:
+            t += np.add.reduceat(d, first) / length
+            middle = a + (length - 1) / 2
+        value = np.repeat(middle, length).reshape(s.shape) - i
+        value = value / e
+        value.reshape(-1)[...] += np.repeat(t, length)
+        start = np.repeat(a.astype(np.int32), length).reshape(s.shape)
+    value = torch.from_numpy(value)[:, :n].to(torch.promote_types(given.dtype, torch.float32))
+    if np.ndim(n_valid):
+        value = value.masked_fill(torch.from_numpy(np.isnan(s))[:, :n], -math.inf)
+    value = value.masked_fill(poisoned[:, None], math.nan).contiguous()
+    start = torch.from_numpy(np.ascontiguousarray(start[:, :n], dtype=np.int32))
+    return value.reshape(shape), start.reshape(shape), eps.reshape(shape[:-1])
+
+
+def sort_backward(grad, s, start, kl):
+    """As `torch_impl.sort_backward`."""
+    n = s.shape[-1]
+    rows, u = s.detach().reshape(-1, n), grad.detach().reshape(-1, n).double()
+    poisoned = ~(rows[:, 0] < math.inf)
+    gone = rows == -math.inf if bool((rows[:, -1] == -math.inf).any()) else None
+    if gone is not None:
+        u = u.masked_fill(gone, 0.0)
+    bad = ~u.sum(-1).isfinite() | poisoned
+    first = np.flatnonzero((start.reshape(-1, n) == torch.arange(n)).numpy())
+    length = rounds.lengths(first, u.numel())
+    with np.errstate(**QUIET):
+        total = np.add.reduceat(u.numpy().reshape(-1), first)
+        if kl:
+            E = rows.double().numpy().reshape(-1)
+            E = E - np.repeat(E.take(first), length)
+            np.exp(E, out=E)
+            total /= np.add.reduceat(E, first)
+            g = np.repeat(total, length)
+            g *= E
+        else:
+            total /= length
+            g = np.repeat(total, length)
+    g = torch.from_numpy(g).reshape(u.shape)
+    if gone is not None:
+        g.masked_fill_(gone, 0.0)
+    if bool(bad.any()):
+        g[bad] = math.nan
+    return g.to(s.dtype).reshape(s.shape)
