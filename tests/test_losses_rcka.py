@@ -260,9 +260,11 @@ def test_the_operators_behind_both_terms_are_good_citizens(columns):
 
 
 @pytest.mark.parametrize("n, classes", [(8, 6), (140, 6), (140, 280)])
-def test_the_loss_is_one_number_whichever_way_it_is_computed(n, classes):
+def test_the_loss_is_one_number_whichever_way_it_is_computed(n, classes, monkeypatch):
     student, teacher = torch.randn(n, classes, requires_grad=True), torch.randn(n, classes)
     student.data[3] = 0
-    values = [RCKALoss(backend=backend)(student, teacher) for backend in ("torch", "reference")]
+    values = [RCKALoss()(student, teacher)]
+    monkeypatch.setattr(both_ways, "worth_it", lambda backend, x: False)
+    values.append(RCKALoss(backend="torch")(student, teacher))
     torch.testing.assert_close(*values, rtol=1e-6, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in values), rtol=1e-4, atol=1e-6)
