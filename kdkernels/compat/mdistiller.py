@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss functions of mdistiller with its names, signatures and values, computed by kdkernels without its tensors.
+
+    from kdkernels.compat.mdistiller import dkd_loss    # in place of: from mdistiller.distillers.DKD import dkd_loss
+
+Formulas, defaults, shapes of the results (`similarity_loss` and `sp_loss` are [1]) and the pooling of the larger map
+are the original's, and what it sums over lists here is summed too: a longer list is cut to the shorter.
+
+What differs: half inputs are computed in float32 and give float32. Only `kd_loss` has a gradient to the teacher; in the
+others the teacher is detached (there it is differentiated wherever it requires a gradient, which its distillers never
+let it). No function waits for the GPU or changes its input. Where the original is NaN or wrong the functions say so.
+The methods without a counterpart in kdkernels (CRD, OFD, VID, ReviewKD, KDSVD, FitNet's mean square) stay as they are.
+"""
+
+from __future__ import annotations
+
+from ..logits.op import distillation_kl
+from .shared import shared
+
+__all__ = [
+    "at_loss",
+    "dkd_loss",
+    "kd_loss",
+    "nst_loss",
+    "similarity_loss",
+    "single_stage_at_loss",
+    "single_stage_nst_loss",
+    "sp_loss",
+]
+
+
+def kd_loss(logits_student, logits_teacher, temperature):
+    """temperature^2 KL(p_t || p_s) of logits [B, C, ...], mean over rows and positions. `kd.losses.KDLoss`.
+
+    A class with logit -inf on both sides adds nothing (there NaN).
+
+    >>> from kdkernels.compat.mdistiller import kd_loss
+    >>> kd_loss(torch.randn(8, 10, requires_grad=True), torch.randn(8, 10), 4).backward()
+    """
+    return distillation_kl(logits_student.movedim(1, -1), logits_teacher.movedim(1, -1), tau=temperature)
+
+
+def dkd_loss(logits_student, logits_teacher, target, alpha, beta, temperature):
+    """alpha TCKD + beta NCKD of logits [B, C], target int [B]. `kd.losses.DKDLoss`, without its warm-up.
+
+    Finite where a softmax underflows: the original takes log(0) as soon as the logits of a row are 104 temperatures
+    apart (in float32), giving inf or NaN, and hides the label by -1000, which is too little for logits beyond that.
+    """
+    loss = shared(logits_student, "DKDLoss", alpha, beta, temperature, warmup=0)
+    return loss(logits_student, logits_teacher, target.reshape(-1))
+
+
+def at_loss(g_s, g_t, p):
+    """Sum over the pairs of maps of `single_stage_at_loss`."""
+    return sum(single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t))  # noqa: B905
+
+
+def single_stage_at_loss(f_s, f_t, p):
+    """Mean square between unit maps of mean_c |f_c|^p, f [B, C, H, W]. `kd.losses.ATLoss`.
+
+    |f|^p is the paper's: for odd p the original keeps the sign of negative features, for other p it is NaN there.
+    """
+    return shared(f_s, "ATLoss", p)(f_s, f_t)
+
+
+def nst_loss(g_s, g_t):
+    """Sum over the pairs of maps of `single_stage_nst_loss`."""
+    return sum(single_stage_nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t))  # noqa: B905
+
+
+def single_stage_nst_loss(f_s, f_t):
+    """Squared MMD between channels, kernel (s.t)^2, of maps [B, C, H, W]; never B x C x C x HW. `kd.losses.NSTLoss`."""
+    return shared(f_s, "NSTLoss")(f_s, f_t)
+
+
+def sp_loss(g_s, g_t):
+    """Sum over the pairs of features of `similarity_loss`: [1]."""
+    return sum(similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t))  # noqa: B905
+
+
+def similarity_loss(f_s, f_t):
+    """|K - L|_F^2 / B^2 of the row-normalised Gram matrices of features [B, ...]: [1]. `kd.losses.SPLoss`."""
+    return shared(f_s, "SPLoss")(f_s.flatten(1), f_t.flatten(1)).reshape(1)

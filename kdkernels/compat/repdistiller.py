@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss classes of RepDistiller's distiller_zoo with its names, arguments and results, computed by kdkernels.
+
+    from kdkernels.compat.repdistiller import NSTLoss   # in place of: from distiller_zoo import NSTLoss
+
+Constructors, formulas, pooling of the larger map and what is returned are the original's: `Attention`, `FSP`, `NSTLoss`
+and `Similarity` take lists and return lists (of [1] tensors in `Similarity`), the others take tensors and return a
+scalar. The modules have no parameters and an empty state dict. A longer list is cut to the shorter, as there.
+
+What differs: half inputs are computed in float32 and give float32. Only `DistillKL` has a gradient to the teacher; in
+the others the teacher is detached, which RepDistiller's training loop does itself. Nothing waits for the GPU or changes
+its input. Where the original is NaN or wrong the classes say so. ABLoss, FactorTransfer, HintLoss, KDSVD and VIDLoss
+have no counterpart here: keep the original's.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..logits.op import distillation_kl
+from . import mdistiller
+from .shared import shared
+
+__all__ = ["FSP", "Attention", "DistillKL", "NSTLoss", "Similarity"]
+
+
+class DistillKL(nn.Module):
+    """T^2 KL(p_t || p_s), summed over logits [B, C, ...] and divided by B. `kd.losses.KDLoss`.
+
+    >>> from kdkernels.compat.repdistiller import DistillKL
+    >>> DistillKL(4)(torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)).backward()
+    """
+
+    def __init__(self, T):
+        super().__init__()
+        self.T = T
+
+    def forward(self, y_s, y_t):
+        total = distillation_kl(y_s.movedim(1, -1), y_t.movedim(1, -1), tau=self.T, reduction="sum")
+        return total / y_s.shape[0]
+
+
+class Similarity(nn.Module):
+    """Similarity-preserving loss: a list of [1] tensors, one a pair of features [B, ...]. `kd.losses.SPLoss`."""
+
+    def forward(self, g_s, g_t):
+        return [self.similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]  # noqa: B905
+
+    def similarity_loss(self, f_s, f_t):
+        return mdistiller.similarity_loss(f_s, f_t)
+
+
+class Attention(nn.Module):
+    """Attention transfer: a list of scalars, one a pair of maps [B, C, H, W]. `kd.losses.ATLoss`.
+
+    The map is the mean of |f|^p, the paper's: for odd p the original keeps the sign of negative features, for other p
+    it is NaN there.
+    """
+
+    def __init__(self, p=2):
+        super().__init__()
+        self.p = p
+
+    def forward(self, g_s, g_t):
+        return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]  # noqa: B905
+
+    def at_loss(self, f_s, f_t):
+        return mdistiller.single_stage_at_loss(f_s, f_t, self.p)
+
+
+class NSTLoss(nn.Module):
+    """Neuron selectivity transfer: a list of scalars, one a pair of maps [B, C, H, W]. `kd.losses.NSTLoss`.
+
+    Never B x C x C x HW, the tensor with which the original runs out of memory.
+    """
+
+    def forward(self, g_s, g_t):
+        return [self.nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]  # noqa: B905
+
+    def nst_loss(self, f_s, f_t):
+        return mdistiller.single_stage_nst_loss(f_s, f_t)
+
+
+class FSP(nn.Module):
+    """Flow of solution procedure: a list of scalars, one a pair of consecutive maps. `kd.losses.FSPLoss`.
+
+    s_shapes, t_shapes: shapes of the maps [B, C, H, W] of both sides; other channels raise ValueError, as there.
+    """
+
+    def __init__(self, s_shapes, t_shapes):
+        super().__init__()
+        # the original's exceptions
+        if len(s_shapes) != len(t_shapes):
+            raise AssertionError("unequal length of feat list")
+        if [shape[1] for shape in s_shapes] != [shape[1] for shape in t_shapes]:
+            raise ValueError("num of channels not equal (error in FSP)")
+
+    def forward(self, g_s, g_t):
+        flows = min(len(g_s), len(g_t)) - 1
+        return [shared(g_s[i], "FSPLoss")(list(g_s[i : i + 2]), list(g_t[i : i + 2])) for i in range(flows)]

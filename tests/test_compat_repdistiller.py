@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RepDistiller's classes: constructors, what they take and return, and the formulas of originals.py in every entry."""
+
+import inspect
+
+import originals
+import pytest
+import torch
+
+from kdkernels.compat import repdistiller
+
+
+def maps(dtype, channels=((4, 5), (3, 6), (2, 2)), sides=((6, 6), (8, 4), (2, 4))):
+    """Levels on both sides: other channels, and a higher student, then a higher teacher."""
+    return tuple(
+        [torch.randn(5, c[k], s[k], s[k], dtype=dtype) for c, s in zip(channels, sides, strict=True)] for k in (0, 1)
+    )
+
+
+def stages(dtype):
+    """For FSP: the same channels on both sides, sizes that fall and rise."""
+    return maps(dtype, channels=((4, 4), (3, 3), (2, 2)))
+
+
+def logits(dtype):
+    return torch.randn(5, 7, dtype=dtype), 3 * torch.randn(5, 7, dtype=dtype)
+
+
+def features(dtype):
+    student = torch.randn(6, 4, dtype=dtype)
+    return student, torch.cat([student, torch.randn(6, 5, dtype=dtype)], 1)
+
+
+def per_level(formula):
+    return lambda student, teacher: [formula(s, t) for s, t in zip(student, teacher, strict=True)]
+
+
+SHAPES = [(5, 4, 6, 6), (5, 3, 8, 8), (5, 2, 2, 2)]
+# name: (constructor's arguments, inputs, the original's formula: a number, or a list of them)
+CASES = {
+    "DistillKL": ((4,), logits, lambda s, t: originals.kl(s, t, 4).mean()),
+    "Similarity": ((), maps, per_level(originals.similarity)),
+    "Attention": ((), maps, per_level(lambda s, t: originals.attention(s, t, 2))),
+    "NSTLoss": ((), maps, per_level(originals.nst)),
+    "FSP": ((SHAPES, SHAPES), stages, originals.flow),
+}
+CONSTRUCTORS = {
+    "DistillKL": "(T)",
+    "Similarity": "()",
+    "Attention": "(p=2)",
+    "NSTLoss": "()",
+    "FSP": "(s_shapes, t_shapes)",
+}
+CALLS = {
+    "DistillKL": "(y_s, y_t)",
+    "Similarity": "(g_s, g_t)",
+    "Attention": "(g_s, g_t)",
+    "NSTLoss": "(g_s, g_t)",
+    "FSP": "(g_s, g_t)",
+}
+LISTS = [name for name in CALLS if CALLS[name] == "(g_s, g_t)"]
+
+
+@pytest.fixture(params=CASES)
+def name(request):
+    return request.param
+
+
+def made(name):
+    return getattr(repdistiller, name)(*CASES[name][0])
+
+
+def every(side):
+    return side if isinstance(side, list) else [side]
+
+
+def total(value):
+    return sum(every(value)).sum()
+
+
+def test_the_names_and_signatures_are_the_originals():
+    assert set(repdistiller.__all__) == set(CONSTRUCTORS) == set(CASES)
+    for name in repdistiller.__all__:
+        loss = getattr(repdistiller, name)
+        arguments = [p for p in inspect.signature(loss).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert f"({', '.join(map(str, arguments))})" == CONSTRUCTORS[name]
+        assert str(inspect.signature(loss.forward)) == CALLS[name].replace("(", "(self, ", 1)
+
+
+def test_a_class_has_the_values_and_the_gradients_of_the_original(name):
+    _, inputs, formula = CASES[name]
+    student, teacher = inputs(torch.float64)
+    for tensor in every(student):
+        tensor.requires_grad_()
+    value, expected = made(name)(student, teacher), formula(student, teacher)
+    assert isinstance(value, list) == (name in LISTS)
+    for found, wanted in zip(every(value), every(expected), strict=True):
+        assert found.shape == ((1,) if name == "Similarity" else ()) and found.dtype == torch.float64
+        torch.testing.assert_close(found.sum(), wanted, rtol=1e-11, atol=0)
+    gradients = torch.autograd.grad(total(value), every(student))
+    torch.testing.assert_close(gradients, torch.autograd.grad(total(expected), every(student)), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_and_half_inputs_are_computed_in_float32(name, dtype):
+    _, inputs, formula = CASES[name]
+    student, teacher = inputs(dtype)
+    wide = [[f.double() for f in side] if isinstance(side, list) else side.double() for side in (student, teacher)]
+    for found, wanted in zip(every(made(name)(student, teacher)), every(formula(*wide)), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.sum().double(), wanted, rtol=2e-6, atol=0)
+
+
+def test_a_module_has_no_state_and_the_originals_repr(name):
+    loss = made(name)
+    assert repr(loss) == f"{name}()"
+    assert not loss.state_dict() and not list(loss.buffers()) and not list(loss.parameters())
+
+
+def test_inputs_stay_as_they_are_and_only_DistillKL_differentiates_the_teacher(name):
+    student, teacher = CASES[name][1](torch.float64)
+    before = [tensor.clone() for tensor in every(student) + every(teacher)]
+    for tensor in every(student) + every(teacher):
+        tensor.requires_grad_()
+    total(made(name)(student, teacher)).backward()
+    for tensor, old in zip(every(student) + every(teacher), before, strict=True):
+        assert tensor.detach().equal(old)
+    assert all((tensor.grad is not None) == (name == "DistillKL") for tensor in every(teacher))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_longer_list_is_cut_to_the_shorter(name):
+    student, teacher = CASES[name][1](torch.float64)
+    whole = made(name)(student, teacher)
+    for cut in (made(name)(student[:2], teacher), made(name)(student, teacher[:2])):
+        assert len(cut) == len(whole) - 1 and all(a.equal(b) for a, b in zip(cut, whole, strict=False))
+
+
+def test_DistillKL_sums_over_positions_and_divides_by_the_batch_alone():
+    student, teacher = torch.randn(2, 7, 3, 4, dtype=torch.float64), torch.randn(2, 7, 3, 4, dtype=torch.float64)
+    rows = (side.permute(0, 2, 3, 1).reshape(-1, 7) for side in (student, teacher))
+    torch.testing.assert_close(repdistiller.DistillKL(2)(student, teacher), originals.kl(*rows, 2).sum() / 2)
+
+
+def test_the_exponent_of_attention_is_the_argument():
+    student, teacher = (torch.rand(5, 4, 6, 6, dtype=torch.float64) for _ in range(2))
+    expected = originals.attention(student, teacher, 3)
+    torch.testing.assert_close(repdistiller.Attention(p=3)([student], [teacher])[0], expected)
+    torch.testing.assert_close(repdistiller.Attention(p=3).at_loss(student, teacher), expected)
+
+
+def test_FSP_refuses_shapes_as_the_original_does():
+    with pytest.raises(AssertionError, match="unequal length"):
+        repdistiller.FSP(SHAPES, SHAPES[:2])
+    with pytest.raises(ValueError, match="num of channels not equal"):
+        repdistiller.FSP(SHAPES, [(5, 4, 6, 6), (5, 4, 8, 8), (5, 2, 2, 2)])
