@@ -106,6 +106,7 @@ class _Run:
         self.backend, self.minimum = backend, minimum_rows(self.unbiased, True)
         self.same = b is a and kernels[0] is kernels[1]
         self.sums, self.seen, self.batches, self.rows, self.left_out = None, 0, 0, 0, 0
+        self.layers: dict[bool, sums.Layers] = {}  # of the first network and of the second
 
     def add(self, batch):
         self.seen += 1
@@ -120,9 +121,9 @@ class _Run:
             self._too_small(A.n)
             return
         h = sums.hsics(A, B)
-        order_a, order_b = (torch.tensor(net.order(), device=h.kl.device) for net in (self.a, self.b))
-        batch = stream.terms(h.kl, h.kk[:, None], h.ll)[:, order_a][:, :, order_b]
-        self.sums = batch if self.sums is None else self.sums + batch
+        rows, columns = self.a.order(), self.b.order()
+        batch = stream.terms(h.kl[rows][:, columns], h.kk[rows][:, None], h.ll[columns])
+        self.sums = batch if self.sums is None else self.sums.add_(batch)
         self.batches, self.rows = self.batches + 1, self.rows + A.n
 
     def _features(self, net: Network, batch, kernel, first: bool) -> sums.Layers:
@@ -130,9 +131,12 @@ class _Run:
         device = device_of(net.model)
         if device is not None:
             arguments, options = moved(arguments, device), moved(options, device)
-        together = len(self.a) + (0 if self.same else len(self.b))
-        layers = sums.Layers(len(net), together, kernel, self._problem(arguments, options), self.dtype, first)
-        return net.features(arguments, options, layers)
+        if first not in self.layers:
+            together = len(self.a) + (0 if self.same else len(self.b))
+            problem = self._problem(arguments, options)
+            self.layers[first] = sums.Layers(len(net), together, kernel, problem, self.dtype, first)
+        self.layers[first].clear()
+        return net.features(arguments, options, self.layers[first])
 
     def _problem(self, arguments, options):
         tensor = next((t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor)), torch.empty(0))

@@ -188,6 +188,11 @@ class Layers:
         # most: layers that may come; together: those of both networks
         self.most, self.together, self.kernel, self.problem = most, together, kernel, problem
         self.dtype, self.first = dtype, first
+        self.buffer = None  # [most, n, n], kept from batch to batch: fresh memory costs more than the product in it
+        self.clear()
+
+    def clear(self):
+        """Ready for the next batch."""
         self.n, self.grams = 0, None
         self.sides, self.units, self.widths = [], [], []
 
@@ -219,7 +224,9 @@ class Layers:
         """K of one layer takes the place of its rows."""
         if self.grams is None:
             like = self.sides[place].left
-            self.grams = like.new_empty(self.most, self.n, self.n)
+            if self.buffer is None or self.buffer.shape[1] != self.n or self.buffer.device != like.device:
+                self.buffer = like.new_empty(self.most, self.n, self.n)
+            self.grams = self.buffer
         self.grams[place] = whole(self.sides[place], self.problem)
         self.sides[place] = None
 
