@@ -176,7 +176,9 @@ def test_a_mask_that_cannot_be_honoured_is_refused():
     for how in ({"center": True}, {"kernel": "rbf"}, {"kernel": ("linear", "cosine")}):
         with pytest.raises(ValueError, match="positions can be left out of the linear, uncentred CKA only"):
             PCKALoss(**how)(student, teacher, mask=positions)
-    with pytest.raises(ValueError, match=r"mask has shape \(2, 30, 40\) and teacher_features maps of \(32, 40\)"):
+    with pytest.raises(
+        ValueError, match=r"mask has shape \(2, 30, 40\), and not every map has the size of student_features"
+    ):
         PCKALoss()(student, torch.randn(2, 3, 32, 40), mask=positions)
     with pytest.raises(
         ValueError, match=r"mask has shape \(2, 40\): for student_features give \(2,\) or \(2, 30, 40\)"
@@ -192,6 +194,8 @@ def test_what_is_no_pair_of_feature_maps_is_refused():
         PCKALoss()(student[..., 0], teacher)
     with pytest.raises(ValueError, match=r"teacher_features\[1\] has 2 channels, student_features\[1\] has 3"):
         PCKALoss()([student, student], [teacher, teacher[:, :2]])
+    with pytest.raises(ValueError, match=r"with rows='gap': give feature maps \[B, C, H, W\], no rows"):
+        PCKALoss()(student, teacher, rows="gap")
     with pytest.raises(ValueError, match="center=False with unbiased=True"):
         PCKALoss(unbiased=True)
     with pytest.raises(ValueError, match=r"transposed is \[1.0\]: give one number"):

@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .. import checks
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
 from .base import FeatureLoss, at_least_float32, check_pair, weight_tensor, weight_text, zero_of
 from .cka import check_estimator
+from .maps import mask_of_positions, same_channels
 
 PATCH = 16
 PRESETS = {
@@ -85,69 +85,45 @@ class PCKALoss(FeatureLoss):
             raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
-    def forward(self, student_features, teacher_features, *, mask=None, return_parts: bool = False):
-        # no rows: what a row is, a patch, is the loss itself
-        return super().forward(student_features, teacher_features, mask=mask, return_parts=return_parts)
-
     def _compared(self, student, teacher, rows, mask, index):
-        """Both sides, height and width of the resized maps, the mask."""
         names = check_pair(student, teacher, "features", index)
         for side, name in zip((student, teacher), names, strict=True):
-            if side.dim() != 4:
-                raise ValueError(f"{name} has shape {tuple(side.shape)}: give feature maps [B, C, H, W]")
-        if student.shape[1] != teacher.shape[1]:
-            raise ValueError(
-                f"{names[1]} has {teacher.shape[1]} channels, {names[0]} has {student.shape[1]}: channels are compared "
-                "one to one; project the student's with a 1 x 1 convolution"
-            )
+            if side.dim() != 4 or rows is not None:
+                how = "" if rows is None else f" with rows={rows!r}"
+                raise ValueError(f"{name} has shape {tuple(side.shape)}{how}: give feature maps [B, C, H, W], no rows")
+        same_channels(student, teacher, names)
         size, other = (tuple(-(-n // PATCH) * PATCH for n in side.shape[2:]) for side in (student, teacher))
         if size != other:
             raise ValueError(
                 f"{names[1]} has maps of {tuple(teacher.shape[2:])}, {names[0]} of {tuple(student.shape[2:])}: both "
                 f"must round up to the same multiples of {PATCH}; resize one of them"
             )
-        if mask is not None:
-            self._check_mask(mask, student, teacher, names)
-        return student, teacher.detach(), size, mask
-
-    def _check_mask(self, mask, student, teacher, names):
-        checks.is_tensor(mask, "mask")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
-        checks.same_device(mask, student, "mask", names[0])
-        B, _, *size = student.shape
-        allowed = [(B,), (B, *size)]
-        if tuple(mask.shape) not in allowed:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}: for {names[0]} give {allowed[0]} or {allowed[1]}")
-        if mask.dim() == 3:
-            if teacher.shape[2:] != student.shape[2:]:
-                raise ValueError(
-                    f"mask has shape {tuple(mask.shape)} and {names[1]} maps of {tuple(teacher.shape[2:])}: a mask of "
-                    "positions needs maps of one size; mask samples with [B]"
-                )
+        kept = mask_of_positions(mask, student, student.shape[2:], names[0], student.shape == teacher.shape)
+        if kept is not None and mask.dim() == 3:
             if self.center or any(spec.name != "linear" for spec in spec_of(self.kernel)):
                 raise ValueError(
                     f"mask has shape {tuple(mask.shape)}: positions can be left out of the linear, uncentred CKA only; "
                     "mask samples with [B]"
                 )
+            kept = mask
+        return student, teacher.detach(), size, kept
 
-    def _terms(self, student, teacher, size, mask):
+    def _terms(self, student, teacher, size, kept):
         """-CKA of each term, averaged over the channels."""
         patches = size[0] * size[1] // PATCH**2
         names = ["patches"] if self.transposed is None else ["patches", "transposed"]
-        enough = not self._too_small(student.shape[0], 1)
+        enough = not self._too_small(len(student), 1)
         if not enough or self._too_small(patches, minimum_rows(self.unbiased, self.center), "patches"):
             return {name: zero_of(student) for name in names}
-        x, y = (patch_rows(side, size, mask) for side in (student, teacher))
+        x, y = (patch_rows(side, size, kept) for side in (student, teacher))
         parts = {"patches": -self._cka(x, y, None).mean()}
         if self.transposed is not None:
-            rows = None
-            if mask is not None and mask.dim() == 1:
-                rows = mask.repeat_interleave(PATCH**2).expand(x.shape[0], -1)
-            value = -self._cka(x.mT, y.mT, rows).mean()
+            # a row is a position of a sample; masked positions of single patches are zeros
+            rows = None if kept is None or kept.dim() == 3 else kept.repeat_interleave(PATCH**2, dim=0)[:, 0]
+            value = -self._cka(x.mT, y.mT, None if rows is None else rows.expand(len(x), -1)).mean()
             parts["transposed"] = value * self.transposed.to(value.dtype)
-        if mask is not None:  # kernels of distances see two sides of zeros as alike
-            parts = {name: torch.where(mask.any(), value, 0) for name, value in parts.items()}
+        if kept is not None:  # kernels of distances see two sides of zeros as alike
+            parts = {name: torch.where(kept.any(), value, 0) for name, value in parts.items()}
         return parts
 
     def _cka(self, x, y, mask):
@@ -161,11 +137,11 @@ class PCKALoss(FeatureLoss):
         return {**shown, **{name: getattr(self, name) for name in names}}
 
 
-def patch_rows(maps, size, mask=None):
-    """[B, C, H, W] as [C, patches, B 256]: resized to `size`, cut into patches, what is masked 0."""
+def patch_rows(maps, size, kept=None):
+    """[B, C, H, W] as [C, patches, B 256]: 0 where not `kept` [B, 1] or [B, H, W], resized to `size`, cut up."""
     maps = maps.to(at_least_float32(maps))
-    if mask is not None:
-        kept = mask[:, None, None, None] if mask.dim() == 1 else mask[:, None]
+    if kept is not None:
+        kept = kept[:, None] if kept.dim() == 3 else kept[:, :, None, None]
         maps = torch.where(kept, maps, torch.zeros((), dtype=maps.dtype, device=maps.device))
     if tuple(maps.shape[2:]) != size:  # at their own size bilinear weights are 1 and 0
         maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
