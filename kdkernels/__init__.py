@@ -18,6 +18,7 @@ from .nystrom import (
 from .nystrom.kda import ClassCenters, landmark_similarity_loss
 from .projection import StreamingPCA, autoencoder_basis, projected_mse, random_basis
 from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_sort, spearman, spearman_corr
+from .relation import pkt, rkd_angle, rkd_distance
 
 __version__ = "0.1.0"
 
@@ -53,9 +54,12 @@ __all__ = [
     "nystrom_hsic",
     "nystrom_transfer",
     "pearson",
+    "pkt",
     "projected_mse",
     "random_basis",
     "rank_diagnostics",
+    "rkd_angle",
+    "rkd_distance",
     "select_landmarks",
     "soft_rank",
     "soft_sort",

@@ -46,5 +46,8 @@ OPS = {
         Op("mixup", "logits", _LOGITS, ("mix_rows",)),
         Op("distillation_kl", "logits", _LOGITS, _LOGIT_ROWS),
         Op("mixed_distillation", "logits", _LOGITS, _LOGIT_ROWS),
+        Op("rkd_distance", "relation", ("torch", "reference")),
+        Op("rkd_angle", "relation", ("triton", "cpp", "torch", "reference"), ("angle_triplets",)),
+        Op("pkt", "relation", ("torch", "reference")),
     )
 }

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family in PyTorch: value and weights of the gradient from n x n matrices, then one product with the features.
+
+Triplets go in chunks of vertices, so that memory stays n x n plus a chunk. The other backends replace `triplets` alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import pairs
+from .pairs import Distances, distances, inverse, laplacian, rows_kept
+from .problem import EPS, compute_dtype, sides
+
+# numbers of a chunk of triplets: the few temporaries stay in cache; the launches count
+TRIPLETS = {"cpu": 1 << 18, "cuda": 1 << 25}
+
+
+def forward(x, y, mask, kind: str, need: int, triplets=None):
+    """value [G], and W [sides, G, n, n] float64 of the sides that `need` names ([0] without): dvalue/dx = W x."""
+    count = rows_kept(x, mask)
+    if kind == "pkt":
+        value, weights = _similarities(x, y, mask, count, need)
+    else:
+        s, t = (distances(side, mask, count) for side in (x, y))
+        if kind == "rkd_distance":
+            value, V = _distances(s, t, need)
+            terms = count**2
+        else:
+            value, V = (triplets or _triplets)(s.square, t.square, need)
+            terms = count**3
+        value = value / terms
+        # V is in units of mu
+        units = [(of.scale.square() / terms)[:, None, None] for of in (s, t)]
+        weights = [laplacian(v.mul_(units[k])) for v, k in zip(V, sides(need), strict=True)]
+    W = torch.stack(weights) if weights else x.new_empty(0, dtype=torch.float64)
+    return value.to(compute_dtype(x, y)), W
+
+
+def backward(grad, x, mask, W, kind: str):
+    """dvalue/dx [G, n, p] of one side times grad [G], a block of columns at a time.
+
+    float64, as V is 1 / d^2 where a pair is close: its product with rows in float32 would be that much further off.
+    """
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    count = None if kind == "pkt" else rows_kept(x, mask)
+    # where nothing comes from above, the gradient is 0 whatever the rest holds
+    silent = (grad == 0)[:, None, None]
+    for columns in pairs.blocks(x):
+        block = (W @ pairs.rows(x[..., columns], mask, count)).mul_(grad[:, None, None])
+        dx[..., columns] = pairs.masked(block.masked_fill_(silent, 0), mask)
+    return dx
+
+
+# ---- distances
+
+
+def _distances(s: Distances, t: Distances, need: int):
+    """sum_ik of smooth-L1 [G], and V of each side asked for in its units: 2 (g - sum(g u) / pairs) / u."""
+    u = [side.square.sqrt() for side in (s, t)]
+    e = u[0] - u[1]
+    g = e.clamp(-1, 1)
+    value = torch.linalg.vecdot((e - g / 2).flatten(1), g.flatten(1))
+    V = []
+    for k in sides(need):
+        own, side = (g, s) if k == 0 else (-g, t)
+        mean = torch.linalg.vecdot(own.flatten(1), u[k].flatten(1)) / side.pairs
+        V.append((own - mean[:, None, None]).mul_(2).mul_(inverse(side.square)))
+    return value, V
+
+
+# ---- angles
+
+
+def _triplets(s, t, need: int):
+    """sum_vik of smooth-L1 [G], and V of each side asked for: sums over the vertices, a chunk at a time.
+
+    s, t: squared distances [G, n, n] in units of mu; cos_vik = (d_iv^2 + d_kv^2 - d_ik^2) / (2 d_iv d_kv). float64: in
+    float32 a sample far from two that are close would not tell them apart.
+    """
+    G, n, _ = s.shape
+    asked = sides(need)
+    both = [(square / 2, inverse(square)) for square in (s, t)]
+    V = [torch.zeros_like(s) for _ in asked]
+    value = s.new_zeros(G)
+    rows = max(1, TRIPLETS.get(s.device.type, TRIPLETS["cuda"]) // n**2)
+    for group in range(G):
+        for begin in range(0, n, rows):
+            vertices = slice(begin, min(n, begin + rows))
+            cos = [_cosines(half[group], r[group], vertices) for half, r in both]
+            e = cos[0] - cos[1]
+            g = e.clamp(-1, 1)
+            value[group] += e.sub_(g, alpha=0.5).mul_(g).sum()
+            for k, out in zip(asked, V, strict=True):
+                _add_weights(out[group], g if k == 0 else -g, cos[k], both[k][1][group], vertices)
+    return value, V
+
+
+def one_sided(run):
+    """`triplets` from run(own, other, weight) -> value [G], V of the first side; the value does not mind their order."""
+
+    def triplets(s, t, need: int):
+        squares, V = (s, t), []
+        for k in sides(need):
+            value, weights = run(squares[k], squares[1 - k], True)
+            V.append(weights)
+        return (value if V else run(s, t, False)[0]), V
+
+    return triplets
+
+
+def _cosines(half, r, vertices):
+    """[v, i, k] from half the squared distances and the inverse distances."""
+    h, r = half[vertices], r[vertices]
+    return (h[:, :, None] + h[:, None] - half).mul_(r[:, :, None]).mul_(r[:, None])
+
+
+def _add_weights(V, g, cos, r, vertices):
+    """V_ik -= 2 g / (d_iv d_kv); V_iv, V_vi += 2 sum_k g (1 / d_kv - cos / d_iv) / d_iv."""
+    r = r[vertices]
+    to_vertex = torch.bmm(g, r[:, :, None])[..., 0] - (g * cos).sum(-1) * r
+    to_vertex = 2 * r * to_vertex
+    V[vertices] += to_vertex
+    V[:, vertices] += to_vertex.mT
+    V.sub_(g.mul(r[:, :, None]).mul_(r[:, None]).sum(0), alpha=2)
+
+
+# ---- similarities
+
+
+def _similarities(x, y, mask, count, need: int):
+    """mean T log((T + eps) / (P + eps)), P and T rows of (cos + 1) / 2 with sum 1, and W of each side asked for."""
+    both = [_Similarity(side, mask) for side in (x, y)]
+    p, t = (side.p for side in both)
+    log = ((t + EPS) / (p + EPS)).log_()
+    size = count[:, None, None] ** 2
+    value = torch.linalg.vecdot(t.flatten(1), log.flatten(1)) / size[:, 0, 0]
+    weights = []
+    for k in sides(need):
+        h = -t / (p + EPS) if k == 0 else log + t / (t + EPS)
+        weights.append(both[k].weights(h.div_(size), mask))
+    return value, weights
+
+
+class _Similarity:
+    """p [G, n, n], 0 where masked: rows (cos + 1) / 2 over their sums; cos = x_i.x_k / (s_i s_k), s = |x| + eps."""
+
+    def __init__(self, x, mask):
+        self.cos = pairs.gram(x, mask)
+        self.norm = self.cos.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+        self.s = self.norm + EPS
+        self.cos.div_(self.s).div_(self.s.mT)
+        p = pairs.pairs_masked(self.cos.add(1).div_(2), mask)
+        self.total = p.sum(-1, keepdim=True)
+        self.total.masked_fill_(self.total == 0, 1)
+        self.p = p.div_(self.total)
+
+    def weights(self, h, mask):
+        """W from h = dvalue/dp: V through row sums and (cos + 1) / 2, symmetric; then through s. 0 for a row of 0."""
+        V = (h - (h * self.p).sum(-1, keepdim=True)).div_(2 * self.total)
+        V = pairs.pairs_masked(V, mask)
+        V = V + V.mT
+        along = (V * self.cos).sum(-1, keepdim=True) / (self.norm * self.s)
+        W = V.div_(self.s).div_(self.s.mT)
+        W.diagonal(dim1=-2, dim2=-1).sub_(along[..., 0])
+        return W.masked_fill_(self.norm == 0, 0)
