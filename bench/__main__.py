@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-FAMILIES = ("gram", "rank", "nystrom", "projection", "logits")
+FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "analysis")
 
 
 def parser() -> argparse.ArgumentParser:

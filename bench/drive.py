@@ -17,15 +17,21 @@ import torch
 
 import kdkernels as kd
 
+from . import analysis_rows, data, logit_rows, machine, measure, memory, nystrom_rows, projecting, ranking, roof
 from . import cases as catalogue
 from . import contenders as others
-from . import data, logit_rows, machine, measure, memory, nystrom_rows, projecting, ranking, roof
 from .cases import Case
 from .measure import Contender
 
 BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("triton", "cuda", "torch")}
 # families whose cases have a module of their own: draw, ours, contender, names
-MODULES = {"rank": ranking, "nystrom": nystrom_rows, "projection": projecting, "logits": logit_rows}
+MODULES = {
+    "rank": ranking,
+    "nystrom": nystrom_rows,
+    "projection": projecting,
+    "logits": logit_rows,
+    "analysis": analysis_rows,
+}
 SEEDS = 4  # draws of the inputs that the calls rotate over
 
 

@@ -42,6 +42,8 @@ def leaves(draws):
 
 def backward(value, y):
     """With y as the upstream gradient of a value of its shape, else with ones."""
+    if not value.requires_grad:  # an analysis has no backward pass
+        return
     if value.shape == y.shape:
         value.backward(y.to(value.dtype))
     else:
