@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused kernels for knowledge distillation: Gram/CKA statistics as PyTorch ops, with pure-PyTorch references."""
 
-from . import losses
+from . import distributed, losses
 from .analysis import CKAMetric, Comparison, cka_matrix, compare_models
 from .backend import available_backends, explain
 from .checks import debug_checks
@@ -40,6 +40,7 @@ __all__ = [
     "cka_matrix",
     "compare_models",
     "debug_checks",
+    "distributed",
     "distillation_kl",
     "explain",
     "gram_mse",

@@ -32,6 +32,7 @@ ARROWS = {
     "analysis": {*FOUNDATIONS, "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram"},
+    "gram": {*FOUNDATIONS, "distributed"},
     "relation": {*FOUNDATIONS, "gram"},
 }
 # the modules of a family that others may name: its functions, its kernel objects (and what they do to a Triton tile),

@@ -8,7 +8,8 @@ import torch
 from .. import checks
 
 
-def check_features(x, y, same_rows: bool = True):
+def check_features(x, y, same_rows: bool = True, empty: bool = False):
+    """empty: no rows are enough, as on one of several ranks."""
     checks.floating(x, "x")
     checks.floating(y, "y")
     checks.same_device(x, y, "x", "y")
@@ -18,8 +19,9 @@ def check_features(x, y, same_rows: bool = True):
         raise ValueError(
             f"y has shape {tuple(y.shape)}, x has {tuple(x.shape)}: give both with the same number of dims"
         )
-    checks.not_empty(x, "x")
-    checks.not_empty(y, "y")
+    for side, name in ((x, "x"), (y, "y")):
+        if not (empty and side.shape[-2] == 0 and side.shape[-1] > 0):
+            checks.not_empty(side, name)
     if x.dim() == 3 and y.shape[0] != x.shape[0]:
         raise ValueError(f"y has {y.shape[0]} groups, x has {x.shape[0]}: groups are compared one to one")
     if same_rows and x.shape[-2] != y.shape[-2]:

@@ -10,7 +10,7 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
-from . import reference, two_sample
+from . import ranks, reference, two_sample
 from .bandwidth import bandwidth
 from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
 from .function import differentiable, forward
@@ -23,7 +23,16 @@ LINEAR = spec_of("linear")
 
 
 def cka(
-    x, y, *, kernel="linear", unbiased=True, center=True, row_normalize=False, mask=None, backend="auto"
+    x,
+    y,
+    *,
+    kernel="linear",
+    unbiased=True,
+    center=True,
+    row_normalize=False,
+    mask=None,
+    group=None,
+    backend="auto",
 ) -> torch.Tensor:
     """Centred kernel alignment, CKA(K, L) = h(K, L) / sqrt(h(K, K) h(L, L)) with h = HSIC.
 
@@ -37,6 +46,8 @@ def cka(
         center: False drops the centring (RCKA); needs unbiased=False.
         row_normalize: K_ij / sqrt(K_ii), rows only (RCKA); needs unbiased=False.
         mask: bool [n] or [G, n], False rows take no part and get gradient 0.
+        group: None, or "world" or a process group: the statistic of the rows of all its ranks, the same on each, whose
+            gradient averaged over the ranks is that of one process (`kdkernels/distributed.py`); n is then any number.
         backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
@@ -52,11 +63,20 @@ def cka(
     >>> round(kd.cka(x, 3 * x @ rotation).item(), 4)
     1.0
     """
-    return _statistic("cka", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, backend)
+    return _statistic("cka", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, group, backend)
 
 
 def hsic(
-    x, y, *, kernel="linear", unbiased=True, center=True, row_normalize=False, mask=None, backend="auto"
+    x,
+    y,
+    *,
+    kernel="linear",
+    unbiased=True,
+    center=True,
+    row_normalize=False,
+    mask=None,
+    group=None,
+    backend="auto",
 ) -> torch.Tensor:
     """Hilbert-Schmidt independence criterion: tr(KHLH)/(n-1)^2 (biased), or the unbiased HSIC_1 of Song et al. 2012.
 
@@ -68,10 +88,10 @@ def hsic(
     >>> bool(kd.hsic(x, x) > kd.hsic(x, torch.randn(64, 8)).abs())
     True
     """
-    return _statistic("hsic", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, backend)
+    return _statistic("hsic", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, group, backend)
 
 
-def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, backend="auto") -> torch.Tensor:
+def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, backend="auto") -> torch.Tensor:
     """Squared distance of two linear Gram matrices, sum_ij (K_ij - L_ij)^2, K = XX', L = YY'.
 
     normalize="row" divides each row of K and L by its L2 norm first (similarity preserving, Tung & Mori 2019,
@@ -88,10 +108,10 @@ def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, backend="auto
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
     stat = "mse" if normalize is None else "row_mse"
-    return _statistic(stat, x, y, LINEAR, False, False, False, reduction == "mean", mask, backend)
+    return _statistic(stat, x, y, LINEAR, False, False, False, reduction == "mean", mask, group, backend)
 
 
-def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, backend="auto") -> torch.Tensor:
+def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="auto") -> torch.Tensor:
     """Squared maximum mean discrepancy, mean k(x, x') + mean k(y, y') - 2 mean k(x, y).
 
     Source: Gretton et al. 2012 (JMLR 13). unbiased leaves i = j out of the first two means (the value may be negative).
@@ -110,14 +130,21 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, backend="auto") -> torc
     kernels = spec_of(kernel)
     if kernels[0] is not kernels[1]:
         raise ValueError("kernel is a pair: mmd compares x and y under one kernel function")
-    check_features(x, y, same_rows=False)
-    if x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"y has {y.shape[-1]} features, x has {x.shape[-1]}: mmd compares samples of one space")
+
+    def check():
+        check_features(x, y, same_rows=False, empty=group is not None)
+        if x.shape[-1] != y.shape[-1]:
+            raise ValueError(f"y has {y.shape[-1]} features, x has {x.shape[-1]}: mmd compares samples of one space")
+        return check_mmd_masks(mask, x, y)
+
+    if group is not None:
+        x, y, mask = ranks.two_samples(x, y, mask, group, check)
+        return mmd(x, y, kernel=kernel, unbiased=unbiased, mask=mask, backend=backend)
+    masks = check()
     least = 2 if unbiased else 1
     for name, n in (("x", x.shape[-2]), ("y", y.shape[-2])):
         if n < least:
             raise ValueError(f"{name} has {n} rows: mmd with unbiased={unbiased} needs at least {least}")
-    masks = check_mmd_masks(mask, x, y)
     check_bandwidths(kernels, x)
     chosen = backends.resolve("mmd", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
@@ -129,13 +156,18 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, backend="auto") -> torc
     return _call("sum", rows, labels, specs, unbiased, False, False, True, keep, chosen)
 
 
-def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, backend):
-    check_features(x, y)
+def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group, backend):
+    if group is None:
+        check_features(x, y)
     if unbiased and stat in ("cka", "hsic"):
         if not center:
             raise ValueError("center=False with unbiased=True: the unbiased estimator is centred, pass unbiased=False")
         if row_normalize:
             raise ValueError("row_normalize=True with unbiased=True: row normalisation needs unbiased=False")
+    if group is not None:
+        how = (kernels, unbiased, center, row_normalize, mean)
+        value, rows = ranks.of_all_ranks(stat, x, y, *how, mask, group)
+        return value if rows is None else _statistic(stat, *rows[:2], *how, rows[2], None, backend)
     least = minimum_rows(unbiased, center, stat)
     if x.shape[-2] < least:
         raise ValueError(

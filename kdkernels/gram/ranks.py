@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of the rows of all ranks: linear kernels send p x p moments and no feature, the others gather.
+
+What travels a call and rank, N rows in all, b bytes a number: moments (p^2 + p q + q^2 + p + q) b, whatever N is;
+features N (p + q) b. The smaller of the two is chosen, on every rank alike. Backward sends as much, of the sides that
+need a gradient. MATH.md, "More than one GPU", has the formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import distributed
+from ..autograd import device_type, without_autocast
+from .checks import check_features, check_mask
+from .prepare import unit_rows
+from .problem import minimum_rows
+
+
+def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group):
+    """(the statistic, None) where it came from moments, else (None, (x, y, mask) with the rows of all ranks)."""
+
+    def check():
+        check_features(x, y, empty=True)
+        if mask is not None:
+            check_mask(mask, x, "mask")
+
+    handle = distributed.handle_of(group)
+    sides = [_rows_first(side) for side in (x, y, mask)]
+    rows = distributed.agree(sides, ("x", "y", "mask"), handle, check)
+    least, total, (p, q) = minimum_rows(unbiased, center, stat), sum(rows), (x.shape[-1], y.shape[-1])
+    if total < least:
+        raise ValueError(f"x and y have {total} rows on all ranks: {stat} needs at least {least}")
+    linear = all(kernel.name in ("linear", "cosine") for kernel in kernels)
+    if linear and (stat == "mse" or (center and not row_normalize and stat in ("cka", "hsic"))):
+        if p * p + p * q + q * q + p + q <= total * (p + q):
+            return _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle), None
+    return None, [_rows_first(side) for side in distributed.gather_rows(sides, rows, handle)]
+
+
+def two_samples(x, y, masks, group, check):
+    """Both samples of all ranks, which need not have the same number of rows, and their masks."""
+    handle, out = distributed.handle_of(group), []
+    masks = masks or (None, None)
+    for k, (side, mask, name) in enumerate(zip((x, y), masks, "xy", strict=True)):
+        pair = [_rows_first(side), _rows_first(mask)]
+        rows = distributed.agree(pair, (name, f"mask[{k}]"), handle, check)
+        out.append([_rows_first(t) for t in distributed.gather_rows(pair, rows, handle)])
+    (x, mask_x), (y, mask_y) = out
+    return x, y, (mask_x, mask_y)
+
+
+def _rows_first(t):
+    """[G, n, p] as [n, G, p] and back, [G, n] as [n, G]; [n, p] and [n] have no groups."""
+    grouped = isinstance(t, torch.Tensor) and (t.dim() == 3 or (t.dim() == 2 and t.dtype == torch.bool))
+    return t.transpose(0, 1) if grouped else t
+
+
+def _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle):
+    """The statistic in plain PyTorch, on differentiable sums over the ranks."""
+    if x.dim() == 2:
+        mask = None if mask is None else mask[None]
+        return _from_moments(stat, x[None], y[None], kernels, unbiased, mean, mask, total, handle)[0]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    with without_autocast(device_type(x)):
+        X, Y = (
+            unit_rows(side, mask, dtype) if kernel.name == "cosine" else _masked(side.to(dtype), mask)
+            for side, kernel in zip((x, y), kernels, strict=True)
+        )
+        N = x.new_full((x.shape[0],), total, dtype=torch.float64)
+        if mask is not None:
+            N = distributed.sum_over(mask.sum(1).double(), handle)
+        least = minimum_rows(unbiased, True, stat)
+        enough, N = N >= least, N.clamp(min=least)
+        if stat == "mse":
+            value = _mse(X, Y, handle) / (N.square() if mean else 1)
+        else:
+            value = _hsic_or_cka(stat, X, Y, N, unbiased, mask, handle)
+        return torch.where(enough, value, 0).to(dtype)
+
+
+def _masked(x, mask):
+    return x if mask is None else torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _centred(x, N, mask, handle):
+    """Rows minus their mean, of size one or so, and the scale [G], a power of two.
+
+    The mean has its gradient: the form of the statistic below holds for rows that sum to 0 alone.
+    """
+    sums = torch.cat([x.sum(-2, dtype=torch.float64), x.detach().double().square().sum((1, 2))[:, None]], 1)
+    sums = distributed.sum_over(sums, handle) / N[:, None]
+    mean, square = sums[:, :-1], sums[:, -1].detach()
+    spread = square - mean.detach().square().sum(-1)
+    # rows that differ by less than the rounding of their mean are constant
+    varies = spread > (4 * torch.finfo(x.dtype).eps) ** 2 * square
+    scale = torch.exp2(torch.log2(torch.where(varies, spread, 1)).div_(-2).round_())
+    z = (x - mean[:, None].to(x.dtype)) * torch.where(varies, scale, 0).to(x.dtype)[:, None, None]
+    return _masked(z, mask), scale
+
+
+def _products(pairs, handle):
+    """A'B of each pair over the rows of all ranks, float64, in one message."""
+    local = [A.mT @ B for A, B in pairs]
+    packed = distributed.sum_over(torch.cat([t.flatten(1) for t in local], 1), handle).double()
+    return [
+        t.unflatten(1, a.shape[1:]) for t, a in zip(packed.split([a[0].numel() for a in local], 1), local, strict=True)
+    ]
+
+
+def _hsic_or_cka(stat, X, Y, N, unbiased, mask, handle):
+    """Rows of X and Y sum to 0 over the ranks: row sums of K are 0, and without its diagonal -k_i."""
+    (X, unit_x), (Y, unit_y) = (_centred(side, N, mask, handle) for side in (X, Y))
+    k, l = X.double().square().sum(-1), Y.double().square().sum(-1)
+    squares = torch.stack([(k * l).sum(-1), (k * k).sum(-1), (l * l).sum(-1), k.sum(-1), l.sum(-1)])
+    cross, own_x, own_y, trace_x, trace_y = distributed.sum_over(squares, handle)
+    pairs = [(X, Y)] if stat == "hsic" else [(X, Y), (X, X), (Y, Y)]
+    sums = [t.square().sum((1, 2)) for t in _products(pairs, handle)]
+    diagonals = ((cross, trace_x, trace_y), (own_x, trace_x, trace_x), (own_y, trace_y, trace_y))
+
+    def h(total, dots, first, second):
+        if not unbiased:
+            return total / (N - 1) ** 2
+        return (total - N / (N - 2) * dots + first * second / ((N - 1) * (N - 2))) / (N * (N - 3))
+
+    values = [h(total, *diagonal) for total, diagonal in zip(sums, diagonals, strict=False)]
+    if stat == "hsic":
+        return values[0] / (unit_x * unit_y).square()
+    # a side below its own rounding has no direction: 0, with zero gradient
+    floor = (8 * torch.finfo(X.dtype).eps) ** 2 / (N * (N - 3) if unbiased else (N - 1) ** 2)
+    defined = torch.ones_like(N, dtype=torch.bool)
+    for value, total in zip(values[1:], sums[1:], strict=True):
+        defined = defined & ~(value <= floor * total)
+    kl, kk, ll = (torch.where(defined, value, one) for value, one in zip(values, (0.0, 1.0, 1.0), strict=True))
+    return kl / (kk.sqrt() * ll.sqrt())
+
+
+def _mse(X, Y, handle):
+    """|XX' - YY'|^2 from D = X - Y and M = X + Y: nothing cancels as X nears Y. Zero columns pad the narrower."""
+    width = max(X.shape[-1], Y.shape[-1])
+    X, Y = (torch.nn.functional.pad(Z, (0, width - Z.shape[-1])) for Z in (X, Y))
+    D, M = X - Y, X + Y
+    DD, MM, DM = _products([(D, D), (M, M), (D, M)], handle)
+    return ((DD * MM).sum((1, 2)) + (DM * DM.mT).sum((1, 2))) / 2
