@@ -46,7 +46,7 @@ def dkd_loss(logits_student, logits_teacher, target, alpha, beta, temperature):
     Finite where a softmax underflows: the original takes log(0) as soon as the logits of a row are 104 temperatures
     apart (in float32), giving inf or NaN, and hides the label by -1000, which is too little for logits beyond that.
     """
-    loss = shared(logits_student, "DKDLoss", alpha, beta, temperature, warmup=0)
+    loss = shared(logits_student, "DKDLoss", alpha, beta, temperature)
     return loss(logits_student, logits_teacher, target.reshape(-1))
 
 
