@@ -76,6 +76,12 @@ CASES = {
     "fsp": Case(lambda: mapped.FSPLoss(), "features", 1),
     "at": Case(lambda: mapped.ATLoss(weight=10.0), "features", 1, 14),
     "at cubes": Case(lambda: mapped.ATLoss(p=3, weight=10.0), "features", 1, 14),
+    "rkd distance": Case(lambda: losses.RKDDistanceLoss(), "features", 2, 14),
+    "rkd angle": Case(lambda: losses.RKDAngleLoss(weight=50.0), "features", 3, 14),
+    "rkd": Case(lambda: losses.RKDLoss(), "features", 3, 14),
+    "pkt": Case(lambda: losses.PKTLoss(weight=30000.0), "features", 2, 14),
+    "cc": Case(lambda: losses.CCLoss(), "features", 2),
+    "cc taylor": Case(lambda: losses.CCLoss("taylor", normalize=True), "features", 1, 14),
     "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
 }
 # 13 rows: odd, so that no even split or padding hides a lost row

@@ -2,6 +2,7 @@
 """Distillation losses as modules: loss(student, teacher, ...) -> scalar. `base.py` holds what all of them share."""
 
 from .at import ATLoss
+from .cc import CCLoss
 from .cka import CKALoss
 from .cmkd import CMKDLoss
 from .dist import DISTLoss
@@ -15,14 +16,17 @@ from .mmd import MMDLoss
 from .nst import NSTLoss
 from .nystrom import NystromTransferLoss
 from .pcka import PCKALoss
+from .pkt import PKTLoss
 from .ramp import Ramp
 from .rcka import RCKALoss
 from .rdimkd import RdimKDLoss
+from .rkd import RKDAngleLoss, RKDDistanceLoss, RKDLoss
 from .sp import SPLoss
 from .stkd import STKDLoss
 
 __all__ = [
     "ATLoss",
+    "CCLoss",
     "CKALoss",
     "CMKDLoss",
     "DISTLoss",
@@ -36,7 +40,11 @@ __all__ = [
     "NSTLoss",
     "NystromTransferLoss",
     "PCKALoss",
+    "PKTLoss",
     "RCKALoss",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
+    "RKDLoss",
     "Ramp",
     "RdimKDLoss",
     "SPLoss",

@@ -97,7 +97,7 @@ def _triplets(s, t, need: int):
 
 
 def one_sided(run):
-    """`triplets` from run(own, other, weight) -> value [G], V of the first side; the value does not mind their order."""
+    """`triplets` from run(own, other, weight) -> value [G], V of the first; the value does not mind their order."""
 
     def triplets(s, t, need: int):
         squares, V = (s, t), []
