@@ -8,6 +8,7 @@ one long list (`blocks.py`, `rounds.py`), sums over them sums of slices, and no 
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from . import blocks, rounds, strength
 
 QUIET = {"invalid": "ignore", "over": "ignore", "divide": "ignore", "under": "ignore"}
+GROUP = 2**17  # elements whose gradient is found together
 LARGE = 1e290  # a strength beyond it is as good: positions times strength stay finite
 
 
@@ -22,8 +24,7 @@ def packed_sort(rows):
     """Float32 rows [R, n] without NaN in descending order, stable, as float32 [R, n + 1], and where each stood, int64.
 
     NumPy sorts integers with vector instructions, so a float32 and its position are packed into one: 5 to 10 times
-    faster than `torch.sort` on one thread. Column n holds what stands last: a NaN, and its own position. Positions
-    count through all rows.
+    faster than `torch.sort` on one thread. Positions count through all rows; column n holds NaN, which stands behind.
     """
     R, n = rows.shape
     bits = rows.detach().add(0.0).numpy().view(np.int32)  # -0.0 is 0.0
@@ -31,37 +32,36 @@ def packed_sort(rows):
     key = bits >> 31
     key &= 0x7FFFFFFF
     key ^= bits
-    packed = np.full((R, n + 1), 0x7FFFFFFF, dtype=np.int64)
-    np.invert(key, out=packed[:, :n], casting="same_kind")
-    packed <<= 32
-    packed |= np.arange(R * (n + 1)).reshape(R, n + 1)
+    packed = np.empty((R, n + 1), dtype=np.int64)
+    high, low = packed.view(np.int32).reshape(R, n + 1, 2).transpose(2, 0, 1)[:: -1 if sys.byteorder == "little" else 1]
+    np.invert(key, out=high[:, :n])
+    low[:, :n] = np.arange(R * n, dtype=np.int32).reshape(R, n)
+    high[:, n] = 0x7FFFFFFF
+    low[:, n] = np.arange(R * n, R * (n + 1))
     packed.sort(axis=1)
-    key = (packed >> 32).astype(np.int32)
-    np.invert(key, out=key)
+    key = np.invert(high)
     mask = key >> 31
     mask &= 0x7FFFFFFF
     key ^= mask
-    packed &= 0xFFFFFFFF
-    return key.view(np.float32), packed
+    return key.view(np.float32), low.astype(np.int64)
 
 
 def sorted_rows(rows, poisoned):
     """Rows [R, n] sorted descending, float64 [R, n + 1], and where each stood; a poisoned row counts as constant.
 
-    Absent entries and the last column are NaN.
+    The last column is NaN.
     """
     R, n = rows.shape
     if poisoned.any():
         rows = rows.masked_fill(poisoned[:, None], 0.0)
     if rows.dtype != torch.float64 or bool((rows.float().double() == rows).all()):
         s, order = packed_sort(rows.float())
-        s = s.astype(np.float64)
-    else:
-        s, order = np.full((R, n + 1), math.nan), np.empty((R, n + 1), dtype=np.int64)
-        order[:, n] = np.arange(n, R * (n + 1), n + 1)
-        found = torch.sort(rows, dim=-1, descending=True, stable=True)
-        s[:, :n] = found.values.numpy()
-        np.add(found.indices.numpy(), (order[:, n] - n)[:, None], out=order[:, :n])
+        return s.astype(np.float64), order
+    s, order = np.full((R, n + 1), math.nan), np.empty((R, n + 1), dtype=np.int64)
+    found = torch.sort(rows, dim=-1, descending=True, stable=True)
+    s[:, :n] = found.values.numpy()
+    np.add(found.indices.numpy(), np.arange(0, R * n, n)[:, None], out=order[:, :n])
+    order[:, n] = np.arange(R * n, R * (n + 1))
     return s, order
 
 
@@ -74,7 +74,7 @@ def sort_descending(theta):
     n = theta.shape[-1]
     s, order = packed_sort(single.reshape(-1, n))
     s, order = torch.from_numpy(s)[:, :n], torch.from_numpy(order)[:, :n]
-    order = order - torch.arange(0, len(s) * (n + 1), n + 1)[:, None]
+    order = order - torch.arange(0, len(s) * n, n)[:, None]
     return s.to(theta.dtype, copy=True).reshape(theta.shape), order.reshape(theta.shape)
 
 
@@ -217,7 +217,7 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need):
         return rank, x.new_empty(0, dtype=torch.int32), eps
     if number == 0:
         return rank, torch.full(shape, -1, dtype=torch.int32), eps
-    ids = np.repeat(np.where(many, start % (n + 1), -1).astype(np.int32), length)
+    ids = np.repeat(numbers(many, start.searchsorted(np.arange(0, flat.size, n + 1))), length)
     ids = unsorted(torch.from_numpy(ids), order, R, n)
     if bad:
         ids[poisoned] = -1
@@ -226,32 +226,49 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need):
 
 def unsorted(t, order, R, n):
     """t [R (n + 1)] at the places it came from, [R, n]."""
-    return torch.empty_like(t).scatter_(0, order, t).reshape(R, n + 1)[:, :n].contiguous()
+    return torch.empty_like(t).scatter_(0, order, t)[: R * n].reshape(R, n)
+
+
+def numbers(many, of_row):
+    """Ids of blocks, int32, from 0 in each row, -1 where not `many`; block of_row[r] is the first of row r."""
+    ids = many.cumsum(dtype=np.int32)
+    before = ids.take(of_row) - many.take(of_row)
+    ids -= np.repeat(before + 1, rounds.lengths(of_row, len(many))).astype(np.int32, copy=False)
+    ids[~many] = -1
+    return ids
+
+
+def groups(R, n):
+    """Slices of rows that fit a cache."""
+    step = max(1, GROUP // max(n, 1))
+    return [slice(k, min(k + step, R)) for k in range(0, R, step)]
 
 
 def rank_backward(grad, x, rank, ids, eps, kl, descending):
     """As `torch_impl.rank_backward`."""
     n = x.shape[-1]
-    ids = ids.reshape(-1, n)
-    R = len(ids)
-    alone = ids < 0  # all of a row share a sum that nobody reads
-    at = (ids + torch.arange(1, R * (n + 1), n + 1)[:, None]).reshape(-1)
-    u = grad.reshape(-1, n).double()
-    sums = torch.zeros(R * (n + 1), dtype=torch.float64)
-    if kl:
-        r = rank.reshape(-1, n).double()
-        mean = sums.scatter_add(0, at, (r * u).reshape(-1))
-        mean /= sums.scatter_add_(0, at, r.reshape(-1))
-    else:
-        mean = sums.scatter_add(0, at, u.reshape(-1))
-        mean /= torch.bincount(at, minlength=R * (n + 1))
-    g = torch.sub(u, mean[at].reshape(R, n), out=u if u.dtype != grad.dtype else None)
-    if kl:
-        g *= r
-    e = eps.reshape(-1, 1)
+    grad, rank, ids, e = grad.reshape(-1, n), rank.reshape(-1, n), ids.reshape(-1, n), eps.reshape(-1, 1)
+    g = torch.empty(ids.shape, dtype=x.dtype)
     e = e.masked_fill(e == 0, math.inf)
-    g.masked_fill_(alone, 0.0).div_(-e if descending else e)
-    return g.to(x.dtype).reshape(x.shape)
+    e = -e if descending else e
+    table = int(ids.max()) + 2  # those alone in their block share a sum that nobody reads
+    for part in groups(*ids.shape):
+        own = ids[part]
+        at = (own + torch.arange(1, len(own) * table, table)[:, None]).reshape(-1)
+        u = grad[part].double()
+        sums = torch.zeros(len(own) * table, dtype=torch.float64)
+        if kl:
+            r = rank[part].double()
+            mean = sums.scatter_add(0, at, (r * u).reshape(-1))
+            mean /= sums.scatter_add_(0, at, r.reshape(-1))
+        else:
+            mean = sums.scatter_add_(0, at, u.reshape(-1))
+            mean /= torch.bincount(at, minlength=len(sums))
+        d = u - mean.index_select(0, at).reshape(u.shape)
+        if kl:
+            d *= r
+        g[part] = d.masked_fill_(own < 0, 0.0).div_(e[part])
+    return g.reshape(x.shape)
 
 
 def negated(x):

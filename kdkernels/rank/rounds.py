@@ -29,7 +29,7 @@ def pooled(blocks, first, most):
             return first
         if gone > SHRINKS * len(blocks):
             start, length = runs(joins)
-            many = np.flatnonzero(length > 1)
+            many = (length > 1).nonzero()[0]
             merged = blocks.pooled(start[many], length[many])
         else:
             sites = Sites(blocks, *runs_of_many(joins))
@@ -48,7 +48,7 @@ def runs(joins):
     first = np.empty(len(joins) + 1, dtype=bool)
     first[0] = True
     np.logical_not(joins, out=first[1:])
-    start = np.flatnonzero(first)
+    start = first.nonzero()[0]
     return start, lengths(start, len(first))
 
 
@@ -62,11 +62,11 @@ def lengths(start, size):
 
 def runs_of_many(joins):
     """First entry and length of each run of two or more entries that join."""
-    k = np.flatnonzero(joins)
+    k = joins.nonzero()[0]
     begin = np.empty(len(k), dtype=bool)
     begin[0] = True
     np.not_equal(k[1:] - 1, k[:-1], out=begin[1:])
-    at = np.flatnonzero(begin)
+    at = begin.nonzero()[0]
     length = lengths(at, len(k))
     length += 1
     return k[at], length
@@ -85,7 +85,7 @@ class Sites:
         enough = len(self.low) // FEWER
         while most > 0:
             self._merge()
-            active = np.flatnonzero(self.active)
+            active = self.active.nonzero()[0]
             if len(active) <= enough:
                 break
             self._swallow(active, most % 2)
@@ -97,7 +97,7 @@ class Sites:
         inside = np.zeros(len(self.list) + 1, dtype=np.int8)
         inside[self.low + 1] += 1
         inside[self.high + 1] -= 1
-        start = np.flatnonzero(inside[:-1].cumsum(dtype=np.int8) == 0)
+        start = (inside[:-1].cumsum(dtype=np.int8) == 0).nonzero()[0]
         inner = self.high - self.low
         return start, self.low + inner - inner.cumsum(), self.pooled
 
@@ -106,7 +106,7 @@ class Sites:
         while True:
             touch = self.high[:-1] + 1 == self.low[1:]
             touch &= self.active[:-1] | self.active[1:]
-            k = np.flatnonzero(touch)
+            k = touch.nonzero()[0]
             if len(k) == 0:
                 return
             pairs = self.pooled.take(np.stack([k, k + 1], 1).ravel())
@@ -116,7 +116,7 @@ class Sites:
             joins = np.zeros(len(self.low) - 1, dtype=bool)
             joins[k] = True
             start, length = runs(joins)
-            of_many = np.flatnonzero(length > 1)
+            of_many = (length > 1).nonzero()[0]
             merged = self.pooled.pooled(start[of_many], length[of_many])
             self.pooled = self.pooled.take(start)
             self.pooled.put(of_many, merged)
@@ -139,7 +139,7 @@ class Sites:
         if active[-1] == len(self.low) - 1:
             gap[1, -1], shared[1, -1] = len(self.list) - 1 - high[-1], False
         share = np.where(shared, (gap + [[odd], [1 - odd]]) // 2, gap)
-        K = int(min(max(LOOKED_AT // len(active), WINDOW[0]), WINDOW[1]))
+        K = min(max(LOOKED_AT // len(active), WINDOW[0]), WINDOW[1], max(int(share.max()), 1))
         step = np.arange(K)
         index = np.stack([low - 1, high + 1])[..., None] + SIDES * step
         np.clip(index, 0, len(self.list) - 1, out=index)
@@ -148,6 +148,6 @@ class Sites:
         moved = (count > 0).any(0)
         settled = ~moved & ((share == gap) | (share > 0)).all(0)
         self.low[active], self.high[active] = low - count[0], high + count[1]
-        of_moved = np.flatnonzero(moved)
+        of_moved = (moved).nonzero()[0]
         self.pooled.put(active[of_moved], pooled.take(of_moved))
         self.active[active[settled]] = False
