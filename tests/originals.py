@@ -104,6 +104,10 @@ def relational_angle(student, teacher):
     return F.smooth_l1_loss(*sides)
 
 
+def relational(student, teacher, distance, angle):
+    return distance * relational_distance(student, teacher) + angle * relational_angle(student, teacher)
+
+
 def probabilistic(student, teacher, eps=1e-7):
     """Mean over all n^2 pairs of t log((t + eps) / (s + eps)), rows of (1 + cosine) / 2 as probabilities."""
     sides = []

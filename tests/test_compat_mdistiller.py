@@ -3,6 +3,7 @@
 
 import inspect
 import math
+import warnings
 
 import originals
 import pytest
@@ -43,6 +44,8 @@ CASES = {
     "at_loss": (pairs_of_maps, (2,), over_levels(originals.attention, 2)),
     "nst_loss": (pairs_of_maps, (), over_levels(originals.nst)),
     "sp_loss": (pairs_of_maps, (), over_levels(originals.similarity)),
+    "rkd_loss": (features, (), lambda s, t: originals.relational(s, t, 25, 50)),
+    "pkt_loss": (features, (), originals.probabilistic),
 }
 SIGNATURES = {
     "kd_loss": "(logits_student, logits_teacher, temperature)",
@@ -51,6 +54,8 @@ SIGNATURES = {
     "single_stage_at_loss": "(f_s, f_t, p)",
     "nst_loss": "(g_s, g_t)",
     "single_stage_nst_loss": "(f_s, f_t)",
+    "pkt_loss": "(f_s, f_t, eps=1e-07)",
+    "rkd_loss": "(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weight=50)",
     "sp_loss": "(g_s, g_t)",
     "similarity_loss": "(f_s, f_t)",
 }
@@ -146,6 +151,37 @@ def test_kd_loss_is_finite_where_both_sides_exclude_a_class():
     rest = [0, 1, 3, 4, 5, 6]
     expected = originals.kl(student[:, rest], teacher[:, rest], 4.0).mean()
     torch.testing.assert_close(mdistiller.kd_loss(student, teacher, 4.0), expected)
+
+
+def test_rkd_loss_takes_its_weights_and_flattens_maps():
+    student, teacher = maps(2, 3, torch.float64), maps(3, 2, torch.float64)
+    for weights in ((1, 0), (0, 2), (3, 0.5)):
+        value = mdistiller.rkd_loss(student, teacher, distance_weight=weights[0], angle_weight=weights[1])
+        torch.testing.assert_close(value, originals.relational(student, teacher, *weights))
+
+
+def test_constants_that_are_not_computed_here_are_refused():
+    student, teacher = features(torch.float32)
+    for changed in ({"squared": True}, {"eps": 1e-6}):
+        with pytest.raises(ValueError, match="only squared=False, eps=1e-12"):
+            mdistiller.rkd_loss(student, teacher, **changed)
+    with pytest.raises(ValueError, match="eps is 1e-06: only eps=1e-7"):
+        mdistiller.pkt_loss(student, teacher, eps=1e-6)
+
+
+def test_rkd_loss_and_pkt_loss_are_finite_for_one_sample_for_identical_ones_and_for_zeros():
+    student, teacher = features(torch.float32)
+    student[1], student[2] = 0, student[3]
+    student.requires_grad_()
+    for function in (mdistiller.rkd_loss, mdistiller.pkt_loss):
+        value = function(student, teacher)
+        (gradient,) = torch.autograd.grad(value, student)
+        assert value > 0 and gradient.isfinite().all() and gradient.abs().max() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once for each module, whichever test comes first
+        one = mdistiller.rkd_loss(student[:1], teacher[:1])
+    (gradient,) = torch.autograd.grad(one, student)
+    assert one == 0 and (gradient == 0).all()
 
 
 def test_odd_powers_of_attention_take_the_absolute_value():

@@ -2,6 +2,7 @@
 """RepDistiller's classes: constructors, what they take and return, and the formulas of originals.py in every entry."""
 
 import inspect
+import warnings
 
 import originals
 import pytest
@@ -43,6 +44,9 @@ CASES = {
     "Attention": ((), maps, per_level(lambda s, t: originals.attention(s, t, 2))),
     "NSTLoss": ((), maps, per_level(originals.nst)),
     "FSP": ((SHAPES, SHAPES), stages, originals.flow),
+    "RKDLoss": ((3, 0.5), features, lambda s, t: originals.relational(s, t, 3, 0.5)),
+    "PKT": ((), features, originals.probabilistic),
+    "Correlation": ((), logits, originals.congruence),
 }
 CONSTRUCTORS = {
     "DistillKL": "(T)",
@@ -50,6 +54,9 @@ CONSTRUCTORS = {
     "Attention": "(p=2)",
     "NSTLoss": "()",
     "FSP": "(s_shapes, t_shapes)",
+    "RKDLoss": "(w_d=25, w_a=50)",
+    "PKT": "()",
+    "Correlation": "()",
 }
 CALLS = {
     "DistillKL": "(y_s, y_t)",
@@ -57,6 +64,9 @@ CALLS = {
     "Attention": "(g_s, g_t)",
     "NSTLoss": "(g_s, g_t)",
     "FSP": "(g_s, g_t)",
+    "RKDLoss": "(f_s, f_t)",
+    "PKT": "(f_s, f_t)",
+    "Correlation": "(f_s, f_t)",
 }
 LISTS = [name for name in CALLS if CALLS[name] == "(g_s, g_t)"]
 
@@ -154,3 +164,30 @@ def test_FSP_refuses_shapes_as_the_original_does():
         repdistiller.FSP(SHAPES, SHAPES[:2])
     with pytest.raises(ValueError, match="num of channels not equal"):
         repdistiller.FSP(SHAPES, [(5, 4, 6, 6), (5, 4, 8, 8), (5, 2, 2, 2)])
+
+
+def test_the_default_weights_of_RKDLoss_are_25_and_50():
+    student, teacher = features(torch.float64)
+    torch.testing.assert_close(repdistiller.RKDLoss()(student, teacher), originals.relational(student, teacher, 25, 50))
+
+
+def test_PKT_has_its_static_method_with_the_originals_default():
+    student, teacher = features(torch.float64)
+    assert repdistiller.PKT.cosine_similarity_loss(student, teacher, 1e-7).equal(repdistiller.PKT()(student, teacher))
+
+
+def test_correlation_sums_over_dimension_1_alone():
+    student, teacher = (torch.randn(5, 4, 2, 3, dtype=torch.float64) for _ in range(2))
+    apart = (student - teacher).abs()
+    expected = (apart[:-1] * apart[1:]).sum(1).mean()
+    torch.testing.assert_close(repdistiller.Correlation()(student, teacher), expected)
+
+
+def test_one_sample_gives_0_where_the_original_gives_nan():
+    student, teacher = torch.randn(1, 4, requires_grad=True), torch.randn(1, 4)
+    for loss in (repdistiller.RKDLoss(), repdistiller.Correlation()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # once for each module, whichever test comes first
+            value = loss(student, teacher)
+        (gradient,) = torch.autograd.grad(value, student)
+        assert value == 0 and (gradient == 0).all()

@@ -22,6 +22,8 @@ __all__ = [
     "dkd_loss",
     "kd_loss",
     "nst_loss",
+    "pkt_loss",
+    "rkd_loss",
     "similarity_loss",
     "single_stage_at_loss",
     "single_stage_nst_loss",
@@ -81,3 +83,29 @@ def sp_loss(g_s, g_t):
 def similarity_loss(f_s, f_t):
     """|K - L|_F^2 / B^2 of the row-normalised Gram matrices of features [B, ...]: [1]. `kd.losses.SPLoss`."""
     return shared(f_s, "SPLoss")(f_s.flatten(1), f_t.flatten(1)).reshape(1)
+
+
+def rkd_loss(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weight=50):
+    """Weighted sum of RKD's distances and angles between samples of features [B, ...]. `kd.losses.RKDLoss`.
+
+    Memory B x B, where the original stores B x B x d and B^3. A batch of one gives 0 and warns once (there NaN).
+    Identical samples have distance 0 (there 1e-6, which counts in the mean distance that all are divided by).
+
+    Raises:
+        ValueError: squared=True, or another eps than the default, below which there all squared distances are raised to
+            it; no configuration of mdistiller has either.
+    """
+    if squared or eps != 1e-12:
+        raise ValueError(f"squared is {squared!r}, eps is {eps!r}: only squared=False, eps=1e-12 are computed here")
+    return shared(f_s, "RKDLoss", distance_weight, angle_weight)(f_s.flatten(1), f_t.flatten(1))
+
+
+def pkt_loss(f_s, f_t, eps=1e-7):
+    """Mean over all pairs of t log((t + eps) / (s + eps)), similarities of features [B, d]. `kd.losses.PKTLoss`.
+
+    A sample of zeros has cosine 0 to all and the gradient 0; there its norm has a NaN gradient. eps must be the
+    default. The original writes zeros over NaN features in a copy; here NaN gives NaN.
+    """
+    if eps != 1e-7:
+        raise ValueError(f"eps is {eps!r}: only eps=1e-7, the default, is computed here")
+    return shared(f_s, "PKTLoss")(f_s, f_t)

@@ -15,13 +15,15 @@ have no counterpart here: keep the original's.
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from ..logits.op import distillation_kl
 from . import mdistiller
 from .shared import shared
 
-__all__ = ["FSP", "Attention", "DistillKL", "NSTLoss", "Similarity"]
+__all__ = ["FSP", "PKT", "Attention", "Correlation", "DistillKL", "NSTLoss", "RKDLoss", "Similarity"]
 
 
 class DistillKL(nn.Module):
@@ -98,3 +100,44 @@ class FSP(nn.Module):
     def forward(self, g_s, g_t):
         flows = min(len(g_s), len(g_t)) - 1
         return [shared(g_s[i], "FSPLoss")(list(g_s[i : i + 2]), list(g_t[i : i + 2])) for i in range(flows)]
+
+
+class RKDLoss(nn.Module):
+    """w_d times the distance loss and w_a times the angle loss of features [B, ...]: a scalar. `kd.losses.RKDLoss`.
+
+    Memory B x B, where the original stores B x B x d and B^3. A batch of one gives 0 and warns once (there NaN).
+    Identical samples have distance 0 (there 1e-6, which counts in the mean distance that all are divided by).
+    """
+
+    def __init__(self, w_d=25, w_a=50):
+        super().__init__()
+        self.w_d = w_d
+        self.w_a = w_a
+
+    def forward(self, f_s, f_t):
+        return mdistiller.rkd_loss(f_s, f_t, distance_weight=self.w_d, angle_weight=self.w_a)
+
+
+class PKT(nn.Module):
+    """Probabilistic knowledge transfer between features [B, d]: a scalar. `kd.losses.PKTLoss`.
+
+    A sample of zeros has the gradient 0 (there NaN); NaN features give NaN (there they are written over with zeros).
+    """
+
+    def forward(self, f_s, f_t):
+        return self.cosine_similarity_loss(f_s, f_t)
+
+    @staticmethod
+    def cosine_similarity_loss(output_net, target_net, eps=0.0000001):
+        return mdistiller.pkt_loss(output_net, target_net, eps)
+
+
+class Correlation(nn.Module):
+    """Correlation congruence between neighbours in the batch, embeddings [B, d] of one width. `kd.losses.CCLoss`.
+
+    A batch of one gives 0 and warns once (there NaN).
+    """
+
+    def forward(self, f_s, f_t):
+        # the original sums over dimension 1 alone, and takes the mean over what follows it
+        return shared(f_s, "CCLoss")(f_s.flatten(1), f_t.flatten(1)) / math.prod(f_s.shape[2:])
