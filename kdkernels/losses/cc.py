@@ -20,8 +20,8 @@ class CCLoss(FeatureLoss):
 
     Source: Peng et al. 2019 (arXiv 1904.01802). "neighbour" is the formula of RepDistiller's `Correlation` (sent to it
     by the paper's author), "taylor" that of torchdistill's `CCKDLoss` with its kernel "gaussian" and reduction
-    "batchmean"; that library leaves rows as they are, and the example in its documentation has gamma 0.4 and order 2 (`max_p`). The
-    two have little in common. RepDistiller trains with weight 0.02: pass weight=0.02. 1 is the formula itself.
+    "batchmean"; that library leaves rows as they are, and its documented example has gamma 0.4 and order 2 (`max_p`).
+    The two have little in common. RepDistiller trains with weight 0.02: pass weight=0.02. 1 is the formula itself.
 
     Args:
         variant: "neighbour" or "taylor".

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Correlation congruence against the formulas of the two libraries, stated again in float64."""
+
+import math
+
+import pytest
+import torch
+
+from kdkernels import losses
+
+
+def neighbour(student, teacher):
+    """RepDistiller's."""
+    apart = (student - teacher).abs()
+    return sum((apart[i] * apart[i + 1]).sum() for i in range(len(apart) - 1)) / (len(apart) - 1)
+
+
+def taylor(student, teacher, gamma=0.4, order=2):
+    """torchdistill's, entry by entry of a power series."""
+    K, L = (
+        math.exp(-2 * gamma) * sum((2 * gamma) ** p / math.factorial(p) * (x @ x.T) ** p for p in range(order + 1))
+        for x in (student, teacher)
+    )
+    return torch.dist(K, L, 2) / len(student) ** 2
+
+
+def value_and_gradient(f, student, teacher):
+    student = student.detach().requires_grad_()
+    value = f(student, teacher)
+    return value.detach(), torch.autograd.grad(value, student)[0]
+
+
+@pytest.mark.parametrize(
+    "module, formula",
+    [
+        (losses.CCLoss(), neighbour),
+        (losses.CCLoss("taylor"), taylor),
+        (losses.CCLoss("taylor", gamma=0.7, order=5), lambda s, t: taylor(s, t, 0.7, 5)),
+    ],
+    ids=["neighbour", "taylor", "order 5"],
+)
+def test_value_and_gradient_are_those_of_the_librarys_formula(module, formula):
+    student, teacher = torch.randn(11, 5).double(), torch.randn(11, 5).double()
+    want = value_and_gradient(formula, student, teacher)
+    torch.testing.assert_close(value_and_gradient(module, student, teacher), want, rtol=1e-11, atol=1e-13)
+
+
+def test_on_unit_rows_a_long_series_is_the_rbf_kernel():
+    x, y = (torch.nn.functional.normalize(torch.randn(9, p).double()) for p in (4, 6))
+    rbf = [torch.exp(-0.4 * torch.cdist(side, side) ** 2) for side in (x, y)]
+    got = losses.CCLoss("taylor", order=20, normalize=True)(5 * x, 0.1 * y)
+    torch.testing.assert_close(got, torch.dist(*rbf) / 81, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["neighbour", "taylor"])
+def test_masked_rows_are_passed_over(variant):
+    """A neighbour is the next row that counts, for each group its own."""
+    student, teacher = torch.randn(4, 7, 3), torch.randn(4, 7, 3)
+    mask = torch.rand(4, 7) > 0.4
+    mask[:, 2] = mask[:3, 4] = True
+    mask[3] = torch.arange(7) == 2  # one row has no neighbour
+    loss = losses.CCLoss(variant)
+    each = [loss(s[m], t[m]) for s, t, m in zip(student, teacher, mask, strict=True) if m.sum() >= loss.least]
+    assert len(each) == (3 if variant == "neighbour" else 4)
+    got = losses.CCLoss(variant, rows="groups")(student, teacher, mask=mask)
+    torch.testing.assert_close(got, sum(each) / len(each))
+
+
+def test_a_student_that_is_its_teacher_has_gradient_zero():
+    teacher = torch.randn(9, 4)
+    for module in (losses.CCLoss(), losses.CCLoss("taylor"), losses.CCLoss("taylor", normalize=True)):
+        value, gradient = value_and_gradient(module, teacher, teacher)
+        assert value == 0 and (gradient == 0).all()
+
+
+def test_a_zero_row_has_a_finite_gradient():
+    student, teacher = torch.randn(9, 4), torch.randn(9, 4)
+    student[3] = 0
+    value, gradient = value_and_gradient(losses.CCLoss("taylor", normalize=True), student, teacher)
+    assert value.isfinite() and gradient.isfinite().all() and (gradient[3] == 0).all()
+
+
+def test_a_student_close_to_its_teacher_keeps_its_digits():
+    teacher = torch.randn(40, 64) / 8
+    student = teacher + 1e-4 * torch.randn(40, 64)
+    for module in (losses.CCLoss(), losses.CCLoss("taylor")):
+        exact = value_and_gradient(module, student.double(), teacher.double())
+        value, gradient = value_and_gradient(module, student, teacher)
+        assert (value - exact[0]).abs() < 1e-6 * exact[0]
+        assert (gradient - exact[1]).norm() < 1e-6 * exact[1].norm()
+
+
+def test_the_neighbour_variant_needs_one_width():
+    with pytest.raises(ValueError, match=r"teacher_features\[1\] has rows of 5 features.*of 4"):
+        losses.CCLoss()([torch.randn(6, 3), torch.randn(6, 4)], [torch.randn(6, 3), torch.randn(6, 5)])
+    assert losses.CCLoss("taylor")(torch.randn(6, 4), torch.randn(6, 5)).isfinite()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"variant": "rbf"}, "variant is 'rbf': give one of"),
+        ({"gamma": 0}, "gamma is 0: give a number > 0"),
+        ({"order": 0}, "order is 0: give an integer >= 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        losses.CCLoss(**options)
