@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of the relations can fail: each of these breaks the torch backend once, and a check must notice it."""
+
+import pytest
+import torch
+from broken import noisy, packed, unwritten, without_last
+
+from kdkernels import testing
+from kdkernels.relation import function, pairs, torch_impl
+
+FORWARD, BACKWARD, DISTANCES = torch_impl.forward, torch_impl.backward, torch_impl.distances
+TRIPLETS, PAIRS = torch_impl._triplets, torch_impl._distances
+D, A, P = "rkd_distance", "rkd_angle", "pkt"
+
+
+def value(change):
+    return {"forward": lambda *a: (change(FORWARD(*a)[0]), FORWARD(*a)[1])}
+
+
+def gradient(change):
+    return {"backward": lambda *a: change(BACKWARD(*a))}
+
+
+def weights(change):
+    return {"backward": lambda g, x, mask, W, kind: BACKWARD(g, x, mask, change(W), kind)}
+
+
+def of_distances(change):
+    return {"distances": lambda *a: change(DISTANCES(*a))}
+
+
+def in_float32(x, mask, count):
+    """Rows that are not centred, products rounded to float32."""
+    z = pairs.masked(x.float(), mask)
+    norms = z.square().sum(-1)
+    square = (norms[..., None] + norms[..., None, :] - 2 * z @ z.mT).clamp(min=0).double()
+    square.diagonal(dim1=-2, dim2=-1).zero_()
+    return DISTANCES(x, mask, count)._replace(square=square * DISTANCES(x, mask, count).scale.square()[:, None, None])
+
+
+def quadratic(s, t, need):
+    """The square of a difference above 1 too."""
+    e = s.square.sqrt() - t.square.sqrt()
+    return e.square().sum((-2, -1)) / 2, PAIRS(s, t, need)[1]
+
+
+def no_vertex_term(V, g, cos, r, vertices):
+    r = r[vertices]
+    V.sub_(g.mul(r[:, :, None]).mul_(r[:, None]).sum(0), alpha=2)
+
+
+def half_the_triplets(s, t, need):
+    kept = torch.tril(torch.ones_like(s[0]))
+    return TRIPLETS(s * kept, t * kept, need)
+
+
+def constant_mean(s, t, need):
+    """No gradient through mu."""
+    total, _ = PAIRS(s, t, need)
+    u = [side.square.sqrt() for side in (s, t)]
+    g = (u[0] - u[1]).clamp(-1, 1)
+    sides = [k for k in (0, 1) if need >> k & 1]
+    return total, [2 * (g, -g)[k] * torch_impl.inverse((s, t)[k].square) for k in sides]
+
+
+SABOTAGE = {
+    "zeros": (A, "value", value(torch.zeros_like)),
+    "sign flip": (P, "value", value(torch.neg)),
+    "5 % scale": (D, "value", value(lambda v: v * 1.05)),
+    "groups in another order": (A, "value", value(lambda v: v.flip(0))),
+    "masked rows counted": (A, "value", {"rows_kept": lambda x, mask: pairs.rows_kept(x, None)}),
+    "a last column not read": (D, "value", {"distances": lambda x, m, c: DISTANCES(x[..., :-1], m, c)}),
+    "a last sample not seen": (A, "value", of_distances(lambda d: d._replace(square=without_last(-1)(d.square)))),
+    "distances of float32": (A, "value", {"distances": in_float32}),
+    "distances not relative": (
+        D, "value", of_distances(lambda d: d._replace(square=d.square / d.scale.square()[:, None, None]))
+    ),
+    "squares for distances": (D, "value", of_distances(lambda d: d._replace(square=d.square.square()))),
+    "angles of half the triplets": (A, "value", {"_triplets": half_the_triplets}),
+    "another eps": (P, "value", {"EPS": 1e-3}),
+    "squares all the way": (D, "value", {"_distances": quadratic}),
+    "gradient sign flip": (D, "gradient x", gradient(torch.neg)),
+    "gradient 5 % scale": (A, "gradient y", gradient(lambda g: g * 1.05)),
+    "gradient without its last row": (P, "gradient x", gradient(without_last(-2))),
+    "gradient without its last column": (A, "gradient x", gradient(without_last(-1))),
+    "transposed groups of weights": (P, "gradient x", weights(lambda W: W.flip(0))),
+    "weights without their diagonal": (D, "gradient x", weights(lambda W: W - W * torch.eye(W.shape[-1]))),
+    "no gradient through the mean": (D, "gradient x", {"_distances": constant_mean}),
+    "no gradient through the arms of an angle": (A, "gradient x", {"_add_weights": no_vertex_term}),
+    "ignored upstream gradient": (A, "gradient x", {"backward": lambda g, *r: BACKWARD(torch.ones_like(g), *r)}),
+    "unwritten tail": (P, "poison", gradient(unwritten)),
+    "not the same twice": (A, "twice", value(noisy)),
+    "masked rows get a gradient": (D, "masks", {"backward": lambda g, x, m, W, k: BACKWARD(g, x, m, W, k) + 1e-9}),
+    "NaN under the mask": (P, "masks", {"forward": lambda x, y, m, *r: FORWARD(x + 0 * x.sum(), y, m, *r)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_the_contract_rejects(name, monkeypatch):
+    op, check, broken = SABOTAGE[name]
+    for part, replacement in broken.items():
+        monkeypatch.setattr(torch_impl, part, replacement)
+    family = "accuracy" if check.startswith(("value", "gradient")) else check
+    results = testing.measure(op, "torch", quick=True, checks=[family])
+    assert any(result.check == check and not result.ok for result in results)
+
+
+def test_the_contract_rejects_strides_that_are_not_read(monkeypatch):
+    right = function._grouped
+    monkeypatch.setattr(function, "_grouped", lambda x, mask: right(packed(x), mask))
+    assert any(not result.ok for result in testing.measure(A, "torch", quick=True, checks=["layouts"]))
+
+
+@pytest.mark.parametrize("op", [D, A, P])
+def test_the_contract_accepts_the_unbroken_op(op):
+    assert all(result.ok for result in testing.measure(op, "torch", quick=True))
