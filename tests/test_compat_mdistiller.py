@@ -153,8 +153,10 @@ def test_kd_loss_is_finite_where_both_sides_exclude_a_class():
     torch.testing.assert_close(mdistiller.kd_loss(student, teacher, 4.0), expected)
 
 
-def test_rkd_loss_takes_its_weights_and_flattens_maps():
-    student, teacher = maps(2, 3, torch.float64), maps(3, 2, torch.float64)
+def test_rkd_loss_takes_its_weights_and_flattens_what_has_more_dimensions():
+    student, teacher = torch.randn(5, 3, 2, dtype=torch.float64), torch.randn(5, 2, 4, dtype=torch.float64)
+    value = mdistiller.similarity_loss(student, teacher)[0]
+    torch.testing.assert_close(value, originals.similarity(student, teacher))
     for weights in ((1, 0), (0, 2), (3, 0.5)):
         value = mdistiller.rkd_loss(student, teacher, distance_weight=weights[0], angle_weight=weights[1])
         torch.testing.assert_close(value, originals.relational(student, teacher, *weights))

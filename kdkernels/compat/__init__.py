@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in modules with the names, signatures and results of the packages that people come from.
 
-from kdkernels.compat import torchsort      # in place of: import torchsort
+from kdkernels.compat import torchsort              # in place of: import torchsort
+from kdkernels.compat.repdistiller import NSTLoss   # in place of: from distiller_zoo import NSTLoss
+from kdkernels.compat.mdistiller import dkd_loss    # in place of: from mdistiller.distillers.DKD import dkd_loss
+
+`torchdistill.register()` and `mmrazor.register()` make every loss known to the configurations of these two.
 """
