@@ -149,7 +149,7 @@ def in_feature_space(problem: Problem, n: int, widths, others) -> bool:
 
 
 def feature_sums(sums: Sums, xs: list[Side], ys: list[Side], unbiased: bool):
-    """|X'Y|^2 for each pair; row sums x_i'(sum_j x_j); the diagonal |x_i|^2 |y_i|^2 subtracted where it is left out."""
+    """|X'Y|^2 for each pair; rows of a centred K sum to zero; the diagonal is subtracted where it is left out."""
     k, l = (torch.stack([s.P.square for s in sides]).double() for sides in (xs, ys))
     Y = torch.cat([s.P.z for s in ys], 1)
     # which columns of Y belong to which layer: a product with it adds them up in order
@@ -157,11 +157,9 @@ def feature_sums(sums: Sums, xs: list[Side], ys: list[Side], unbiased: bool):
     for place, side in enumerate(xs):
         X = side.P.z
         sums.kl[place] = (X.mT @ Y).square_().sum(0, dtype=torch.float64) @ owner
-    for sides, square, row in ((xs, sums.kk, sums.a), (ys, sums.ll, sums.b)):
+    for sides, square in ((xs, sums.kk), (ys, sums.ll)):
         for place, side in enumerate(sides):
-            Z = side.P.z
-            square[place] = (Z.mT @ Z).square_().sum(dtype=torch.float64)
-            row[place] = Z @ Z.sum(0)
+            square[place] = (side.P.z.mT @ side.P.z).square_().sum(dtype=torch.float64)
     if unbiased:
         sums.kl -= k @ l.mT
         sums.kk -= k.square().sum(-1)
