@@ -16,7 +16,7 @@ class Op(NamedTuple):
 
 _GRAM = ("triton", "cpp", "torch", "reference")
 _NYSTROM = ("triton", "torch", "reference")
-_PROJECTION = ("triton", "torch", "reference")
+_PROJECTION = ("triton", "cpp", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
 _LOGITS = ("triton", "cpp", "torch", "reference")
 _LOGIT_ROWS = ("logits_rows", "logits_rows_backward")
@@ -35,8 +35,8 @@ OPS = {
         Op("nystrom_transfer", "nystrom", _NYSTROM),
         Op("select_landmarks", "nystrom", ("torch", "reference")),
         Op("transfer_quality", "nystrom", ("torch", "reference")),
-        Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION),
-        Op("projected_mse", "projection", _PROJECTION),
+        Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION, ("landmark_block",)),
+        Op("projected_mse", "projection", _PROJECTION, ("project_rows", "spread_rows")),
         Op("soft_rank", "rank", _RANK, _RANKS),
         Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward")),
         Op("rank_diagnostics", "rank", _RANK, _RANKS),

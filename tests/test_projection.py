@@ -228,7 +228,7 @@ BAD = {
     "mask of numbers": ({"mask": torch.ones(2)}, TypeError, "mask is torch.float32: pass a bool tensor"),
     "mask of channels": ({"mask": torch.ones(2, 4).bool()}, ValueError, r"a sample, \(2,\), or a position, \(2, 3\)"),
     "no positions": ({"s": torch.zeros(2, 4, 0), "t": torch.zeros(2, 4, 0)}, ValueError, "it needs channels"),
-    "backend": ({"backend": "cpp"}, ValueError, "projected_mse has"),
+    "backend": ({"backend": "cuda"}, ValueError, "projected_mse has"),
 }
 
 

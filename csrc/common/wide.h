@@ -36,10 +36,7 @@ KDK_INLINE void store(float* p, const typename Wide<W>::F& x) {
 
 template <int W>
 KDK_INLINE typename Wide<W>::F splat(float x) {
-  typename Wide<W>::F v;
-  // GCC makes one broadcast of it, where an initializer list or x - F{} becomes a masked move for each lane
-  for (int lane = 0; lane < W; ++lane) v[lane] = x;
-  return v;
+  return x - typename Wide<W>::F{};
 }
 
 template <int W>

@@ -10,41 +10,12 @@
 #include <limits>
 
 #include "../common/lanes.h"
+#include "../common/wide.h"
 
 namespace kdkernels {
 
 constexpr int64_t kPad = 16;     // floats of the widest vector
 constexpr int64_t kBlock = 512;  // classes that are summed in float32 before they join a float64 sum
-
-template <int W>
-struct Wide;
-#define KDK_WIDE(W)                                                  \
-  template <>                                                        \
-  struct Wide<W> {                                                   \
-    typedef float F __attribute__((vector_size(W * sizeof(float)))); \
-    typedef int32_t I __attribute__((vector_size(W * sizeof(int32_t)))); \
-  };
-KDK_WIDE(4)
-KDK_WIDE(8)
-KDK_WIDE(16)
-#undef KDK_WIDE
-
-template <int W>
-KDK_INLINE typename Wide<W>::F load(const float* p) {
-  typename Wide<W>::F x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
-}
-
-template <int W>
-KDK_INLINE void store(float* p, const typename Wide<W>::F& x) {
-  std::memcpy(p, &x, sizeof(x));
-}
-
-template <int W>
-KDK_INLINE typename Wide<W>::F splat(float x) {
-  return x - typename Wide<W>::F{};
-}
 
 // exp(x) for x <= 0 to 2 units in the last place, 0 below -87, NaN for NaN. Cephes' polynomial
 template <int W>
@@ -86,16 +57,6 @@ KDK_INLINE typename Wide<W>::F log_of(const typename Wide<W>::F& x) {
   y = y * m + 3.3333331174e-1f;
   y = y * m * z + n * -2.12194440e-4f - z * 0.5f;
   return m + y + n * 0.693359375f;
-}
-
-template <int W>
-KDK_INLINE double sum_of(const typename Wide<W>::F& x) {
-  float v[W];
-  std::memcpy(v, &x, sizeof(v));
-  for (int half = W / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
 }
 
 // ignores NaN: it enters through the exponentials

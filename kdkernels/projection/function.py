@@ -59,6 +59,10 @@ def _implementation(backend: str):
         from . import triton_impl
 
         return triton_impl
+    if backend == "cpp":
+        from . import native_impl
+
+        return native_impl
     return torch_impl
 
 

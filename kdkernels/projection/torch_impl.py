@@ -80,7 +80,7 @@ def _saved_block(Q, at: Block, rows: bool):
     return Q[at.first : at.last, at.start : at.end] if rows else Q[at.first : at.last, :, at.start : at.end]
 
 
-def _shaped(projected, S, k: int, rows: bool):
+def shaped(projected, S, k: int, rows: bool):
     B, _, p = S.shape
     return projected.view((B, p, k) if rows else (B, k, p))
 
@@ -102,7 +102,7 @@ def forward(s, t, basis, mask, channel_dim: int, reduction: str, keep: bool):
     S, T, P = planes(s, channel_dim), planes(t, channel_dim), basis.to(dtype)
     (B, _, p), k, rows = S.shape, basis.shape[1], by_rows(S)
     projected = s.new_empty(B * p * k if keep else 0, dtype=dtype)
-    Q = _shaped(projected, S, k, rows) if keep else None
+    Q = shaped(projected, S, k, rows) if keep else None
     sums = torch.zeros(B, dtype=torch.float64, device=s.device)
     buffer = _buffer(S, dtype)
     for at in blocks(S):
@@ -129,7 +129,7 @@ def backward(grad, s, t, basis, mask, projected, channel_dim: int, reduction: st
     k, rows = basis.shape[1], by_rows(S)
     # value = sum of w_b |Q_b|^2: 2 w [] or [B]
     weight = (2 * grad.double() / divisors(mask, S, k, reduction)).to(dtype)
-    Q = _shaped(projected, S, k, rows)
+    Q = shaped(projected, S, k, rows)
     empty = s.new_empty(0)
     ds = torch.empty_like(s) if need & 1 else empty
     dt = torch.empty_like(t) if need & 2 else empty

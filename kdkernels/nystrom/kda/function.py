@@ -14,9 +14,9 @@ def forward(s, t, s_centers, t_centers, backend, need):
     return run(s, t, s_centers, t_centers, backend, need)
 
 
-def backward(grad, s, t, s_centers, t_centers, slope, inverse, backend):
+def backward(grad, s, t, s_centers, t_centers, kept, inverse, backend):
     run = _bwd if plain(grad, s, t, s_centers, t_centers) else torch.ops.kdkernels.landmark_similarity_bwd
-    return run(grad, s, t, s_centers, t_centers, slope, inverse, backend)
+    return run(grad, s, t, s_centers, t_centers, kept, inverse, backend)
 
 
 class LandmarkSimilarity(torch.autograd.Function):
@@ -34,7 +34,7 @@ class LandmarkSimilarity(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
-    def backward(ctx, grad, _slope, _inverse):
+    def backward(ctx, grad, _kept, _inverse):
         if grad is None:  # the value was not used
             return (None,) * 6
         run = LandmarkSimilarityGradient.apply if torch.is_grad_enabled() else backward
@@ -54,6 +54,10 @@ def _implementation(backend: str):
         from . import triton_impl
 
         return triton_impl
+    if backend == "cpp":
+        from . import native_impl
+
+        return native_impl
     return torch_impl
 
 
@@ -62,18 +66,18 @@ def _fwd(s, t, s_centers, t_centers, backend, need):
         return _implementation(backend).forward(s, t, s_centers, t_centers, need)
 
 
-def _bwd(grad, s, t, s_centers, t_centers, slope, inverse, backend):
+def _bwd(grad, s, t, s_centers, t_centers, kept, inverse, backend):
     with without_autocast(device_type(s)):
-        return _implementation(backend).backward(grad, s, t, s_centers, t_centers, slope, inverse)
+        return _implementation(backend).backward(grad, s, t, s_centers, t_centers, kept, inverse)
 
 
 def _fwd_fake(s, t, s_centers, t_centers, backend, need):
     dtype = torch_impl.compute_dtype(s, t)
-    slope = s.new_empty(_implementation(backend).slope_shape(s, need), dtype=dtype)
-    return s.new_empty((), dtype=dtype), slope, s.new_empty((), dtype=dtype)
+    kept = s.new_empty(_implementation(backend).kept_shape(s, t, s_centers, need), dtype=dtype)
+    return s.new_empty((), dtype=dtype), kept, s.new_empty((), dtype=dtype)
 
 
-def _bwd_fake(grad, s, t, s_centers, t_centers, slope, inverse, backend):
+def _bwd_fake(grad, s, t, s_centers, t_centers, kept, inverse, backend):
     return s.new_empty(s.shape)
 
 
@@ -81,13 +85,13 @@ def _register():
     tensors = "Tensor s, Tensor t, Tensor s_centers, Tensor t_centers"
     register(
         "landmark_similarity_fwd",
-        f"({tensors}, str backend, bool need) -> (Tensor value, Tensor slope, Tensor inverse)",
+        f"({tensors}, str backend, bool need) -> (Tensor value, Tensor kept, Tensor inverse)",
         _fwd,
         _fwd_fake,
     )
     register(
         "landmark_similarity_bwd",
-        f"(Tensor grad, {tensors}, Tensor slope, Tensor inverse, str backend) -> Tensor",
+        f"(Tensor grad, {tensors}, Tensor kept, Tensor inverse, str backend) -> Tensor",
         _bwd,
         _bwd_fake,
     )

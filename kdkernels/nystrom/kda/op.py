@@ -46,7 +46,7 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, backend="auto") -> t
     True
     """
     check_call(s, t, s_centers, t_centers)
-    t, s_centers, t_centers = t.detach(), s_centers.detach(), t_centers.detach()
+    t, s_centers, t_centers = (x.detach() if x.requires_grad else x for x in (t, s_centers, t_centers))
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
         with without_autocast(device_type(s)):
@@ -65,21 +65,19 @@ def check_call(s, t, s_centers, t_centers):
         if tensor.dim() != 2 or tensor.shape[1] == 0:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give rows of features, [rows, width]")
         checks.same_device(s, tensor, "s", name)
-    if s.shape[0] != t.shape[0]:
-        raise ValueError(
-            f"t has {t.shape[0]} rows, s has {s.shape[0]}: both sides must describe the same samples, in one order"
-        )
-    if s_centers.shape[0] != t_centers.shape[0]:
-        raise ValueError(
-            f"t_centers has {t_centers.shape[0]} rows, s_centers has {s_centers.shape[0]}: landmarks come in pairs"
-        )
-    if s_centers.shape[0] == 0:
+    (B, d), (b, e), (C, width), (c, t_width) = s.shape, t.shape, s_centers.shape, t_centers.shape
+    if B != b:
+        raise ValueError(f"t has {b} rows, s has {B}: both sides must describe the same samples, in one order")
+    if C != c:
+        raise ValueError(f"t_centers has {c} rows, s_centers has {C}: landmarks come in pairs")
+    if C == 0:
         raise ValueError("s_centers has no rows: it needs at least one landmark")
-    for features, centers, name in ((s, s_centers, "s"), (t, t_centers, "t")):
-        if features.shape[1] != centers.shape[1]:
-            raise ValueError(
-                f"{name}_centers has {centers.shape[1]} columns, {name} has {features.shape[1]}: landmarks live in the "
-                "space of their side's features"
-            )
-    for tensor, name in named:
-        checks.finite(tensor, name)
+    if (d, e) != (width, t_width):
+        name, own, other = ("s", d, width) if d != width else ("t", e, t_width)
+        raise ValueError(
+            f"{name}_centers has {other} columns, {name} has {own}: landmarks live in the space of their side's "
+            "features"
+        )
+    if checks.debugging():
+        for tensor, name in named:
+            checks.finite(tensor, name)

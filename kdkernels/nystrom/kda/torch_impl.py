@@ -25,7 +25,7 @@ def forward(s, t, s_centers, t_centers, need: bool):
     s_centers, t_centers = s_centers.to(dtype), t_centers.to(dtype)
     slope = s.new_empty(s.shape if need else (0,), dtype=dtype)
     loss, square = torch.zeros((2,), dtype=torch.float64, device=s.device)
-    rows = max(1, BLOCK.get(device_type(s), BLOCK["cuda"]) // len(s_centers))
+    rows = block_rows(s, s_centers)
     for first in range(0, len(s), rows):
         at = slice(first, first + rows)
         V = _block(s[at].to(dtype), t[at].to(dtype), s_centers, t_centers, loss, square)
@@ -33,6 +33,10 @@ def forward(s, t, s_centers, t_centers, need: bool):
             torch.mm(V, s_centers, out=slope[at])
     inverse = inverse_norm(square)
     return (loss * inverse).to(dtype), slope, inverse.to(dtype)
+
+
+def block_rows(s, s_centers) -> int:
+    return max(1, BLOCK.get(device_type(s), BLOCK["cuda"]) // len(s_centers))
 
 
 def _block(s, t, s_centers, t_centers, loss, square):
@@ -61,5 +65,5 @@ def gradient(grad, s, t, s_centers, t_centers, inverse):
     return backward(grad, s, t, s_centers, t_centers, slope, inverse)
 
 
-def slope_shape(s, need: bool) -> tuple[int, ...]:
+def kept_shape(s, t, s_centers, need: bool) -> tuple[int, ...]:
     return tuple(s.shape) if need else (0,)

@@ -58,7 +58,7 @@ def forward(s, t, s_centers, t_centers, need: bool):
         return value, value.new_empty(0), inverse
 
 
-def backward(grad, s, t, s_centers, t_centers, slope, inverse):
+def backward(grad, s, t, s_centers, t_centers, kept, inverse):
     with torch.cuda.device_of(s):
         (B, d), C, e = s.shape, s_centers.shape[0], t.shape[1]
         if d > RECOMPUTE_WIDTH:
@@ -79,5 +79,5 @@ def operands(s, t, s_centers, t_centers):
     return s.contiguous(), t.contiguous(), s_centers.float().contiguous(), t_centers.float().contiguous()
 
 
-def slope_shape(s, need: bool) -> tuple[int, ...]:
+def kept_shape(s, t, s_centers, need: bool) -> tuple[int, ...]:
     return (0,)
