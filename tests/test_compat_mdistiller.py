@@ -9,7 +9,7 @@ import originals
 import pytest
 import torch
 
-from kdkernels.compat import mdistiller
+from kdkernels.compat import mdistiller, shared
 
 
 def maps(channels, side, dtype, batch=5):
@@ -200,6 +200,22 @@ def test_dead_channels_samples_and_maps_have_finite_gradients():
         value = getattr(mdistiller, one)(student, teacher, *constants)
         (gradient,) = torch.autograd.grad(value.sum(), student)
         assert value.isfinite().all() and gradient.isfinite().all() and gradient.abs().max() > 0, one
+
+
+def test_a_temperature_that_changes_with_every_step_does_not_fill_the_memory():
+    student, teacher = logits(torch.float64)
+    for step in range(200):
+        value = mdistiller.dkd_loss(student, teacher, LABELS, 1.0, 8.0, 1 + step / 100)
+    torch.testing.assert_close(value, originals.dkd(student, teacher, LABELS, 1.0, 8.0, 2.99))
+    assert len(shared._BUILT) <= shared.KEPT < 200
+
+
+def test_autocast_changes_nothing(name):
+    inputs, constants, _ = CASES[name]
+    student, teacher = inputs(torch.float32)
+    plain = getattr(mdistiller, name)(student, teacher, *constants)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert getattr(mdistiller, name)(student, teacher, *constants).equal(plain)
 
 
 def test_functions_compile_and_in_full_once_their_constants_were_seen():

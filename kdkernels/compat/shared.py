@@ -8,6 +8,7 @@ import torch
 from .. import losses
 
 _BUILT = {}
+KEPT = 64  # a temperature that changes with every step must not fill the memory
 
 
 def shared(like: torch.Tensor, name: str, *arguments, **options) -> torch.nn.Module:
@@ -17,5 +18,7 @@ def shared(like: torch.Tensor, name: str, *arguments, **options) -> torch.nn.Mod
     """
     key = (like.device, name, arguments, *options.items())
     if key not in _BUILT:
+        if len(_BUILT) >= KEPT:
+            _BUILT.clear()
         _BUILT[key] = getattr(losses, name)(*arguments, **options).to(like.device)
     return _BUILT[key]
