@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "analysis")
+FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "analysis", "losses")
 
 
 def parser() -> argparse.ArgumentParser:

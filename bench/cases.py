@@ -145,9 +145,9 @@ def cuda_cases() -> list[Case]:
 
 def cases(device: str) -> list:
     """All cases of a device: the Gram family, ranking, Nystrom, projections and KDA, logits."""
-    from . import analysis_rows, logit_rows, nystrom_rows, projecting, ranking
+    from . import analysis_rows, logit_rows, loss_rows, nystrom_rows, projecting, ranking
 
-    modules = (ranking, nystrom_rows, projecting, logit_rows, analysis_rows)
+    modules = (ranking, nystrom_rows, projecting, logit_rows, analysis_rows, loss_rows)
     if device == "cuda":
         return [*cuda_cases(), *(case for module in modules for case in module.cuda_cases())]
     return [*cpu_cases(), *(case for module in modules for case in module.cpu_cases())]

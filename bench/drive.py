@@ -17,7 +17,19 @@ import torch
 
 import kdkernels as kd
 
-from . import analysis_rows, data, logit_rows, machine, measure, memory, nystrom_rows, projecting, ranking, roof
+from . import (
+    analysis_rows,
+    data,
+    logit_rows,
+    loss_rows,
+    machine,
+    measure,
+    memory,
+    nystrom_rows,
+    projecting,
+    ranking,
+    roof,
+)
 from . import cases as catalogue
 from . import contenders as others
 from .cases import Case
@@ -31,6 +43,7 @@ MODULES = {
     "projection": projecting,
     "logits": logit_rows,
     "analysis": analysis_rows,
+    "losses": loss_rows,
 }
 SEEDS = 4  # draws of the inputs that the calls rotate over
 
@@ -82,7 +95,9 @@ class Writer:
 
 
 def usable_backends(op: str, device: str, wanted) -> list[str]:
-    """The backends of `op` that can run here, of those asked for."""
+    """The backends of `op` that can run here, of those asked for; a loss without an op is plain PyTorch."""
+    if not op:
+        return ["torch"]
     return [b for b in wanted if b in kd.registry.OPS[op].backends and kd.backend.obstacle(b, device, (), op) is None]
 
 
@@ -90,6 +105,8 @@ def gate(op: str, backend: str, device: str) -> str | None:
     """Why the op may not be reported on this machine: the first failure of its quick contract, or None."""
     from kdkernels import testing
 
+    if not op:
+        return None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its cases are tiny: more threads only wait for each other
     try:
@@ -228,7 +245,8 @@ def _extras(index, case, contender, inputs, options) -> dict:
             "peak_bytes": measure.cuda_peak(contender.function, x, y),
         }
     peak = None
-    if contender.name != "compiled" and (case.rows >= 2048 or options.memory):
+    wanted = any(target.figure == "memory" for target in case.targets)
+    if contender.name != "compiled" and (case.rows >= 2048 or wanted or options.memory):
         threads = torch.get_num_threads()
         peak = memory.cpu_peak(index, options.quick, contender.name, contender.backend, threads, limit=300)
     return {"launches": None, "peak_bytes": peak}
