@@ -16,6 +16,8 @@ import torch
 
 from .problem import Problem
 
+ZERO_ROW = 1e-36  # |K_i|^2 up to which a row counts as zero in float32
+
 
 class RowStats(NamedTuple):
     """Sums over j per row, float64 [G, n]; `aw`, `bw` are column sums of the row-normalised matrices where needed."""
@@ -46,7 +48,7 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
     with K = unit * K^. rho = (rho_x, rho_y) [G, n], 1/sqrt(K_ii), where `row_normalize`.
     """
     if problem.stat in ("mse", "row_mse"):
-        return _mse(problem, stats, count)
+        return _mse(problem, stats, count, eps)
     ux, uy = units if not problem.row_normalize else (units[0].sqrt(), units[1].sqrt())
     n = float(count) if isinstance(count, int) else count.double()
     if problem.stat == "sum":
@@ -179,17 +181,18 @@ class _RowNormalized:
         return self._weights(form, alpha, beta, "l", "k")
 
 
-def _mse(problem: Problem, stats: RowStats, count):
+def _mse(problem: Problem, stats: RowStats, count, eps: float):
     n = float(count) if isinstance(count, int) else count.double().clamp(min=1)[:, None]
     r = torch.ones_like(stats.a) / (n * n if problem.mean else 1.0)
     zero = torch.zeros_like(r)
     if problem.stat == "mse":
         side = _side(-2 * r, 2 * r, zero)
         return (r * stats.kl).sum(-1), (side, side)
-    # unit rows: sum_j (K_ij/|K_i| - L_ij/|L_i|)^2 = [K_i != 0] + [L_i != 0] - 2 cos_i
-    kk, ll = (torch.where(s == 0, torch.inf, s) for s in (stats.kk, stats.ll))
+    # unit rows: sum_j (K_ij/|K_i| - L_ij/|L_i|)^2 = [K_i != 0] + [L_i != 0] - 2 cos_i; p and q have to fit float32
+    least = ZERO_ROW if eps > torch.finfo(torch.float64).eps else 0.0
+    kk, ll = (torch.where(s <= least, torch.inf, s) for s in (stats.kk, stats.ll))
     cross = 1 / (kk.sqrt() * ll.sqrt())
     cos = stats.kl * cross
-    value = (r * ((stats.kk > 0).double() + (stats.ll > 0).double() - 2 * cos)).sum(-1)
+    value = (r * ((stats.kk > least).double() + (stats.ll > least).double() - 2 * cos)).sum(-1)
     p = -2 * r * cross
     return value, (_side(p, 2 * r * cos / kk, zero), _side(p, 2 * r * cos / ll, zero))

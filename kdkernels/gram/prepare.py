@@ -18,8 +18,8 @@ from .problem import Problem
 
 class Prepared(NamedTuple):
     z: torch.Tensor  # [G, n, p] prepared rows, 0 where masked
-    square: torch.Tensor  # [G, n] |z_i|^2
-    scale: torch.Tensor  # [G] z = scale * (x - mean), a power of two
+    square: torch.Tensor  # [G, n] |z_i|^2; ones where no one asks, for its shape
+    scale: torch.Tensor | None  # [G] z = scale * (x - mean), a power of two; None is 1
     shift: torch.Tensor | None  # [G, 1, p] scale * mean, where a mean was subtracted
     unit: torch.Tensor  # [G] float64, K = unit * K^
     par: torch.Tensor | None  # rbf, laplacian: bandwidths in units of z [G, S]; polynomial: (t0, a) [G, 2]
@@ -30,6 +30,8 @@ class Prepared(NamedTuple):
 def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepared:
     """x [G, n, p] any float dtype, mask [G, n] bool or None, sigma [1] or [G] where it is not a number."""
     z = unit_rows(x, mask, dtype) if spec.name == "cosine" else x.to(dtype)
+    if problem.as_given:
+        return _as_given(z, mask)
     compiled = problem.backend == "cpp" and dtype == torch.float32
     z, square, scale, shift, unit, typical = (_compiled_centre if compiled else _centre)(z, mask, spec, problem)
     if spec.of_distance:
@@ -38,6 +40,12 @@ def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepar
     if spec.name != "polynomial":
         return Prepared(z, square, scale, shift, unit, None)
     return _polynomial(z, square, scale, shift, typical / (2 * scale.square()), spec)
+
+
+def _as_given(x, mask) -> Prepared:
+    """Rows as they are, no pass over them: nothing computed from them needs their mean, their scale or their norms."""
+    one = x.new_ones(x.shape[0])
+    return Prepared(_masked(x, mask), one[:, None].expand(x.shape[:2]), None, None, one.double(), None)
 
 
 def _centre(x, mask, spec: KernelSpec, problem: Problem):
@@ -121,7 +129,8 @@ def unprepare_gradient(dz, row_sums, x, P: Prepared, spec: KernelSpec, mask):
         dz = dz.addcmul_(row_sums[..., None], P.z, value=-1)
     elif spec.name == "polynomial" and P.shift is not None:
         dz = dz.addcmul_(row_sums[..., None], P.shift)
-    dz = dz.mul_(P.scale[:, None, None])
+    if P.scale is not None:
+        dz = dz.mul_(P.scale[:, None, None])
     if spec.name == "cosine":
         norm = torch.linalg.vector_norm(_masked(x.to(dz.dtype), mask), dim=-1, keepdim=True)
         unit = unit_rows(x, mask, dz.dtype)

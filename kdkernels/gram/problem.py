@@ -36,6 +36,12 @@ class Problem(NamedTuple):
         return self.center and not self.row_normalize
 
     @property
+    def as_given(self) -> bool:
+        """Neither centred nor scaled: sums of K and L are finished in float64; Triton, which rounds rows to half
+        precision, wants them scaled."""
+        return self.stat in ("mse", "row_mse") and self.backend != "triton"
+
+    @property
     def minimum(self) -> int:
         """The fewest rows for which the estimator is defined."""
         return minimum_rows(self.unbiased, self.center, self.stat)
