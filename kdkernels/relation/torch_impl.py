@@ -13,7 +13,7 @@ from .pairs import Distances, distances, inverse, laplacian, rows_kept
 from .problem import EPS, compute_dtype, sides
 
 # numbers of a chunk of triplets: the few temporaries stay in cache; the launches count
-TRIPLETS = {"cpu": 1 << 18, "cuda": 1 << 25}
+TRIPLETS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 def forward(x, y, mask, kind: str, need: int, triplets=None):
