@@ -2,7 +2,9 @@
 """The two integration examples with the real libraries: what they print, and what each promises about its steps."""
 
 import copy
+import importlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,25 +13,36 @@ import torch
 import kdkernels as kd
 
 # an environment that was given by PYTHON= may lack them; the one that make sets up has them
-pytest.importorskip("lightning")
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("sklearn")
+MISSING = [name for name in ("lightning", "transformers", "accelerate", "sklearn") if find_spec(name) is None]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import hf_trainer
-import lightning_module
+VOCABULARY = 48
 
 
-def test_the_lightning_example_distils_a_student_that_beats_the_one_trained_on_labels():
+# imported when a test runs: collecting these two libraries takes ten seconds
+def example(name):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def lightning_module():
+    return example("lightning_module")
+
+
+@pytest.fixture(scope="module")
+def hf_trainer():
+    return example("hf_trainer")
+
+
+def test_the_lightning_example_distils_a_student_that_beats_the_one_trained_on_labels(lightning_module):
     accuracies = lightning_module.main()
     assert accuracies["teacher"] > 0.97
     assert accuracies["distilled"] > accuracies["cross-entropy"] + 0.02
 
 
 @pytest.fixture(scope="module")
-def distillation():
+def distillation(lightning_module):
     """A module after two epochs of twenty steps, and its teacher as it was before."""
     torch.manual_seed(0)
     teacher = lightning_module.Net(8)
@@ -48,7 +61,7 @@ def test_in_lightning_the_teacher_stays_as_it_was_and_the_student_moves(distilla
     assert optimised == {id(p) for p in module.student.parameters()}
 
 
-def test_in_lightning_the_weights_follow_their_schedules_and_checkpoints_keep_them(distillation):
+def test_in_lightning_the_weights_follow_their_schedules_and_checkpoints_keep_them(distillation, lightning_module):
     module, _ = distillation
     assert module.kd.weight == 0.75  # the second of two epochs began
     assert module.cka.steps == 40 and module.cka.end == 13 and module.cka.weight == 1
@@ -76,24 +89,32 @@ def test_the_loss_in_lightning_is_cross_entropy_and_divergence_and_alignment_at_
     assert set(logged) == {"ce", "kd", "cka"} and not any(term.requires_grad for term in logged.values())
 
 
-def test_the_trainer_example_brings_the_student_towards_the_teacher():
+def test_the_trainer_example_brings_the_student_towards_the_teacher(hf_trainer):
     nats = hf_trainer.main()
     assert nats["before"] > 1.5 and nats["after"] < 0.25
 
 
-VOCABULARY = 48
+@pytest.fixture
+def trained(hf_trainer, tmp_path):
+    """A student after two steps of plain gradient descent, in the order that the seed gives the samples."""
+
+    def run(samples, **settings):
+        torch.manual_seed(0)
+        teacher, student = (hf_trainer.language_model(width, 1, VOCABULARY) for width in (32, 16))
+        arguments = hf_trainer.arguments(
+            str(tmp_path), max_steps=2, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, seed=0, **settings
+        )
+        trainer = hf_trainer.DistillationTrainer(student, arguments, train_dataset=samples, teacher=teacher)
+        trainer.train()
+        return trainer, student
+
+    return run
 
 
-def trained(tmp_path, samples, **settings):
-    """A student after two steps of plain gradient descent, in the order of the samples."""
-    torch.manual_seed(0)
-    teacher, student = (hf_trainer.language_model(width, 1, VOCABULARY) for width in (32, 16))
-    arguments = hf_trainer.arguments(
-        str(tmp_path), max_steps=2, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, seed=0, **settings
-    )
-    trainer = hf_trainer.DistillationTrainer(student, arguments, train_dataset=samples, teacher=teacher)
-    trainer.train()
-    return trainer, student
+@pytest.fixture
+def samples(hf_trainer):
+    torch.manual_seed(1)
+    return hf_trainer.sequences(16, VOCABULARY)
 
 
 def apart(student, other):
@@ -101,34 +122,29 @@ def apart(student, other):
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def test_in_the_trainer_one_batch_of_eight_is_four_micro_batches_of_two_whatever_their_padding(tmp_path):
-    torch.manual_seed(1)
-    samples = hf_trainer.sequences(16, VOCABULARY)
-    _, whole = trained(tmp_path, samples, per_device_train_batch_size=8)
-    trainer, parts = trained(tmp_path, samples, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+def test_in_the_trainer_one_batch_of_eight_is_four_micro_batches_of_two_whatever_their_padding(trained, samples):
+    _, whole = trained(samples, per_device_train_batch_size=8)
+    trainer, parts = trained(samples, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert trainer.state.global_step == 2
     assert apart(whole, parts) < 1e-6
     # the distance is one that steps of this size could show
-    _, other = trained(tmp_path, samples, per_device_train_batch_size=4)
+    _, other = trained(samples, per_device_train_batch_size=4)
     assert apart(whole, other) > 1e-3
 
 
-def test_in_the_trainer_padding_has_no_influence_and_the_teacher_no_gradient(tmp_path):
-    torch.manual_seed(1)
-    samples = hf_trainer.sequences(16, VOCABULARY)
-    trainer, student = trained(tmp_path, samples, per_device_train_batch_size=8)
+def test_in_the_trainer_padding_has_no_influence_and_the_teacher_no_gradient(trained, samples):
+    trainer, student = trained(samples, per_device_train_batch_size=8)
     padded = [{name: s[name].clone() for name in s} for s in samples]
     for sample in padded:
         sample["input_ids"][sample["attention_mask"] == 0] = 7
-    _, other = trained(tmp_path, padded, per_device_train_batch_size=8)
+    _, other = trained(padded, per_device_train_batch_size=8)
     assert apart(student, other) < 1e-7
     assert not trainer.teacher.training and all(p.grad is None for p in trainer.teacher.parameters())
 
 
-def test_the_loss_of_the_trainer_is_cross_entropy_and_divergence_of_the_counted_tokens(tmp_path):
-    torch.manual_seed(1)
-    samples = hf_trainer.sequences(8, VOCABULARY)
-    trainer, student = trained(tmp_path, samples, per_device_train_batch_size=8)
+def test_the_loss_of_the_trainer_is_cross_entropy_and_divergence_of_the_counted_tokens(hf_trainer, trained, samples):
+    samples = samples[:8]
+    trainer, student = trained(samples, per_device_train_batch_size=8)
     batch = {name: torch.stack([s[name] for s in samples]).to(student.device) for name in samples[0]}
     counted = batch["labels"][:, 1:] != hf_trainer.IGNORED
     loss = trainer.compute_loss(student, batch, num_items_in_batch=2 * counted.sum())
