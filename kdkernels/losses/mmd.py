@@ -116,7 +116,7 @@ def in_units_of_their_spread(x, y, kept):
     if x.dim() == 2:
         rows, both = rows[None], None if both is None else both[None]
     spread = bandwidth(rows, both, "mean", 1.0)  # over all pairs, each row with itself too
-    count = rows.shape[1] if both is None else both.sum(1).clamp_min(2)
+    count = rows.shape[1] if both is None else both.sum(1).clamp_min(2).to(dtype)
     spread = spread * (count / (count - 1)) ** 0.5
     spread = spread[:, None, None] if x.dim() == 3 else spread
     return x / spread, y / spread
