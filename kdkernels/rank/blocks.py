@@ -11,6 +11,17 @@ from __future__ import annotations
 import numpy as np
 
 LARGEST = 300.0  # an exponent above it belongs to a block far above the one that asks: it never joins
+HARDEST = 1e290  # a strength beyond it is as good: positions times strength stay finite
+
+
+def weights(first, length):
+    """The sum of first, first - 1, ..., `length` of them."""
+    return (2 * first + 1 - length) * (length / 2)
+
+
+def geometric(length, rate):
+    """sum exp(-i rate), i < length."""
+    return np.expm1(-length * rate) / np.expm1(-rate)
 
 
 def ranges(start, length):
@@ -59,16 +70,25 @@ class Blocks:
         raise NotImplementedError
 
 
-def _leading(joins):
-    """The number of leading True along the last dimension."""
-    count = joins.argmin(-1)
-    return np.where(joins.all(-1), joins.shape[-1], count)
+def before(first, t):
+    """t [2, sites, K] behind first, a number or [sites, 1], along the last dimension."""
+    out = np.empty((*t.shape[:-1], t.shape[-1] + 1))
+    out[..., :1] = first
+    out[..., 1:] = t
+    return out
 
 
-def _at(total, count, nothing=0.0):
-    """total[..., count - 1], `nothing` where count is 0."""
-    last = np.take_along_axis(total, np.maximum(count - 1, 0)[..., None], -1)[..., 0]
-    return np.where(count > 0, last, nothing)
+def leading(joins, free):
+    """The number of leading True of joins and free along the last dimension."""
+    both = np.empty((*joins.shape[:-1], joins.shape[-1] + 1), dtype=bool)
+    both[..., -1] = False
+    np.logical_and(joins, free, out=both[..., :-1])
+    return both.argmin(-1)
+
+
+def at(total, count):
+    """total[..., count], of the left and of the right."""
+    return total.reshape(-1).take(np.arange(0, total.size, total.shape[-1]).reshape(count.shape) + count)
 
 
 class Means(Blocks):
@@ -94,21 +114,18 @@ class Means(Blocks):
         return type(self)(self.t.take(start), x + np.add.reduceat(over, begin) / total, total)
 
     def swallow(self, sites, index, sign, free):
-        c = self.c.take(index)
-        over = self.t.take(index)
+        c = self.c.take(index, mode="clip")
+        over = self.t.take(index, mode="clip")
         over -= sites.t[:, None]
-        over += self.x.take(index)
+        over += self.x.take(index, mode="clip")
         over -= sites.x[:, None]
-        total = (c * over).cumsum(-1)
-        mass = c.cumsum(-1)
-        mass += sites.c[:, None]
-        over[..., 1:] -= total[..., :-1] / mass[..., :-1]
+        total = before(0.0, c * over).cumsum(-1)
+        mass = before(sites.c[:, None], c).cumsum(-1)
+        over -= total[..., :-1] / mass[..., :-1]
         over *= sign if self.falls else -sign
-        count = _leading((over >= 0) & free)
-        left, right = _at(total, count)
-        mass_left, mass_right = _at(mass - sites.c[:, None], count)
-        c = sites.c + mass_left + mass_right
-        return count, type(self)(sites.t, sites.x + (left + right) / c, c)
+        count = leading(over >= 0, free)
+        c = at(mass, count).sum(0) - sites.c
+        return count, type(self)(sites.t, sites.x + at(total, count).sum(0) / c, c)
 
 
 class Rising(Means):
@@ -138,19 +155,20 @@ class Ratios(Blocks):
         return type(self)(self.t.take(start), np.add.reduceat(Z, begin), W, self.rate.take(start))
 
     def swallow(self, sites, index, sign, free):
-        t = self.t.take(index)
+        t = self.t.take(index, mode="clip")
         t -= sites.t[:, None]
         t *= sites.rate[:, None]
         Z = np.exp(np.minimum(t, LARGEST, out=t), out=t)
-        Z *= self.Z.take(index)
-        W = self.W.take(index)
-        sum_Z, sum_W = Z.cumsum(-1), W.cumsum(-1)
-        fall = Z * sites.W[:, None] - sites.Z[:, None] * W
-        fall[..., 1:] += Z[..., 1:] * sum_W[..., :-1] - sum_Z[..., :-1] * W[..., 1:]
-        fall *= sign
-        count = _leading((fall >= 0) & free)
-        Z, W = (_at(t, count).sum(0) for t in (sum_Z, sum_W))
-        return count, type(self)(sites.t, sites.Z + Z, sites.W + W, sites.rate)
+        Z *= self.Z.take(index, mode="clip")
+        W = self.W.take(index, mode="clip")
+        sum_Z, sum_W = (before(own[:, None], t).cumsum(-1) for own, t in ((sites.Z, Z), (sites.W, W)))
+        Z *= sum_W[..., :-1]
+        W *= sum_Z[..., :-1]
+        Z -= W
+        Z *= sign
+        count = leading(Z >= 0, free)
+        Z, W = at(sum_Z, count).sum(0) - sites.Z, at(sum_W, count).sum(0) - sites.W
+        return count, type(self)(sites.t, Z, W, sites.rate)
 
 
 class Exponentials(Blocks):
@@ -172,16 +190,15 @@ class Exponentials(Blocks):
         return type(self)(*out)
 
     def swallow(self, sites, index, sign, free):
-        z, s = self.z.take(index), self.s.take(index)
-        sum_z, sum_s = np.logaddexp.accumulate(z, -1), np.logaddexp.accumulate(s, -1)
-        fall = z - s
-        fall[..., 1:] -= np.logaddexp(sum_z[..., :-1], sites.z[:, None])
-        fall[..., 1:] += np.logaddexp(sum_s[..., :-1], sites.s[:, None])
-        fall[..., 0] -= sites.z - sites.s
-        fall *= sign
-        count = _leading((fall >= 0) & free)
+        z, s = self.z.take(index, mode="clip"), self.s.take(index, mode="clip")
+        sum_z, sum_s = (np.logaddexp.accumulate(before(-np.inf, t), -1) for t in (z, s))
+        z -= s
+        z -= np.logaddexp(sum_z[..., :-1], sites.z[:, None])
+        z += np.logaddexp(sum_s[..., :-1], sites.s[:, None])
+        z *= sign
+        count = leading(z >= 0, free)
         out = []
         for own, total in ((sites.z, sum_z), (sites.s, sum_s)):
-            left, right = _at(total, count, -np.inf)
+            left, right = at(total, count)
             out.append(np.logaddexp(np.logaddexp(own, left), right))
         return count, type(self)(*out)

@@ -12,16 +12,19 @@ import numpy as np
 
 SHRINKS = 0.15  # of the blocks must go for another round over all of them
 WINDOW = 4, 256  # neighbours on either side that a site looks at in a round
-LOOKED_AT = 4096  # neighbours that all sites together look at, at least: fewer cost a round as much
+SMALL = 8192  # entries: so few are not made a list again
+LOOKED_AT = 2048  # neighbours that all sites together look at, at least: fewer cost a round as much
+ROUNDS, ENTRIES = 100, 1000  # and one more for so many entries: what the merges would cost is not far
 FEWER = 4  # a site stops at the next one, settled or not: with fewer active ones all become a list again
 SIDES = np.array([-1, 1])[:, None, None]
 
 
-def pooled(blocks, first, most):
+def pooled(blocks, first):
     """The first positions of all blocks of a list, pooled, where entry k begins at position first[k].
 
-    None where that takes more than `most` rounds.
+    None where one site meets its neighbours one after the other, for too many rounds.
     """
+    most = ROUNDS + len(blocks) // ENTRIES
     while True:
         joins = blocks.joins()
         gone = np.count_nonzero(joins)
@@ -72,17 +75,34 @@ def runs_of_many(joins):
     return k[at], length
 
 
+def numbers(many, of_row):
+    """Ids of blocks, int32, from 0 in each row, -1 where not `many`; block of_row[r] is the first of row r."""
+    ids = many.cumsum(dtype=np.int32)
+    before = ids.take(of_row) - many.take(of_row)
+    ids -= np.repeat(before + 1, lengths(of_row, len(many))).astype(np.int32, copy=False)
+    ids[~many] = -1
+    return ids
+
+
 class Sites:
-    """Blocks of several entries of a list, sorted; entry k of `pooled` is what list entries low[k] to high[k] make."""
+    """Blocks of several entries of a list, sorted; entry k of `pooled` is what list entries low[k] to high[k] make.
+
+    A settled one without entries stands at either end, so that each of the others has neighbours.
+    """
 
     def __init__(self, blocks, start, length):
-        self.list, self.pooled = blocks, blocks.pooled(start, length)
-        self.low, self.high = start, start + length - 1
-        self.active = np.ones(len(start), dtype=bool)
+        end = len(blocks) - 1  # a NaN
+        low, length = np.concatenate([[end], start, [end]]), np.concatenate([[1], length, [1]])
+        self.list, self.pooled = blocks, blocks.pooled(low, length)
+        self.low, self.high = low, low + length - 1
+        self.low[0] = self.high[0] = -1
+        self.low[-1] = self.high[-1] = end + 1
+        self.active = np.ones(len(low), dtype=bool)
+        self.active[0] = self.active[-1] = False
 
     def settle(self, most):
         """Pool until little violates, in at most that many rounds; how many are left."""
-        enough = len(self.low) // FEWER
+        enough = len(self.low) // FEWER if len(self.list) > SMALL else 0
         while most > 0:
             self._merge()
             active = self.active.nonzero()[0]
@@ -94,12 +114,13 @@ class Sites:
 
     def merged(self):
         """The entries of the list that begin a block; which of them are sites, and those."""
+        low, high = self.low[1:-1], self.high[1:-1]
         inside = np.zeros(len(self.list) + 1, dtype=np.int8)
-        inside[self.low + 1] += 1
-        inside[self.high + 1] -= 1
-        start = (inside[:-1].cumsum(dtype=np.int8) == 0).nonzero()[0]
-        inner = self.high - self.low
-        return start, self.low + inner - inner.cumsum(), self.pooled
+        inside[low + 1] = 1
+        inside[high + 1] -= 1
+        start = np.logical_not(inside[:-1].cumsum(dtype=np.int8)).nonzero()[0]
+        inner = high - low
+        return start, low + inner - inner.cumsum(), self.pooled.take(np.arange(1, len(low) + 1))
 
     def _merge(self):
         """Pool sites that touch and violate."""
@@ -107,47 +128,44 @@ class Sites:
             touch = self.high[:-1] + 1 == self.low[1:]
             touch &= self.active[:-1] | self.active[1:]
             k = touch.nonzero()[0]
-            if len(k) == 0:
-                return
-            pairs = self.pooled.take(np.stack([k, k + 1], 1).ravel())
-            k = k[pairs.joins()[::2]]
+            if len(k):
+                pairs = np.empty((len(k), 2), dtype=np.int64)
+                pairs[:, 0] = k
+                np.add(k, 1, out=pairs[:, 1])
+                k = k[self.pooled.take(pairs.reshape(-1)).joins()[::2]]
             if len(k) == 0:
                 return
             joins = np.zeros(len(self.low) - 1, dtype=bool)
             joins[k] = True
             start, length = runs(joins)
-            of_many = (length > 1).nonzero()[0]
-            merged = self.pooled.pooled(start[of_many], length[of_many])
+            many = (length > 1).nonzero()[0]
+            merged = self.pooled.pooled(start[many], length[many])
             self.pooled = self.pooled.take(start)
-            self.pooled.put(of_many, merged)
+            self.pooled.put(many, merged)
             self.low, self.high = self.low[start], self.high[start + length - 1]
             self.active = self.active[start]
-            self.active[of_many] = True
+            self.active[many] = True
 
     def _swallow(self, active, odd):
         low, high = self.low[active], self.high[active]
         # entries free on either side; those between two active sites are shared, an odd one by turns
-        before, after = active - 1, active + 1
         gap = np.empty((2, len(active)), dtype=np.int64)
-        gap[0] = low - 1 - self.high.take(before, mode="wrap")
-        gap[1] = self.low.take(after, mode="wrap") - 1 - high
-        shared = np.empty(gap.shape, dtype=bool)
-        shared[0] = self.active.take(before, mode="wrap")
-        shared[1] = self.active.take(after, mode="wrap")
-        if active[0] == 0:
-            gap[0, 0], shared[0, 0] = low[0], False
-        if active[-1] == len(self.low) - 1:
-            gap[1, -1], shared[1, -1] = len(self.list) - 1 - high[-1], False
-        share = np.where(shared, (gap + [[odd], [1 - odd]]) // 2, gap)
+        share = np.empty_like(gap)
+        for side, other, extra in ((0, active - 1, odd), (1, active + 1, 1 - odd)):
+            own = gap[side]
+            np.subtract(*((low, self.high[other]) if side == 0 else (self.low[other], high)), out=own)
+            own -= 1
+            shared = self.active[other]
+            share[side] = own + (shared & extra) >> shared
         K = min(max(LOOKED_AT // len(active), WINDOW[0]), WINDOW[1], max(int(share.max()), 1))
         step = np.arange(K)
-        index = np.stack([low - 1, high + 1])[..., None] + SIDES * step
-        np.clip(index, 0, len(self.list) - 1, out=index)
-        free = step < share[..., None]
-        count, pooled = self.list.swallow(self.pooled.take(active), index, SIDES, free)
-        moved = (count > 0).any(0)
-        settled = ~moved & ((share == gap) | (share > 0)).all(0)
+        index = np.empty((2, len(active), K), dtype=np.int64)
+        np.subtract((low - 1)[:, None], step, out=index[0])
+        np.add((high + 1)[:, None], step, out=index[1])
+        count, pooled = self.list.swallow(self.pooled.take(active), index, SIDES, step < share[..., None])
+        moved = count.any(0)
+        settled = ~(moved | ((share == 0) & (gap > 0)).any(0))
         self.low[active], self.high[active] = low - count[0], high + count[1]
-        of_moved = (moved).nonzero()[0]
-        self.pooled.put(active[of_moved], pooled.take(of_moved))
+        k = moved.nonzero()[0]
+        self.pooled.put(active[k], pooled.take(k))
         self.active[active[settled]] = False

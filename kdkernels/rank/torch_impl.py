@@ -100,10 +100,11 @@ def _sorted_rows(theta):
     return s, order, poisoned, s == -math.inf
 
 
-def rank_forward(x, strengths, number, relative, kl, descending, need):
-    """rank in x's compute dtype, blocks int32 like x or [0], eps float64, of x [..., n]."""
+def rank_forward(x, strengths, number, relative, kl, descending, need, dtype=None):
+    """rank in `dtype`, or x's compute dtype, blocks int32 like x or [0], eps float64, of x [..., n]."""
+    dtype = dtype or compute_dtype(x)
     if may_wait(x):
-        found = cpu.rank_forward(x, strengths, number, relative, kl, descending, need)
+        found = cpu.rank_forward(x, strengths, number, relative, kl, descending, need, dtype)
         if found is not None:
             return found
     shape, n = x.shape, x.shape[-1]
@@ -128,7 +129,7 @@ def rank_forward(x, strengths, number, relative, kl, descending, need):
             r = mean_w.mul_(c).mul_(E).div_(block_sum_of(E, start, 60 - _length_bits(n)))
         else:
             r = mean_w.add_(d).sub_(block_sum_of(d, start, 60 - 2 * _length_bits(n)).div_(c))
-    r = r.masked_fill_(gone, 0.0).masked_fill_(poisoned, math.nan).to(compute_dtype(x))
+    r = r.masked_fill_(gone, 0.0).masked_fill_(poisoned, math.nan).to(dtype)
     rank = torch.empty_like(r).scatter_(-1, order, r).reshape(shape)
     if not need:
         return rank, x.new_empty(0, dtype=torch.int32), eps.reshape(shape[:-1])
