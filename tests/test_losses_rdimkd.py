@@ -179,3 +179,23 @@ def test_bad_input_is_refused_with_the_argument_and_the_fix():
     ):
         with pytest.raises(ValueError, match=message):
             losses.RdimKDLoss(*arguments, **how)
+
+
+@pytest.mark.parametrize("variant", ["P", "A", "R"])
+def test_a_teacher_of_zeros_has_no_variance_and_is_divided_by_one(variant):
+    loss = losses.RdimKDLoss(4, 2, variant=variant, normalizer="variance", seed=0)
+    loss.observe(torch.zeros(20, 4))
+    loss.fit()
+    s = torch.randn(20, 4, requires_grad=True)
+    value = loss(s, torch.zeros(20, 4))
+    value.backward()
+    torch.testing.assert_close(value, (s.detach() @ loss.basis).square().mean())
+    assert s.grad.isfinite().all() and s.grad.abs().max() > 0
+
+
+def test_a_module_on_another_device_is_named_with_the_fix():
+    x = torch.randn(6, 3)
+    with pytest.raises(ValueError, match="s is on cpu, basis on meta: move both to one device"):
+        losses.RdimKDLoss(3, 2, variant="R").to("meta")(x, x)
+    with pytest.raises(ValueError, match="x is on meta, the accumulator on cpu: move one"):
+        losses.RdimKDLoss(3, 2).observe(x.to("meta"))

@@ -5,10 +5,12 @@ import resource
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import kdkernels as kd
 from kdkernels.gram.kernels import spec_of
-from kdkernels.nystrom import op, reference, side, torch_impl
+from kdkernels.nystrom import maps, op, reference, side, torch_impl
+from kdkernels.nystrom.problem import decode, encode
 
 KERNELS = ["linear", "polynomial", "cosine", "rbf", "laplacian", kd.RBF((1.0, 4.0)), kd.Laplacian(3.0)]
 
@@ -236,6 +238,34 @@ def test_half_inputs_are_rounded_once_at_the_end():
     phi = kd.nystrom_features(x, x[:30], kernel=kd.RBF(3.0))
     wide = kd.nystrom_features(x.float(), x[:30].float(), kernel=kd.RBF(3.0))
     assert phi.dtype == torch.bfloat16 and phi.equal(wide.bfloat16())
+
+
+class Tf32(TorchFunctionMode):
+    """Float32 products as tensor cores take them: factors rounded to 11 bits."""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            bits = (a.contiguous().view(torch.int32) + (1 << 12) & -(1 << 13) for a in arguments)
+            arguments = tuple(b.view(torch.float32) for b in bits)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("whiten", ["cholesky", "sqrt"])
+def test_tf32_does_not_reach_what_the_whitener_amplifies(whiten, monkeypatch):
+    x = torch.randn(60, 5) + 3
+    problem = decode(encode("features", spec_of(kd.RBF(2.0))[0], op.LINEAR, whiten, 1e-6, False, False, "torch"))
+    s = side.prepare(x[:30], None, problem.kx, problem, torch.float32)
+    rows = maps.prepared_rows(s.spec, x, s.shift, torch.float32)
+
+    def error():
+        with Tf32():
+            phi = torch_impl.phi_of(s, rows).double()
+        return float((phi @ phi.mT - exact @ exact.mT).abs().max())
+
+    exact = torch_impl.phi_of(s, rows).double()
+    rounded = error()  # nobody knows that TF32 is on
+    monkeypatch.setattr(maps, "tf32_allowed", lambda x: True)
+    assert error() <= 1e-5 and rounded >= 100 * error()
 
 
 def test_an_all_zero_teacher_gives_zero_transfer_with_zero_gradient():

@@ -42,7 +42,8 @@ class RdimKDLoss(Loss):
         student_channels: None: the student has c channels. A number: it goes through a trained 1x1 convolution with
             bias to c channels first; give `loss.parameters()` to the optimiser too.
         normalizer: "mean": rows times k. "variance": also times the mean variance of the teacher along the k
-            directions, so that 1 is the distance of a student that knows only the mean; R then needs a fit too.
+            directions, so that 1 is the distance of a student that knows only the mean; R then needs a fit too. A
+            teacher without variance (all zero) is divided by 1.
         rows: [B, T, d]: "tokens" or "mean", needed. [B, C, H, W]: "positions" (the default here) or "gap"; [B, C, L]:
             "positions". Features [B, c] need none. May also be given in the call.
         seed: of R, and of the start of A; None draws from PyTorch's generator. weight: factor of the loss, a buffer.

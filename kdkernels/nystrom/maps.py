@@ -31,9 +31,29 @@ def raw_gradient(spec: KernelSpec, x, gradient):
     return gradient / torch.where(norm == 0, torch.inf, norm)
 
 
+def tf32_allowed(x) -> bool:
+    """Whether PyTorch would round the factors of x's products to 11 bits, which the whitener amplifies."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def product(a, b):
+    """a @ b with float32's digits. The setting is the whole process's: changing it here would reach other threads."""
+    if not tf32_allowed(a):
+        return a @ b
+    # three products of what TF32 holds exactly, and of the rest
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    return a_high @ b_low + a_low @ b_high + a_high @ b_high
+
+
+def split(x):
+    """(the first 11 bits of x, the rest)."""
+    high = (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+    return high, x - high
+
+
 def tile(spec: KernelSpec, x, z, half_x, half_z):
     """t of prepared rows; half_x, half_z = |x_i|^2 / 2, |z_j|^2 / 2 (used for distances)."""
-    t = x @ z.mT
+    t = product(x, z.mT)
     if not spec.of_distance:
         return t
     size = half_x[:, None] + half_z

@@ -44,17 +44,19 @@ def kernel_panel(s: Side, rows):
 
 
 def whitened(s: Side, C):
-    if s.whiten == "cholesky":
-        # as R Phi' = C': a transposed row-major matrix is LAPACK's own layout; from the right it takes 3 times as long
-        return torch.linalg.solve_triangular(s.whitener, C.mT, upper=False).mT
-    return C @ s.whitener
+    return solved(C, s.whitener, upper=False) if s.whiten == "cholesky" else maps.product(C, s.whitener)
 
 
 def unwhitened(s: Side, grad):
     """dL/dC from dL/dPhi."""
-    if s.whiten == "cholesky":
-        return torch.linalg.solve_triangular(s.whitener.mT, grad.mT, upper=True).mT
-    return grad @ s.whitener
+    return solved(grad, s.whitener.mT, upper=True) if s.whiten == "cholesky" else maps.product(grad, s.whitener)
+
+
+def solved(rows, R, upper: bool):
+    """rows R'^-1, in float64 where the library might solve with TF32."""
+    # as R Phi' = C': a transposed row-major matrix is LAPACK's own layout; from the right it takes 3 times as long
+    wide = torch.float64 if maps.tf32_allowed(rows) else rows.dtype
+    return torch.linalg.solve_triangular(R.to(wide), rows.to(wide).mT, upper=upper).mT.to(rows.dtype)
 
 
 def phi_of(s: Side, rows):

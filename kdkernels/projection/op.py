@@ -34,7 +34,7 @@ def projected_mse(s, t, basis, *, channel_dim=1, reduction="mean", mask=None, ba
             positions and k.
         mask: bool [B] or one entry a position ([B, H, W], [B, T]): False rows take no part, are not counted, and get
             gradient 0; where none is left the value is 0.
-        backend: "auto", "triton", "torch" or "reference" (the last one also gives higher derivatives).
+        backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
         A scalar or [B]; float32 for half inputs, else the promoted dtype of s and t, in which all is computed.

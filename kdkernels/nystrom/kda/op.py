@@ -29,7 +29,7 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, backend="auto") -> t
             each its own dtype.
         s_centers: landmarks of the student's space [C, d], e.g. class means; t_centers: those of the teacher's, [C, e],
             in the same order. See `kd.ClassCenters`.
-        backend: "auto", "triton", "torch" or "reference" (the last one also gives higher derivatives).
+        backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
         A scalar; float32 for half inputs, else the promoted dtype of s and t, in which all is computed. Gradient to s
