@@ -99,13 +99,14 @@ def test_each_side_may_have_its_own_kernel_and_each_layer_its_own_dtype():
     torch.testing.assert_close(found.double(), textbook(mixed, [ys[0].half()]), rtol=0, atol=1e-6)
 
 
-def test_a_constant_layer_has_no_similarity_and_a_nan_stays_in_its_layer():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_constant_layer_has_no_similarity_and_a_nan_stays_in_its_layer(kernel):
     xs = network(40, (6, 20, 8), 0, dtype=torch.float32)
-    clean = kd.cka_matrix(xs, xs)
+    clean = kd.cka_matrix(xs, xs, kernel=kernel)
     xs[1] = torch.full((40, 20), 7.3)
     xs[2] = xs[2].clone()
     xs[2][3, 1] = torch.nan
-    found = kd.cka_matrix(xs, [xs[0], xs[1]])
+    found = kd.cka_matrix(xs, [xs[0], xs[1]], kernel=kernel)
     assert found[1].eq(0).all() and found[0, 1] == 0
     assert found[2, 0].isnan()
     torch.testing.assert_close(found[0, 0], clean[0, 0])

@@ -186,16 +186,23 @@ class Layers:
         # most: layers that may come; together: those of both networks
         self.most, self.together, self.kernel, self.problem = most, together, kernel, problem
         self.dtype, self.first = dtype, first
-        self.buffer = None  # [most, n, n], kept from batch to batch: fresh memory costs more than the product in it
+        # kept from batch to batch: fresh memory costs more than the product in it, and small tensors that outlive large
+        # ones keep a heap from shrinking
+        self.buffer, self.scales = None, None  # [most, n, n] and [most]
         self.clear()
 
     def clear(self):
         """Ready for the next batch."""
         self.n, self.grams = 0, None
-        self.sides, self.units, self.widths = [], [], []
+        self.sides, self.widths = [], []
 
     def __len__(self) -> int:
-        return len(self.units)
+        return len(self.widths)
+
+    @property
+    def units(self):
+        """K = unit K^, [L] float64."""
+        return self.scales[: len(self)]
 
     @property
     def spec(self):
@@ -207,9 +214,11 @@ class Layers:
         side = side_of(x, self.kernel, self.problem, self.dtype, self.first)
         place = len(self) if place is None else place
         if place == len(self):
-            for column in (self.sides, self.units, self.widths):
-                column.append(None)
-        self.units[place], self.widths[place], self.sides[place] = side.P.unit, x.shape[1], side
+            self.sides.append(None)
+            self.widths.append(None)
+        if self.scales is None or self.scales.device != x.device:
+            self.scales = side.P.unit.new_empty(self.most)
+        self.scales[place], self.widths[place], self.sides[place] = side.P.unit, x.shape[1], side
         if self.fits and not (self.spec.linear and x.shape[1] < self.n):
             self.gram(place)
         return place
@@ -241,7 +250,7 @@ class Layers:
 def hsics(A: Layers, B: Layers) -> Hsics:
     """HSIC of all pairs; B may be A."""
     n, problem, same = A.n, A.problem, B is A
-    sums = Sums(len(A), len(B), n, A.units[0])
+    sums = Sums(len(A), len(B), n, A.units)
     kept = A.grams is None and B.grams is None
     if kept and in_feature_space(problem, n, A.widths, B.widths):
         feature_sums(sums, A.sides, B.sides, problem.unbiased)
@@ -250,8 +259,7 @@ def hsics(A: Layers, B: Layers) -> Hsics:
         sums.add(K, K if same else B.all_grams(), everything, everything)
     else:
         tile_sums(sums, A.with_means(), None if same else B.with_means(), problem)
-    units = torch.stack(A.units), torch.stack(B.units)
-    return sums.finish(problem, n, units, torch.finfo(A.dtype).eps, same)
+    return sums.finish(problem, n, (A.units, B.units), torch.finfo(A.dtype).eps, same)
 
 
 def tile_sums(sums: Sums, xs: list[Side], ys: list[Side] | None, problem: Problem):
