@@ -78,7 +78,7 @@ def test_levels_have_weights_and_maps_become_rows(module):
     torch.testing.assert_close(got, 2 * maps + 3 * module()(student[1], teacher[1]), rtol=1e-5, atol=0)
 
 
-@both
+@pytest.mark.parametrize("module", [*FORMULAS, losses.RKDLoss], ids=lambda module: module.__name__)
 def test_groups_are_compared_one_by_one_and_masked_tokens_left_out(module):
     student, teacher = torch.randn(3, 7, 4), torch.randn(3, 7, 6)
     mask = torch.ones(3, 7, dtype=torch.bool)
@@ -96,6 +96,15 @@ def test_features_far_from_zero_and_a_student_close_to_its_teacher_keep_their_di
     value, gradient = value_and_gradient(module(), student, teacher)
     assert (value - exact[0]).abs() < 1e-6 * exact[0]
     assert (gradient - exact[1]).norm() < 1e-6 * exact[1].norm()
+
+
+@both
+def test_a_shift_that_the_features_hold_exactly_changes_no_digit(module):
+    """Integers below 2^24: centred they are the same numbers, raw their products would fill float64."""
+    student, teacher = (torch.randint(2, (9, 2000)).float() for _ in range(2))
+    want = value_and_gradient(module(), student, teacher)
+    got = value_and_gradient(module(), student + 2.0**23, teacher - 2.0**23)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
 
 
 @both

@@ -119,6 +119,16 @@ def test_identical_samples_are_found_whatever_the_blocks_of_columns(kind, monkey
         assert (got - want).norm() <= 1e-6 * want.norm()
 
 
+def test_identical_samples_are_found_in_products_that_are_rounded(monkeypatch):
+    """A product of matrices may add up equal rows in unequal order."""
+    x, exact = torch.randn(1, 9, 300), pairs.gram
+    x[0, [2, 7]] = x[0, 4].clone()
+    noise = 8 * torch.finfo(torch.float64).eps * torch.randn(9, 9).double()
+    monkeypatch.setattr(pairs, "gram", lambda *a: exact(*a) * (1 + noise))
+    square = pairs.distances(x, None, torch.tensor([9.0]).double()).square[0]
+    assert (square == 0).sum() == 9 + 6
+
+
 @every
 def test_a_group_that_the_mask_leaves_too_small_is_zero_even_with_nan(kind):
     x, y, mask = torch.randn(3, 7, 4), torch.randn(3, 7, 5), torch.ones(3, 7, dtype=torch.bool)
