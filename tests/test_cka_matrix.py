@@ -112,6 +112,17 @@ def test_a_constant_layer_has_no_similarity_and_a_nan_stays_in_its_layer(kernel)
     torch.testing.assert_close(found[0, 0], clean[0, 0])
 
 
+def test_a_layer_that_is_constant_up_to_rounding_has_terms_of_zero():
+    u, everything = torch.rand(9, dtype=torch.float64), slice(0, 9)
+    K, L = (u[:, None] + u)[None], torch.randn(1, 9, 9, dtype=torch.float64)  # K is the sum that centring takes away
+    found = sums.Sums(1, 1, 9, K)
+    found.add(K, L + L.mT, everything, everything)
+    one = torch.ones(1, dtype=torch.float64)
+    problem = sums.problem_of((kd.Linear(), kd.Linear()), False, "torch")
+    h = found.finish(problem, 9, (one, one), torch.finfo(torch.float32).eps, same=False)
+    assert h.kk == 0 and h.kl == 0 and h.ll > 0
+
+
 def test_the_features_may_be_strided_and_get_no_gradient():
     wide = torch.randn(30, 12, requires_grad=True)
     found = kd.cka_matrix([wide[:, ::2], wide.T[:6].T], [wide])
