@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
-from kdkernels.losses import PCKALoss
+from kdkernels.losses import PCKALoss, patches
 
 
 def naive_cka(X, Y):
@@ -220,3 +220,54 @@ def test_half_maps_are_resized_in_float32_and_channels_last_ones_give_the_same()
     assert value.equal(PCKALoss()(student.float(), teacher.float()))
     last = [side.contiguous(memory_format=torch.channels_last) for side in (student, teacher)]
     torch.testing.assert_close(PCKALoss()(*last), value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_operators_behind_the_public_form_are_good_citizens(transposed):
+    student, teacher = (side.detach().float() for side in maps(2, 3, 20, 17))
+    kept = torch.tensor([[True], [False]])
+    for mask in (None, kept, torch.rand(2, 20, 17) > 0.5):
+        inputs = (student, teacher, mask, 32, 32, transposed)
+        torch.library.opcheck(torch.ops.kdkernels.patch_cka_fwd.default, (*inputs, False))
+        torch.library.opcheck(torch.ops.kdkernels.patch_cka_fwd.default, (*inputs, True))
+        value, *saved = torch.ops.kdkernels.patch_cka_fwd(*inputs, True)
+        upstream = torch.ones_like(value)
+        inputs = (upstream, student, teacher, mask, *saved, 32, 32, transposed)
+        torch.library.opcheck(torch.ops.kdkernels.patch_cka_bwd.default, inputs)
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(patches.patch_cka(leaf, teacher, (32, 32)).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
+
+
+def test_blocks_of_channels_are_the_whole(monkeypatch):
+    student, teacher = maps(2, 5, 20, 40)
+    whole = PCKALoss(transposed=1)(student, teacher)
+    expected = torch.autograd.grad(whole, student)[0]
+    monkeypatch.setattr(patches, "BLOCK", 2 * 2 * 32 * 48)
+    assert len(patches._blocks(student, (32, 48))) == 3
+    value = PCKALoss(transposed=1)(student, teacher)
+    torch.testing.assert_close(value, whole, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(value, student)[0], expected, rtol=1e-9, atol=1e-14)
+
+
+def test_maps_of_any_scale_have_the_same_value_where_products_of_sums_leave_float32():
+    student, teacher = (side.detach().float() for side in maps(2, 3, 20, 40))
+    value = PCKALoss(transposed=1)(student, teacher)
+    for size in (1e-12, 1e12):
+        torch.testing.assert_close(PCKALoss(transposed=1)(size * student, teacher / size), value, rtol=1e-5, atol=0)
+
+
+def test_backward_keeps_the_maps_and_small_matrices_but_no_patches():
+    student, teacher = (side.detach().float() for side in maps(2, 4, 100, 60))
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        PCKALoss()(student.requires_grad_(), teacher)
+    n = 7 * 4
+    assert student.nbytes + teacher.nbytes <= sum(kept.values())
+    assert sum(kept.values()) <= student.nbytes + teacher.nbytes + 4 * (2 * n * n + 16) * 4

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from ..autograd import device_type
+from ..backend import resolve
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
-from .base import FeatureLoss, at_least_float32, check_pair, weight_tensor, weight_text, zero_of
+from .base import FeatureLoss, check_pair, weight_tensor, weight_text, zero_of
 from .cka import check_estimator
 from .maps import mask_of_positions, same_channels
+from .patches import PATCH, patch_cka, patch_rows
 
-PATCH = 16
 PRESETS = {
     "detection": {"weight": 10.0},
     "two_stage_detection": {"weight": 10.0, "transposed": 1.0},
@@ -115,16 +116,27 @@ class PCKALoss(FeatureLoss):
         enough = not self._too_small(len(student), 1)
         if not enough or self._too_small(patches, minimum_rows(self.unbiased, self.center), "patches"):
             return {name: zero_of(student) for name in names}
-        x, y = (patch_rows(side, size, kept) for side in (student, teacher))
-        parts = {"patches": -self._cka(x, y, None).mean()}
+        parts = dict(zip(names, self._aligned(student, teacher, size, kept), strict=True))
+        parts = {name: -value.mean() for name, value in parts.items()}
         if self.transposed is not None:
-            # a row is a position of a sample; masked positions of single patches are zeros
-            rows = None if kept is None or kept.dim() == 3 else kept.repeat_interleave(PATCH**2, dim=0)[:, 0]
-            value = -self._cka(x.mT, y.mT, None if rows is None else rows.expand(len(x), -1)).mean()
-            parts["transposed"] = value * self.transposed.to(value.dtype)
+            parts["transposed"] = parts["transposed"] * self.transposed.to(parts["transposed"].dtype)
         if kept is not None:  # kernels of distances see two sides of zeros as alike
             parts = {name: torch.where(kept.any(), value, 0) for name, value in parts.items()}
         return parts
+
+    def _aligned(self, student, teacher, size, kept):
+        """CKA of each channel [C] between patches, and between positions where that term is wanted."""
+        chosen = resolve("cka", self.backend, device_type(student), (student.dtype, teacher.dtype))
+        textbook = self.center or self.unbiased or self.row_normalize or chosen == "reference"
+        if not textbook and all(spec.name == "linear" for spec in spec_of(self.kernel)):
+            return patch_cka(student, teacher, size, kept, self.transposed is not None).unbind()
+        x, y = (patch_rows(side, size, kept) for side in (student, teacher))
+        between_patches = self._cka(x, y, None)
+        if self.transposed is None:
+            return (between_patches,)
+        # a row is a position of a sample; masked positions of single patches are zeros
+        rows = None if kept is None or kept.dim() == 3 else kept.repeat_interleave(PATCH**2, dim=0)[:, 0]
+        return between_patches, self._cka(x.mT, y.mT, None if rows is None else rows.expand(len(x), -1))
 
     def _cka(self, x, y, mask):
         how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
@@ -135,17 +147,3 @@ class PCKALoss(FeatureLoss):
         shown["transposed"] = 0 if self.transposed is None else weight_text(self.transposed)
         names = ("row_normalize", "center", "unbiased", "kernel")
         return {**shown, **{name: getattr(self, name) for name in names}}
-
-
-def patch_rows(maps, size, kept=None):
-    """[B, C, H, W] as [C, patches, B 256]: 0 where not `kept` [B, 1] or [B, H, W], resized to `size`, cut up."""
-    maps = maps.to(at_least_float32(maps))
-    if kept is not None:
-        kept = kept[:, None] if kept.dim() == 3 else kept[:, :, None, None]
-        maps = torch.where(kept, maps, torch.zeros((), dtype=maps.dtype, device=maps.device))
-    if tuple(maps.shape[2:]) != size:  # at their own size bilinear weights are 1 and 0
-        maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
-    B, C = maps.shape[:2]
-    tall, wide = (n // PATCH for n in size)
-    patches = maps.reshape(B, C, tall, PATCH, wide, PATCH).permute(1, 2, 4, 0, 3, 5)
-    return patches.reshape(C, tall * wide, B * PATCH**2)
