@@ -76,6 +76,16 @@ def test_a_kernel_gives_kd_mmd(kernel, unbiased):
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-13)
 
 
+def test_the_transfer_preset_compiles_to_one_graph():
+    torch._dynamo.reset()
+    student, teacher = sides(9, 5)
+    mask = torch.arange(9) != 4
+    loss = MMDLoss.preset("transfer")
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher, mask=mask)
+    expected = transfer(student[mask], teacher[mask])
+    torch.testing.assert_close(gradient(value, student), gradient(expected, student), rtol=1e-8, atol=1e-12)
+
+
 def test_it_compares_sets_and_not_pairs_of_rows():
     student, teacher = sides(9, 5)
     for loss in (MMDLoss(), MMDLoss.preset("transfer")):

@@ -111,11 +111,11 @@ def check_factor(factor) -> float:
 def in_units_of_their_spread(x, y, kept):
     """Both sides over sqrt(m), m the mean squared distance between distinct rows of the two sides together."""
     dtype = at_least_float32(x, y)
-    rows = torch.cat([zero_where_masked(side.detach().to(dtype), kept) for side in (x, y)], dim=-2)
+    rows = torch.cat([zero_where_masked(side.to(dtype), kept) for side in (x, y)], dim=-2)
     both = None if kept is None else torch.cat([kept, kept], dim=-1)
     if x.dim() == 2:
         rows, both = rows[None], None if both is None else both[None]
-    spread = bandwidth(rows, both, "mean", 1.0)  # over all pairs, each row with itself too
+    spread = bandwidth(rows, both, "mean", 1.0)  # over all pairs, each row with itself too; detached
     count = rows.shape[1] if both is None else both.sum(1).clamp_min(2).to(dtype)
     spread = spread * (count / (count - 1)) ** 0.5
     spread = spread[:, None, None] if x.dim() == 3 else spread
