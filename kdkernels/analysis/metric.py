@@ -105,10 +105,8 @@ class CKAMetric(Accumulator):
 
     def forward(self, x, y) -> torch.Tensor:
         """Adds one batch and returns its own CKA."""
-        before = self.sums.clone()
-        self._add(x, y)
-        batch = self.sums - before
-        return self._result(batch, False) if batch[COUNT] else torch.full_like(batch[0], torch.nan).float()
+        batch = self._add(x, y)
+        return _nan(x) if batch is None else self._result(batch, False)
 
     def merge_state(self, incoming_state) -> None:
         """Adds what `incoming_state`, a metric of the same kernel and estimator or its state_dict(), has seen."""
@@ -132,8 +130,8 @@ class CKAMetric(Accumulator):
         return [(repr(k), self.unbiased) for k in self._kernels]
 
     @torch.no_grad()
-    def _add(self, x, y) -> bool:
-        """Adds one batch; whether it counted."""
+    def _add(self, x, y) -> torch.Tensor | None:
+        """Adds one batch and returns what it added, None for one that is left out."""
         matrix.check_layer(x, "x")
         matrix.check_layer(y, "y")
         checks.same_device(x, y, "x", "y")
@@ -145,14 +143,15 @@ class CKAMetric(Accumulator):
             )
         if x.shape[0] < self.minimum:
             self._left_out(x.shape[0])
-            return False
+            return None
         check_bandwidths(self._kernels, x)
         dtype = matrix.compute_dtype(x, y)
         with without_autocast(device_type(x)):
             h = matrix.hsics([x], [y], self._kernels, self.unbiased, sums.choose_backend("auto", x), dtype)
         batch = stream.terms(h.kl[0, 0], h.kk[0], h.ll[0])
-        self.sums += torch.cat([batch, batch.new_tensor([1.0, float(dtype == torch.float64)])])
-        return True
+        batch = torch.cat([batch, batch.new_tensor([1.0, float(dtype == torch.float64)])])
+        self.sums += batch
+        return batch
 
     def _left_out(self, n: int):
         if not self._warned:
@@ -178,6 +177,10 @@ class CKAMetric(Accumulator):
 
     def __repr__(self) -> str:
         return f"CKAMetric({self.extra_repr()})"
+
+
+def _nan(x) -> torch.Tensor:
+    return torch.full((), torch.nan, device=x.device)
 
 
 @cache
@@ -213,7 +216,7 @@ def _collected():
         def forward(self, x, y):
             if isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape[0] < self.minimum:
                 self.update(x, y)
-                return torch.full((), torch.nan, device=x.device)
+                return _nan(x)
             return Metric.forward(self, x, y)
 
         def reset(self) -> None:
