@@ -55,11 +55,12 @@ def squares_of(x):
     return (x[None] - x[:, None]).double().square().sum(-1)[None]
 
 
-def test_nan_reaches_the_value():
-    x, y = squares(9), squares(9)
-    x[0, 3, 4] = x[0, 4, 3] = float("nan")
-    value, V = torch.ops.kdkernels.angle_triplets(x, y, True)
-    assert value.isnan().all() and V[0, 3, 4].isnan()
+@pytest.mark.parametrize("side", [0, 1], ids=["x", "y"])
+def test_nan_on_either_side_reaches_value_and_weights(side):
+    both = [squares(9), squares(9)]
+    both[side][0, 3, 4] = both[side][0, 4, 3] = float("nan")
+    value, V = torch.ops.kdkernels.angle_triplets(*both, True)
+    assert value.isnan().all() and V[0, 3, 4].isnan() and V[0, 3, 5].isnan()
 
 
 def test_auto_takes_the_compiled_triplets():

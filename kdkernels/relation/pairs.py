@@ -69,8 +69,8 @@ def distances(x, mask, count) -> Distances:
     square = torch.sub(size, square, alpha=2, out=square)
     # NaN is a distance: it shows
     square = pairs_masked(square.masked_fill_(square <= size.mul_(SAME), 0), mask)
-    pairs = (square != 0).sum((-2, -1)).double()
-    mean = square.sqrt().sum((-2, -1)) / pairs.clamp(min=1)
+    pairs = torch.count_nonzero(square, (-2, -1)).double()
+    mean = torch.sqrt(square, out=size).sum((-2, -1)) / pairs.clamp(min=1)
     scale = torch.where(pairs > 0, 1 / mean, torch.ones_like(mean))
     return Distances(square.mul_(scale.square()[:, None, None]), scale, pairs.clamp(min=1))
 

@@ -44,12 +44,12 @@ def backward(grad, x, mask, W, kind: str):
     """
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     count = None if kind == "pkt" else rows_kept(x, mask)
-    # where nothing comes from above, the gradient is 0 whatever the rest holds
-    silent = (grad == 0)[:, None, None]
+    W = W * grad[:, None, None]
     for columns in pairs.blocks(x):
-        block = (W @ pairs.rows(x[..., columns], mask, count)).mul_(grad[:, None, None])
-        dx[..., columns] = pairs.masked(block.masked_fill_(silent, 0), mask)
-    return dx
+        dx[..., columns] = W @ pairs.rows(x[..., columns], mask, count)
+    # where nothing comes from above, and where a row is masked, the gradient is 0 whatever the rest holds
+    silent = (grad == 0)[:, None] if mask is None else (grad == 0)[:, None] | ~mask
+    return dx.masked_fill_(silent[..., None], 0)
 
 
 # ---- distances
@@ -60,12 +60,13 @@ def _distances(s: Distances, t: Distances, need: int):
     u = [side.square.sqrt() for side in (s, t)]
     e = u[0] - u[1]
     g = e.clamp(-1, 1)
-    value = torch.linalg.vecdot((e - g / 2).flatten(1), g.flatten(1))
+    value = torch.linalg.vecdot(e.flatten(1), g.flatten(1)) - torch.linalg.vecdot(g.flatten(1), g.flatten(1)) / 2
     V = []
     for k in sides(need):
-        own, side = (g, s) if k == 0 else (-g, t)
-        mean = torch.linalg.vecdot(own.flatten(1), u[k].flatten(1)) / side.pairs
-        V.append((own - mean[:, None, None]).mul_(2).mul_(inverse(side.square)))
+        side, sign = (s, t)[k], 1 - 2 * k
+        mean = torch.linalg.vecdot(g.flatten(1), u[k].flatten(1)) / side.pairs
+        weights = (g - mean[:, None, None]).div_(u[k]).mul_(2 * sign)
+        V.append(weights.masked_fill_(u[k] == 0, 0))
     return value, V
 
 
@@ -130,37 +131,39 @@ def _add_weights(V, g, cos, r, vertices):
 
 def _similarities(x, y, mask, count, need: int):
     """mean T log((T + eps) / (P + eps)), P and T rows of (cos + 1) / 2 with sum 1, and W of each side asked for."""
-    both = [_Similarity(side, mask) for side in (x, y)]
+    both = [_Similarity(side, mask, count) for side in (x, y)]
     p, t = (side.p for side in both)
-    log = ((t + EPS) / (p + EPS)).log_()
-    size = count[:, None, None] ** 2
-    value = torch.linalg.vecdot(t.flatten(1), log.flatten(1)) / size[:, 0, 0]
+    below = p + EPS
+    log = (t + EPS).div_(below).log_()
+    size = count**2
+    value = torch.linalg.vecdot(t.flatten(1), log.flatten(1)) / size
     weights = []
     for k in sides(need):
-        h = -t / (p + EPS) if k == 0 else log + t / (t + EPS)
-        weights.append(both[k].weights(h.div_(size), mask))
+        h = t / below if k == 0 else log + t / (t + EPS)
+        sign = 2 * k - 1
+        weights.append(both[k].weights(h, mask).mul_(sign / size[:, None, None]))
     return value, weights
 
 
 class _Similarity:
     """p [G, n, n], 0 where masked: rows (cos + 1) / 2 over their sums; cos = x_i.x_k / (s_i s_k), s = |x| + eps."""
 
-    def __init__(self, x, mask):
+    def __init__(self, x, mask, count):
         self.cos = pairs.gram(x, mask)
         self.norm = self.cos.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
-        self.s = self.norm + EPS
-        self.cos.div_(self.s).div_(self.s.mT)
-        p = pairs.pairs_masked(self.cos.add(1).div_(2), mask)
-        self.total = p.sum(-1, keepdim=True)
-        self.total.masked_fill_(self.total == 0, 1)
-        self.p = p.div_(self.total)
+        inverse = 1 / (self.norm + EPS)
+        # a masked row is 0: it adds nothing to the sums of the others
+        self.cos.mul_(inverse).mul_(inverse.mT)
+        self.inverse = inverse
+        self.share = 1 / (self.cos.sum(-1, keepdim=True) + count[:, None, None])  # 1 / (2 A)
+        self.p = pairs.pairs_masked(torch.addcmul(self.share, self.cos, self.share), mask)
 
     def weights(self, h, mask):
         """W from h = dvalue/dp: V through row sums and (cos + 1) / 2, symmetric; then through s. 0 for a row of 0."""
-        V = (h - (h * self.p).sum(-1, keepdim=True)).div_(2 * self.total)
+        V = h.sub_(torch.linalg.vecdot(h, self.p)[..., None]).mul_(self.share)
         V = pairs.pairs_masked(V, mask)
         V = V + V.mT
-        along = (V * self.cos).sum(-1, keepdim=True) / (self.norm * self.s)
-        W = V.div_(self.s).div_(self.s.mT)
+        along = torch.linalg.vecdot(V, self.cos)[..., None] * self.inverse / self.norm
+        W = V.mul_(self.inverse).mul_(self.inverse.mT)
         W.diagonal(dim1=-2, dim2=-1).sub_(along[..., 0])
         return W.masked_fill_(self.norm == 0, 0)
