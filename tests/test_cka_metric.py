@@ -56,6 +56,14 @@ def test_it_is_the_ratio_of_the_sums_over_batches_and_not_the_mean_of_ratios(mak
     assert (found - mean_of_ratios).abs() > 1e-3
 
 
+def test_the_standard_error_is_the_delta_method_over_batches(make):
+    batches = stream(5, 16)
+    a, b, c = hsics(batches).T
+    value, error = seen(make(), batches).compute(return_error=True)
+    moved = a / (b.sum() * c.sum()).sqrt() - value * (b / (2 * b.sum()) + c / (2 * c.sum()))
+    torch.testing.assert_close(error, (moved.square().sum() * 5 / 4).sqrt(), rtol=1e-9, atol=0)
+
+
 def test_the_standard_error_is_that_of_the_jackknife_to_first_order(make):
     batches = stream(200, 16)
     metric = seen(make(), batches)
@@ -268,5 +276,5 @@ if __name__ == "__main__":
 def test_compute_adds_up_what_all_processes_saw_also_where_one_saw_nothing(python, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    done = python(str(script), str(tmp_path / "store"), timeout=120)
+    done = python(str(script), str(tmp_path / "store"), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
