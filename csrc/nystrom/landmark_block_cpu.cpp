@@ -86,12 +86,13 @@ Tensor similarity(const Tensor& rows, const Tensor& centers) {
 }
 
 void check_matrix(const Tensor& x, int64_t rows, int64_t columns, const char* name) {
-  KDK_CHECK(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.size(0) == rows &&
-                x.size(1) == columns, "landmark_block: ", name, " must be float32 on the CPU, [", rows, ", ", columns, "]");
+  const bool fits = x.dim() == 2 && x.size(0) == rows && x.size(1) == columns;
+  KDK_CHECK(fits && x.is_cpu() && x.scalar_type() == ScalarType::Float, "landmark_block: ", name,
+            " must be float32 on the CPU, [", rows, ", ", columns, "]");
 }
 
-// (V, loss / |T|, 1 / |T|) of one block of rows, both 0 where T is 0. sums [2] float64, where given, holds (loss, |T|^2)
-// of the blocks before, gains those of this one, and the two numbers are those of all blocks so far
+// (V, loss / |T|, 1 / |T|) of one block of rows, both 0 where T is 0. sums [2] float64, where given, holds the loss and
+// |T|^2 of the blocks before and gains those of this one; the two numbers are then those of all blocks so far
 std::tuple<Tensor, Tensor, Tensor> landmark_block(Tensor s, Tensor t, Tensor s_centers, Tensor t_centers,
                                                   std::optional<Tensor> sums) {
   KDK_CHECK(s.dim() == 2 && t.dim() == 2 && s_centers.dim() == 2, "landmark_block: s, t and centers must be matrices");
