@@ -6,7 +6,7 @@ import torch
 from ranking import adversarial
 
 import kdkernels as kd
-from kdkernels.rank import rounds, torch_impl
+from kdkernels.rank import counted, rounds, torch_impl
 
 both = pytest.mark.parametrize("regularization", ["l2", "kl"])
 
@@ -43,8 +43,12 @@ def same_gradients(got, want, x, u):
 
 
 @both
+@pytest.mark.parametrize("sites", [False, True], ids=["as it is", "sites alone"])
 @pytest.mark.parametrize("n", [2, 3, 8, 33, 150, 601])
-def test_deep_rows_are_ranked_and_sorted_as_by_pooling_one_after_the_other(n, regularization):
+def test_deep_rows_are_ranked_and_sorted_as_by_pooling_one_after_the_other(n, sites, regularization, monkeypatch):
+    if sites:  # no round over all, small windows, and a new list as soon as a site settles
+        for name, value in {"SHRINKS": 2.0, "FEW": 0, "SMALL": 0, "FEWER": 1.1, "WINDOW": (1, 3)}.items():
+            monkeypatch.setattr(rounds, name, value)
     x = torch.stack([*deep(n).values(), *adversarial(n).values()]).requires_grad_()
     u = torch.linspace(-1, 1, n, dtype=torch.float64).expand_as(x)
     for strength in (1e-9, 0.07, 0.93, 30.3, ("auto", 1.7)):
@@ -84,6 +88,7 @@ def test_rows_that_take_too_many_rounds_are_merged(regularization, monkeypatch):
 
     def hurried(*a):
         monkeypatch.setattr(rounds, "ROUNDS", 1)
+        monkeypatch.setattr(rounds, "FEW", 0)
         turns.append(pooled(*a) is None)
         return pooled(*a)
 
@@ -97,3 +102,30 @@ def test_rows_that_take_too_many_rounds_are_merged(regularization, monkeypatch):
             same_gradients(got, want, x, u)
         assert any(turns)
         turns.clear()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_counted_half_rows_have_the_ranks_and_gradients_of_sorted_ones(dtype, regularization, monkeypatch):
+    """Rows of 16,384 and more are counted on the CPU; here short ones are, with all that a row can hold."""
+    n = 400
+    x = torch.stack([*adversarial(n).values(), *deep(n).values(), *adversarial(n).values()]).to(dtype)
+    x[:4, ::5], x[4, 7], x[9, 3], x[2, ::2] = -torch.inf, torch.nan, torch.inf, -0.0
+    x.requires_grad_()
+    u = torch.linspace(-1e-3, 1e-3, n).expand_as(x)
+    for strength in (0.0, 1e-9, 0.07, 5.0, "auto", torch.linspace(0.1, 9, len(x)).double()):
+        for descending in (False, True):
+            outcomes = []
+            for length in (1, 16384):
+                monkeypatch.setattr(counted, "LENGTH", length)
+                r = kd.soft_rank(x, regularization, strength, descending=descending, backend="torch")
+                outcomes.append([r, *torch.autograd.grad(r, x, u)])
+            torch.testing.assert_close(*outcomes, rtol=1.3e-7, atol=0, equal_nan=True)
+
+
+def test_counted_rows_correlate_as_sorted_ones_where_all_ranks_are_close(monkeypatch):
+    x, y = (torch.randn(3, 200, generator=torch.Generator().manual_seed(k)).half() for k in (0, 1))
+    want = kd.spearman(x.double(), y.double(), regularization_strength=1e4, backend="torch")
+    monkeypatch.setattr(counted, "LENGTH", 1)
+    got = kd.spearman(x, y, regularization_strength=1e4, backend="torch")
+    torch.testing.assert_close(got, want.float(), rtol=0, atol=5e-7)

@@ -25,14 +25,13 @@ def geometric(length, rate):
 
 
 def ranges(start, length):
-    """Indices start[k], ..., start[k] + length[k] - 1 for each k, the first of its run for each, where runs begin."""
-    ends = np.cumsum(length)
-    begin = ends - length
-    own = np.repeat(start, length)
-    step = np.arange(len(own))
-    step -= np.repeat(begin, length)
-    step += own
-    return step, own, begin
+    """Indices start[k], ..., start[k] + length[k] - 1 for each k, and where each of these begins among them."""
+    begin = length.cumsum()
+    size = int(begin[-1]) if len(begin) else 0
+    begin -= length
+    index = np.repeat(start - begin, length)
+    index += np.arange(size)
+    return index, begin
 
 
 class Blocks:
@@ -92,40 +91,36 @@ def at(total, count):
 
 
 class Means(Blocks):
-    """l2: the value of a block is t + x, t one of its elements, x the mean of what is over it and of h * position."""
+    """l2: the value V of a block is the mean of s + h position, c its size.
 
-    arrays = "t", "x", "c"
+    Rounding V by a unit in the last place is rounding s by one: it decides what is as good as equal. Float32 values
+    are so far from each other that it decides nothing else.
+    """
+
+    arrays = "V", "c"
     falls = True  # ranks: values have to fall
 
     def joins(self):
-        fall = (self.t[:-1] - self.t[1:]) + (self.x[:-1] - self.x[1:])
-        return fall <= 0 if self.falls else fall >= 0
+        return self.V[:-1] <= self.V[1:] if self.falls else self.V[:-1] >= self.V[1:]
 
     def pooled(self, start, length):
-        index, own, begin = ranges(start, length)
-        c = self.c.take(index)
-        over = self.t.take(index)
-        over -= self.t.take(own)
-        over += self.x.take(index)
-        x = self.x.take(start)
-        over -= np.repeat(x, length)
-        over *= c
-        total = np.add.reduceat(c, begin)
-        return type(self)(self.t.take(start), x + np.add.reduceat(over, begin) / total, total)
+        index, begin = ranges(start, length)
+        c, V = self.c.take(index), self.V.take(index)
+        V *= c
+        c = np.add.reduceat(c, begin)
+        return type(self)(np.add.reduceat(V, begin) / c, c)
 
     def swallow(self, sites, index, sign, free):
         c = self.c.take(index, mode="clip")
-        over = self.t.take(index, mode="clip")
-        over -= sites.t[:, None]
-        over += self.x.take(index, mode="clip")
-        over -= sites.x[:, None]
+        over = self.V.take(index, mode="clip")
+        over -= sites.V[:, None]
         total = before(0.0, c * over).cumsum(-1)
         mass = before(sites.c[:, None], c).cumsum(-1)
         over -= total[..., :-1] / mass[..., :-1]
         over *= sign if self.falls else -sign
         count = leading(over >= 0, free)
         c = at(mass, count).sum(0) - sites.c
-        return count, type(self)(sites.t, sites.x + at(total, count).sum(0) / c, c)
+        return count, type(self)(sites.V + at(total, count).sum(0) / c, c)
 
 
 class Rising(Means):
@@ -145,7 +140,8 @@ class Ratios(Blocks):
         return self.Z[:-1] * self.W[1:] <= np.exp(fall, out=fall) * self.Z[1:] * self.W[:-1]
 
     def pooled(self, start, length):
-        index, own, begin = ranges(start, length)
+        index, begin = ranges(start, length)
+        own = np.repeat(start, length)
         t = self.t.take(index)
         t -= self.t.take(own)
         t *= self.rate.take(own)
@@ -180,7 +176,7 @@ class Exponentials(Blocks):
         return self.z[:-1] - self.z[1:] <= self.s[:-1] - self.s[1:]
 
     def pooled(self, start, length):
-        index, own, begin = ranges(start, length)
+        index, begin = ranges(start, length)
         out = []
         for t in (self.z, self.s):
             first = t.take(start)

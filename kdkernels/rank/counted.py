@@ -37,12 +37,12 @@ def values(place, dtype):
     return x
 
 
-def ranks(rows, eps, number, kl):
-    """Ranks float32 and block ids int32 of half rows [R, n]; None where pooling takes too many rounds.
+def ranks(rows, eps, number, kl, dtype):
+    """Ranks in `dtype` and block ids int32 of half rows [R, n]; None where pooling takes too many rounds.
 
     eps is a number, or one a row, [R, 1].
     """
-    rank = np.empty(rows.shape, dtype=np.float32)
+    rank = np.empty(rows.shape, dtype=np.float64 if dtype == torch.float64 else np.float32)
     ids = np.empty(rows.shape, dtype=np.int32)
     for k in range(0, len(rows), ROWS):
         part = slice(k, k + ROWS)
@@ -72,7 +72,7 @@ def _ranks(rows, eps, number, kl, rank, ids):
             rate = np.broadcast_to(1 / e, s.shape)
             found = blocks.Ratios(s, mass, blocks.weights(w, c), rate)
         else:
-            found = blocks.Means(s, (position + mass / 2) * np.minimum(e, blocks.HARDEST), mass)
+            found = blocks.Means(s + (position + mass / 2) * np.minimum(e, blocks.HARDEST), mass)
         first = rounds.pooled(found, first)
         if first is None:
             return False

@@ -78,13 +78,13 @@ def poisoned_rows(rows):
 
 
 def absent(s):
-    """Make absent entries of sorted rows NaN; the number of the others, [R, 1] or one for all."""
-    n = s.shape[1] - 1
+    """Whether any entry of sorted rows is absent, made NaN; the number of the others, [R, 1]."""
+    R, n = len(s), s.shape[1] - 1
     if not (s[:, n - 1] == -math.inf).any():
-        return n
+        return False, np.full((R, 1), n)
     gone = s == -math.inf
     s[gone] = math.nan
-    return n - gone.sum(-1, keepdims=True)
+    return True, n - gone.sum(-1, keepdims=True)
 
 
 def first_positions(s, n_valid, eps, kl, sort):
@@ -110,25 +110,26 @@ def first_positions(s, n_valid, eps, kl, sort):
     if sort:
         joins = rows * eps >= 1
     elif kl:
-        w = np.maximum(n_valid - np.arange(width), 1.0)
+        same = n_valid[:1] if (n_valid == n_valid[0]).all() else n_valid
+        w = np.maximum(same - np.arange(width), 1.0)
         step = np.log(w)
         step[..., :-1] -= step[..., 1:]
         joins = rows <= eps * step
     else:
         joins = rows <= eps
     start, length = rounds.runs(joins.reshape(-1)[:-1])
+    if not kl:
+        V = np.add.reduceat(flat, start)
+        V /= length
+        middle = length * 0.5
+        middle += start
+        middle *= of_entries(1 / eps if sort else eps, start)
+        V += middle
+        return rounds.pooled((blocks.Rising if sort else blocks.Means)(V, length.astype(np.float64)), start)
     t = flat.take(start)
     over = np.repeat(t, length)
     np.subtract(flat, over, out=over)
-    if not kl:
-        x = np.add.reduceat(over, start)
-        x /= length
-        half = length * 0.5
-        half += start
-        half *= of_entries(1 / eps if sort else eps, start)
-        x += half
-        found = (blocks.Rising if sort else blocks.Means)(t, x, length.astype(np.float64))
-    elif sort:
+    if sort:
         t += np.log(np.add.reduceat(np.exp(over, out=over), start))
         rate = of_entries(1 / eps, start)
         z = (start % width) * -rate
@@ -138,7 +139,7 @@ def first_positions(s, n_valid, eps, kl, sort):
         rate = 1 / eps
         over.reshape(s.shape)[...] *= rate
         Z = np.add.reduceat(np.exp(over, out=over), start)
-        first = (np.broadcast_to(n_valid, (len(s), 1)) - np.arange(width)).reshape(-1).take(start)
+        first = (n_valid - np.arange(width)).reshape(-1).take(start)
         rate = np.broadcast_to(rate, (len(s), 1)).reshape(-1).take(start // width)
         found = blocks.Ratios(t, Z, blocks.weights(first, length), rate)
     return rounds.pooled(found, start)
@@ -165,7 +166,7 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
     if relative or strengths is not None:
         e = eps.detach().masked_fill(poisoned, 1.0)[:, None].numpy()
     if rows.dtype.itemsize == 2 and n >= counted.LENGTH:
-        found = counted.ranks(rows, e, number, kl)
+        found = counted.ranks(rows, e, number, kl, dtype)
     else:
         found = _sorted_ranks(rows, e, number, kl, need, dtype)
     if found is None:
@@ -184,13 +185,14 @@ def _sorted_ranks(rows, e, number, kl, need, dtype):
     """Ranks in `dtype` and block ids [R, n] of rows without NaN; None where pooling takes too many rounds."""
     R, n = rows.shape
     s, order = sorted_rows(rows)
-    n_valid = absent(s)
+    some_absent, n_valid = absent(s)
     flat = s.reshape(-1)
     start = first_positions(s, n_valid, e, kl and number > 0, False)
     if start is None:
         return None
     length = rounds.lengths(start, flat.size)
-    first = (np.broadcast_to(n_valid, (R, 1)) - np.arange(n + 1)).reshape(-1).take(start)
+    of_row = start.searchsorted(np.arange(0, flat.size, n + 1))  # each begins a block
+    first = np.repeat(np.arange(0, flat.size, n + 1) + n_valid.reshape(-1), rounds.lengths(of_row, len(start))) - start
     many = length > 1
     if number == 0:
         r = np.repeat(first - (length - 1) / 2, length)
@@ -210,13 +212,13 @@ def _sorted_ranks(rows, e, number, kl, need, dtype):
             level += first
             level -= (length - 1) / 2
             r += np.repeat(level, length)
-    if np.ndim(n_valid):
+    if some_absent:
         r[np.isnan(r)] = 0.0
     order = torch.from_numpy(order.reshape(-1))
     rank = unsorted(torch.from_numpy(r).to(dtype), order, R, n)
     if not need:
         return rank, torch.empty_like(rank, dtype=torch.int32)
-    ids = np.repeat(rounds.numbers(many, start.searchsorted(np.arange(0, flat.size, n + 1))), length)
+    ids = np.repeat(rounds.numbers(many, of_row), length)
     return rank, unsorted(torch.from_numpy(ids), order, R, n)
 
 
@@ -288,7 +290,7 @@ def _sort_forward(s, strengths, number, relative, kl):
     s = np.full((R, n + 1), math.nan)
     torch.from_numpy(s)[:, :n] = rows
     s[poisoned.numpy(), :n] = 0.0
-    n_valid = absent(s)
+    some_absent, n_valid = absent(s)
     e = number
     if relative or strengths is not None:
         e = eps.detach().masked_fill(poisoned, 1.0)[:, None].numpy()
@@ -319,7 +321,7 @@ def _sort_forward(s, strengths, number, relative, kl):
         value.reshape(-1)[...] += np.repeat(t, length)
         start = np.repeat(a.astype(np.int32), length).reshape(s.shape)
     value = torch.from_numpy(value)[:, :n].to(torch.promote_types(given.dtype, torch.float32))
-    if np.ndim(n_valid):
+    if some_absent:
         value = value.masked_fill(torch.from_numpy(np.isnan(s))[:, :n], -math.inf)
     value = value.masked_fill(poisoned[:, None], math.nan).contiguous()
     start = torch.from_numpy(np.ascontiguousarray(start[:, :n], dtype=np.int32))

@@ -30,6 +30,29 @@ def correlation(a, b, valid):
     return ab.masked_fill(constant, 0.0) / norms
 
 
+def rank_gradients(r, t, valid, of_r, of_t):
+    """Spearman's correlation of float64 ranks [R, n], all valid if None, and its gradients to those asked for.
+
+    0, with zero gradient, where a side is constant.
+    """
+    if valid is None:
+        m = (r.shape[-1] + 1) / 2
+        a, b = r - m, t - m
+    else:
+        m = (valid.sum(-1, keepdim=True) + 1) / 2
+        a, b = ((s - m).masked_fill_(~valid, 0.0) for s in (r, t))
+    aa, bb, ab = (torch.linalg.vecdot(*pair)[..., None] for pair in ((a, a), (b, b), (a, b)))
+    constant = (aa == 0) | (bb == 0)
+    ia, ib = (torch.where(constant, 0.0, s.rsqrt()) for s in (aa, bb))
+    rho = ab * ia * ib
+    of_both = ia * ib
+
+    def gradient(own, other, inverse):
+        return other * of_both - own * (rho * inverse * inverse)
+
+    return rho[..., 0], gradient(a, b, ia) if of_r else None, gradient(b, a, ib) if of_t else None
+
+
 def of_ranks(r, t, valid, dtype):
     """Spearman's correlation from ranks: their mean is (n_valid + 1) / 2 exactly."""
     m = (valid.sum(-1, keepdim=True) + 1) / 2

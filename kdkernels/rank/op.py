@@ -143,7 +143,7 @@ def spearman(
         x, y: [..., n] along dim, of one shape, each with a float dtype of its own.
         regularization, regularization_strength: as in `soft_rank`; the default adapts to each row's spread and n.
         hard_target: y's ranks are hard, ties averaged, and y's gradient is 0.
-        backend: as in `soft_rank`; "cpp" and "cuda" fuse ranks, correlation and gradient (not under a strength tensor).
+        backend: as in `soft_rank`; all but "reference" find the gradient with the value (not under a strength tensor).
 
     Returns:
         [...] without dim, float32, float64 if either input is. Gradients to x, y and a strength tensor. A pair absent
@@ -160,7 +160,7 @@ def spearman(
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
     strength = parse(regularization_strength, x)
     chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
-    if chosen in ("cpp", "cuda") and strength.tensor is None:
+    if chosen != "reference" and strength.tensor is None:
         return pairs.spearman(x, y, strength, kl, bool(hard_target), chosen)
     dtype = metrics.value_dtype(x, y)
     x, y, valid = metrics.drop_pairs(x, y)

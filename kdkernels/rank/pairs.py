@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Correlations of rows as operators: fused Spearman of the compiled backends, Pearson in PyTorch.
+"""Correlations of rows as operators: Spearman with its gradient, compiled or in PyTorch, and Pearson in PyTorch.
 
 The fused Spearman reads both sides once and writes its gradient in the forward pass; Pearson saves its inputs and five
 numbers a row.
@@ -7,10 +7,12 @@ numbers a row.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
-from . import metrics, native_impl
+from . import metrics, native_impl, torch_impl
 
 X, Y = 1, 2  # bits of `need`
 
@@ -68,7 +70,45 @@ def _spearman_fwd(x, y, strength, relative, kl, hard_target, need, backend):
         return tuple(t.zero_() for t in _spearman_fwd_fake(x, y, strength, relative, kl, hard_target, need, backend))
     wide = torch.promote_types(x.dtype, y.dtype)
     both = need & X > 0, need & Y > 0
-    return native_impl.spearman_forward(x.to(wide), y.to(wide), strength, relative, kl, hard_target, *both)
+    x, y = x.to(wide), y.to(wide)
+    if backend != "torch":
+        return native_impl.spearman_forward(x, y, strength, relative, kl, hard_target, *both)
+    with without_autocast(x.device.type):
+        return _spearman_rows(x, y, strength, relative, kl, hard_target, *both)
+
+
+def _spearman_rows(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
+    """What `native_impl.SCHEMAS` says of spearman_rows, for rows [..., n]; both sides are ranked in one call.
+
+    Ranks stay float64: under a large strength all are near their mean, and float32 would lose their differences.
+    """
+    dtype = metrics.value_dtype(x, y)
+    R = x.shape[:-1].numel()
+    valid = None
+    if not (torch_impl.may_wait(x) and math.isfinite(x.sum(dtype=dtype) + y.sum(dtype=dtype))):
+        x, y, valid = metrics.drop_pairs(x, y)
+        valid = valid.reshape(R, -1)
+    sides = [t.reshape(R, t.shape[-1]) for t in (x, y)]
+    how = None, strength, relative, kl, False
+    if hard_target:
+        rank, ids, eps = torch_impl.rank_forward(sides[0], *how, grad_x, torch.float64)
+        target = torch_impl.rank_forward(sides[1], None, 0.0, False, kl, False, False, torch.float64)[0]
+    else:
+        rank, ids, eps = torch_impl.rank_forward(torch.cat(sides), *how, grad_x or grad_y, torch.float64)
+        rank, target = rank[:R], rank[R:]
+    rho, *gradients = metrics.rank_gradients(rank, target, valid, grad_x, grad_y)
+    out = [rho.to(dtype).reshape(x.shape[:-1])]
+    like = torch.empty_like(rank[:R], dtype=dtype)
+    for k, (r, g) in enumerate(zip((rank, target), gradients, strict=True)):
+        if g is None:
+            out.append(x.new_empty(0, dtype=dtype))
+        elif k and hard_target:
+            out.append(x.new_zeros(x.shape, dtype=dtype))
+        else:
+            part = slice(k * R, k * R + R)
+            g = torch_impl.rank_backward(g, like, r, ids[part], eps[part], kl, False)
+            out.append(g.reshape(x.shape))
+    return tuple(out)
 
 
 def _spearman_fwd_fake(x, y, strength, relative, kl, hard_target, need, backend):

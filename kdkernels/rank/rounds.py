@@ -8,12 +8,15 @@ half of the way to the next site. Only adjacent violators are ever pooled, so th
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
-SHRINKS = 0.15  # of the blocks must go for another round over all of them
+SHRINKS = 0.08  # of the blocks must go for another round over all of them
 WINDOW = 4, 256  # neighbours on either side that a site looks at in a round
 SMALL = 8192  # entries: so few are not made a list again
 LOOKED_AT = 2048  # neighbours that all sites together look at, at least: fewer cost a round as much
+FEW, TURNS = 4096, 16  # a list so short is pooled as a whole for so many rounds
 ROUNDS, ENTRIES = 100, 1000  # and one more for so many entries: what the merges would cost is not far
 FEWER = 4  # a site stops at the next one, settled or not: with fewer active ones all become a list again
 SIDES = np.array([-1, 1])[:, None, None]
@@ -25,12 +28,12 @@ def pooled(blocks, first):
     None where one site meets its neighbours one after the other, for too many rounds.
     """
     most = ROUNDS + len(blocks) // ENTRIES
-    while True:
+    for turn in itertools.count():
         joins = blocks.joins()
         gone = np.count_nonzero(joins)
         if gone == 0:
             return first
-        if gone > SHRINKS * len(blocks):
+        if gone > SHRINKS * len(blocks) or (len(blocks) < FEW and turn < TURNS):
             start, length = runs(joins)
             many = (length > 1).nonzero()[0]
             merged = blocks.pooled(start[many], length[many])
@@ -102,7 +105,7 @@ class Sites:
 
     def settle(self, most):
         """Pool until little violates, in at most that many rounds; how many are left."""
-        enough = len(self.low) // FEWER if len(self.list) > SMALL else 0
+        enough = int((len(self.low) - 2) / FEWER) if len(self.list) > SMALL else 0
         while most > 0:
             self._merge()
             active = self.active.nonzero()[0]
