@@ -39,7 +39,8 @@ def test_a_run_times_sort_rivals_and_ours_on_every_case(tmp_path, monkeypatch):
             row = timed[case.name, who]
             assert row["status"] == "ok" and row["shape"] == {"rows": 6, "n": 12} and row["minimum_bytes"] > 0
         assert set(timed[case.name, "kdkernels"]["ratios"]) >= {"sort", "reference"}
-        assert (timed[case.name, "eager"]["status"] == "ok") == (case.op != "soft_sort")
+        assert ((case.name, "eager") in timed) == (case.op != "soft_sort")
+    assert all(row["status"] == "ok" for row in timed.values())
     assert "overhead" not in {row["kind"] for row in rows}
     (target,) = timed[TINY[0].name, "kdkernels"]["targets"]
     assert target["against"] == "reference" and target["holds"] is False
@@ -49,7 +50,7 @@ def test_the_report_has_a_table_of_its_own_for_ranking_and_names_what_did_not_ru
     text = report.markdown(run(tmp_path / "rows.jsonl", monkeypatch))
     assert "Ranking: forward + backward" in text and "speed vs torchsort" in text
     assert all(f"| {case.name} |" in text for case in TINY)
-    assert f"| {TINY[2].name} | eager |  | failed | NotImplementedError: soft_sort has no n x n form" in text
+    assert "failed" not in text
     assert f"**missed** | {TINY[0].name} (torch, eager)" in text
 
 
