@@ -157,9 +157,10 @@ def _bwd(grad, x, y, products, weights, norms, numbers, columns):
         R = ((a[1] * plain[1]) @ Y).mul_(v)
         R.addcmul_((g[1] * k) @ X, w, value=-1)
         R.addcmul_(X, w.square() * (X * R).sum(-2, keepdim=True), value=-1)
-        dx = (W * scale_x.square()) @ X
-        dx += (a[1] * scale_x * scale_y * normed[1]) @ Y
-        dx.addcmul_(R, w)
+        dx = R.mul_(w)
+        # a product that adds into what is there saves a pass over [n, C] for each
+        for weights, side in ((W.mul_(scale_x.square()), X), (a[1] * scale_x * scale_y * normed[1], Y)):
+            dx = dx.addmm_(weights, side) if dx.dim() == 2 else dx.add_(weights @ side)
     return dx.to(x.dtype)
 
 
