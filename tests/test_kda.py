@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
+from kdkernels import backend as backends
 from kdkernels.nystrom.kda import torch_impl
 
-BACKENDS = ("reference", "torch")
+compiled = backends.obstacle("cpp", "cpu", op="landmark_similarity_loss") is None
+BACKENDS = ("reference", "torch", *(("cpp",) if compiled else ()))
 
 
 def problem(B=13, C=7, d=5, e=9, dtype=torch.float64, size=1.0):

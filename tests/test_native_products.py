@@ -107,6 +107,16 @@ def test_the_landmark_loss_keeps_the_smaller_matrix_and_is_the_textbook(C, block
 
 
 @pytest.mark.parametrize("C", [3, 9])
+def test_an_empty_batch_gives_zero_and_an_empty_gradient(C):
+    value, grad = similarity(torch.zeros(0, 5), torch.zeros(0, 6), (torch.randn(C, 5), torch.randn(C, 6)), "cpp")
+    assert value == 0 and grad.shape == (0, 5)
+    for reduction in ("mean", "sum", "none"):
+        for shape in ((0, 4, C), (0, 4)):
+            value, *gradients = projected(*torch.zeros(2, *shape), torch.eye(4), "cpp", reduction=reduction)
+            assert value.sum() == 0 and all(g.shape == shape for g in gradients)
+
+
+@pytest.mark.parametrize("C", [3, 9])
 def test_the_public_operators_pass_opcheck_on_this_backend(C):
     run, how = torch.ops.kdkernels, {"test_utils": ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")}
     inputs = torch.randn(7, 5), torch.randn(7, 6), torch.randn(C, 5), torch.randn(C, 6)

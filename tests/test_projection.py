@@ -6,9 +6,11 @@ import torch
 import torch._dynamo.testing
 
 import kdkernels as kd
+from kdkernels import backend as backends
 from kdkernels.projection import layout, torch_impl
 
-BACKENDS = ("reference", "torch")
+compiled = backends.obstacle("cpp", "cpu", op="projected_mse") is None
+BACKENDS = ("reference", "torch", *(("cpp",) if compiled else ()))
 
 
 def naive(s, t, P, channel_dim=1):

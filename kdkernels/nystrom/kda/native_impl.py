@@ -19,7 +19,7 @@ def _keeps_v(s, t, s_centers) -> bool:
 
 def forward(s, t, s_centers, t_centers, need: bool):
     """(value, kept or empty, 1 / |T|_F)."""
-    if compute_dtype(s, t) != torch.float32 or s.shape[0] == 0:
+    if compute_dtype(s, t) != torch.float32:
         return torch_impl.forward(s, t, s_centers, t_centers, need)
     keeps_v = _keeps_v(s, t, s_centers)
     s, t, s_centers, t_centers = (x if x.dtype == torch.float32 else x.float() for x in (s, t, s_centers, t_centers))
