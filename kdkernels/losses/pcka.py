@@ -48,8 +48,9 @@ class PCKALoss(FeatureLoss):
     leaves it out of every product (linear and uncentred only, both sides of one size). A level with one patch has CKA
     1 (the public code fails there); with fewer than the estimator needs, or an empty batch, it adds 0 with zero
     gradient and warns once. A channel that is zero on a side counts as CKA 0 (NaN in the public code). All masked gives
-    0. A NaN that counts gives NaN. Gradient to the student only; the resize adds it with atomics on CUDA unless
-    `torch.use_deterministic_algorithms(True)`.
+    0. A NaN that counts gives NaN. Gradient to the student only; the resize adds it up with atomics on CUDA. The public
+    form keeps the maps and one n x n matrix a channel, side and term for backward, n patches; the variants keep the
+    patches of both sides, backend="reference" what autograd keeps (and it alone has second derivatives).
 
     >>> student, teacher = torch.randn(2, 8, 40, 30, requires_grad=True), torch.randn(2, 8, 40, 30)
     >>> loss = kd.losses.PCKALoss()

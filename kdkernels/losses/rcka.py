@@ -51,7 +51,8 @@ class RCKALoss(Loss):
     take no part in any term. A batch with fewer rows than the estimator needs (1; centred 2; unbiased 4) gives 0 with
     zero gradient and warns once; so does, without a warning, a mask that leaves too few. A zero row gives a finite
     value; where a side is zero (or, centred, constant) CKA is undefined and counts as 0. A NaN in a row that counts
-    gives NaN. FCKA holds n x n matrices. Any float dtypes; computed in at least float32. Gradient to the student only.
+    gives NaN. FCKA holds n x n matrices; so do the logit terms where n <= 128 or n <= C / 2 (backends torch and cpp).
+    Any float dtypes; computed in at least float32. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 10, requires_grad=True), torch.randn(32, 10)
     >>> loss = kd.losses.RCKALoss()
