@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from ..autograd import device_type, without_autocast
 from ..gram.kernels import spec_of
 from ..gram.problem import minimum_rows
 from ..losses.base import check_rows
@@ -120,7 +121,8 @@ class _Run:
         if A.n < self.minimum:
             self._too_small(A.n)
             return
-        h = sums.hsics(A, B)
+        with without_autocast(device_type(A.units)):
+            h = sums.hsics(A, B)
         rows, columns = self.a.order(), self.b.order()
         batch = stream.terms(h.kl[rows][:, columns], h.kk[rows][:, None], h.ll[columns])
         self.sums = batch if self.sums is None else self.sums.add_(batch)
