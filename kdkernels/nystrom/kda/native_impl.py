@@ -43,7 +43,9 @@ def forward(s, t, s_centers, t_centers, need: bool):
 def backward(grad, s, t, s_centers, t_centers, kept, inverse):
     if not _keeps_v(s, t, s_centers):
         return torch_impl.backward(grad, s, t, s_centers, t_centers, kept, inverse)
-    return torch.mm(kept * (grad * inverse), s_centers.float()).to(s.dtype)
+    s_centers = s_centers if s_centers.dtype == torch.float32 else s_centers.float()
+    ds = torch.mm(kept * (grad * inverse), s_centers)
+    return ds if s.dtype == torch.float32 else ds.to(s.dtype)
 
 
 def kept_shape(s, t, s_centers, need: bool) -> tuple[int, ...]:
