@@ -251,6 +251,16 @@ class TestRanking:
     def test_correlations_of_rows_that_go_through_workspace(self, kernels):
         drive.sweep(kernels, "long", 65, "p", 2, True)
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_correlations_with_wider_rows_are_those_of_equally_wide_ones(self, kernels, dtype):
+        x, storage, _ = rows.matrix(65, dtype, 0, ["random", "ties", "masked"])
+        y = np.random.default_rng(1).standard_normal(x.shape)
+        found = [
+            drive.Kernels(kernels, "long").spearman_rows(side, y, name, 0.1, False, False, False, True, True, wide=True)
+            for side, name in ((storage, dtype), (x.astype(np.float64), "float64"))
+        ]
+        assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
     # beyond a block's registers: 256 threads of 16 keys, 512 of 24
     @pytest.mark.slow
     @pytest.mark.parametrize("n, first", settings([2049, 4096, 4097, 9000], 1))
@@ -278,6 +288,15 @@ class TestRanking:
         long = drive.Kernels(kernels, "long")
         compare.compare_rank(long, n, "float32", strength, kl=kl, descending=descending, data=(x, x, names))
         assert kernels.sorted_segments() == sorted_rows
+
+    # 99 KiB of shared memory a block (sm_86, sm_89): less than a half of the codes needs
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_long_rows_are_sorted_where_the_bins_do_not_fit(self, kernels, dtype):
+        x, _, names = rows.matrix(67, dtype, 0, drive.FEW)
+        kernels.sorted_segments()
+        compare.compare_rank(drive.Kernels(kernels, "long", 99 * 1024), 67, dtype, 0.1, names=names)
+        with_elements = [i for i, row in enumerate(x) if not np.isnan(row).any() and (row > -np.inf).any()]
+        assert kernels.sorted_segments() == with_elements
 
     def test_a_count_of_equal_elements_may_exceed_sixteen_bits(self, kernels):
         x, names, sorted_rows = rows.upcast(70001, names=["one value", "float32"])

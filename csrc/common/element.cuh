@@ -18,12 +18,16 @@ struct KeyOf;
 template <>
 struct KeyOf<float> {
   using Key = unsigned;
+  using Signed = int;
+  static constexpr int kDtype = kFloat;
   __device__ static unsigned bits(float v) { return __float_as_uint(v); }
   __device__ static float value(unsigned u) { return __uint_as_float(u); }
 };
 template <>
 struct KeyOf<double> {
   using Key = unsigned long long;
+  using Signed = long long;
+  static constexpr int kDtype = kDouble;
   __device__ static unsigned long long bits(double v) {
     return static_cast<unsigned long long>(__double_as_longlong(v));
   }
@@ -33,18 +37,25 @@ struct KeyOf<double> {
 template <class Value>
 constexpr typename KeyOf<Value>::Key kAbsent = ~typename KeyOf<Value>::Key(0);
 
+// all ones of a key whose first bit is set
+template <class Value>
+__device__ __forceinline__ typename KeyOf<Value>::Key spread_sign(typename KeyOf<Value>::Key key) {
+  using Signed = typename KeyOf<Value>::Signed;
+  return static_cast<typename KeyOf<Value>::Key>(static_cast<Signed>(key) >> (8 * sizeof(key) - 1));
+}
+
 // -0.0 takes the key of 0.0
 template <class Value>
 __device__ __forceinline__ typename KeyOf<Value>::Key encode(Value v) {
   using Key = typename KeyOf<Value>::Key;
   const Key u = KeyOf<Value>::bits(v + Value(0)), sign = Key(1) << (8 * sizeof(Key) - 1);
-  return u & sign ? ~u : u | sign;
+  return u ^ (spread_sign<Value>(u) | sign);
 }
 template <class Value>
 __device__ __forceinline__ Value decode(typename KeyOf<Value>::Key key) {
   using Key = typename KeyOf<Value>::Key;
   const Key sign = Key(1) << (8 * sizeof(Key) - 1);
-  return KeyOf<Value>::value(key & sign ? key ^ sign : ~key);
+  return KeyOf<Value>::value(key ^ (~spread_sign<Value>(key) | sign));
 }
 
 template <class Value>

@@ -16,8 +16,8 @@ struct LongCall {
   void* keys;             // Key [batch, n]
   void* sorted;           // Key [batch, n]
   int* valid;             // [batch] elements that are there, -1 for a poisoned row
-  int* format;            // [batch] Dtype: the half format that holds all of a row, kFloat or kDouble if none does
-  int* table;             // [batch, 65536] or null (double): first position of a half value's code
+  int* format;            // [batch] Dtype: the half format that holds all of a row, kFloat: it is sorted
+  int* table;             // [batch, 65536], first position of a half value's code; null: nothing is counted
   unsigned char* memory;  // [gridDim.x, layout], in `rank_big_kernel` the sums alone
 };
 
@@ -28,6 +28,7 @@ struct NeedsSort {
   __host__ __device__ bool operator()(int row) const { return valid[row] > 0 && !is_half(format[row]); }
 };
 
+constexpr int kParts = 4096;  // of a sorted row, whose last keys `finish_ranks_kernel` holds
 constexpr int kCodes = 65536, kHalfCodes = kCodes / 2;
 
 // two sorted runs of `run` keys each -> the first m of their merge
@@ -77,8 +78,9 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
     auto key_at = [&](int i) {
       return key_of<Value>(rank.x, rank.partner, row, i, rank.descending, poisoned);
     };
-    for (int i = group.rank(); i < rank.n; i += T) key_at(i);
-    const RowFacts facts = facts_of<Value>(group, rank.strength, row, poisoned, [&](auto visit) {
+    int count = 0;
+    for (int i = group.rank(); i < rank.n; i += T) count += key_at(i) != kAbsent<Value>;
+    const RowFacts facts = facts_of<Value>(group, rank.strength, row, poisoned, count, [&](auto visit) {
       for (int i = group.rank(); i < rank.n; i += T) visit(key_at(i));
     });
     if (group.rank() == 0) rank.eps[row] = facts.eps;
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
     group.sync();
     fit.solve(group);
     fit.constants(group);
-    emit_ranks(group, fit, rank, row, [&](Key key) { return fit.position(key); });
+    fit.record(group, rank.centre(facts.m));
+    emit_ranks(group, fit, rank, row, [&](Key key) { return fit.template position<bits_of(2 * kRun)>(key); });
     group.sync();
   }
 }
@@ -147,19 +150,21 @@ __global__ void __launch_bounds__(T, 1) prepare_keys_kernel(LongCall call) {
     Key* keys = static_cast<Key*>(call.keys) + row * rank.n;
     bool poisoned = false;
     unsigned without = 0;
-    for (int i = group.rank(); i < rank.n; i += T) {
-      const Key key = key_of<Value>(rank.x, rank.partner, call.first + row, i, rank.descending, poisoned);
+    int count = 0;
+    const int64_t where = call.first + row;
+    each_key<Value>(group, rank.x, rank.partner, where, rank.n, rank.descending, poisoned, [&](int i, Key key) {
       keys[i] = key;
+      count += key != kAbsent<Value>;
       if constexpr (sizeof(Key) == 4) {
-        if (rank.x.dtype == kFloat && key != kAbsent<Value>) without |= formats_without(key);
+        if (call.table && rank.x.dtype == kFloat && key != kAbsent<Value>) without |= formats_without(key);
       }
-    }
-    int format = rank.x.dtype;
-    if (format == kFloat) {
+    });
+    int format = call.table ? rank.x.dtype : kFloat;
+    if (call.table && format == kFloat) {
       without = group.reduce(without, [](unsigned a, unsigned b) { return a | b; });
       format = !(without >> kBfloat16 & 1) ? kBfloat16 : !(without >> kHalf & 1) ? kHalf : kFloat;
     }
-    const RowFacts facts = facts_of<Value>(group, rank.strength, call.first + row, poisoned, [&](auto visit) {
+    const RowFacts facts = facts_of<Value>(group, rank.strength, call.first + row, poisoned, count, [&](auto visit) {
       for (int i = group.rank(); i < rank.n; i += T) visit(keys[i]);
     });
     if (group.rank() == 0) {
@@ -256,15 +261,32 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
                                  rank.kl,
                                  eps,
                                  inverse_of(eps)};
+    // the last key of every part of the row, in shared memory: a search is left with a part, of one cache line mostly
+    int part_shift = 5;
+    while ((fit.m - 1) >> part_shift >= kParts) ++part_shift;
+    const int parts = fit.m > 0 ? ((fit.m - 1) >> part_shift) + 1 : 0;
+    Key* last = reinterpret_cast<Key*>(memory + kScratchBytes);
+    for (int i = group.rank(); i < parts; i += T) last[i] = fit.key.at(min(fit.m, (i + 1) << part_shift) - 1);
     fit.solve(group);
     fit.constants(group);
+    fit.record(group, rank.centre(fit.m));
     const int format = call.format[row];
     const int* table = is_half(format) ? call.table + row * kCodes : nullptr;
     emit_ranks(group, fit, rank, call.first + row, [&](Key key) {
       if constexpr (sizeof(Key) == 4) {
         if (table) return table[code_of(key, format)];
       }
-      return fit.position(key);
+      // the first part whose last key is not below
+      int low = 0, high = parts - 1;
+      while (low < high) {
+        const int part = (low + high) / 2;
+        if (last[part] < key) {
+          low = part + 1;
+        } else {
+          high = part;
+        }
+      }
+      return fit.position(key, low << part_shift, min(fit.m, (low + 1) << part_shift) - 1);
     });
     group.sync();
   }

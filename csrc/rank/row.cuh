@@ -80,6 +80,32 @@ __device__ __forceinline__ typename KeyOf<Value>::Key key_of(const Rows& x, cons
   return absent ? kAbsent<Value> : encode(descending ? -v : v);
 }
 
+// visit(i, key) of this thread's elements. A row of full precision without a partner has a loop of its own, free of the
+// choice of a dtype
+template <class Value, int T, class Visit>
+__device__ __forceinline__ void each_key(const Group<T>& group, const Rows& x, const Rows& partner, int64_t row, int n,
+                                         bool descending, bool& poisoned, Visit visit) {
+  if (x.dtype == KeyOf<Value>::kDtype && !partner.p) {
+    const Value* p = static_cast<const Value*>(x.p) + row * x.stride + group.rank();
+#pragma unroll 4
+    for (int i = group.rank(); i < n; i += T, p += T) {
+      const Value v = *p;
+      auto key = encode(descending ? -v : v);
+      if (!(fabs(v) < static_cast<Value>(INFINITY))) {
+        if (is_absent(v)) {
+          key = kAbsent<Value>;
+        } else {
+          poisoned = true;
+        }
+      }
+      visit(i, key);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = group.rank(); i < n; i += T) visit(i, key_of<Value>(x, partner, row, i, descending, poisoned));
+  }
+}
+
 // sqrt(12) std / m, 1 for a constant row. each(visit) visits this thread's keys; values are scaled by their range
 // first, so that squares neither overflow nor vanish
 template <class Value, int T, class Each>
@@ -106,12 +132,11 @@ __device__ double spread_of(const Group<T>& group, int m, Each each) {
   return found < kSmallestSpread ? 1.0 : found;
 }
 
-// each(visit) visits this thread's keys, those of absent elements among them
+// of this thread: `count` elements are there; each(visit) visits its keys, those of absent elements among them
 template <class Value, int T, class Each>
-__device__ RowFacts facts_of(const Group<T>& group, const Strength& strength, int64_t row, bool poisoned, Each each) {
+__device__ RowFacts facts_of(const Group<T>& group, const Strength& strength, int64_t row, bool poisoned, int count,
+                             Each each) {
   using Key = typename KeyOf<Value>::Key;
-  int count = 0;
-  each([&](Key key) { count += key != kAbsent<Value>; });
   RowFacts facts;
   facts.poisoned = group.any(poisoned);
   facts.m = group.sum(count);

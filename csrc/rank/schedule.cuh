@@ -101,14 +101,15 @@ bool launch_big_ranks(LongCall call, const Device& device, Allocate allocate, cu
 }
 
 template <class Value, class Allocate>
-void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
+void launch_long_ranks(LongCall call, const Device& device, Allocate allocate, cudaStream_t stream) {
   using Key = typename KeyOf<Value>::Key;
   const RankCall whole = call.rank;
   const int n = whole.n;
   // a float row may turn out to hold half values alone: every one has a table, and an empty segment if it does
-  constexpr bool kCounts = sizeof(Key) == 4;
-  const bool sorts = !is_half(whole.x.dtype);
-  const size_t row_size = (sorts ? 3 : 2) * sizeof(Key) * static_cast<size_t>(n) + (kCounts ? kCodes * sizeof(int) : 0);
+  const size_t bins = kScratchBytes + kHalfCodes * sizeof(int);
+  const bool counts = sizeof(Key) == 4 && bins <= device.shared;
+  const bool sorts = !counts || !is_half(whole.x.dtype);
+  const size_t row_size = (sorts ? 3 : 2) * sizeof(Key) * static_cast<size_t>(n) + (counts ? kCodes * sizeof(int) : 0);
   int64_t batch = static_cast<int64_t>(kBatchBytes / row_size);
   batch = batch < 1 ? 1 : batch < whole.rows ? batch : whole.rows;
   const size_t keys = sizeof(Key) * static_cast<size_t>(n) * batch;
@@ -116,7 +117,7 @@ void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
   call.sorted = allocate(keys);
   call.valid = static_cast<int*>(allocate(sizeof(int) * batch));
   call.format = static_cast<int*>(allocate(sizeof(int) * batch));
-  call.table = kCounts ? static_cast<int*>(allocate(sizeof(int) * kCodes * batch)) : nullptr;
+  call.table = counts ? static_cast<int*>(allocate(sizeof(int) * kCodes * batch)) : nullptr;
   size_t sort_size = 0;
   void* sort_memory = nullptr;
   const Segments<NeedsSort> segments{n, {call.valid, call.format}};  // cub keeps one more copy of the keys
@@ -133,16 +134,15 @@ void launch_long_ranks(LongCall call, Allocate allocate, cudaStream_t stream) {
     call.rank.rows = left < batch ? left : batch;
     KDK_LAUNCH((prepare_keys_kernel<Value, kLongThreads>), grid_of(call.rank.rows), kLongThreads, kScratchBytes, stream,
                call);
-    if constexpr (kCounts) {
-      KDK_LAUNCH((count_keys_kernel<kCountThreads>), grid_of(call.rank.rows), kCountThreads,
-                 kScratchBytes + kHalfCodes * sizeof(int), stream, call);
+    if (counts) {
+      KDK_LAUNCH((count_keys_kernel<kCountThreads>), grid_of(call.rank.rows), kCountThreads, bins, stream, call);
     }
     if (sorts) {
       sort_segments(sort_memory, &sort_size, static_cast<const Key*>(call.keys), static_cast<Key*>(call.sorted),
                     call.rank.rows, segments, stream);
     }
     KDK_LAUNCH((finish_ranks_kernel<Value, kLongThreads>), grid_of(call.rank.rows, outside), kLongThreads,
-               kScratchBytes, stream, call);
+               kScratchBytes + kParts * sizeof(Key), stream, call);
   }
 }
 
@@ -162,7 +162,7 @@ void launch_ranks_of(const RankCall& call, const Device& device, Allocate alloca
   if constexpr (sizeof(Value) == 4) {
     if (forced != Schedule::kLong && launch_big_ranks<Value>(whole, device, allocate, stream)) return;
   }
-  launch_long_ranks<Value>(whole, allocate, stream);
+  launch_long_ranks<Value>(whole, device, allocate, stream);
 }
 
 // wide: ranks are double

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Soft ranks of rows: one launch, x read twice (the second time from cache), ranks and block ids written once.
 // Each thread keeps its own element and looks it up among the sorted keys: equal elements share rank and block, so no
-// permutation is needed, and the sort moves keys alone.
+// permutation is needed, and the sort moves keys alone. Ranks are made in sorted order and looked up.
 #pragma once
 
 #include "sorted_row.cuh"
@@ -20,33 +20,24 @@ struct RankCall {
   int* blocks;    // [R, n] or null
   double* eps;    // [R]
   bool centred = false;  // ranks less (m + 1) / 2, for correlations: they keep their digits where all are close
+
+  __device__ double centre(int m) const { return centred ? 0.5 * (m + 1) : 0.0; }
 };
 
-// a block is named by its first position; -1: alone, or hard
-__device__ __forceinline__ int block_name(Range block, double eps) {
-  return block.b - block.a > 1 && eps != 0.0 ? block.a : -1;
-}
-
-// every thread looks up its own elements; position(key) finds one among the sorted
+// every thread looks up its own elements in a recorded fit; position(key) finds one among the sorted
 template <class Fit, int T, class Position>
 __device__ void emit_ranks(const Group<T>& group, const Fit& fit, const RankCall& call, int64_t row,
                            Position position) {
   using Value = typename Fit::Element;
   Value* rank = static_cast<Value*>(call.rank) + row * call.n;
   int* blocks = call.blocks ? call.blocks + row * call.n : nullptr;
-  for (int i = group.rank(); i < call.n; i += T) {
-    bool poisoned = false;
-    const auto key = key_of<Value>(call.x, call.partner, row, i, call.descending, poisoned);
-    double r = 0.0;
-    int name = -1;
-    if (key != kAbsent<Value>) {
-      const Range block = fit.blocks.find(position(key));
-      r = fit.rank_at(decode<Value>(key), block) - (call.centred ? 0.5 * (fit.m + 1) : 0.0);
-      name = block_name(block, fit.eps);
-    }
-    rank[i] = static_cast<Value>(r);
-    if (blocks) blocks[i] = name;
-  }
+  bool ignored = false;
+  each_key<Value>(group, call.x, call.partner, row, call.n, call.descending, ignored, [&](int i, auto key) {
+    typename Fit::Record found{Value(0), -1};
+    if (key != kAbsent<Value>) found = fit.record_at(position(key));
+    rank[i] = found.rank;
+    if (blocks) blocks[i] = found.name;
+  });
 }
 
 template <class Value, int T>
@@ -81,8 +72,9 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) rank_rows
       emit_poison<Value>(group, call, row);
       continue;
     }
-    const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift);
-    emit_ranks(group, fit, call, row, [&](auto key) { return fit.position(key); });
+    const double centre = call.centre(facts.m);
+    const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift, centre);
+    emit_ranks(group, fit, call, row, [&](auto key) { return fit.template position<bits_of(T * kItems)>(key); });
     group.sync();
   }
 }

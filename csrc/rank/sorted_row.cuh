@@ -20,16 +20,21 @@ __device__ RowFacts load_row(const Group<T>& group, const Rows& x, const Rows& p
                              int64_t row, int n, bool descending, unsigned char* memory) {
   auto* keys = staged_keys<Value>(memory);
   bool poisoned = false;
-  for (int i = group.rank(); i < n; i += T) keys[i] = key_of<Value>(x, partner, row, i, descending, poisoned);
-  return facts_of<Value>(group, strength, row, poisoned, [&](auto visit) {
+  int count = 0;
+  each_key<Value>(group, x, partner, row, n, descending, poisoned, [&](int i, auto key) {
+    keys[i] = key;
+    count += key != kAbsent<Value>;
+  });
+  return facts_of<Value>(group, strength, row, poisoned, count, [&](auto visit) {
     for (int i = group.rank(); i < n; i += T) visit(keys[i]);
   });
 }
 
-// a loaded row, sorted and solved
+// a loaded row, sorted, solved and its ranks recorded, less `centre`
 template <class Value, int T, int kItems>
 __device__ Fit<Value, true, false> solve_row(const Group<T>& group, const RowFacts& facts, bool kl,
-                                             unsigned char* memory, int n, const Layout& at, int shift) {
+                                             unsigned char* memory, int n, const Layout& at, int shift,
+                                             double centre) {
   using Key = typename KeyOf<Value>::Key;
   Key item[kItems];
 #pragma unroll
@@ -54,6 +59,7 @@ __device__ Fit<Value, true, false> solve_row(const Group<T>& group, const RowFac
   group.sync();
   fit.solve(group);
   fit.constants(group);
+  fit.record(group, centre);
   return fit;
 }
 

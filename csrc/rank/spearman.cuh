@@ -87,18 +87,15 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 3) spearman_rows_kernel(Spe
         eps_x = facts.eps;
       }
       if (poisoned) break;
-      const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift);
-      for (int i = group.rank(); i < call.n; i += T) {
-        bool ignored = false;
-        const auto key = key_of<Value>(own, other, row, i, false, ignored);
-        rank[side * call.n + i] = 0;
-        name[side * call.n + i] = -1;
-        if (key == kAbsent<Value>) continue;
-        const Range block = fit.blocks.find(fit.position(key));
-        // minus mu before it is rounded: with a large eps all ranks are close to mu
-        rank[side * call.n + i] = static_cast<Value>(fit.rank_at(decode<Value>(key), block) - 0.5 * (m + 1));
-        name[side * call.n + i] = block_name(block, facts.eps);
-      }
+      // minus mu before it is rounded: with a large eps all ranks are close to mu
+      const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift, 0.5 * (m + 1));
+      bool ignored = false;
+      each_key<Value>(group, own, other, row, call.n, false, ignored, [&](int i, auto key) {
+        typename Fit<Value, true, false>::Record found{Value(0), -1};
+        if (key != kAbsent<Value>) found = fit.record_at(fit.template position<bits_of(T * kItems)>(key));
+        rank[side * call.n + i] = found.rank;
+        name[side * call.n + i] = found.name;
+      });
       group.sync();
     }
     Value* const dx = call.dx ? static_cast<Value*>(call.dx) + row * call.n : nullptr;

@@ -88,8 +88,8 @@ class Kernels:
         self.module.sort_rows_backward(grad, s, start, kl, ds, dtype, *self.how)
         return self._values(ds, dtype)
 
-    def spearman_rows(self, x, y, dtype, strength, relative, kl, hard, grad_x, grad_y):
-        work = self._work(dtype)
+    def spearman_rows(self, x, y, dtype, strength, relative, kl, hard, grad_x, grad_y, wide=False):
+        work = "float64" if wide else self._work(dtype)
         value = self._out(len(x), work)
         dx, dy = (self._out(x.shape, work) if asked else None for asked in (grad_x, grad_y))
         self._turn()

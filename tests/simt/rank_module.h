@@ -139,7 +139,8 @@ void spearman(const py::array& x, const py::array& y, const std::string& dtype, 
               bool hard_target, py::array value, std::optional<py::array> dx, std::optional<py::array> dy,
               const std::string& schedule, size_t shared) {
   SpearmanCall call{};
-  call.x = rows_of(x, dtype_of(dtype)), call.y = rows_of(y, dtype_of(dtype));
+  const bool wide = dtype == "float64" || y.itemsize() == bytes_of(kDouble);  // y may be wider than x
+  call.x = rows_of(x, dtype_of(dtype)), call.y = rows_of(y, wide ? kDouble : dtype_of(dtype));
   call.strength = strength, call.relative = relative, call.hard_target = hard_target;
   call.rows = x.shape(0), call.n = static_cast<int>(x.shape(1));
   call.value = value.mutable_data(), call.dx = pointer<void>(dx), call.dy = pointer<void>(dy);
@@ -147,7 +148,7 @@ void spearman(const py::array& x, const py::array& y, const std::string& dtype, 
   Workspace workspace;
   py::gil_scoped_release release;
   call.kl = kl;
-  spearman_rows(call, dtype == "float64", device, Allocate{&workspace}, nullptr);
+  spearman_rows(call, wide, device, Allocate{&workspace}, nullptr);
 }
 
 }  // namespace
