@@ -118,6 +118,8 @@ def first_positions(s, n_valid, eps, kl, sort):
     else:
         joins = rows <= eps
     start, length = rounds.runs(joins.reshape(-1)[:-1])
+    if len(start) == len(flat):
+        return start
     if not kl:
         V = np.add.reduceat(flat, start)
         V /= length
@@ -127,21 +129,24 @@ def first_positions(s, n_valid, eps, kl, sort):
         V += middle
         return rounds.pooled((blocks.Rising if sort else blocks.Means)(V, length.astype(np.float64)), start)
     t = flat.take(start)
-    over = np.repeat(t, length)
-    np.subtract(flat, over, out=over)
-    if sort:
-        t += np.log(np.add.reduceat(np.exp(over, out=over), start))
+    if sort:  # few entries pool
         rate = of_entries(1 / eps, start)
         z = (start % width) * -rate
-        z += np.log(blocks.geometric(length, rate))
-        found = blocks.Exponentials(z, t)
-    else:
-        rate = 1 / eps
-        over.reshape(s.shape)[...] *= rate
-        Z = np.add.reduceat(np.exp(over, out=over), start)
-        first = (n_valid - np.arange(width)).reshape(-1).take(start)
-        rate = np.broadcast_to(rate, (len(s), 1)).reshape(-1).take(start // width)
-        found = blocks.Ratios(t, Z, blocks.weights(first, length), rate)
+        k = (length > 1).nonzero()[0]
+        index, begin = blocks.ranges(start[k], length[k])
+        over = flat.take(index)
+        over -= np.repeat(t[k], length[k])
+        t[k] += np.log(np.add.reduceat(np.exp(over, out=over), begin))
+        z[k] += np.log(blocks.geometric(length[k], rate if single else rate[k]))
+        return rounds.pooled(blocks.Exponentials(z, t), start)
+    over = np.repeat(t, length)
+    np.subtract(flat, over, out=over)
+    rate = 1 / eps
+    over.reshape(s.shape)[...] *= rate
+    Z = np.add.reduceat(np.exp(over, out=over), start)
+    first = (n_valid - np.arange(width)).reshape(-1).take(start)
+    rate = np.broadcast_to(rate, (len(s), 1)).reshape(-1).take(start // width)
+    found = blocks.Ratios(t, Z, blocks.weights(first, length), rate)
     return rounds.pooled(found, start)
 
 
@@ -270,6 +275,8 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
 
 def negated(x):
     """-x, where absent entries (-inf) stay so and +inf, which poisons a row, becomes NaN."""
+    if x.is_cpu and math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))):
+        return -x
     return torch.where(x == -math.inf, x, torch.where(x == math.inf, math.nan, -x))
 
 
@@ -294,38 +301,44 @@ def _sort_forward(s, strengths, number, relative, kl):
     e = number
     if relative or strengths is not None:
         e = eps.detach().masked_fill(poisoned, 1.0)[:, None].numpy()
-    i = np.arange(n + 1)
-    if number == 0:
-        value = s
-        start = np.broadcast_to(i, s.shape)
-    else:
+    value, start = s, np.empty(s.shape, dtype=np.int32)
+    start[...] = np.arange(n + 1)
+    if number > 0:
         flat = s.reshape(-1)
         first = first_positions(s, n_valid, e, kl, True)
         if first is None:
             return None
         length = rounds.lengths(first, flat.size)
-        a = first % (n + 1)
-        t = flat.take(first)
-        d = np.repeat(t, length)
-        np.subtract(flat, d, out=d)
-        if kl:
-            t += np.log(np.add.reduceat(np.exp(d, out=d), first))
-            rate = 1 / e if np.ndim(e) == 0 else (1 / e).reshape(-1).take(first // (n + 1))
-            t -= np.log(blocks.geometric(length, rate))
-            middle = a
-        else:
-            t += np.add.reduceat(d, first) / length
-            middle = a + (length - 1) / 2
-        value = np.repeat(middle, length).reshape(s.shape) - i
-        value = value / e
-        value.reshape(-1)[...] += np.repeat(t, length)
-        start = np.repeat(a.astype(np.int32), length).reshape(s.shape)
+        k = (length > 1).nonzero()[0]
+        if len(k):  # an element alone keeps its value
+            _fill_blocks(value.reshape(-1), start.reshape(-1), first[k], length[k], e, kl, n + 1)
     value = torch.from_numpy(value)[:, :n].to(torch.promote_types(given.dtype, torch.float32))
     if some_absent:
         value = value.masked_fill(torch.from_numpy(np.isnan(s))[:, :n], -math.inf)
     value = value.masked_fill(poisoned[:, None], math.nan).contiguous()
-    start = torch.from_numpy(np.ascontiguousarray(start[:, :n], dtype=np.int32))
+    start = torch.from_numpy(start)[:, :n].contiguous()
     return value.reshape(shape), start.reshape(shape), eps.reshape(shape[:-1])
+
+
+def _fill_blocks(s, start, first, length, e, kl, width):
+    """The soft values in the place of s, and `start` in rows of `width`, in blocks of several elements."""
+    index, begin = blocks.ranges(first, length)
+    t, a = s.take(first), first % width
+    d = s.take(index)
+    d -= np.repeat(t, length)
+    rate = 1 / e if np.ndim(e) == 0 else (1 / e).reshape(-1).take(first // width)
+    if kl:
+        t += np.log(np.add.reduceat(np.exp(d, out=d), begin))
+        t -= np.log(blocks.geometric(length, rate))
+        middle = 0.0
+    else:
+        t += np.add.reduceat(d, begin) / length
+        middle = (length - 1) / 2
+    value = np.repeat(middle + begin, length) - np.arange(len(index))
+    value /= e if np.ndim(e) == 0 else np.repeat(e.reshape(-1).take(first // width), length)
+    value += np.repeat(t, length)
+    s[index] = value
+    start[index] = np.repeat(a, length)
 
 
 def sort_backward(grad, s, start, kl):
@@ -337,21 +350,24 @@ def sort_backward(grad, s, start, kl):
     if gone is not None:
         u = u.masked_fill(gone, 0.0)
     bad = ~u.sum(-1).isfinite() | poisoned
-    first = np.flatnonzero((start.reshape(-1, n) == torch.arange(n)).numpy())
+    first = (start.reshape(-1, n) == torch.arange(n)).numpy().reshape(-1).nonzero()[0]
     length = rounds.lengths(first, u.numel())
-    with np.errstate(**QUIET):
-        total = np.add.reduceat(u.numpy().reshape(-1), first)
-        if kl:
-            E = rows.double().numpy().reshape(-1)
-            E = E - np.repeat(E.take(first), length)
-            np.exp(E, out=E)
-            total /= np.add.reduceat(E, first)
-            g = np.repeat(total, length)
-            g *= E
-        else:
-            total /= length
-            g = np.repeat(total, length)
-    g = torch.from_numpy(g).reshape(u.shape)
+    k = (length > 1).nonzero()[0]
+    g = u.clone() if u.dtype == grad.dtype else u
+    if len(k):  # an element alone keeps its gradient
+        first, length = first[k], length[k]
+        index, begin = blocks.ranges(first, length)
+        flat = g.numpy().reshape(-1)
+        with np.errstate(**QUIET):
+            total = np.add.reduceat(flat.take(index), begin)
+            if kl:
+                E = rows.double().numpy().reshape(-1)
+                E = np.exp(E.take(index) - np.repeat(E.take(first), length))
+                total /= np.add.reduceat(E, begin)
+                flat[index] = np.repeat(total, length) * E
+            else:
+                total /= length
+                flat[index] = np.repeat(total, length)
     if gone is not None:
         g.masked_fill_(gone, 0.0)
     if bool(bad.any()):
