@@ -36,8 +36,9 @@ def compare_models(
     (Nguyen et al. 2021, arXiv 2010.15327; Song et al. 2012), with its standard error. Each batch's HSICs are unbiased,
     so the batch size does not move the value; their ratio has a bias below the standard error. See `kd.CKAMetric`.
 
-    Memory beside the models: of one batch, for each layer the smaller of its features and its Gram matrix, then nine
-    numbers a pair of layers, whatever the number of batches. One forward pass of each model a batch (one in all where
+    Memory beside the models: of one batch, for each layer the smaller of its features and its Gram matrix (for layers
+    narrower than the batch perhaps both, the Gram matrices at most 64 MB in all), then nine numbers a pair of layers,
+    whatever the number of batches. One forward pass of each model a batch (one in all where
     both are the same model and layers).
 
     Args:
