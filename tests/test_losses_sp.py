@@ -115,8 +115,8 @@ def test_a_student_near_its_teacher_keeps_its_relative_accuracy(make, formula, n
     assert (got.double() - wanted).norm() < 1e-3 * wanted.norm()
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4, 1e8])
-def test_rows_of_any_usual_scale_keep_their_accuracy_in_float32(scale):
+@pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e8, 1e16])
+def test_rows_of_any_scale_keep_their_accuracy_in_float32(scale):
     student, teacher = maps(32, 12)
     x = (scale * student).detach().float().requires_grad_()
     wide = x.detach().double().requires_grad_()

@@ -16,7 +16,7 @@ import torch
 
 from .problem import Problem
 
-ZERO_ROW = 1e-36  # |K_i|^2 up to which a row counts as zero in float32
+ZERO_ROW = 1e-36  # |K_i|^2 up to which a row counts as zero in float32, the mean K_ii being 1
 
 
 class RowStats(NamedTuple):

@@ -97,9 +97,8 @@ def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, b
     normalize="row" divides each row of K and L by its L2 norm first (similarity preserving, Tung & Mori 2019,
     arXiv 1907.09682); a zero row stays zero. reduction: "mean" divides by n^2, "sum" does not. Shapes, dtypes and masks
     as in `cka`; n >= 1. The float32 error is 1e-6 (|K|^2 + |L|^2), and where p = q < 2/3 n or so the plain form on the
-    backends torch and cpp keeps its relative accuracy even as the student nears the teacher. These two read the rows
-    unscaled: with "row" a float32 gradient is right for features between 1e-8 and 1e8 in size, and a row of K or L
-    with a norm below 1e-18 counts as zero.
+    backends torch and cpp keeps its relative accuracy even as the student nears the teacher. With
+    "row" in float32, a row of K or L whose norm is 1e-18 of the mean K_ii counts as zero.
 
     >>> x = torch.randn(32, 16)
     >>> kd.gram_mse(x, x).item()

@@ -16,9 +16,8 @@ from . import maps
 from .combine import RowStats, Weights
 from .maps import Side
 from .prepare import diagonal, prepare
-from .problem import Problem
+from .problem import SMALL, Problem
 
-SMALL = 1024  # samples up to which the products t are kept (at most 4 MB a group and side in float32)
 LANDMARKS = 64  # rows whose mean stands in for the row mean of K^ above SMALL
 NO_DIAGONAL = -(2**31)  # panel_moments leaves nothing out: the tiles come with their diagonal already zero
 TILE = 1024  # edge of a tile above SMALL: 4 MB in float32, so a tile and its temporaries stay in cache
@@ -131,14 +130,17 @@ def _compiled_moments(K, L, columns: bool):
 
 
 def row_stats(pairs: Pairs):
-    """RowStats [G, n], the row means u of both sides, and the products t where they are kept."""
+    """RowStats [G, n], the row means u of both sides, the products t where they are kept, and their scale.
+
+    The scale [2, G] is a power of two by which K and L were multiplied here, the rows being as given; else None.
+    """
     if pairs.small:
         i = slice(0, pairs.n)
-        t, u, grams = [], [], []
-        for side in (pairs.x, pairs.y):
-            t.append(maps.product(side, i, i))
-            K, means = maps.kernel(side, t[-1], i, i), None
-            K = pairs.only_counted(K, i, i, K is t[-1])
+        t, u, grams = [maps.product(side, i, i) for side in (pairs.x, pairs.y)], [], []
+        scale = _scaled(t) if pairs.problem.stat == "row_mse" else None
+        for side, products in zip((pairs.x, pairs.y), t, strict=True):
+            K, means = maps.kernel(side, products, i, i), None
+            K = pairs.only_counted(K, i, i, K is products)
             if side.stable and not side.spec.linear:  # rows of a centred linear K sum to about zero by themselves
                 means = exact_means(K, pairs.weight)
                 K = pairs.only_counted(K.sub_(means[..., None]).sub_(means[..., None, :]), i, i, False)
@@ -147,7 +149,7 @@ def row_stats(pairs: Pairs):
         K, L = grams
         rows, _ = _moments(K, L, pairs.problem, False)
         extra = _column_sums(pairs, K, L) if _needs_columns(pairs.problem) else (None, None)
-        return RowStats(*rows, *extra), u, t
+        return RowStats(*rows, *extra), u, t, scale
     groups, u = [], [[], []]
     for g in range(pairs.x.left.shape[0]):
         one = pairs.group(g)
@@ -158,7 +160,16 @@ def row_stats(pairs: Pairs):
         u[0].append(one.x.u)
         u[1].append(one.y.u)
     stats = [None if field[0] is None else torch.stack(field) for field in zip(*groups, strict=True)]
-    return RowStats(*stats), [None if side[0] is None else torch.stack(side) for side in u], None
+    return RowStats(*stats), [None if side[0] is None else torch.stack(side) for side in u], None, None
+
+
+def _scaled(t):
+    """Powers of two that bring the mean diagonal of K and of L to about 1; both are multiplied in place."""
+    mean = torch.stack([K.diagonal(dim1=-2, dim2=-1).mean(-1) for K in t])
+    scale = torch.exp2(torch.log2(torch.where(mean > 0, mean, 1)).round_().neg_())
+    for K, factor in zip(t, scale, strict=True):
+        K.mul_(factor[:, None, None])
+    return scale
 
 
 def _needs_columns(problem: Problem) -> bool:

@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
 def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepared:
     """x [G, n, p] any float dtype, mask [G, n] bool or None, sigma [1] or [G] where it is not a number."""
     z = unit_rows(x, mask, dtype) if spec.name == "cosine" else x.to(dtype)
-    if problem.as_given:
+    if problem.as_given(x.shape[1]):
         return _as_given(z, mask)
     compiled = problem.backend == "cpp" and dtype == torch.float32
     z, square, scale, shift, unit, typical = (_compiled_centre if compiled else _centre)(z, mask, spec, problem)

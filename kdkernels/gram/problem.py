@@ -15,6 +15,9 @@ from .kernels import KernelSpec
 STATS = ("cka", "hsic", "mse", "row_mse", "sum")
 
 
+SMALL = 1024  # samples up to which the products of all pairs are kept (at most 4 MB a group and side in float32)
+
+
 class Problem(NamedTuple):
     stat: str
     kx: KernelSpec
@@ -35,11 +38,10 @@ class Problem(NamedTuple):
         """The value does not change under K_ij -> K_ij + u_i + u_j, which `prepare` then uses against cancellation."""
         return self.center and not self.row_normalize
 
-    @property
-    def as_given(self) -> bool:
-        """Neither centred nor scaled: sums of K and L are finished in float64; Triton, which rounds rows to half
-        precision, wants them scaled."""
-        return self.stat in ("mse", "row_mse") and self.backend != "triton"
+    def as_given(self, n: int) -> bool:
+        """Rows are neither centred nor scaled: sums of K and L are finished in float64, and row_mse scales the kept K.
+        Triton, which rounds rows to half precision, wants them scaled."""
+        return self.backend != "triton" and (self.stat == "mse" or (self.stat == "row_mse" and n <= SMALL))
 
     @property
     def minimum(self) -> int:

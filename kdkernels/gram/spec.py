@@ -15,7 +15,7 @@ import torch
 
 from ..testing import REGIMES, Caps, Case, pair
 from . import op as ops
-from . import panels, reference
+from . import panels, problem, reference
 from .kernels import RBF, Laplacian, Polynomial, spec_of
 
 HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
@@ -55,7 +55,7 @@ TORCH_EDGES = (panels.SMALL - 1, panels.SMALL, panels.SMALL + 1)  # kept product
 @contextlib.contextmanager
 def small_tiles(backend: str):
     """No kept products, in PyTorch tiles of 16 rows: the path of large n on a matrix that a test can afford."""
-    places = [(panels, "SMALL", 8), (panels, "TILE", 16)]
+    places = [(problem, "SMALL", 8), (panels, "SMALL", 8), (panels, "TILE", 16)]
     if backend == "triton":
         from . import triton_impl  # here, as importing it needs triton
 

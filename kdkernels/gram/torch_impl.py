@@ -53,11 +53,11 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     dtype = saved_dtype(problem, x, y)
     G, n, p = x.shape
     pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype)
-    kept, u = None, [None, None]
+    kept, u, scale = None, [None, None], None
     if in_feature_space(problem, n, p, y.shape[2]):
         stats = feature.row_stats(pairs)
     else:
-        stats, u, kept = panels.row_stats(pairs)
+        stats, u, kept, scale = panels.row_stats(pairs)
     count = n if mask is None else mask.sum(1)
     units = (pairs.x.P.unit, pairs.y.P.unit)
     eps = torch.finfo(dtype).eps
@@ -67,6 +67,9 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
         rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
         asked = (bool(need & 0b101), bool(need & 0b1010))
         value, sides = combine(problem, stats, count, eps, units, rho, asked)
+        if scale is not None:  # d(scale K)/dK
+            pairs_of = zip(sides, scale.double()[..., None], strict=True)
+            sides = [side._replace(p=side.p * factor, q=side.q * factor) for side, factor in pairs_of]
         value, rows = pack_rows(value, sides, u, count, problem, need, dtype)
     kept = rows.new_empty(0) if kept is None or not need else torch.stack(kept)
     return value.to(compute_dtype(x, y)), rows, kept
