@@ -73,6 +73,11 @@ def rdimkd(variant: str):
     return make
 
 
+def relational(title: str, name: str, grid: tuple[float, ...], op: str) -> Method:
+    """The first weight of the grid is that of the reference implementation."""
+    return Method(title, lambda w, task: getattr(kd.losses, name)(weight=w), "features", grid, op)
+
+
 LOGITS = (1.0, 0.3, 3.0, 10.0)  # weights tried for a loss of the size of cross-entropy
 
 METHODS = {
@@ -109,7 +114,7 @@ METHODS = {
         "STKD, Beta(1, 1), tau 4",
         lambda alpha, task: kd.losses.STKDLoss(alpha=alpha),
         "logits",
-        (0.9, 0.5, 0.7, 0.95, 0.99),
+        (0.9, 0.3, 0.5, 0.7, 0.95),
         "mixed_distillation",
         mixes=True,
     ),
@@ -121,6 +126,9 @@ METHODS = {
         "landmark_similarity_loss",
         labels=True,
     ),
+    "sp": relational("SP of features", "SPLoss", (3000.0, 300.0, 1000.0, 10000.0), "gram_mse"),
+    "rkd": relational("RKD of features, 25 : 50", "RKDLoss", (1.0, 0.3, 3.0, 10.0), "rkd_angle"),
+    "pkt": relational("PKT of features", "PKTLoss", (30000.0, 3000.0, 10000.0, 100000.0), "pkt"),
     **{
         f"rdimkd-{variant.lower()}": Method(
             f"RdimKD-{variant}, k 16", rdimkd(variant), "features", (5.0, 1.0, 2.0, 10.0, 20.0, 40.0), "projected_mse"
