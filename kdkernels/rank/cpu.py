@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from . import blocks, counted, rounds, strength
+from .threads import QUIET, over_rows
 
-QUIET = {"invalid": "ignore", "over": "ignore", "divide": "ignore", "under": "ignore"}
+SORTED = 2**16  # elements that are worth a thread where they are only sorted
 GROUP = 2**17  # elements whose gradient is found together
 
 
@@ -27,22 +28,30 @@ def packed_sort(rows):
     """
     R, n = rows.shape
     bits = rows.detach().add(0.0).numpy().view(np.int32)  # -0.0 is 0.0
-    # order of the integers = order of the numbers
-    key = bits >> 31
-    key &= 0x7FFFFFFF
-    key ^= bits
-    packed = np.empty((R, n + 1), dtype=np.int64)
-    high, low = packed.view(np.int32).reshape(R, n + 1, 2).transpose(2, 0, 1)[:: -1 if sys.byteorder == "little" else 1]
-    np.invert(key, out=high[:, :n])
-    low[:, :n] = np.arange(R * n, dtype=np.int32).reshape(R, n)
-    high[:, n] = 0x7FFFFFFF
-    low[:, n] = np.arange(R * n, R * (n + 1))
-    packed.sort(axis=1)
-    key = np.invert(high)
-    mask = key >> 31
-    mask &= 0x7FFFFFFF
-    key ^= mask
-    return key.view(np.float32), low.astype(np.int64)
+    s, order = np.empty((R, n + 1), dtype=np.float32), np.empty((R, n + 1), dtype=np.int64)
+
+    def sort(part):
+        # order of the integers = order of the numbers
+        key = bits[part] >> 31
+        key &= 0x7FFFFFFF
+        key ^= bits[part]
+        packed = order[part]
+        halves = packed.view(np.int32).reshape(len(packed), n + 1, 2).transpose(2, 0, 1)
+        high, low = halves[:: -1 if sys.byteorder == "little" else 1]
+        np.invert(key, out=high[:, :n])
+        first, last = part.start * n, part.stop * n
+        low[:, :n] = np.arange(first, last, dtype=np.int32).reshape(-1, n)
+        high[:, n] = 0x7FFFFFFF
+        low[:, n] = np.arange(R * n + part.start, R * n + part.stop)
+        packed.sort(axis=1)
+        key = np.invert(high)
+        mask = key >> 31
+        mask &= 0x7FFFFFFF
+        np.bitwise_xor(key, mask, out=s[part].view(np.int32))
+        packed &= 0xFFFFFFFF
+
+    over_rows(sort, R, n, SORTED)
+    return s, order
 
 
 def sorted_rows(rows):
@@ -170,13 +179,17 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
     e = number
     if relative or strengths is not None:
         e = eps.detach().masked_fill(poisoned, 1.0)[:, None].numpy()
-    if rows.dtype.itemsize == 2 and n >= counted.LENGTH:
-        found = counted.ranks(rows, e, number, kl, dtype)
-    else:
-        found = _sorted_ranks(rows, e, number, kl, need, dtype)
-    if found is None:
+
+    def ranks(part):
+        own = e if np.ndim(e) == 0 else e[part]
+        if rows.dtype.itemsize == 2 and n >= counted.LENGTH:
+            return counted.ranks(rows[part], own, number, kl, dtype)
+        return _sorted_ranks(rows[part], own, number, kl, need, dtype)
+
+    found = over_rows(ranks, *rows.shape)
+    if any(part is None for part in found):
         return None
-    rank, ids = found
+    rank, ids = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     if bad:
         rank[poisoned], ids[poisoned] = math.nan, -1
     rank, eps = rank.to(dtype).reshape(shape), eps.reshape(shape[:-1])
@@ -232,10 +245,10 @@ def unsorted(t, order, R, n):
     return torch.empty_like(t).scatter_(0, order, t)[: R * n].reshape(R, n)
 
 
-def groups(R, n):
-    """Slices of rows that fit a cache."""
+def groups(rows, n):
+    """A slice of rows in slices that fit a cache."""
     step = max(1, GROUP // max(n, 1))
-    return [slice(k, min(k + step, R)) for k in range(0, R, step)]
+    return [slice(k, min(k + step, rows.stop)) for k in range(rows.start, rows.stop, step)]
 
 
 def rank_backward(grad, x, rank, ids, eps, kl, descending):
@@ -247,7 +260,8 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
     e = -e if descending else e
     table = int(ids.max()) + 2  # those alone in their block share a sum that nobody reads
     one = torch.ones(1, dtype=torch.float64)
-    for part in groups(*ids.shape):
+
+    def pull(part):
         own = ids[part]
         first = torch.arange(1, 1 + len(own) * table, table, dtype=torch.int32)
         at = (own + first[:, None]).reshape(-1)
@@ -270,6 +284,12 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
         else:
             d.masked_fill_(own < 0, 0.0)
         g[part] = d.div_(e[part])
+
+    def pull_groups(rows):
+        for part in groups(rows, n):
+            pull(part)
+
+    over_rows(pull_groups, *ids.shape)
     return g.reshape(x.shape)
 
 

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows shared out between threads: NumPy lets go of the interpreter's lock in its loops, and rows need no one else."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+LEAST = 2**18  # elements that are worth a thread: the rounds of pooling are as many for half of the rows
+QUIET = {"invalid": "ignore", "over": "ignore", "divide": "ignore", "under": "ignore"}
+
+_here = threading.local()  # a part is not shared out again
+
+
+def over_rows(run, R: int, n: int, least: int = LEAST) -> list:
+    """run(slice) of all of R rows of n, in as many parts as PyTorch has threads; the results, in order.
+
+    A part has `least` elements or more.
+
+    Threads of their own, not a pool: a process that forks keeps none.
+    """
+    workers = 1 if getattr(_here, "shared_out", False) else max(1, min(torch.get_num_threads(), R, R * n // least))
+    parts = [slice(R * k // workers, R * (k + 1) // workers) for k in range(workers)]
+    results: list = [None] * workers
+    errors: list[BaseException] = []
+
+    def work(k: int):
+        _here.shared_out = workers > 1
+        # both are settings of a thread
+        with torch.no_grad(), np.errstate(**QUIET):
+            try:
+                results[k] = run(parts[k])
+            except BaseException as error:
+                errors.append(error)
+        _here.shared_out = False
+
+    others = [threading.Thread(target=work, args=(k,)) for k in range(1, workers)]
+    for thread in others:
+        thread.start()
+    work(0)
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
