@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import keeps_accuracy_near_the_teacher, maps, same_value_and_gradient
 
 from kdkernels.losses import ATLoss
 
@@ -14,17 +15,6 @@ def attention(student, teacher, p=2):
     pooled = (F.adaptive_avg_pool2d(x, (height, width)) for x in (student, teacher))
     a, b = (F.normalize(x.abs().pow(p).mean(1).flatten(1)) for x in pooled)
     return (a - b).square().mean()
-
-
-def maps(student, teacher):
-    torch.manual_seed(0)
-    return torch.randn(*student, dtype=torch.float64).requires_grad_(), torch.randn(*teacher, dtype=torch.float64)
-
-
-def same_value_and_gradient(value, expected, student, rtol=1e-9):
-    torch.testing.assert_close(value, expected, rtol=rtol, atol=0)
-    got, wanted = (torch.autograd.grad(v, student)[0] for v in (value, expected))
-    torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("p", [1, 2, 2.5, 4])
@@ -87,14 +77,7 @@ def test_a_map_of_zeros_is_finite_and_gets_no_gradient(p):
 
 
 def test_a_student_near_its_teacher_keeps_its_relative_accuracy():
-    torch.manual_seed(0)
-    teacher = torch.randn(3, 16, 4, 4)
-    student = (teacher + 1e-3 * torch.randn_like(teacher)).requires_grad_()
-    exact = student.detach().double().requires_grad_()
-    value, expected = ATLoss()(student, teacher), attention(exact, teacher.double())
-    torch.testing.assert_close(value.double(), expected, rtol=2e-3, atol=0)
-    got, wanted = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, exact)[0]
-    assert (got.double() - wanted).norm() < 2e-3 * wanted.norm()
+    keeps_accuracy_near_the_teacher(ATLoss(), attention, (3, 16, 4, 4), value=2e-3)
 
 
 def test_squares_of_half_precision_features_do_not_overflow():

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import keeps_accuracy_near_the_teacher, maps, same_value_and_gradient
 
 from kdkernels.losses import ICKDLoss
 
@@ -13,17 +14,6 @@ def correlation(student, teacher):
     B, C = student.shape[:2]
     G, H = (F.normalize(x.flatten(2) @ x.flatten(2).mT, dim=2) for x in (student, teacher))
     return (G - H).square().sum() / (B * C)
-
-
-def maps(student, teacher):
-    torch.manual_seed(0)
-    return torch.randn(*student, dtype=torch.float64).requires_grad_(), torch.randn(*teacher, dtype=torch.float64)
-
-
-def same_value_and_gradient(value, expected, student, rtol=1e-9):
-    torch.testing.assert_close(value, expected, rtol=rtol, atol=0)
-    got, wanted = (torch.autograd.grad(v, student)[0] for v in (value, expected))
-    torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -84,14 +74,7 @@ def test_a_zero_channel_is_finite_and_so_is_its_gradient():
 
 
 def test_a_student_near_its_teacher_keeps_its_relative_accuracy():
-    torch.manual_seed(0)
-    teacher = torch.randn(3, 16, 4, 4)
-    student = (teacher + 1e-3 * torch.randn_like(teacher)).requires_grad_()
-    exact = student.detach().double().requires_grad_()
-    value, expected = ICKDLoss()(student, teacher), correlation(exact, teacher.double())
-    torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=0)
-    got, wanted = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, exact)[0]
-    assert (got.double() - wanted).norm() < 2e-3 * wanted.norm()
+    keeps_accuracy_near_the_teacher(ICKDLoss(), correlation, (3, 16, 4, 4))
 
 
 def test_channels_must_agree_and_the_message_says_how():

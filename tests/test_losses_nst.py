@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import keeps_accuracy_near_the_teacher, maps, same_value_and_gradient
 
 from kdkernels.losses import NSTLoss
 from kdkernels.losses.maps import pooled
@@ -19,17 +20,6 @@ def selectivity(student, teacher):
         return (a[:, None] * b[:, :, None]).sum(-1).square().mean()
 
     return kernel(s, s) + kernel(t, t) - 2 * kernel(s, t)
-
-
-def maps(student, teacher, dtype=torch.float64):
-    torch.manual_seed(0)
-    return torch.randn(*student, dtype=dtype).requires_grad_(), torch.randn(*teacher, dtype=dtype)
-
-
-def same_value_and_gradient(value, expected, student, rtol=1e-9):
-    torch.testing.assert_close(value, expected, rtol=rtol, atol=0)
-    got, wanted = (torch.autograd.grad(v, student)[0] for v in (value, expected))
-    torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * wanted.abs().max().item())
 
 
 # more positions than channels (C x C products) and fewer (L x L), other channels, other sizes, no square, one sample
@@ -110,15 +100,8 @@ def test_a_zero_channel_is_finite_and_gets_no_gradient():
 
 @pytest.mark.parametrize("channels", [4, 40])
 def test_a_student_near_its_teacher_keeps_its_relative_accuracy(channels):
-    torch.manual_seed(0)
-    teacher = torch.randn(3, channels, 4, 4)
-    student = (teacher + 1e-3 * torch.randn_like(teacher)).requires_grad_()
-    exact = student.detach().double().requires_grad_()
-    value, expected = NSTLoss()(student, teacher), selectivity(exact, teacher.double())
     # three means of 0.1 that cancel to 1e-7 leave nothing in float32
-    torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=0)
-    got, wanted = torch.autograd.grad(value, student)[0], torch.autograd.grad(expected, exact)[0]
-    assert (got.double() - wanted).norm() < 2e-3 * wanted.norm()
+    keeps_accuracy_near_the_teacher(NSTLoss(), selectivity, (3, channels, 4, 4))
 
 
 def test_maps_of_any_layout_give_one_value():
