@@ -1,7 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a kernel typically goes wrong: changes that the sabotage suites make to inputs, values and gradients."""
+"""How a kernel typically goes wrong, and whether the contract says so: what the sabotage suites share."""
 
 import torch
+
+from kdkernels import testing
+
+CRASHES = ("TypeError", "AttributeError", "NameError")  # of a sabotage that no longer fits what it breaks
+
+
+def rejects(monkeypatch, op, check, broken, module=None):
+    """Whether `check` fails once `broken`, {name or (module, name): replacement}, is in the place of the backend torch.
+
+    A number has to be wrong: a replacement that cannot be called proves nothing.
+    """
+    for part, replacement in broken.items():
+        where, name = part if isinstance(part, tuple) else (module, part)
+        monkeypatch.setattr(where, name, replacement)
+    family = "accuracy" if check.startswith(("value", "gradient")) else check
+    results = testing.measure(op, "torch", quick=True, checks=[family])
+    return any(r.check == check and not r.ok and not r.note.startswith(CRASHES) for r in results)
 
 
 def without_last(dim):
