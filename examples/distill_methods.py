@@ -111,7 +111,7 @@ METHODS = {
         "spearman",
     ),
     "stkd": Method(
-        "STKD, Beta(1, 1), tau 4",
+        "STKD, tau 4; weight: alpha",
         lambda alpha, task: kd.losses.STKDLoss(alpha=alpha),
         "logits",
         (0.9, 0.3, 0.5, 0.7, 0.95),

@@ -28,7 +28,7 @@ def gather(x: torch.Tensor, group=None) -> torch.Tensor:
     ranks send back to them: see the module's first lines for what that means with DDP.
 
     Costs, W ranks of n rows and d bytes a row: forward W n d received on each rank (rows are padded to the longest
-    rank's), backward the same as a reduce-scatter; 64 bytes a rank and tensor to agree on sizes, which the host reads:
+    rank's), backward the same as a reduce-scatter; 56 bytes a rank and tensor to agree on sizes, which the host reads:
     one synchronisation on a GPU, and a graph break under `torch.compile`.
 
     group: None here means all ranks, as in torch.distributed. Raises RuntimeError without a process group.
