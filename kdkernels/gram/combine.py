@@ -41,22 +41,27 @@ class Weights(NamedTuple):
     h: torch.Tensor
 
 
-def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=None, need=(True, True)):
+def over_rows(t):
+    return t.sum(-1)
+
+
+def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=None, need=(True, True), total=over_rows):
     """value [G] float64 and the Weights of both sides (None where `need` says that nobody asks).
 
     count: rows kept, an int or [G] float64. eps: of the dtype in which K and L were computed. units = (unit_x, unit_y)
-    with K = unit * K^. rho = (rho_x, rho_y) [G, n], 1/sqrt(K_ii), where `row_normalize`.
+    with K = unit * K^. rho = (rho_x, rho_y) [G, n], 1/sqrt(K_ii), where `row_normalize`. total: [G, n] -> [G], the sum
+    over all rows, where `stats` has only a part of them (`ring.py`).
     """
     if problem.stat in ("mse", "row_mse"):
-        return _mse(problem, stats, count, eps)
+        return _mse(problem, stats, count, eps, total)
     ux, uy = units if not problem.row_normalize else (units[0].sqrt(), units[1].sqrt())
     n = float(count) if isinstance(count, int) else count.double()
     if problem.stat == "sum":
-        value = stats.kl.sum(-1) * ux * uy
+        value = total(stats.kl) * ux * uy
         one = torch.ones_like(stats.a) * (ux * uy)[:, None]
         none = torch.zeros_like(one)
         return value, (_side(one, none, none), _side(one, none, none))
-    rows = _RowNormalized(stats, rho) if problem.row_normalize else _Plain(stats)
+    rows = _RowNormalized(stats, rho, total) if problem.row_normalize else _Plain(stats, total)
     form = estimator(problem, n)
     kl, kk, ll = rows.hsic("kl", form), rows.hsic("kk", form), rows.hsic("ll", form)
     if problem.stat == "hsic":
@@ -111,18 +116,18 @@ def _side(p, q, e, f=None, h=None) -> Weights:
 class _Plain:
     """K and L symmetric: row sums are column sums."""
 
-    def __init__(self, stats: RowStats):
-        self.stats = stats
+    def __init__(self, stats: RowStats, total):
+        self.over = total
         self.sums = {"k": stats.a, "l": stats.b}
-        self.totals = {"k": stats.a.sum(-1), "l": stats.b.sum(-1)}
-        self.squares = {which: getattr(stats, which).sum(-1) for which in ("kk", "kl", "ll")}
+        self.totals = {"k": total(stats.a), "l": total(stats.b)}
+        self.squares = {which: total(getattr(stats, which)) for which in ("kk", "kl", "ll")}
 
     def total(self, which):
         return self.squares[which]
 
     def hsic(self, which, form):
         first, second = which
-        cross = (self.sums[first] * self.sums[second]).sum(-1)
+        cross = self.over(self.sums[first] * self.sums[second])
         return form.c * (self.squares[which] - form.r * cross + form.s * self.totals[first] * self.totals[second])
 
     def _weights(self, form, alpha, beta, own, other):
@@ -143,22 +148,23 @@ class _Plain:
 class _RowNormalized:
     """K~_ij = rho_i K_ij is not symmetric: rows sums rho_i a_i and column sums aw_j both enter."""
 
-    def __init__(self, stats: RowStats, rho):
+    def __init__(self, stats: RowStats, rho, total):
+        self.over = total
         self.rho = dict(zip("kl", rho, strict=True))
         self.rows = {"k": rho[0] * stats.a, "l": rho[1] * stats.b}
         self.columns = {"k": stats.aw, "l": stats.bw}
         self.sums = {"kk": stats.kk, "kl": stats.kl, "ll": stats.ll}
 
     def total(self, which):
-        return (self.rho[which[0]] * self.rho[which[1]] * self.sums[which]).sum(-1)
+        return self.over(self.rho[which[0]] * self.rho[which[1]] * self.sums[which])
 
     def hsic(self, which, form):
         first, second = which
         value = self.total(which)
         if self.columns["k"] is not None:
-            value = value - form.r / 2 * (self.rows[first] * self.rows[second]).sum(-1)
-            value = value - form.r / 2 * (self.columns[first] * self.columns[second]).sum(-1)
-            value = value + form.s * self.rows[first].sum(-1) * self.rows[second].sum(-1)
+            value = value - form.r / 2 * self.over(self.rows[first] * self.rows[second])
+            value = value - form.r / 2 * self.over(self.columns[first] * self.columns[second])
+            value = value + form.s * self.over(self.rows[first]) * self.over(self.rows[second])
         return form.c * value
 
     def _weights(self, form, alpha, beta, own, other):
@@ -170,7 +176,7 @@ class _RowNormalized:
             return _side(p, q, torch.zeros_like(p), f, torch.zeros_like(p))
         rows = alpha * self.rows[other] + beta * self.rows[own]
         columns = alpha * self.columns[other] + beta * self.columns[own]
-        mean = _column(form.s) * rows.sum(-1, keepdim=True)
+        mean = _column(form.s) * self.over(rows)[:, None]
         half = _column(form.r) / 2
         return _side(p, q, f * c * (mean - half * rows), f, -c * half * columns)
 
@@ -181,18 +187,18 @@ class _RowNormalized:
         return self._weights(form, alpha, beta, "l", "k")
 
 
-def _mse(problem: Problem, stats: RowStats, count, eps: float):
+def _mse(problem: Problem, stats: RowStats, count, eps: float, total):
     n = float(count) if isinstance(count, int) else count.double().clamp(min=1)[:, None]
     r = torch.ones_like(stats.a) / (n * n if problem.mean else 1.0)
     zero = torch.zeros_like(r)
     if problem.stat == "mse":
         side = _side(-2 * r, 2 * r, zero)
-        return (r * stats.kl).sum(-1), (side, side)
+        return total(r * stats.kl), (side, side)
     # unit rows: sum_j (K_ij/|K_i| - L_ij/|L_i|)^2 = [K_i != 0] + [L_i != 0] - 2 cos_i; p and q have to fit float32
     least = ZERO_ROW if eps > torch.finfo(torch.float64).eps else 0.0
     kk, ll = (torch.where(s <= least, torch.inf, s) for s in (stats.kk, stats.ll))
     cross = 1 / (kk.sqrt() * ll.sqrt())
     cos = stats.kl * cross
-    value = (r * ((stats.kk > least).double() + (stats.ll > least).double() - 2 * cos)).sum(-1)
+    value = total(r * ((stats.kk > least).double() + (stats.ll > least).double() - 2 * cos))
     p = -2 * r * cross
     return value, (_side(p, 2 * r * cos / kk, zero), _side(p, 2 * r * cos / ll, zero))

@@ -80,12 +80,17 @@ def build(x, y, mask, sigma_x, sigma_y, problem: Problem, dtype, kept_only=(Fals
     return Pairs(problem, *sides, None if mask is None else mask.to(dtype))
 
 
-def landmark_means(side: Side, weight) -> torch.Tensor | None:
-    """u_i = mean_{j in S} K^_ij - mean/2 over a fixed strided subset S: takes most of what cancels out of K^."""
+def landmarks(n: int, device) -> torch.Tensor:
+    """Which of n rows stand in for all of them: a fixed strided subset."""
+    return torch.arange(0, n, max(1, n // LANDMARKS), device=device)
+
+
+def landmark_means(side: Side, weight, subset=None) -> torch.Tensor | None:
+    """u_i = mean_{j in S} K^_ij - mean/2 over a fixed subset S of rows: takes most of what cancels out of K^."""
     if not side.stable or side.spec.linear:
         return None
     n = side.left.shape[-2]
-    subset = torch.arange(0, n, max(1, n // LANDMARKS), device=side.left.device)
+    subset = landmarks(n, side.left.device) if subset is None else subset
     everything = slice(0, n)
     K = maps.kernel(side, maps.product(side, everything, subset), everything, subset)
     w = torch.ones_like(side.P.square) if weight is None else weight
@@ -229,13 +234,7 @@ def _apply_tiles(pairs, weights, kept, want_sigma):
     dsigma = torch.zeros(z.shape[:-2], dtype=torch.float64, device=z.device)
     row_norm = torch.zeros_like(x.P.square) if pairs.problem.row_normalize else None
     for i, j in tiles(pairs.n, pairs.small):
-        t_x, t_y = kept if kept is not None else (maps.product(side, i, j) for side in (pairs.x, pairs.y))
-        K, L = pairs.gram(pairs.x, t_x, i, j), pairs.gram(pairs.y, t_y, i, j)
-        W = _pair_weights(pairs, weights, K, L, i, j, row_norm)
-        V = maps.slope(x, t_x, i, j)
-        V = W if V is None else V.mul_(W)
-        if x.spec.of_distance and i == j:  # a point has no distance to itself: keep its large k_ii out of the sums
-            V.diagonal(dim1=-2, dim2=-1).zero_()
+        V, sigma_sum = weighted_slopes(pairs, weights, kept, i, j, row_norm, want_sigma)
         if pairs.small:
             dz = V @ z
         else:
@@ -243,8 +242,7 @@ def _apply_tiles(pairs, weights, kept, want_sigma):
         if not x.spec.linear:
             row_sums[..., i] += V.sum(-1)
         if want_sigma:
-            part = (W * maps.sigma_slope(x, t_x)).sum((-2, -1), dtype=torch.float64)
-            dsigma += part / 2 if i == j else part
+            dsigma += sigma_sum / 2 if i == j else sigma_sum
         if i != j:
             dz[..., j, :] += V.mT @ z[..., i, :]
             if not x.spec.linear:
@@ -252,6 +250,20 @@ def _apply_tiles(pairs, weights, kept, want_sigma):
     if row_norm is not None and not x.spec.of_distance:
         dz, row_sums = row_norm_diagonal(x, weights, row_norm, dz, row_sums)
     return Gradient(dz, row_sums, dsigma)
+
+
+def weighted_slopes(pairs: Pairs, weights: Weights, kept, i, j, row_norm, want_sigma: bool):
+    """V on a tile, and sum_ij W_ij dK^_ij/dsigma^ where it is wanted; sum_j c_ij K_ij is added to `row_norm`."""
+    x = pairs.x
+    t_x, t_y = kept if kept is not None else (maps.product(side, i, j) for side in (pairs.x, pairs.y))
+    K, L = pairs.gram(x, t_x, i, j), pairs.gram(pairs.y, t_y, i, j)
+    W = _pair_weights(pairs, weights, K, L, i, j, row_norm)
+    sigma_sum = (W * maps.sigma_slope(x, t_x)).sum((-2, -1), dtype=torch.float64) if want_sigma else None
+    V = maps.slope(x, t_x, i, j)
+    V = W if V is None else V.mul_(W)
+    if x.spec.of_distance and i == j:  # a point has no distance to itself: keep its large k_ii out of the sums
+        V.diagonal(dim1=-2, dim2=-1).zero_()
+    return V, sigma_sum
 
 
 def _pair_weights(pairs, weights, K, L, i, j, row_norm):

@@ -27,13 +27,24 @@ class Prepared(NamedTuple):
     typical: torch.Tensor | None = None  # [G] rbf, laplacian: the mean squared distance in units of z
 
 
-def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype) -> Prepared:
-    """x [G, n, p] any float dtype, mask [G, n] bool or None, sigma [1] or [G] where it is not a number."""
+def of_these_rows(total):
+    return total
+
+
+def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype, over=of_these_rows) -> Prepared:
+    """x [G, n, p] any float dtype, mask [G, n] bool or None, sigma [1] or [G] where it is not a number.
+
+    over: from a sum over these rows to the one over all rows, where x is only a part of them (`ring.py`).
+    """
     z = unit_rows(x, mask, dtype) if spec.name == "cosine" else x.to(dtype)
-    if problem.as_given(x.shape[1]):
-        return _as_given(z, mask)
-    compiled = problem.backend == "cpp" and dtype == torch.float32
-    z, square, scale, shift, unit, typical = (_compiled_centre if compiled else _centre)(z, mask, spec, problem)
+    if over is of_these_rows:
+        if problem.as_given(x.shape[1]):
+            return _as_given(z, mask)
+        compiled = problem.backend == "cpp" and dtype == torch.float32
+        parts = _compiled_centre(z, mask, spec, problem) if compiled else _centre(z, mask, spec, problem)
+    else:
+        parts = _centre(z, mask, spec, problem, over)
+    z, square, scale, shift, unit, typical = parts
     if spec.of_distance:
         par = bandwidths(spec, sigma, z) * scale[:, None]
         return Prepared(z, square, scale, shift, torch.ones_like(unit), par, typical=typical)
@@ -48,18 +59,18 @@ def _as_given(x, mask) -> Prepared:
     return Prepared(_masked(x, mask), one[:, None].expand(x.shape[:2]), None, None, one.double(), None)
 
 
-def _centre(x, mask, spec: KernelSpec, problem: Problem):
+def _centre(x, mask, spec: KernelSpec, problem: Problem, over=of_these_rows):
     """z, |z_i|^2, the scale, the shift or None, the unit, and twice the mean |z_i|^2."""
     z = _masked(x, mask)
-    count = z.shape[1] if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
+    count = over(z.shape[1]) if mask is None else over(mask.sum(1)).clamp(min=1)[:, None, None]
     centred = problem.stable or spec.of_distance
     mean = None
     if centred:
-        mean = z.sum(1, keepdim=True) / count
+        mean = over(z.sum(1, keepdim=True)) / count
         z = _masked(z - mean, mask)
         mean2 = mean.square().sum((1, 2))
     square = torch.linalg.vector_norm(z, dim=-1).square_()
-    spread = square.sum(1) / (count if mask is None else count[:, 0, 0])
+    spread = over(square.sum(1)) / (count if mask is None else count[:, 0, 0])
     scale = torch.ones_like(spread)
     if problem.stat != "mse":  # there K - L needs both sides in one unit
         scale = torch.exp2(torch.log2(torch.where(spread == 0, scale, spread)).div_(-2).round_())
