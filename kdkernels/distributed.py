@@ -10,13 +10,18 @@ concatenated batch would give them. Without either, divide by it yourself.
 
 from __future__ import annotations
 
+import zlib
+from typing import NamedTuple
+
 import torch
 
 from . import checks
 from .autograd import NoSecondDerivative
 
-_REFUSED = -2  # in the place of a dtype
+_REFUSED = -2
 _MOST_DIMS = 6  # a rank tells the others so many sizes of a tensor
+_WIDTH = 1 + _MOST_DIMS
+_AT_ONCE = 3  # tensors described in the first message, which has one size for every call
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int64, torch.int32)
 
 
@@ -24,11 +29,12 @@ def gather(x: torch.Tensor, group=None) -> torch.Tensor:
     """The rows of all ranks, rank after rank, on every rank: [n_r, ...] -> [sum of n_r, ...]; differentiable.
 
     Ranks may have different numbers of rows, none included (an uneven last batch), of one width, dtype and device
-    type; the same error is raised on every rank if they do not. The gradient of a rank's rows is the sum of what all
-    ranks send back to them: see the module's first lines for what that means with DDP.
+    type, with a gradient on all or none; the same error is raised on every rank if they do not. The gradient of a
+    rank's rows is the sum of what all ranks send back to them: see the module's first lines for what that means with
+    DDP.
 
     Costs, W ranks of n rows and d bytes a row: forward W n d received on each rank (rows are padded to the longest
-    rank's), backward the same as a reduce-scatter; 56 bytes a rank and tensor to agree on sizes, which the host reads:
+    rank's), backward the same as a reduce-scatter; 224 bytes a rank to agree on sizes, which the host reads:
     one synchronisation on a GPU, and a graph break under `torch.compile`.
 
     group: None here means all ranks, as in torch.distributed. Raises RuntimeError without a process group.
@@ -54,13 +60,60 @@ def handle_of(group):
             f"group is {group!r}, and torch.distributed is not initialised: call torch.distributed.init_process_group "
             "first, or pass group=None for one process"
         )
+    check_group(group)
+    return torch.distributed.group.WORLD if isinstance(group, str) else group
+
+
+def check_group(group):
+    """Refuses what names no group; None is this process alone."""
     if isinstance(group, str):
         if group != "world":
             raise ValueError(f"group is {group!r}: give None, 'world' or a torch.distributed.ProcessGroup")
-        return torch.distributed.group.WORLD
-    if not isinstance(group, torch.distributed.ProcessGroup):
+    elif group is not None and not (
+        torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+    ):
         raise TypeError(f"group is {group!r}: give None, 'world' or a torch.distributed.ProcessGroup this rank is in")
-    return group
+
+
+class Held:
+    """A process group as a module holds it: copies of the module share the group, a pickle of it is refused.
+
+    A group cannot be written to a file, and a module that came back without it would silently compute another number.
+    """
+
+    def __init__(self, group):
+        check_group(group)
+        self.group = group
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError(
+            "group is a ProcessGroup, which no pickle can hold: save the state_dict (it needs no group), or make the "
+            "loss with group='world', which can be pickled"
+        )
+
+
+class Agreed(NamedTuple):
+    """A group whose ranks have compared what they hold, and the rows of each; an op given it as `group=` asks no more.
+
+    Loss modules compare all levels once (`compare`) and hand one of these to the op of each level.
+    """
+
+    handle: object
+    rows: list[int]
+
+    @property
+    def total(self) -> int:
+        """Rows on all ranks."""
+        return sum(self.rows)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return sum_over(x, self.handle)
+
+    def gather(self, *tensors) -> list[torch.Tensor | None]:
+        return gather_rows(tensors, self.rows, self.handle)
 
 
 def agree(tensors, names, handle, check=lambda: None) -> list[int]:
@@ -69,52 +122,106 @@ def agree(tensors, names, handle, check=lambda: None) -> list[int]:
     A rank whose `check` raises tells the others before it does. Tensors may be None, on all ranks alike. The host reads
     the answer.
     """
-    described, error = [[_REFUSED] * (_MOST_DIMS + 1)] * len(names), None
-    try:
+
+    def prepare():
         check()
-        described = [_described(t, name) for t, name in zip(tensors, names, strict=True)]
-    except (TypeError, ValueError) as own:
-        error = own
-    mine = torch.tensor(described, device=_device_of(tensors, handle))
-    table = mine.new_empty(torch.distributed.get_world_size(handle), *mine.shape)
-    _all_gather(table.view(-1, mine.shape[-1]), mine, handle)
-    if error is not None:
-        raise error
-    table = table.tolist()
-    refused = [i for i, rank in enumerate(table) if rank[0][0] == _REFUSED]
-    if refused:
-        raise ValueError(f"{names[0]}: rank {refused[0]} of the group refused its arguments; its own error says why")
-    rows = [rank[0][1] for rank in table]
-    for k, name in enumerate(names):
-        found = "; ".join(f"rank {i} has {_words(rank[k])}" for i, rank in enumerate(table))
-        if len({(rank[k][0], *rank[k][2:]) for rank in table}) > 1:
-            raise ValueError(f"{name} differs between the ranks of the group: {found}. Only the rows may differ")
-        if tensors[k] is not None and [rank[k][1] for rank in table] != rows:
-            raise ValueError(f"{name} has not the rows of {names[0]} on every rank: {found}; {names[0]} has {rows}")
+        return None, dict(zip(names, tensors, strict=True))
+
+    _, found = compare(prepare, handle)
+    rows = found[names[0]]
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and found[name] != rows:
+            raise ValueError(
+                f"{name} has not the rows of {names[0]} on every rank: {found[name]}; {names[0]} has {rows}"
+            )
     return rows
 
 
-def _device_of(tensors, handle) -> torch.device:
-    for t in tensors:
-        if isinstance(t, torch.Tensor):
-            return t.device
-    return torch.device("cuda" if torch.distributed.get_backend(handle) == "nccl" else "cpu")
+def agreed(tensors, names, group, check=lambda: None) -> Agreed:
+    """What an op's `group=` stands for: `agree`, unless a loss module has asked for all its levels already."""
+    if isinstance(group, Agreed):
+        return group
+    handle = handle_of(group)
+    return Agreed(handle, agree(tensors, names, handle, check))
+
+
+def rows_first(t):
+    """[G, n, p] as [n, G, p] and back, [G, n] as [n, G]; [n, p] and [n] have no groups."""
+    grouped = isinstance(t, torch.Tensor) and (t.dim() == 3 or (t.dim() == 2 and t.dtype == torch.bool))
+    return t.transpose(0, 1) if grouped else t
+
+
+def compare(prepare, handle, call: str = ""):
+    """What `prepare` makes, and {name: rows on each rank} of the tensors it names; the ranks compare them all at once.
+
+    prepare() -> (anything, {name: tensor or None}). Whatever it raises, the other ranks are told and raise too, so that
+    nobody waits for a rank that is gone. But for their rows the tensors of a name must be alike on all ranks, so must
+    the number of names and `call`, which says in words what the caller computes. One message of 224 bytes a rank, and
+    one of 56 for each name after the third; the host reads them.
+    """
+    made, named, described, error = None, {}, [], None
+    try:
+        made, named = prepare()
+        described = [_described(t, name) for name, t in named.items()]
+    except Exception as own:  # of any kind: it is raised below, once the others know
+        error = own
+    padding = [-1] * (_WIDTH - 3)
+    header = [_REFUSED if error is not None else 0, len(described), zlib.crc32(call.encode()), *padding]
+    first = [header, *described[:_AT_ONCE]]
+    table = _exchange(first + [[-1] * _WIDTH] * (1 + _AT_ONCE - len(first)), handle)
+    if error is not None:
+        raise error
+    refused = [i for i, rank in enumerate(table) if rank[0][0] == _REFUSED]
+    if refused:
+        raise ValueError(
+            f"{next(iter(named))}: rank {refused[0]} of the group refused its arguments; its own error says why"
+        )
+    other = [i for i, rank in enumerate(table) if rank[0] != header]
+    if other:
+        raise ValueError(
+            f"{next(iter(named))}: rank {other[0]} of the group computes something else, or has another number of "
+            f"levels, than this rank's {call or 'call'} of {', '.join(named)}: every rank makes the same calls"
+        )
+    entries = [rank[1 : 1 + len(described)] for rank in table]
+    if len(described) > _AT_ONCE:
+        rest = _exchange(described[_AT_ONCE:], handle)
+        entries = [one + more for one, more in zip(entries, rest, strict=True)]
+    for k, name in enumerate(named):
+        if len({(rank[k][0], *rank[k][2:]) for rank in entries}) > 1:
+            found = "; ".join(f"rank {i} has {_words(rank[k])}" for i, rank in enumerate(entries))
+            raise ValueError(f"{name} differs between the ranks of the group: {found}. Only the rows may differ")
+    return made, {name: [rank[k][1] for rank in entries] for k, name in enumerate(named)}
+
+
+def _exchange(table, handle) -> list[list[list[int]]]:
+    """The table of every rank, [n][7] integers each."""
+    # a device of the group, not of a tensor: a rank that refused its arguments may have none
+    on_cpu = "cpu:" in torch.distributed.get_backend_config(handle)
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    mine = torch.tensor(table, device=device)
+    everyone = mine.new_empty(torch.distributed.get_world_size(handle), *mine.shape)
+    _all_gather(everyone.view(-1, mine.shape[-1]), mine, handle)
+    return everyone.tolist()
 
 
 def _described(t, name: str) -> list[int]:
-    """dtype, rows and the sizes of a row."""
+    """dtype and whether it gets a gradient, rows, the sizes of a row."""
     if t is None:
-        return [-1] * (_MOST_DIMS + 1)
+        return [-1] * _WIDTH
     if t.dim() == 0 or t.dim() > _MOST_DIMS:
         raise ValueError(f"{name} has shape {tuple(t.shape)}: a rank sends rows of 0 to {_MOST_DIMS - 1} dimensions")
-    return [_DTYPES.index(t.dtype), *t.shape, *[-1] * (_MOST_DIMS - t.dim())]
+    if t.dtype not in _DTYPES:
+        raise TypeError(f"{name} is {t.dtype}: ranks send {', '.join(map(str, _DTYPES))}")
+    kind = _DTYPES.index(t.dtype) + len(_DTYPES) * (t.requires_grad and torch.is_grad_enabled())
+    return [kind, *t.shape, *[-1] * (_MOST_DIMS - t.dim())]
 
 
 def _words(described) -> str:
     if described[0] < 0:
         return "None"
     shape = [size for size in described[1:] if size >= 0]
-    return f"{str(_DTYPES[described[0]]).removeprefix('torch.')} {shape}"
+    learns, kind = divmod(described[0], len(_DTYPES))
+    return f"{str(_DTYPES[kind]).removeprefix('torch.')} {shape}{' with a gradient' if learns else ''}"
 
 
 def _all_gather(out, x, handle):

@@ -19,21 +19,21 @@ FAMILIES = sorted({op.family for op in OPS.values()})
 FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "native"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
-    "accumulator": set(),
+    "accumulator": {"distributed"},
     "autograd": set(),
     "checks": set(),
     "registry": set(),
     "native": set(),
     "backend": {"native", "registry"},
     "testing": {"backend", "registry"},
-    "losses": {*FOUNDATIONS, *FAMILIES},
+    "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},
     "compat": {*FOUNDATIONS, *FAMILIES, "losses"},
     "distributed": {*FOUNDATIONS},
     "analysis": {*FOUNDATIONS, "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
-    "nystrom": {*FOUNDATIONS, "gram"},
+    "nystrom": {*FOUNDATIONS, "gram", "distributed"},
     "gram": {*FOUNDATIONS, "distributed"},
-    "relation": {*FOUNDATIONS, "gram"},
+    "relation": {*FOUNDATIONS, "gram", "distributed"},
 }
 # the modules of a family that others may name: its functions, its kernel objects (and what they do to a Triton tile),
 # the rules about their arguments

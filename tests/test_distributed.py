@@ -47,6 +47,14 @@ def test_value_and_averaged_gradient_are_those_of_one_process(facts, op, split):
         assert max(facts[0][name]) < most, (name, facts[0][name])
 
 
+@pytest.mark.parametrize("loss", over_ranks.LOSSES)
+def test_a_loss_of_all_ranks_is_that_of_one_process(facts, loss):
+    for split in over_ranks.SPLITS:
+        for kind, most in (("float64", 1e-10), ("float32", 1e-5)):
+            errors = facts[0][f"{loss}, {split}, {kind}"]
+            assert max(errors) < most, (split, kind, errors)  # total, parts, gradients
+
+
 def test_gathered_rows_come_in_the_order_of_the_ranks_and_gradients_add_up(facts):
     for rank, own in enumerate(fact["gather"] for fact in facts):
         assert own["rows"] == own["expected"]

@@ -12,6 +12,7 @@ import torch
 
 from .. import distributed
 from ..autograd import device_type, without_autocast
+from ..distributed import rows_first
 from .checks import check_features, check_mask
 from .prepare import unit_rows
 from .problem import minimum_rows
@@ -25,35 +26,27 @@ def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mas
         if mask is not None:
             check_mask(mask, x, "mask")
 
-    handle = distributed.handle_of(group)
-    sides = [_rows_first(side) for side in (x, y, mask)]
-    rows = distributed.agree(sides, ("x", "y", "mask"), handle, check)
-    least, total, (p, q) = minimum_rows(unbiased, center, stat), sum(rows), (x.shape[-1], y.shape[-1])
+    sides = [rows_first(side) for side in (x, y, mask)]
+    group = distributed.agreed(sides, ("x", "y", "mask"), group, check)
+    least, total, (p, q) = minimum_rows(unbiased, center, stat), group.total, (x.shape[-1], y.shape[-1])
     if total < least:
         raise ValueError(f"x and y have {total} rows on all ranks: {stat} needs at least {least}")
     linear = all(kernel.name in ("linear", "cosine") for kernel in kernels)
     if linear and (stat == "mse" or (center and not row_normalize and stat in ("cka", "hsic"))):
         if p * p + p * q + q * q + p + q <= total * (p + q):
-            return _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle), None
-    return None, [_rows_first(side) for side in distributed.gather_rows(sides, rows, handle)]
+            return _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, group.handle), None
+    return None, [rows_first(side) for side in group.gather(*sides)]
 
 
 def two_samples(x, y, masks, group, check):
     """Both samples of all ranks, which need not have the same number of rows, and their masks."""
-    handle, out = distributed.handle_of(group), []
-    masks = masks or (None, None)
+    out, masks = [], masks or (None, None)
     for k, (side, mask, name) in enumerate(zip((x, y), masks, "xy", strict=True)):
-        pair = [_rows_first(side), _rows_first(mask)]
-        rows = distributed.agree(pair, (name, f"mask[{k}]"), handle, check)
-        out.append([_rows_first(t) for t in distributed.gather_rows(pair, rows, handle)])
+        pair = [rows_first(side), rows_first(mask)]
+        agreed = distributed.agreed(pair, (name, f"mask[{k}]"), group, check)
+        out.append([rows_first(t) for t in agreed.gather(*pair)])
     (x, mask_x), (y, mask_y) = out
     return x, y, (mask_x, mask_y)
-
-
-def _rows_first(t):
-    """[G, n, p] as [n, G, p] and back, [G, n] as [n, G]; [n, p] and [n] have no groups."""
-    grouped = isinstance(t, torch.Tensor) and (t.dim() == 3 or (t.dim() == 2 and t.dtype == torch.bool))
-    return t.transpose(0, 1) if grouped else t
 
 
 def _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle):

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .. import checks
+from .. import checks, distributed
+from .weights import level_weights, weight_tensor, weight_text
 
 TOKENS = ("tokens", "mean", "groups")  # how [B, T, d] becomes rows
 MAPS = ("gap", "positions")  # how [B, C, H, W] becomes rows
@@ -34,12 +35,44 @@ class Loss(nn.Module):
 
     _instances = itertools.count()
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: float = 1.0, group=None):
         super().__init__()
+        distributed.check_group(group)
+        self._group = group if group is None or isinstance(group, str) else distributed.Held(group)
         self.register_buffer("weight", weight_tensor(weight, "weight"))
         if self.weight.dim() != 0:
             raise ValueError(f"weight is {weight!r}: give one number")
         self._token = next(Loss._instances)
+
+    @property
+    def group(self):
+        """None for this process alone, "world", or the process group whose ranks make up the batch."""
+        return self._group.group if isinstance(self._group, distributed.Held) else self._group
+
+    def _over_ranks(self, prepare, call: str = ""):
+        """`prepare()` -> {name: (student, teacher, mask or None)}, one entry a level, and a group for each or None.
+
+        With `group=`, the ranks compare all levels at once, before anything is computed: what `prepare` raises on one
+        rank ends the call on every rank. Each level comes with its `distributed.Agreed`: `.total` rows, `.gather(x, y)`
+        rows of all ranks, `.sum(x)` over the ranks; as `group=` of an op it makes the op ask no second time. Do all
+        checks in `prepare`, and decide by `.total`, which is the same on every rank, what is too small.
+        """
+        if self._group is None:
+            ready = prepare()
+            return list(ready.values()), [None] * len(ready)
+        handle = distributed.handle_of(self.group)
+
+        def named():
+            ready, tensors = prepare(), {}
+            for level, (student, teacher, mask) in ready.items():
+                # of groups [G, n, d] the samples are spread over the ranks, which may have other numbers n
+                one = [t if t is None or student.dim() == 2 else t[:, 0] for t in (student, teacher, mask)]
+                names = f"student_{level}", f"teacher_{level}", f"mask of student_{level}"
+                tensors |= dict(zip(names, one, strict=True))
+            return list(ready.values()), tensors
+
+        ready, rows = distributed.compare(named, handle, f"{type(self).__name__}{call}")
+        return ready, [distributed.Agreed(handle, n) for n in list(rows.values())[::3]]
 
     def _total(self, parts: dict[str, torch.Tensor], return_parts: bool):
         parts = {name: value * self.weight.to(value.dtype) for name, value in parts.items()}
@@ -63,6 +96,8 @@ class Loss(nn.Module):
 
     def extra_repr(self) -> str:
         shown = {**self._shown(), "weight": weight_text(self.weight)}
+        if self._group is not None:
+            shown["group"] = repr(self._group) if isinstance(self._group, str) else "ProcessGroup"
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def _shown(self) -> dict:
@@ -81,24 +116,32 @@ class FeatureLoss(Loss):
     least = 1  # rows, or samples, that a level needs
     unit = "levels"  # what `weights` counts
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0):
-        super().__init__(weight)
+    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None):
+        super().__init__(weight, group)
         self.rows = check_rows(rows)
         self.register_buffer("weights", None if weights is None else level_weights(weights, "weights"))
 
     def forward(
         self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
     ):
-        rows = self.rows if rows is None else check_rows(rows)
-        pairs = levels(student_features, teacher_features)
+        rows = self.rows if rows is None else rows
         single = isinstance(student_features, torch.Tensor)
-        with full_precision(pairs[0][0]):
-            ready = self._ready(pairs, single, rows, mask)
+
+        def prepare():
+            check_rows(rows)
+            pairs = levels(student_features, teacher_features)
+            with full_precision(pairs[0][0]):
+                ready = self._ready(pairs, single, rows, mask)
             if self.weights is not None and len(self.weights) != len(ready):
                 raise ValueError(f"student_features has {len(ready)} {self.unit}, weights has {len(self.weights)}")
+            return {"features" if single else f"features[{i}]": compared for i, compared in enumerate(ready)}
+
+        ready, groups = self._over_ranks(prepare, f" with rows={rows!r}")
+        with full_precision(ready[0][0]):
             parts = {}
-            for i, compared in enumerate(ready):
-                for name, value in self._terms(*compared).items():
+            for i, (compared, group) in enumerate(zip(ready, groups, strict=True)):
+                terms = self._terms(*compared) if group is None else self._terms(*compared, group=group)
+                for name, value in terms.items():
                     if self.weights is not None:
                         value = value * self.weights[i].to(value.dtype)
                     parts[name if single else f"{name}_{i}"] = value
@@ -111,10 +154,40 @@ class FeatureLoss(Loss):
     def _compared(self, student, teacher, rows, mask, index) -> tuple:
         return rows_of_pair(student, teacher, rows, mask, "features", index)
 
-    def _terms(self, x, y, kept) -> dict[str, torch.Tensor]:
-        if self._too_small(x.shape[-2], self.least):
+    def _terms(self, x, y, kept, group=None) -> dict[str, torch.Tensor]:
+        if self._level_too_small(x, group):
             return {self.part: zero_of(x)}
-        return {self.part: self._value(x, y, kept)}
+        return {self.part: self._mean(self._value, x, y, kept, group, self.least)}
+
+    def _level_too_small(self, x, group) -> bool:
+        """Whether the level is 0 on every rank, for want of rows."""
+        if group is None:
+            return self._too_small(x.shape[-2], self.least)
+        if x.dim() == 2:
+            return self._too_small(group.total, self.least, "rows on all ranks")
+        self._too_small(x.shape[-2], self.least, "rows a sample")
+        return False  # the samples of other ranks may have more
+
+    def _mean(self, value, x, y, kept, group, least: int):
+        """`value(x, y, kept, group)`, averaged over the samples of rows="groups", 0 where a mask leaves fewer rows.
+
+        With a group: rows [n, d] are those of all ranks, which is up to `value`; samples [G, n, d] are computed where
+        they are, and only their sum and number travel.
+        """
+        if group is None:
+            return mean_of_groups(value(x, y, kept, None), kept, least)
+        if x.dim() == 2:
+            values = value(x, y, kept, group)
+            return values if kept is None else torch.where(group.sum(kept.sum()) >= least, values, 0)
+        enough = x.new_full((len(x),), x.shape[1] >= self.least, dtype=torch.bool)
+        if len(x) and x.shape[1] >= self.least:
+            values = value(x, y, kept, None)
+            enough = enough if kept is None else kept.sum(-1) >= least
+        else:
+            values = x[:, :0].sum((1, 2), dtype=at_least_float32(x, y))  # of nothing; takes part in backward
+        both = torch.stack([torch.where(enough, values, 0).sum(dtype=torch.float64), enough.sum().double()])
+        total, count = group.sum(both)
+        return (total / count.clamp_min(1)).to(values.dtype)
 
     def _shown(self):
         shown = {} if self.rows is None else {"rows": self.rows}
@@ -131,31 +204,6 @@ def _warn_once(token: int, message: str) -> int:
         _warned.add(token)
         warnings.warn(message, stacklevel=2)
     return 0
-
-
-def weight_tensor(weight, name: str) -> torch.Tensor:
-    """A weight, or a list of weights, as the buffer that holds it."""
-    try:
-        value = torch.as_tensor(weight, dtype=torch.float32).detach().clone()
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {weight!r}: give a number") from None
-    if value.dim() > 1 or value.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number, or one number a level")
-    if not all(math.isfinite(w) for w in value.flatten().tolist()):
-        raise ValueError(f"{name} is {weight!r}: a weight must be finite")
-    return value
-
-
-def level_weights(weights, name: str) -> torch.Tensor:
-    value = weight_tensor(weights, name)
-    if value.dim() != 1:
-        raise ValueError(f"{name} is {weights!r}: give a list, one weight a level")
-    return value
-
-
-def weight_text(weight: torch.Tensor) -> str:
-    numbers = [f"{w:g}" for w in weight.flatten().tolist()]
-    return numbers[0] if weight.dim() == 0 else f"[{', '.join(numbers)}]"
 
 
 def zero_of(student) -> torch.Tensor:
@@ -272,7 +320,7 @@ def _fit_mask(mask, batch, inner, name: str, rows):
         )
     if not inner:
         return mask
-    return mask.reshape(*batch, -1).expand(*batch, math.prod(inner))
+    return (mask[:, None] if mask.dim() == 1 else mask.flatten(1)).expand(*batch, math.prod(inner))
 
 
 def rows_of_pair(student, teacher, rows, mask, what: str, index: int | None = None):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .base import FeatureLoss, at_least_float32, mean_of_groups, rows_of_pair, zero_where_masked
+from .base import FeatureLoss, at_least_float32, rows_of_pair, zero_where_masked
 
 VARIANTS = ("neighbour", "taylor")
 
@@ -30,6 +30,8 @@ class CCLoss(FeatureLoss):
             (one comparison a sample, n = T, averaged), needed. [B, C, H, W]: "flatten" (default), "gap" or
             "positions". May also be given in the call.
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`. The
+            neighbour of a rank's last row is the first of the next.
 
     Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. "neighbour"
     needs one width on both sides (project the student's); "taylor" does not. float dtypes may differ; computed in at
@@ -57,8 +59,9 @@ class CCLoss(FeatureLoss):
         rows: str | None = None,
         weights=None,
         weight: float = 1.0,
+        group=None,
     ):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}: give one of {VARIANTS}")
         if not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
@@ -78,13 +81,15 @@ class CCLoss(FeatureLoss):
             )
         return x, y, kept
 
-    def _value(self, x, y, kept):
+    def _value(self, x, y, kept, group):
+        if group is not None:
+            x, y, kept = group.gather(x, y, kept)
         dtype = at_least_float32(x, y)
         if self.variant == "neighbour":
             x, y = (zero_where_masked(side.to(dtype), kept) for side in (x, y))
-            return mean_of_groups(neighbours((x - y).abs(), kept), kept, self.least)
+            return neighbours((x - y).abs(), kept)
         x, y = (zero_where_masked(side, kept).double() for side in (x, y))
-        return mean_of_groups(self._kernels(x, y, kept), kept, self.least).to(dtype)
+        return self._kernels(x, y, kept).to(dtype)
 
     def _kernels(self, x, y, kept):
         """|K - L|_F / n^2 of each group; float64, as K - L has fewer digits than K."""

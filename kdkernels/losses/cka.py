@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
-from .base import FeatureLoss, mean_of_groups
+from .base import FeatureLoss
 
 
 class CKALoss(FeatureLoss):
@@ -24,6 +24,7 @@ class CKALoss(FeatureLoss):
         rows: what a row is, for more than two dimensions. [B, T, d]: "tokens", "mean" or "groups" (one CKA a sample,
             averaged), needed. [B, C, H, W]: "flatten" (default), "gap" or "positions". May also be given in the call.
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.cka`.
 
     Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths and
@@ -50,16 +51,17 @@ class CKALoss(FeatureLoss):
         rows: str | None = None,
         weights=None,
         weight: float = 1.0,
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         check_estimator(kernel, unbiased, center, False)
         self.kernel, self.unbiased, self.center, self.backend = kernel, unbiased, center, backend
         self.least = minimum_rows(unbiased, center)
 
-    def _value(self, x, y, kept):
+    def _value(self, x, y, kept, group):
         how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
-        return mean_of_groups(1 - cka(x, y, mask=kept, **how), kept, self.least)
+        return 1 - cka(x, y, mask=kept, group=group, **how)
 
     def _shown(self):
         return {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, **super()._shown()}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..gram.op import gram_mse
-from .base import FeatureLoss, mean_of_groups
+from .base import FeatureLoss
 
 
 class GramMSELoss(FeatureLoss):
@@ -19,6 +19,7 @@ class GramMSELoss(FeatureLoss):
             (one Gram matrix a sample, n = T, averaged), needed. [B, C, H, W]: "flatten" (default), "gap" or
             "positions". May also be given in the call.
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.gram_mse`.
 
     Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths,
@@ -36,9 +37,11 @@ class GramMSELoss(FeatureLoss):
 
     part = "gram_mse"
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, backend: str = "auto"):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+    def __init__(
+        self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None, backend: str = "auto"
+    ):
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         self.backend = backend
 
-    def _value(self, x, y, kept):
-        return mean_of_groups(gram_mse(x, y, mask=kept, backend=self.backend), kept, 1)
+    def _value(self, x, y, kept, group):
+        return gram_mse(x, y, mask=kept, group=group, backend=self.backend)

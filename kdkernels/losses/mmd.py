@@ -8,7 +8,7 @@ import torch
 from ..gram.bandwidth import bandwidth
 from ..gram.kernels import RBF, spec_of
 from ..gram.op import mmd
-from .base import FeatureLoss, at_least_float32, mean_of_groups, rows_of_pair, zero_where_masked
+from .base import FeatureLoss, at_least_float32, rows_of_pair, zero_where_masked
 
 # five kernels exp(-d2 / (f m)), f = 1/4 to 4: the usual bandwidths of the transfer-learning libraries
 PRESETS = {"transfer": {"factors": (0.25, 0.5, 1.0, 2.0, 4.0), "unbiased": False}}
@@ -33,6 +33,7 @@ class MMDLoss(FeatureLoss):
             (one MMD a sample, n = T, averaged), needed. [B, C, H, W]: "flatten" (default), "gap" or "positions". May
             also be given in the call.
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.mmd`.
 
     Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Both sides
@@ -59,9 +60,10 @@ class MMDLoss(FeatureLoss):
         rows: str | None = None,
         weights=None,
         weight: float = 1.0,
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         one, other = spec_of(kernel)
         if one is not other:
             raise ValueError("kernel is a pair: mmd compares both sides under one kernel function")
@@ -90,12 +92,13 @@ class MMDLoss(FeatureLoss):
             )
         return x, y, kept
 
-    def _value(self, x, y, kept):
+    def _value(self, x, y, kept, group):
         if self.factors is not None:
+            if group is not None:  # the spread is one of all ranks' rows
+                (x, y, kept), group = group.gather(x, y, kept), None
             x, y = in_units_of_their_spread(x, y, kept)
         masks = None if kept is None else (kept, kept)
-        value = mmd(x, y, kernel=self.kernel, unbiased=self.unbiased, mask=masks, backend=self.backend)
-        return mean_of_groups(value, kept, self.least)
+        return mmd(x, y, kernel=self.kernel, unbiased=self.unbiased, mask=masks, group=group, backend=self.backend)
 
     def _shown(self):
         shown = {"kernel": self.kernel} if self.factors is None else {"factors": self.factors}

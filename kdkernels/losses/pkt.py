@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..relation.op import pkt
 from ..relation.problem import MINIMUM
-from .base import FeatureLoss, mean_of_groups
+from .base import FeatureLoss
 
 
 class PKTLoss(FeatureLoss):
@@ -21,6 +21,7 @@ class PKTLoss(FeatureLoss):
             (the tokens of each sample, averaged over samples), needed. [B, C, H, W]: "flatten" (default, the source's),
             "gap" or "positions". May also be given in the call.
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.pkt`.
 
     Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths,
@@ -39,9 +40,11 @@ class PKTLoss(FeatureLoss):
 
     part, least = "pkt", MINIMUM["pkt"]
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, backend: str = "auto"):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+    def __init__(
+        self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None, backend: str = "auto"
+    ):
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         self.backend = backend
 
-    def _value(self, x, y, kept):
-        return mean_of_groups(pkt(x, y, mask=kept, backend=self.backend), kept, self.least)
+    def _value(self, x, y, kept, group):
+        return pkt(x, y, mask=kept, group=group, backend=self.backend)

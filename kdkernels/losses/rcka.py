@@ -11,9 +11,19 @@ from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
 from . import both_ways
-from .base import Loss, check_rows, full_precision, levels, rows_of_pair, weight_tensor, weight_text, zero_where_masked
+from .base import (
+    Loss,
+    check_rows,
+    full_precision,
+    levels,
+    mean_of_groups,
+    rows_of_pair,
+    weight_tensor,
+    weight_text,
+    zero_where_masked,
+)
 from .both_ways import cka_both_ways
-from .cka import check_estimator, mean_of_groups
+from .cka import check_estimator
 
 PRESETS = {
     "lcka": {"row_weight": 15.0, "class_weight": 15.0, "feature_weight": 0.0},

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from .. import backend as backends
 from ..relation.op import rkd_angle, rkd_distance
 from ..relation.problem import MINIMUM
-from .base import FeatureLoss, mean_of_groups, zero_of
+from .base import FeatureLoss, zero_of
 
 
 class RKDDistanceLoss(FeatureLoss):
@@ -24,6 +25,7 @@ class RKDDistanceLoss(FeatureLoss):
             (the pairs of each sample's tokens, averaged over samples), needed. [B, C, H, W]: "flatten" (default, the
             source's), "gap" or "positions". May also be given in the call.
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.rkd_distance`.
 
     Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths,
@@ -41,12 +43,14 @@ class RKDDistanceLoss(FeatureLoss):
 
     part, least = "rkd_distance", MINIMUM["rkd_distance"]
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, backend: str = "auto"):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+    def __init__(
+        self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None, backend: str = "auto"
+    ):
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         self.backend = backend
 
-    def _value(self, x, y, kept):
-        return mean_of_groups(rkd_distance(x, y, mask=kept, backend=self.backend), kept, self.least)
+    def _value(self, x, y, kept, group):
+        return rkd_distance(x, y, mask=kept, group=group, backend=self.backend)
 
 
 class RKDAngleLoss(FeatureLoss):
@@ -58,7 +62,7 @@ class RKDAngleLoss(FeatureLoss):
     cosines are never stored.
 
     Args:
-        rows, weights, weight: as in `RKDDistanceLoss`.
+        rows, weights, weight, group: as in `RKDDistanceLoss`.
         backend: as in `kd.rkd_angle`.
 
     Call, dtypes, masks: as in `RKDDistanceLoss`, with at least 3 rows. Time grows as n^3.
@@ -72,12 +76,14 @@ class RKDAngleLoss(FeatureLoss):
 
     part, least = "rkd_angle", MINIMUM["rkd_angle"]
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, backend: str = "auto"):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+    def __init__(
+        self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None, backend: str = "auto"
+    ):
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         self.backend = backend
 
-    def _value(self, x, y, kept):
-        return mean_of_groups(rkd_angle(x, y, mask=kept, backend=self.backend), kept, self.least)
+    def _value(self, x, y, kept, group):
+        return rkd_angle(x, y, mask=kept, group=group, backend=self.backend)
 
 
 class RKDLoss(FeatureLoss):
@@ -87,7 +93,7 @@ class RKDLoss(FeatureLoss):
 
     Args:
         distance, angle: factors of the two terms; 0 drops the term.
-        rows, weights, weight: as in `RKDDistanceLoss`.
+        rows, weights, weight, group: as in `RKDDistanceLoss`.
         backend: as in `kd.rkd_angle`; the distances take "auto" where they have no such backend.
 
     Call, dtypes, masks: as in `RKDDistanceLoss`, with at least 3 rows (2 without angles). parts: "rkd_distance",
@@ -109,9 +115,10 @@ class RKDLoss(FeatureLoss):
         rows: str | None = None,
         weights=None,
         weight: float = 1.0,
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(rows=rows, weights=weights, weight=weight)
+        super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         for value, name in ((distance, "distance"), (angle, "angle")):
             if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}: give a number >= 0")
@@ -120,19 +127,20 @@ class RKDLoss(FeatureLoss):
         self.distance, self.angle, self.backend = float(distance), float(angle), backend
         self.least = MINIMUM["rkd_angle" if angle else "rkd_distance"]
 
-    def _terms(self, x, y, kept):
+    def _terms(self, x, y, kept, group=None):
+        small = self._level_too_small(x, group)
         terms = {}
-        small = self._too_small(x.shape[-2], self.least)
         for factor, op in ((self.distance, rkd_distance), (self.angle, rkd_angle)):
             if factor and small:
                 terms[op.__name__] = zero_of(x)
             elif factor:
-                terms[op.__name__] = factor * mean_of_groups(self._op(op, x, y, kept), kept, MINIMUM[op.__name__])
+                value = functools.partial(self._op, op)
+                terms[op.__name__] = factor * self._mean(value, x, y, kept, group, MINIMUM[op.__name__])
         return terms
 
-    def _op(self, op, x, y, kept):
+    def _op(self, op, x, y, kept, group):
         backend = self.backend if self.backend in backends.OPS[op.__name__].backends else "auto"
-        return op(x, y, mask=kept, backend=backend)
+        return op(x, y, mask=kept, group=group, backend=backend)
 
     def _shown(self):
         return {"distance": self.distance, "angle": self.angle, **super()._shown()}

@@ -11,6 +11,7 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
+from ..distributed import agreed, rows_first
 from ..gram.checks import check_features, check_mask
 from . import function, reference
 from .problem import EPS, MINIMUM, compute_dtype
@@ -18,7 +19,7 @@ from .problem import EPS, MINIMUM, compute_dtype
 __all__ = ["pkt", "rkd_angle", "rkd_distance"]
 
 
-def rkd_distance(x, y, *, mask=None, backend="auto") -> torch.Tensor:
+def rkd_distance(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
     """mean_ik smooth_l1(d_ik(x) / mu(x) - d_ik(y) / mu(y)), d Euclidean, mu the mean of the distances that are not 0.
 
     Source: RKD-D of Relational Knowledge Distillation, Park et al. 2019, arXiv 1904.05068; the mean over all n^2 pairs,
@@ -29,6 +30,8 @@ def rkd_distance(x, y, *, mask=None, backend="auto") -> torch.Tensor:
             float64.
         y: features [n, q] or [G, n, q] of the same samples; its own width and float dtype.
         mask: bool [n] or [G, n]: False rows enter neither means nor counts and get gradient 0, whatever they hold.
+        group: None, or "world" or a process group: the value for the rows of all its ranks, as in `kd.cka`; they are
+            gathered, and n is then any number.
         backend: "auto", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
@@ -45,10 +48,10 @@ def rkd_distance(x, y, *, mask=None, backend="auto") -> torch.Tensor:
     >>> bool(kd.rkd_distance(x, 3 * x @ rotation) < 1e-9)
     True
     """
-    return _relation("rkd_distance", x, y, mask, backend)
+    return _relation("rkd_distance", x, y, mask, group, backend)
 
 
-def rkd_angle(x, y, *, mask=None, backend="auto") -> torch.Tensor:
+def rkd_angle(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
     """mean_vik smooth_l1(cos_vik(x) - cos_vik(y)), cos_vik that of the angle at v between samples i and k.
 
     Source: RKD-A of Relational Knowledge Distillation, Park et al. 2019, arXiv 1904.05068; the mean over all n^3
@@ -65,10 +68,10 @@ def rkd_angle(x, y, *, mask=None, backend="auto") -> torch.Tensor:
     >>> bool(kd.rkd_angle(x, 2 * x + 1) < 1e-9)
     True
     """
-    return _relation("rkd_angle", x, y, mask, backend)
+    return _relation("rkd_angle", x, y, mask, group, backend)
 
 
-def pkt(x, y, *, mask=None, backend="auto") -> torch.Tensor:
+def pkt(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
     """mean_ik T_ik log((T_ik + eps) / (P_ik + eps)), P and T rows of (cos + 1) / 2 scaled to sum 1, eps = 1e-7.
 
     P is of x, T of y; cos of two samples, with eps added to their norms. Source: Learning Deep Representations with
@@ -82,16 +85,26 @@ def pkt(x, y, *, mask=None, backend="auto") -> torch.Tensor:
     >>> bool(kd.pkt(x, 3 * x).abs() < 1e-9)
     True
     """
-    return _relation("pkt", x, y, mask, backend)
+    return _relation("pkt", x, y, mask, group, backend)
 
 
-def _relation(kind, x, y, mask, backend):
-    check_features(x, y)
+def _relation(kind, x, y, mask, group, backend):
+    def check():
+        check_features(x, y, empty=group is not None)
+        if mask is not None:
+            check_mask(mask, x, "mask")
+
+    if group is not None:
+        sides = [rows_first(side) for side in (x, y, mask)]
+        group = agreed(sides, ("x", "y", "mask"), group, check)
+        if group.total < MINIMUM[kind]:
+            raise ValueError(f"x and y have {group.total} rows on all ranks: {kind} needs at least {MINIMUM[kind]}")
+        return _relation(kind, *map(rows_first, group.gather(*sides)), None, backend)
+    check()
     least = MINIMUM[kind]
     if x.shape[-2] < least:
         raise ValueError(f"x and y have {x.shape[-2]} rows: {kind} needs at least {least}")
     if mask is not None:
-        check_mask(mask, x, "mask")
         # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
         mask = mask & (mask.sum(-1, keepdim=True) >= least)
     chosen = backends.resolve(kind, backend, device_type(x), (x.dtype, y.dtype))

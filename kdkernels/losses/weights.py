@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of losses as buffers: checked once, shown in a repr, and changed without a recompile."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def weight_tensor(weight, name: str) -> torch.Tensor:
+    """A weight, or a list of weights, as the buffer that holds it."""
+    try:
+        value = torch.as_tensor(weight, dtype=torch.float32).detach().clone()
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {weight!r}: give a number") from None
+    if value.dim() > 1 or value.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number, or one number a level")
+    if not all(math.isfinite(w) for w in value.flatten().tolist()):
+        raise ValueError(f"{name} is {weight!r}: a weight must be finite")
+    return value
+
+
+def level_weights(weights, name: str) -> torch.Tensor:
+    value = weight_tensor(weights, name)
+    if value.dim() != 1:
+        raise ValueError(f"{name} is {weights!r}: give a list, one weight a level")
+    return value
+
+
+def weight_text(weight: torch.Tensor) -> str:
+    numbers = [f"{w:g}" for w in weight.flatten().tolist()]
+    return numbers[0] if weight.dim() == 0 else f"[{', '.join(numbers)}]"
