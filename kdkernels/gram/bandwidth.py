@@ -19,23 +19,33 @@ def bandwidth(x, mask, rule: str, factor: float):
     return torch.ops.kdkernels.gram_bandwidth(x.detach(), mask, rule, factor)
 
 
-def _bandwidth(x, mask, rule: str, factor: float):
+def sampled(n: int, device=None) -> torch.Tensor:
+    """The rows of n > `EXACT` that the median reads."""
+    return torch.arange(EXACT, device=device) * n // EXACT
+
+
+def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
+    """over: from a sum over these rows to the one over all rows, for a "mean" where x is a part of them."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if rule == "median" and x.shape[1] > EXACT:
-        rows = torch.arange(EXACT, device=x.device) * x.shape[1] // EXACT
+        rows = sampled(x.shape[1], x.device)
         x, mask = x[:, rows], None if mask is None else mask[:, rows]
-    count = None
+    count = over(x.shape[1])
     if mask is not None:
         x = torch.where(mask[..., None], x, torch.zeros_like(x))
-        count = mask.sum(1).clamp(min=1)
-    mean = x.sum(1, keepdim=True) / (x.shape[1] if count is None else count[:, None, None])
+        count = over(mask.sum(1)).clamp(min=1)
+    mean = over(x.sum(1, keepdim=True)) / (count if mask is None else count[:, None, None])
     x = x - mean if mask is None else torch.where(mask[..., None], x - mean, torch.zeros_like(x))
     square = x.square().sum(-1)
-    s2 = 2 * square.sum(1) / (x.shape[1] if count is None else count)
+    s2 = 2 * over(square.sum(1)) / count
     if rule == "median":
-        median = _median(x, square, mask, count)
+        median = _median(x, square, mask, None if mask is None else count)
         s2 = torch.where(median > 0, median, s2)
     return factor * torch.where(s2 == 0, torch.ones_like(s2), s2).sqrt()
+
+
+def _bandwidth(x, mask, rule, factor):
+    return bandwidth_over(x, mask, rule, factor)
 
 
 def _median(x, square, mask, count):

@@ -107,7 +107,7 @@ def exact_means(K, weight):
     return row - row.sum(-1, keepdim=True) / (2 * total)
 
 
-def _moments(K, L, problem: Problem, columns: bool):
+def moments(K, L, problem: Problem, columns: bool):
     """float64 sums a, b, kk, kl, ll over rows (and columns) of a tile: [5, ..., r], [5, ..., c]."""
     if problem.stat == "mse":  # the one statistic of K - L takes the place of kl
         L = K - L
@@ -152,7 +152,7 @@ def row_stats(pairs: Pairs):
             u.append(means)
             grams.append(K)
         K, L = grams
-        rows, _ = _moments(K, L, pairs.problem, False)
+        rows, _ = moments(K, L, pairs.problem, False)
         extra = _column_sums(pairs, K, L) if _needs_columns(pairs.problem) else (None, None)
         return RowStats(*rows, *extra), u, t, scale
     groups, u = [], [[], []]
@@ -201,7 +201,7 @@ def _tiled_stats(pairs: Pairs):
     rho = [rho_of(side) for side in (pairs.x, pairs.y)] if _needs_columns(pairs.problem) else None
     for i, j in tiles(n, False):
         K, L = (pairs.gram(side, maps.product(side, i, j), i, j) for side in (pairs.x, pairs.y))
-        rows, columns = _moments(K, L, pairs.problem, i != j)
+        rows, columns = moments(K, L, pairs.problem, i != j)
         total[:5, i] += rows
         if i != j:
             total[:5, j] += columns

@@ -13,6 +13,7 @@ import torch
 from .. import distributed
 from ..autograd import device_type, without_autocast
 from ..distributed import rows_first
+from . import ring
 from .checks import check_features, check_mask
 from .prepare import unit_rows
 from .problem import minimum_rows
@@ -35,6 +36,8 @@ def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mas
     if linear and (stat == "mse" or (center and not row_normalize and stat in ("cka", "hsic"))):
         if p * p + p * q + q * q + p + q <= total * (p + q):
             return _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, group.handle), None
+    if ring.chosen(x, y, group):
+        return ring.statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group), None
     return None, [rows_first(side) for side in group.gather(*sides)]
 
 
