@@ -49,7 +49,12 @@ SIZES = {
     "tokens": ((3, 5), (3, 7)),
     "maps": ((4, 2, 3), (6, 2, 3)),
     "levels": [((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
+    "logits and stages": [((5,), (5,)), ((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
+    "logits and tokens": [((3, 5), (3, 5)), ((3, 4), (3, 6))],
 }
+
+
+ROWS_OF_BOTH = {"rows": "groups", "feature_rows": "groups"}
 
 
 class Case(NamedTuple):
@@ -81,6 +86,12 @@ LOSSES = {
     "RKDLoss": Case(losses.RKDLoss, "levels"),
     "RKDLoss groups": Case(losses.RKDLoss, "tokens", mask="tokens", call={"rows": "groups"}),
     "CCLoss": Case(losses.CCLoss, "one width", mask="samples"),
+    "RCKALoss": Case(losses.RCKALoss, "one width"),
+    "RCKALoss textbook": Case(
+        partial(losses.RCKALoss, row_normalize=False, center=True, unbiased=True, class_weight=0), mask="samples"
+    ),
+    "RCKALoss stages": Case(partial(losses.RCKALoss, feature_weight=[1.0, 0.5]), "logits and stages", mask="samples"),
+    "RCKALoss groups": Case(partial(losses.RCKALoss, feature_weight=2.0), "logits and tokens", "tokens", ROWS_OF_BOTH),
     "CCLoss taylor": Case(partial(losses.CCLoss, "taylor", normalize=True)),
 }
 
@@ -154,6 +165,8 @@ def losses_equal_to_one_process(out):
 
                 def terms(make, student, teacher, mask, case=case):
                     sides = (student[0], teacher[0]) if case.sizes != "levels" else (student, teacher)
+                    if case.sizes.startswith("logits"):
+                        sides = (*sides, student[1:], teacher[1:])
                     call = case.call if mask is None else {**case.call, "mask": mask}
                     total, parts = make()(*sides, return_parts=True, **call)
                     return {"total": total, **parts}, torch.autograd.grad(1.7 * total, student)

@@ -90,6 +90,15 @@ class Loss(nn.Module):
         )
         return True
 
+    def _level_too_small(self, x, least: int, group) -> bool:
+        """Whether a level is 0, on every rank, for want of rows."""
+        if group is None:
+            return self._too_small(x.shape[-2], least)
+        if x.dim() == 2:
+            return self._too_small(group.total, least, "rows on all ranks")
+        self._too_small(x.shape[-2], least, "rows a sample")
+        return False  # the samples of other ranks may have more
+
     def _nothing(self, names, student, return_parts: bool):
         """The loss of a batch that is too small: 0 for each part, differentiable in `student`."""
         return self._total({name: zero_of(student) for name in names}, return_parts)
@@ -155,39 +164,20 @@ class FeatureLoss(Loss):
         return rows_of_pair(student, teacher, rows, mask, "features", index)
 
     def _terms(self, x, y, kept, group=None) -> dict[str, torch.Tensor]:
-        if self._level_too_small(x, group):
+        if self._level_too_small(x, self.least, group):
             return {self.part: zero_of(x)}
-        return {self.part: self._mean(self._value, x, y, kept, group, self.least)}
+        return {self.part: self._mean(self._value, x, y, kept, group)}
 
-    def _level_too_small(self, x, group) -> bool:
-        """Whether the level is 0 on every rank, for want of rows."""
-        if group is None:
-            return self._too_small(x.shape[-2], self.least)
-        if x.dim() == 2:
-            return self._too_small(group.total, self.least, "rows on all ranks")
-        self._too_small(x.shape[-2], self.least, "rows a sample")
-        return False  # the samples of other ranks may have more
-
-    def _mean(self, value, x, y, kept, group, least: int):
-        """`value(x, y, kept, group)`, averaged over the samples of rows="groups", 0 where a mask leaves fewer rows.
+    def _mean(self, value, x, y, kept, group, least: int | None = None):
+        """`value(x, y, kept, group)`, averaged over the samples of rows="groups"; 0 where a mask leaves < least rows.
 
         With a group: rows [n, d] are those of all ranks, which is up to `value`; samples [G, n, d] are computed where
         they are, and only their sum and number travel.
         """
-        if group is None:
-            return mean_of_groups(value(x, y, kept, None), kept, least)
-        if x.dim() == 2:
-            values = value(x, y, kept, group)
-            return values if kept is None else torch.where(group.sum(kept.sum()) >= least, values, 0)
-        enough = x.new_full((len(x),), x.shape[1] >= self.least, dtype=torch.bool)
-        if len(x) and x.shape[1] >= self.least:
-            values = value(x, y, kept, None)
-            enough = enough if kept is None else kept.sum(-1) >= least
-        else:
-            values = x[:, :0].sum((1, 2), dtype=at_least_float32(x, y))  # of nothing; takes part in backward
-        both = torch.stack([torch.where(enough, values, 0).sum(dtype=torch.float64), enough.sum().double()])
-        total, count = group.sum(both)
-        return (total / count.clamp_min(1)).to(values.dtype)
+        if not has_samples(x, group, self.least):
+            return mean_of_groups(nothing_of(x, y), None, 0, group)
+        values = value(x, y, kept, group if x.dim() == 2 else None)
+        return mean_of_groups(values, kept, self.least if least is None else least, group)
 
     def _shown(self):
         shown = {} if self.rows is None else {"rows": self.rows}
@@ -378,9 +368,29 @@ def mean_of_rows(values, mask, normalizer, reduction: str = "mean"):
     return total / (values.numel() if mask is None else mask.sum().clamp_min(1))
 
 
-def mean_of_groups(values, mask, least: int):
-    """Mean over the groups in which the mask leaves enough rows, 0 if none does; values [] or [G]."""
-    if mask is None:
-        return values.mean()
-    enough = mask.sum(-1) >= least
-    return torch.where(enough, values, 0).sum() / enough.sum().clamp_min(1)
+def mean_of_groups(values, mask, least: int, group=None):
+    """Mean over the groups in which the mask leaves enough rows, 0 if none does; values [] or [G].
+
+    With a process group: [] is of the rows of all ranks, [G] of this rank's samples, and the mean is one over all.
+    """
+    if group is None:
+        if mask is None:
+            return values.mean()
+        enough = mask.sum(-1) >= least
+        return torch.where(enough, values, 0).sum() / enough.sum().clamp_min(1)
+    if values.dim() == 0:
+        return values if mask is None else torch.where(group.sum(mask.sum()) >= least, values, 0)
+    enough = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.sum(-1) >= least
+    both = torch.stack([torch.where(enough, values, 0).sum(dtype=torch.float64), enough.sum().double()])
+    total, count = group.sum(both)
+    return (total / count.clamp_min(1)).to(values.dtype)
+
+
+def has_samples(x, group, least: int) -> bool:
+    """False for samples [G, n, d] of a rank that has none, or none with enough rows, where other ranks may."""
+    return group is None or x.dim() == 2 or (len(x) > 0 and x.shape[1] >= least)
+
+
+def nothing_of(x, y):
+    """The values [0] of no samples, which take part in backward as those of the other ranks do."""
+    return x.flatten()[:0].to(at_least_float32(x, y))

@@ -15,8 +15,10 @@ from .base import (
     Loss,
     check_rows,
     full_precision,
+    has_samples,
     levels,
     mean_of_groups,
+    nothing_of,
     rows_of_pair,
     weight_tensor,
     weight_text,
@@ -55,6 +57,8 @@ class RCKALoss(Loss):
         rows: for logits [B, T, C] (tokens) or [B, C, H, W] (positions), as in `CKALoss`; feature_rows: the same for
             features, [B, C, H, W] being flattened by default.
         weight: factor of the whole loss, a buffer. backend: as in `kd.cka`.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`; logits
+            and features are gathered.
 
     Call: `(student_logits, teacher_logits, student_features=None, teacher_features=None, *, mask, rows, feature_rows,
     return_parts)`; features are one tensor or a list of stages. mask: bool [B] (or a token, a position): False rows
@@ -85,9 +89,10 @@ class RCKALoss(Loss):
         rows: str | None = None,
         feature_rows: str | None = None,
         weight: float = 1.0,
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(weight)
+        super().__init__(weight, group)
         check_estimator(kernel, unbiased, center, row_normalize)
         self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
         self.rows, self.feature_rows = check_rows(rows), check_rows(feature_rows)
@@ -120,31 +125,49 @@ class RCKALoss(Loss):
         feature_rows: str | None = None,
         return_parts: bool = False,
     ):
-        rows = self.rows if rows is None else check_rows(rows)
-        feature_rows = self.feature_rows if feature_rows is None else check_rows(feature_rows)
-        x, y, kept = rows_of_pair(student_logits, teacher_logits, rows, mask, "logits")
-        if self.class_weight is not None:
-            self._check_classes(x, y)
-        single = isinstance(student_features, torch.Tensor)
-        stages = [
-            rows_of_pair(s, t, feature_rows, mask, "features", None if single else i)
-            for i, (s, t) in self._stages(student_features, teacher_features)
-        ]
+        rows = self.rows if rows is None else rows
+        feature_rows = self.feature_rows if feature_rows is None else feature_rows
+
+        def prepare():
+            x, y, kept = rows_of_pair(student_logits, teacher_logits, check_rows(rows), mask, "logits")
+            if self.class_weight is not None:
+                self._check_classes(x, y)
+            ready, single = {"logits": (x, y, kept)}, isinstance(student_features, torch.Tensor)
+            for i, (s, t) in self._stages(student_features, teacher_features):
+                compared = rows_of_pair(s, t, check_rows(feature_rows), mask, "features", None if single else i)
+                ready["features" if single else f"features[{i}]"] = compared
+            return ready
+
+        ready, groups = self._over_ranks(prepare, f" with rows={rows!r}, feature_rows={feature_rows!r}")
         names = [name for name in ("rows", "classes") if getattr(self, TERMS[name]) is not None]
-        names += ["features"] if stages else []
+        names += ["features"] if len(ready) > 1 else []
         least = minimum_rows(self.unbiased, self.center)
-        if any(self._too_small(side.shape[-2], least) for side, _, _ in [(x, y, kept), *stages]):
+        if any(self._level_too_small(level[0], least, group) for level, group in zip(ready, groups, strict=True)):
             everything = [student_logits, *levels_or_none(student_features)]
             return self._nothing(names, everything, return_parts)
-        with full_precision(x):
-            aligned = self._logits(x, y, kept, names)
-            parts = {name: mean_of_groups(-value, kept, least) for name, value in aligned.items()}
+        with full_precision(ready[0][0]):
+            levels_of_all = [self._gathered(*level, group) for level, group in zip(ready, groups, strict=True)]
+            parts = self._logits(*levels_of_all[0], names, least)
             parts = {name: value * getattr(self, TERMS[name]).to(value.dtype) for name, value in parts.items()}
-            if stages:
-                parts["features"] = self._features(stages, least)
+            if "features" in names:
+                parts["features"] = self._features(levels_of_all[1:], least)
             return self._total(parts, return_parts)
 
-    def _logits(self, x, y, kept, names):
+    def _gathered(self, x, y, kept, group):
+        """Rows are those of all ranks from here on; samples [G, n, d] stay where they are, with the group."""
+        if group is None or x.dim() == 3:
+            return x, y, kept, group
+        return *group.gather(x, y, kept), None
+
+    def _logits(self, x, y, kept, group, names, least):
+        """-CKA between samples and between classes, those of `names`."""
+        if not has_samples(x, group, least):
+            aligned = {name: nothing_of(x, y) for name in names if name != "features"}
+            return {name: mean_of_groups(value, None, 0, group) for name, value in aligned.items()}
+        aligned = self._aligned(x, y, kept, names)
+        return {name: mean_of_groups(-value, kept, least, group) for name, value in aligned.items()}
+
+    def _aligned(self, x, y, kept, names):
         """CKA between samples and between classes, those of `names`; [] or a value a group."""
         if self._published:
             chosen = resolve("cka", self.backend, device_type(x), (x.dtype, y.dtype))
@@ -167,10 +190,13 @@ class RCKALoss(Loss):
 
     def _features(self, stages, least):
         total = 0
-        for i, (s, t, kept) in enumerate(stages):
-            gram = relations(s, kept), relations(t, kept)
+        for i, (s, t, kept, group) in enumerate(stages):
+            if has_samples(s, group, least):
+                aligned = self._cka(relations(s, kept), relations(t, kept), kept, False)
+            else:
+                aligned, kept = nothing_of(s, t), None
             weight = self.feature_weight if self.feature_weight.dim() == 0 else self.feature_weight[i]
-            total = total - mean_of_groups(self._cka(*gram, kept, False), kept, least) * weight.to(gram[0].dtype)
+            total = total - mean_of_groups(aligned, kept, least, group) * weight.to(aligned.dtype)
         return total
 
     def _cka(self, x, y, mask, row_normalize):

@@ -128,7 +128,7 @@ class RKDLoss(FeatureLoss):
         self.least = MINIMUM["rkd_angle" if angle else "rkd_distance"]
 
     def _terms(self, x, y, kept, group=None):
-        small = self._level_too_small(x, group)
+        small = self._level_too_small(x, self.least, group)
         terms = {}
         for factor, op in ((self.distance, rkd_distance), (self.angle, rkd_angle)):
             if factor and small:
