@@ -4,6 +4,7 @@
 import copy
 import doctest
 import inspect
+import pickle
 import warnings
 from typing import NamedTuple
 
@@ -18,24 +19,24 @@ from kdkernels import losses
 
 
 class Case(NamedTuple):
-    make: object  # () -> the loss
+    make: object  # (group=...) -> the loss
     what: str  # what it compares, as its arguments are called: logits or features
     least: int  # the fewest rows it can do with
     classes: int = 10  # width of the teacher's side; the student's is 10
 
 
-def kda():
+def kda(**how):
     """With centres, and without the epochs in which the loss is off."""
-    loss = losses.KDALoss(6, 10, 14, start_epoch=0, weight=1.0)
+    loss = losses.KDALoss(6, 10, 14, start_epoch=0, weight=1.0, **how)
     seeded = torch.Generator().manual_seed(0)
     for centers in (loss.centers.student_centers, loss.centers.teacher_centers):
         centers.copy_(torch.randn(centers.shape, generator=seeded) / 4)
     return loss
 
 
-def rdimkd():
+def rdimkd(**how):
     """Principal directions, a narrower student, relative to the teacher's variance."""
-    loss = losses.RdimKDLoss(14, 4, student_channels=10, normalizer="variance", weight=2.0)
+    loss = losses.RdimKDLoss(14, 4, student_channels=10, normalizer="variance", weight=2.0, **how)
     seeded = torch.Generator().manual_seed(0)
     loss.observe(torch.randn(40, 14, generator=seeded))
     loss.fit()
@@ -45,47 +46,63 @@ def rdimkd():
 
 
 CASES = {
-    "kd": Case(lambda: losses.KDLoss(), "logits", 1),
-    "kd reverse": Case(lambda: losses.KDLoss(tau=2.0, divergence="reverse"), "logits", 1),
-    "kd jsd": Case(lambda: losses.KDLoss(divergence="jsd", weight=3.0), "logits", 1),
-    "cka": Case(lambda: losses.CKALoss(), "features", 4, 14),
-    "cka rbf": Case(lambda: losses.CKALoss(kd.RBF(sigma=3.0), unbiased=False, weight=2.0), "features", 2, 14),
-    "rcka": Case(lambda: losses.RCKALoss(), "logits", 1),
-    "rcka textbook": Case(lambda: losses.RCKALoss(row_normalize=False, center=True, unbiased=True), "logits", 4),
-    "rcka rows": Case(lambda: losses.RCKALoss(class_weight=0), "logits", 1, 14),
-    "cmkd": Case(lambda: losses.CMKDLoss(), "logits", 1),
-    "cmkd classes": Case(lambda: losses.CMKDLoss(class_weight=1, regularization="kl", strength=0.3), "logits", 2),
-    "kda": Case(lambda: kda(), "features", 1, 14),
-    "rdimkd": Case(lambda: losses.RdimKDLoss(10, 4, variant="R", seed=0), "features", 1),
-    "rdimkd adapter": Case(lambda: rdimkd(), "features", 1, 14),
-    "dist": Case(lambda: losses.DISTLoss(), "logits", 2),
-    "dist rows": Case(lambda: losses.DISTLoss(2.0, 0.0, tau=4.0), "logits", 1),
-    "dkd": Case(lambda: labelled.DKDLoss(), "logits", 1),
-    "stkd": Case(lambda: labelled.STKDLoss(), "logits", 1),
-    "stkd clean": Case(lambda: labelled.STKDLoss(alpha=0.5, tau=2.0, mix=(0.25, 0.5, 0.25)), "logits", 1),
-    "nystrom": Case(lambda: losses.NystromTransferLoss(6, kernel=kd.RBF(3.0)), "features", 1, 14),
-    "nystrom linear": Case(lambda: losses.NystromTransferLoss(6, kernel="linear", normalize=False), "features", 1, 14),
-    "pcka": Case(lambda: pyramid.PCKALoss(), "features", 1),
-    "pcka transposed": Case(lambda: pyramid.PCKALoss(center=True, transposed=0.5), "features", 1),
-    "sp": Case(lambda: losses.SPLoss(weight=10.0), "features", 1, 14),
-    "gram mse": Case(lambda: losses.GramMSELoss(), "features", 1, 14),
-    "mmd": Case(lambda: losses.MMDLoss(kd.RBF(sigma=3.0)), "features", 2),
-    "mmd biased": Case(lambda: losses.MMDLoss(kd.RBF(sigma=(1.0, 4.0)), unbiased=False), "features", 1),
-    "nst": Case(lambda: mapped.NSTLoss(), "features", 1, 14),
-    "ickd": Case(lambda: mapped.ICKDLoss(), "features", 1),
-    "fsp": Case(lambda: mapped.FSPLoss(), "features", 1),
-    "at": Case(lambda: mapped.ATLoss(weight=10.0), "features", 1, 14),
-    "at cubes": Case(lambda: mapped.ATLoss(p=3, weight=10.0), "features", 1, 14),
-    "rkd distance": Case(lambda: losses.RKDDistanceLoss(), "features", 2, 14),
-    "rkd angle": Case(lambda: losses.RKDAngleLoss(weight=50.0), "features", 3, 14),
-    "rkd": Case(lambda: losses.RKDLoss(), "features", 3, 14),
-    "pkt": Case(lambda: losses.PKTLoss(weight=30000.0), "features", 2, 14),
-    "cc": Case(lambda: losses.CCLoss(), "features", 2),
-    "cc taylor": Case(lambda: losses.CCLoss("taylor", normalize=True), "features", 1, 14),
-    "ramp": Case(lambda: losses.Ramp(losses.RCKALoss(), 0, 0), "logits", 1),
+    "kd": Case(lambda **how: losses.KDLoss(**how), "logits", 1),
+    "kd reverse": Case(lambda **how: losses.KDLoss(tau=2.0, divergence="reverse", **how), "logits", 1),
+    "kd jsd": Case(lambda **how: losses.KDLoss(divergence="jsd", weight=3.0, **how), "logits", 1),
+    "cka": Case(lambda **how: losses.CKALoss(**how), "features", 4, 14),
+    "cka rbf": Case(
+        lambda **how: losses.CKALoss(kd.RBF(sigma=3.0), unbiased=False, weight=2.0, **how), "features", 2, 14
+    ),
+    "rcka": Case(lambda **how: losses.RCKALoss(**how), "logits", 1),
+    "rcka textbook": Case(
+        lambda **how: losses.RCKALoss(row_normalize=False, center=True, unbiased=True, **how), "logits", 4
+    ),
+    "rcka rows": Case(lambda **how: losses.RCKALoss(class_weight=0, **how), "logits", 1, 14),
+    "cmkd": Case(lambda **how: losses.CMKDLoss(**how), "logits", 1),
+    "cmkd classes": Case(
+        lambda **how: losses.CMKDLoss(class_weight=1, regularization="kl", strength=0.3, **how), "logits", 2
+    ),
+    "kda": Case(lambda **how: kda(**how), "features", 1, 14),
+    "rdimkd": Case(lambda **how: losses.RdimKDLoss(10, 4, variant="R", seed=0, **how), "features", 1),
+    "rdimkd adapter": Case(lambda **how: rdimkd(**how), "features", 1, 14),
+    "dist": Case(lambda **how: losses.DISTLoss(**how), "logits", 2),
+    "dist rows": Case(lambda **how: losses.DISTLoss(2.0, 0.0, tau=4.0, **how), "logits", 1),
+    "dkd": Case(lambda **how: labelled.DKDLoss(**how), "logits", 1),
+    "stkd": Case(lambda **how: labelled.STKDLoss(**how), "logits", 1),
+    "stkd clean": Case(lambda **how: labelled.STKDLoss(alpha=0.5, tau=2.0, mix=(0.25, 0.5, 0.25), **how), "logits", 1),
+    "nystrom": Case(lambda **how: losses.NystromTransferLoss(6, kernel=kd.RBF(3.0), **how), "features", 1, 14),
+    "nystrom linear": Case(
+        lambda **how: losses.NystromTransferLoss(6, kernel="linear", normalize=False, **how), "features", 1, 14
+    ),
+    "pcka": Case(lambda **how: pyramid.PCKALoss(**how), "features", 1),
+    "pcka transposed": Case(lambda **how: pyramid.PCKALoss(center=True, transposed=0.5, **how), "features", 1),
+    "sp": Case(lambda **how: losses.SPLoss(weight=10.0, **how), "features", 1, 14),
+    "gram mse": Case(lambda **how: losses.GramMSELoss(**how), "features", 1, 14),
+    "mmd": Case(lambda **how: losses.MMDLoss(kd.RBF(sigma=3.0), **how), "features", 2),
+    "mmd biased": Case(lambda **how: losses.MMDLoss(kd.RBF(sigma=(1.0, 4.0)), unbiased=False, **how), "features", 1),
+    "nst": Case(lambda **how: mapped.NSTLoss(**how), "features", 1, 14),
+    "ickd": Case(lambda **how: mapped.ICKDLoss(**how), "features", 1),
+    "fsp": Case(lambda **how: mapped.FSPLoss(**how), "features", 1),
+    "at": Case(lambda **how: mapped.ATLoss(weight=10.0, **how), "features", 1, 14),
+    "at cubes": Case(lambda **how: mapped.ATLoss(p=3, weight=10.0, **how), "features", 1, 14),
+    "rkd distance": Case(lambda **how: losses.RKDDistanceLoss(**how), "features", 2, 14),
+    "rkd angle": Case(lambda **how: losses.RKDAngleLoss(weight=50.0, **how), "features", 3, 14),
+    "rkd": Case(lambda **how: losses.RKDLoss(**how), "features", 3, 14),
+    "pkt": Case(lambda **how: losses.PKTLoss(weight=30000.0, **how), "features", 2, 14),
+    "cc": Case(lambda **how: losses.CCLoss(**how), "features", 2),
+    "cc taylor": Case(lambda **how: losses.CCLoss("taylor", normalize=True, **how), "features", 1, 14),
+    "ramp": Case(lambda **how: losses.Ramp(losses.RCKALoss(**how), 0, 0), "logits", 1),
 }
 # 13 rows: odd, so that no even split or padding hides a lost row
 N = 13
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
@@ -286,6 +303,51 @@ def test_a_compiled_loss_survives_a_last_batch_that_is_too_small(case):
     with pytest.warns(UserWarning, match="drop_last"):
         value = compiled(student, teacher)
     assert value == 0 and (torch.autograd.grad(value, student)[0] == 0).all()
+
+
+def takes_group(name) -> bool:
+    loss = CASES[name].make()
+    return "group" in inspect.signature(type(getattr(loss, "loss", loss)).__init__).parameters
+
+
+OVER_RANKS = [name for name in CASES if takes_group(name)]
+needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OVER_RANKS])
+def test_a_loss_of_single_samples_takes_no_group(name):
+    with pytest.raises(TypeError, match="group"):
+        CASES[name].make(group="world")
+
+
+@needs_distributed
+@pytest.mark.parametrize("case", OVER_RANKS, indirect=True)
+def test_the_loss_over_a_group_of_one_process_is_the_loss(case, alone):
+    student, teacher = sides(case, dtype=torch.float64)
+    for options in ({}, {"mask": kept_rows()}):
+        plain, joined = case.make(), case.make(group="world")
+        total, parts = joined(student, teacher, return_parts=True, **options)
+        expected, expected_parts = plain(student, teacher, return_parts=True, **options)
+        torch.testing.assert_close((total, parts), (expected, expected_parts), rtol=1e-12, atol=1e-14)
+        grads = [torch.autograd.grad(value, student)[0] for value in (total, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-14)
+
+
+@needs_distributed
+@pytest.mark.parametrize("case", OVER_RANKS, indirect=True)
+def test_a_copy_of_a_loss_shares_its_process_group_and_a_pickle_of_it_is_refused(case, alone):
+    student, teacher = sides(case)
+    loss = case.make(group=alone).eval()
+    other = copy.deepcopy(loss)
+    assert other(student, teacher).equal(loss(student, teacher))
+    assert getattr(other, "loss", other).group is alone and "group=ProcessGroup" in repr(other)
+    with pytest.raises(TypeError, match=r"group is a ProcessGroup.*state_dict.*group='world'"):
+        pickle.dumps(loss)
+    named = case.make(group="world").eval()
+    named.load_state_dict(loss.state_dict())
+    again = pickle.loads(pickle.dumps(named))
+    assert again(student, teacher).equal(named(student, teacher)) and "group='world'" in repr(again)
+    assert "group" not in case.make().extra_repr()
 
 
 def test_repr_shows_the_weight(case):
