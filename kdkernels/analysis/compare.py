@@ -36,9 +36,10 @@ def compare_models(
     (Nguyen et al. 2021, arXiv 2010.15327; Song et al. 2012), with its standard error. Each batch's HSICs are unbiased,
     so the batch size does not move the value; their ratio has a bias below the standard error. See `kd.CKAMetric`.
 
-    Memory beside the models: of one batch, for each layer the smaller of its features and its Gram matrix (for layers
-    narrower than the batch perhaps both, the Gram matrices at most 64 MB in all), then nine numbers a pair of layers,
-    whatever the number of batches. One forward pass of each model a batch (one in all where
+    Memory beside the models, with linear and cosine kernels: no more than the features of all layers for one batch
+    (counted for 20 layers and more, 16 to 512 wide; the activations of two or three layers come on top for fewer),
+    then nine numbers a pair of layers, whatever the number of batches. Other kernels keep Gram matrices also of layers
+    narrower than the batch, or tiles of them, 64 MB at most. One forward pass of each model a batch (one in all where
     both are the same model and layers).
 
     Args:
@@ -108,7 +109,7 @@ class _Run:
         self.backend, self.minimum = backend, minimum_rows(self.unbiased, True)
         self.same = b is a and kernels[0] is kernels[1]
         self.sums, self.seen, self.batches, self.rows, self.left_out = None, 0, 0, 0, 0
-        self.layers: dict[bool, sums.Layers] = {}  # of the first network and of the second
+        self.layers: dict[bool, sums.Layers | sums.Groups] = {}  # of the first network and of the second
 
     def add(self, batch):
         self.seen += 1
@@ -123,21 +124,24 @@ class _Run:
             self._too_small(A.n)
             return
         with without_autocast(device_type(A.units)):
-            h = sums.hsics(A, B)
+            h = sums.hsics(A, A, A.budget()) if self.same else B.hsics()
         rows, columns = self.a.order(), self.b.order()
         batch = stream.terms(h.kl[rows][:, columns], h.kk[rows][:, None], h.ll[columns])
         self.sums = batch if self.sums is None else self.sums.add_(batch)
         self.batches, self.rows = self.batches + 1, self.rows + A.n
 
-    def _features(self, net: Network, batch, kernel, first: bool) -> sums.Layers:
+    def _features(self, net: Network, batch, kernel, first: bool):
         arguments, options = arguments_of(batch, net.model, net.name)
         device = device_of(net.model)
         if device is not None:
             arguments, options = moved(arguments, device), moved(options, device)
         if first not in self.layers:
-            together = len(self.a) + (0 if self.same else len(self.b))
-            problem = self._problem(arguments, options)
-            self.layers[first] = sums.Layers(len(net), together, kernel, problem, self.dtype, first)
+            if first:
+                together = len(net) + (0 if self.same else sums.group(len(self.b)))
+                problem = self._problem(arguments, options)
+                self.layers[first] = sums.Layers(len(net), together, kernel, problem, self.dtype)
+            else:
+                self.layers[first] = sums.Groups(self.layers[True], len(net), kernel)
         self.layers[first].clear()
         return net.features(arguments, options, self.layers[first])
 

@@ -18,7 +18,7 @@ from torch import nn
 from .. import checks
 from ..autograd import device_type, without_autocast
 from ..losses.base import as_rows
-from .sums import Layers
+from .sums import Groups, Layers
 
 
 def chosen_layers(model: nn.Module, wanted, name: str) -> list[str]:
@@ -76,7 +76,7 @@ class Network:
     def __len__(self) -> int:
         return len(self.wanted)
 
-    def features(self, arguments: tuple, options: dict, layers: Layers) -> Layers:
+    def features(self, arguments: tuple, options: dict, layers: Layers | Groups) -> Layers | Groups:
         """`layers` filled by one forward pass, in the order of the calls: `order` sorts them."""
         self.places: dict[str, int] = {}
         with contextlib.ExitStack() as hooks, torch.no_grad():
@@ -101,7 +101,7 @@ class Network:
         """Places of the layers, in the order of `called`."""
         return [self.places[layer] for layer in self.called]
 
-    def _hook(self, layer: str, layers: Layers):
+    def _hook(self, layer: str, layers: Layers | Groups):
         name = f"the output of {self.name}.{layer}"
 
         def hook(_module, _inputs, output):

@@ -4,7 +4,7 @@
 With K_l and L_m the centred Gram matrices of L and M layers, S_KL of all pairs is one product of their flattened tiles,
 [L, tile] @ [tile, M]; every other sum belongs to one layer. Memory: prepared rows and (L + M) tiles, at most `BYTES` of
 them at a time. Linear and cosine kernels take feature space, |X_l' Y_m|^2, where that is less work. The letters, and
-what keeps float32 sums from cancelling, are those of gram/MATH.md.
+what keeps float32 sums from cancelling, are those of gram/MATH.md; how memory stays bounded stands in MATH.md, 4.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from ..gram.maps import Side
 from ..gram.op import sigma_of
 from ..gram.panels import Pairs
 from ..gram.prepare import prepare
-from ..gram.problem import Problem, decode, encode
+from ..gram.problem import Problem, decode, encode, minimum_rows
 
 BYTES = 64 << 20  # of the tiles of all layers that exist at a time
 LEAST_TILE = 128  # edge below which a tile's products no longer fill the processor
+LEAST_TIGHT = 32  # where memory is what counts
+START = 4  # Gram matrices for which there is room at first
+TOGETHER = 2  # layers whose rows meet those of another in one product
 BACKENDS = ("torch", "cpp", "reference")
 PRODUCTS = 1 << 22  # entries of the row-wise products S_KL, before they are summed in float64
 
@@ -85,17 +88,19 @@ def whole(side: Side, problem: Problem):
 class Sums:
     """Sums over pairs of all layers, added up tile by tile in float64."""
 
-    def __init__(self, layers: int, others: int, n: int, like):
+    def __init__(self, layers: int, others: int, n: int, like, own=None):
+        # own: kk and a, where they are known
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=like.device)  # noqa: E731
-        self.kl, self.kk, self.ll = zeros(layers, others), zeros(layers), zeros(others)
-        self.a, self.b = zeros(layers, n), zeros(others, n)
+        self.known = own is not None
+        self.kk, self.a = own if self.known else (zeros(layers), zeros(layers, n))
+        self.kl, self.ll, self.b = zeros(layers, others), zeros(others), zeros(others, n)
 
     def add(self, K, L, i: slice, j: slice):
         """K [L, r, c], L [M, r, c], a tile that stands for its transpose too where i and j differ; L may be K."""
         twice = 1 if i == j else 2
         self.kl += twice * products(K, L)
         sides = ((K, None, self.a),) if L is K else ((K, self.kk, self.a), (L, self.ll, self.b))
-        for tiles, square, row in sides:
+        for tiles, square, row in sides[self.known :]:
             if square is not None:
                 square += twice * row_squares(tiles).sum(-1)
             # a row of a tile is summed in its own dtype, pairwise, rows of tiles in float64
@@ -111,8 +116,8 @@ class Sums:
             self.b = self.a
         form = estimator(problem, float(n))
         A, B = self.a.sum(-1), self.b.sum(-1)
-        kk = form.c * (self.kk - form.r * self.a.square().sum(-1) + form.s * A * A)
-        ll = form.c * (self.ll - form.r * self.b.square().sum(-1) + form.s * B * B)
+        kk = form.c * (self.kk - form.r * row_squares(self.a) + form.s * A * A)
+        ll = form.c * (self.ll - form.r * row_squares(self.b) + form.s * B * B)
         kl = form.c * (self.kl - form.r * (self.a @ self.b.mT) + form.s * A[:, None] * B)
         flat_x, flat_y = constant(kk, self.kk, form, eps), constant(ll, self.ll, form, eps)
         kl = torch.where(flat_x[:, None] | flat_y, 0, kl)
@@ -131,70 +136,70 @@ def products(K, L):
 
 
 def row_squares(K):
-    """sum_j K_ij^2 [L, r], float64 from here on."""
+    """Sums of squares along the last dimension, float64 from here on."""
     return torch.linalg.vector_norm(K, dim=-1).double().square()
 
 
-def in_feature_space(problem: Problem, n: int, widths, others) -> bool:
+def in_feature_space(problem: Problem, n: int, widths, others, tight: bool = False) -> bool:
     """Whether products of features are less work than tiles: the rule of the Gram family, for all pairs together.
 
-    A tile's element costs its product, p, about 20 operations' worth of traffic, and its share of L M products.
+    A tile's element costs its product, p, about 20 operations' worth of traffic, and its share of L M products; in the
+    small tiles of a `tight` budget far more than the traffic is what each call costs.
     """
     if not (problem.kx.linear and problem.ky.linear):
         return False
     squares = sum(p * p for p in widths) + sum(q * q for q in others)
     features = sum(widths) * sum(others) + squares
-    layers = len(widths) + len(others)
-    return 2 * features < n * (sum(widths) + sum(others) + 20 * layers + len(widths) * len(others))
+    layers, cost = len(widths) + len(others), 400 if tight else 20
+    return 2 * features < n * (sum(widths) + sum(others) + cost * layers + len(widths) * len(others))
 
 
 def feature_sums(sums: Sums, xs: list[Side], ys: list[Side], unbiased: bool):
     """|X'Y|^2 for each pair; rows of a centred K sum to zero; the diagonal is subtracted where it is left out."""
-    k, l = (torch.stack([s.P.square for s in sides]).double() for sides in (xs, ys))
-    Y = torch.cat([s.P.z for s in ys], 1)
-    # which columns of Y belong to which layer: a product with it adds them up in order
-    owner = torch.block_diag(*(Y.new_ones(s.P.z.shape[1], 1) for s in ys)).double()
-    for place, side in enumerate(xs):
-        X = side.P.z
-        sums.kl[place] = (X.mT @ Y).square_().sum(0, dtype=torch.float64) @ owner
-    for sides, square in ((xs, sums.kk), (ys, sums.ll)):
+    for start in range(0, len(ys), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        Y = torch.cat([s.P.z for s in ys[part]], 1)
+        # which rows of Y'X belong to which layer: a product with it adds them up in order
+        owner = torch.block_diag(*(Y.new_ones(1, s.P.z.shape[1]) for s in ys[part])).double()
+        for place, side in enumerate(xs):
+            sums.kl[place, part] = owner @ row_squares(Y.mT @ side.P.z)
+    for sides, square, row in ((xs, sums.kk, sums.a), (ys, sums.ll, sums.b))[sums.known :]:
         for place, side in enumerate(sides):
-            square[place] = (side.P.z.mT @ side.P.z).square_().sum(dtype=torch.float64)
-    if unbiased:
-        sums.kl -= k @ l.mT
-        sums.kk -= k.square().sum(-1)
-        sums.ll -= l.square().sum(-1)
-        sums.a -= k
-        sums.b -= l
+            square[place] = row_squares(side.P.z.mT @ side.P.z).sum()
+            if unbiased:
+                row[place] -= side.P.square
+        square -= row_squares(row)
+    sums.kl -= sums.a @ sums.b.mT
 
 
-def edge(n: int, layers: int, item: int) -> int:
-    """The tile's edge, so that a tile of each layer fits into `BYTES`."""
-    fits = int((BYTES / (layers * item)) ** 0.5) // 32 * 32
-    return min(n, max(LEAST_TILE, min(panels.TILE, fits)))
+def edge(n: int, layers: int, item: int, budget: int | None = None) -> int:
+    """The tile's edge, so that a tile of each layer fits into `budget` bytes; None: BYTES, in tiles not too small."""
+    least, fits = (LEAST_TILE, BYTES) if budget is None else (LEAST_TIGHT, budget)
+    return min(n, max(least, min(panels.TILE, int((fits / (layers * item)) ** 0.5) // 16 * 16)))
 
 
 class Layers:
     """The layers of one network for one batch, each reduced as soon as it comes to the smaller of what it needs.
 
-    A Gram matrix [n, n] replaces the rows where it is no larger than they are and all of them fit into `BYTES`; else
+    A Gram matrix [n, n] replaces rows that are at least as wide, where those of all layers fit into `BYTES`; else
     prepared rows are kept, for feature space or for tiles. `put` leaves x to its owner: changing it in place later, or
     freeing it, does no harm.
     """
 
     def __init__(self, most: int, together: int, kernel: Kernel, problem: Problem, dtype, first: bool = True):
-        # most: layers that may come; together: those of both networks
+        # most: layers that may come; together: those that are held at a time, of both networks
         self.most, self.together, self.kernel, self.problem = most, together, kernel, problem
         self.dtype, self.first = dtype, first
+        self.expected = START  # Gram matrices there is room for at first
         # kept from batch to batch: fresh memory costs more than the product in it, and small tensors that outlive large
         # ones keep a heap from shrinking
-        self.buffer, self.scales = None, None  # [most, n, n] and [most]
+        self.grams, self.scales, self.scratch = None, None, None  # [slots, n, n], [most], a tile of each layer
         self.clear()
 
     def clear(self):
         """Ready for the next batch."""
-        self.n, self.grams = 0, None
-        self.sides, self.widths = [], []
+        self.n, self.own = 0, None
+        self.sides, self.widths, self.slots = [], [], {}  # slots: where the Gram matrix of a place is
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -218,56 +223,159 @@ class Layers:
             self.widths.append(None)
         if self.scales is None or self.scales.device != x.device:
             self.scales = side.P.unit.new_empty(self.most)
-        self.scales[place], self.widths[place], self.sides[place] = side.P.unit, x.shape[1], side
-        if self.fits and not (self.spec.linear and x.shape[1] < self.n):
-            self.gram(place)
+        self.scales[place], self.widths[place] = side.P.unit, x.shape[1]
+        if self.fits and x.shape[1] >= self.n:
+            self.gram(place, side)
+        else:
+            self.sides[place] = light(side)
         return place
 
     @property
     def fits(self) -> bool:
         return edge(self.n, self.together, self.dtype.itemsize) == self.n
 
-    def gram(self, place: int):
+    def gram(self, place: int, side: Side):
         """K of one layer takes the place of its rows."""
-        if self.grams is None:
-            like = self.sides[place].left
-            if self.buffer is None or self.buffer.shape[1] != self.n or self.buffer.device != like.device:
-                self.buffer = like.new_empty(self.most, self.n, self.n)
-            self.grams = self.buffer
-        self.grams[place] = whole(self.sides[place], self.problem)
+        slot, like = self.slots.setdefault(place, len(self.slots)), side.left
+        if self.grams is None or self.grams.shape[1] != self.n or self.grams.device != like.device:
+            room = self.expected if self.grams is None else len(self.grams)
+            self.grams = None  # gone before the next one comes
+            self.grams = like.new_empty(min(max(room, 1), self.most), self.n, self.n)
+        if slot == len(self.grams):  # layers that never come to this must not take its room
+            more = like.new_empty(min(slot + (slot + 1) // 2, self.most), self.n, self.n)
+            more[:slot] = self.grams
+            self.grams = more
+        self.grams[slot] = whole(side, self.problem)
         self.sides[place] = None
 
     def all_grams(self):
         for place, side in enumerate(self.sides):
             if side is not None:
-                self.gram(place)
-        return self.grams[: len(self)]
+                self.gram(place, ready(side))
+        order = [self.slots[place] for place in range(len(self))]
+        return self.grams[: len(self)] if order == sorted(order) else self.grams[order]
 
-    def with_means(self) -> list[Side]:
-        return [side._replace(u=panels.landmark_means(side, None)) for side in self.sides]
+    def budget(self) -> int | None:
+        """Bytes for tiles: half of what the rows of these layers take; None where a kernel has no feature space.
+
+        There small tiles cost three times the time, and `BYTES` is what bounds them.
+        """
+        if not (self.problem.kx.linear and self.problem.ky.linear):
+            return None
+        return self.n * sum(self.widths) * self.dtype.itemsize // 2
+
+    def find_means(self):
+        """u of the layers that have no Gram matrix."""
+        for place, side in enumerate(self.sides):
+            if side is not None and side.u is None:
+                self.sides[place] = side._replace(u=panels.landmark_means(ready(side), None))
+
+    def tiles(self, i: slice, j: slice):
+        """[L, r, c] of rows i and columns j, until the next call."""
+        shape = (len(self), i.stop - i.start, j.stop - j.start)
+        size = shape[0] * shape[1] * shape[2]
+        if self.scratch is None or len(self.scratch) < size or self.scratch.device != self.scales.device:
+            self.scratch = torch.empty(size, dtype=self.dtype, device=self.scales.device)
+        K = self.scratch[:size].view(shape)
+        for place, side in enumerate(self.sides):
+            K[place] = self.grams[self.slots[place], i, j] if side is None else tile(ready(side), self.problem, i, j)
+        return K
 
 
-def hsics(A: Layers, B: Layers) -> Hsics:
-    """HSIC of all pairs; B may be A."""
+def light(side: Side) -> Side:
+    """Without what `ready` makes again from the rows."""
+    return side._replace(left=None, right=None)
+
+
+def ready(side: Side) -> Side:
+    return maps.side_of(side.P, side.spec, side.stable)._replace(u=side.u)
+
+
+class Groups:
+    """The layers of the second network, contracted with those of the first in groups as they come.
+
+    Half of their rows (or Gram matrices) exist at a time; what the other half would take leaves room for tiles.
+    """
+
+    def __init__(self, A: Layers, most: int, kernel: Kernel):
+        self.A, self.most, half = A, most, group(most)
+        self.part = Layers(half, A.most + half, kernel, A.problem, A.dtype, first=False)
+        self.clear()
+
+    def clear(self):
+        self.n, self.found, self.pending = 0, {}, []
+        self.part.clear()
+
+    def __len__(self) -> int:
+        return len(set(self.found) | set(self.pending))
+
+    def put(self, x, place: int | None = None) -> int:
+        """As `Layers.put`."""
+        place, self.n = len(self) if place is None else place, x.shape[0]
+        if self.n != self.A.n or self.n < minimum_rows(self.A.problem.unbiased, True):  # the caller says so, later
+            self.found[place] = None
+            return place
+        self.part.expected = -(-self.part.most * len(self.A.slots) // len(self.A))
+        self.part.put(x, self.pending.index(place) if place in self.pending else None)
+        if place not in self.pending:
+            self.pending.append(place)
+        # feature space computes nothing again for a further group, so a smaller one will do
+        half = 2 * len(self.pending) >= self.part.most
+        if len(self.pending) == self.part.most or (half and fits_features(self.A, self.part, True)):
+            self.contract()
+        return place
+
+    def contract(self):
+        h = hsics(self.A, self.part, self.part.budget())
+        for at, place in enumerate(self.pending):
+            self.found[place] = h.kl[:, at], h.kk, h.ll[at]
+        self.pending = []
+        self.part.clear()
+
+    def hsics(self) -> Hsics:
+        if self.pending:
+            self.contract()
+        kl, kk, ll = zip(*(self.found[place] for place in range(len(self))), strict=True)
+        return Hsics(torch.stack(kl, 1), kk[0], torch.stack(ll))
+
+
+def group(layers: int) -> int:
+    """How many of the second network's layers are held at a time."""
+    return (layers + 1) // 2
+
+
+def hsics(A: Layers, B: Layers, budget: int | None = None) -> Hsics:
+    """HSIC of all pairs; B may be A. `budget`: bytes for tiles, None for `BYTES` or the Gram matrices of all layers.
+
+    What belongs to A alone is computed once, however many B it meets.
+    """
     n, problem, same = A.n, A.problem, B is A
-    sums = Sums(len(A), len(B), n, A.units)
-    kept = A.grams is None and B.grams is None
-    if kept and in_feature_space(problem, n, A.widths, B.widths):
-        feature_sums(sums, A.sides, B.sides, problem.unbiased)
-    elif A.fits:
+    sums = Sums(len(A), len(B), n, A.units, None if same else A.own)
+    only_grams = len(A.slots) == len(A) and len(B.slots) == len(B)
+    if only_grams or (budget is None and A.fits and not fits_features(A, B, False)):
         everything, K = slice(0, n), A.all_grams()
         sums.add(K, K if same else B.all_grams(), everything, everything)
+    elif fits_features(A, B, budget is not None):
+        feature_sums(sums, A.sides, B.sides, problem.unbiased)
     else:
-        tile_sums(sums, A.with_means(), None if same else B.with_means(), problem)
+        tile_sums(sums, A, B, budget)
+    A.own = sums.kk, sums.a
     return sums.finish(problem, n, (A.units, B.units), torch.finfo(A.dtype).eps, same)
 
 
-def tile_sums(sums: Sums, xs: list[Side], ys: list[Side] | None, problem: Problem):
-    """Each unordered pair of blocks once; ys None: those of xs."""
-    n, item = xs[0].left.shape[0], xs[0].left.element_size()
-    step = edge(n, len(xs) + len(ys or ()), item)
+def fits_features(A: Layers, B: Layers, tight: bool) -> bool:
+    """Whether feature space is open to all pairs, and less work."""
+    return not (A.slots or B.slots) and in_feature_space(A.problem, A.n, A.widths, B.widths, tight)
+
+
+def tile_sums(sums: Sums, A: Layers, B: Layers, budget: int | None):
+    """Each unordered pair of blocks once."""
+    n, same = A.n, B is A
+    step = edge(n, len(A) + (0 if same else len(B)), A.dtype.itemsize, budget)
     blocks = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    for layers in (A,) if same else (A, B):
+        layers.find_means()
     for place, i in enumerate(blocks):
         for j in blocks[place:]:
-            K = torch.stack([tile(s, problem, i, j) for s in xs])
-            sums.add(K, K if ys is None else torch.stack([tile(s, problem, i, j) for s in ys]), i, j)
+            K = A.tiles(i, j)
+            sums.add(K, K if same else B.tiles(i, j), i, j)
