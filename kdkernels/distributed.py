@@ -5,7 +5,13 @@ Every rank computes the same value of the whole batch. Backward adds up what all
 times the gradient of its rows; DDP and FSDP divide by the world size, so that parameters get what one process on the
 concatenated batch would give them. Without either, divide by it yourself.
 
-`group` is None for this process alone, "world" for all ranks, or a `torch.distributed.ProcessGroup`.
+`group` is None for this process alone, "world" for all ranks, or a `torch.distributed.ProcessGroup`. It is an argument
+of every op and loss in which the rows of a batch meet. Losses that are means over single samples (KD, DKD, STKD, AT,
+FSP, NST, ICKD) have none: the average that DDP takes over the ranks is theirs, as long as each rank has as many rows.
+
+All ranks make the same calls in the same order, with masks on all or none and gradients for all or none; rows may
+differ in number, and a rank may have none. What does not fit raises on every rank. Shapes are compared on the host, so
+under `torch.compile` such a call is a graph break; `fullgraph=True` refuses it.
 """
 
 from __future__ import annotations
@@ -115,6 +121,14 @@ class Agreed(NamedTuple):
     def gather(self, *tensors) -> list[torch.Tensor | None]:
         return gather_rows(tensors, self.rows, self.handle)
 
+    def rows_at(self, places, *tensors) -> list[torch.Tensor | None]:
+        """The rows at `places`, ascending and on the host, among those of all ranks; without a gradient."""
+        starts = torch.tensor([0, *self.rows]).cumsum(0)
+        cuts, rank = torch.searchsorted(places, starts).tolist(), torch.distributed.get_rank(self.handle)
+        own = places[cuts[rank] : cuts[rank + 1]] - starts[rank]
+        mine = [None if t is None else t.detach()[own.to(t.device)] for t in tensors]
+        return gather_rows(mine, [b - a for a, b in zip(cuts, cuts[1:], strict=False)], self.handle)
+
 
 def agree(tensors, names, handle, check=lambda: None) -> list[int]:
     """Rows on each rank, after all have compared what they hold: one error on every rank, and no deadlock later.
@@ -176,12 +190,14 @@ def compare(prepare, handle, call: str = ""):
         raise ValueError(
             f"{next(iter(named))}: rank {refused[0]} of the group refused its arguments; its own error says why"
         )
-    other = [i for i, rank in enumerate(table) if rank[0] != header]
-    if other:
-        raise ValueError(
-            f"{next(iter(named))}: rank {other[0]} of the group computes something else, or has another number of "
-            f"levels, than this rank's {call or 'call'} of {', '.join(named)}: every rank makes the same calls"
-        )
+    for i, rank in enumerate(table):
+        if rank[0] != header:
+            here = f"{call or 'its call'} of {len(named)} tensors"
+            there = "another call" if rank[0][1] == header[1] else f"{rank[0][1]} tensors"
+            raise ValueError(
+                f"{next(iter(named))}: rank {i} of the group has {there}, this rank has {here}: every rank makes the "
+                "same call, with as many levels"
+            )
     entries = [rank[1 : 1 + len(described)] for rank in table]
     if len(described) > _AT_ONCE:
         rest = _exchange(described[_AT_ONCE:], handle)

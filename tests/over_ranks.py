@@ -8,15 +8,13 @@ gradient with one process on the whole batch. Rank 0 writes {check: facts} to OU
 import datetime
 import json
 import sys
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import kdkernels as kd
-from kdkernels import distributed, losses
+from kdkernels import distributed
 
 # rows of the ranks: even, an uneven last batch, and a rank with none; cut to the number of ranks
 SPLITS = {"even": (16, 16, 16, 16), "uneven": (17, 5, 1, 12), "one empty": (23, 0, 9, 7)}
@@ -39,60 +37,6 @@ OPS = {
     "gram_mse sum": lambda x, y, **how: kd.gram_mse(x, y, reduction="sum", **how),
     "gram_mse rows": lambda x, y, **how: kd.gram_mse(x, y, normalize="row", **how),
     "mmd": lambda x, y, **how: kd.mmd(x, y, kernel=kd.RBF(2.0), **how),
-}
-
-
-# sizes of a sample on the student's and the teacher's side
-SIZES = {
-    "rows": ((5,), (7,)),
-    "one width": ((5,), (5,)),
-    "tokens": ((3, 5), (3, 7)),
-    "maps": ((4, 2, 3), (6, 2, 3)),
-    "levels": [((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
-    "logits and stages": [((5,), (5,)), ((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
-    "logits and tokens": [((3, 5), (3, 5)), ((3, 4), (3, 6))],
-}
-
-
-ROWS_OF_BOTH = {"rows": "groups", "feature_rows": "groups"}
-
-
-class Case(NamedTuple):
-    make: object  # (group=...) -> the loss
-    sizes: str = "rows"
-    mask: str | None = None  # of "samples" or "tokens"
-    call: dict = {}
-
-
-# every loss that takes `group`, and every way of making rows with some of them
-LOSSES = {
-    "CKALoss": Case(losses.CKALoss),
-    "CKALoss rbf": Case(partial(losses.CKALoss, "rbf", unbiased=False), mask="samples"),
-    "CKALoss levels": Case(partial(losses.CKALoss, weights=[0.5, 2.0], weight=3.0), "levels", mask="samples"),
-    "CKALoss tokens": Case(losses.CKALoss, "tokens", mask="tokens", call={"rows": "tokens"}),
-    "CKALoss mean": Case(losses.CKALoss, "tokens", mask="tokens", call={"rows": "mean"}),
-    "CKALoss groups": Case(partial(losses.CKALoss, unbiased=False), "tokens", call={"rows": "groups"}),
-    "CKALoss groups masked": Case(partial(losses.CKALoss, unbiased=False, rows="groups"), "tokens", mask="tokens"),
-    "CKALoss gap": Case(losses.CKALoss, "maps", call={"rows": "gap"}),
-    "CKALoss positions": Case(losses.CKALoss, "maps", call={"rows": "positions"}),
-    "MMDLoss": Case(losses.MMDLoss, "one width"),
-    "MMDLoss transfer": Case(partial(losses.MMDLoss.preset, "transfer"), "one width", mask="samples"),
-    "GramMSELoss": Case(losses.GramMSELoss, mask="samples"),
-    "SPLoss": Case(losses.SPLoss, "maps", mask="samples"),
-    "PKTLoss": Case(losses.PKTLoss),
-    "PKTLoss groups": Case(losses.PKTLoss, "tokens", mask="tokens", call={"rows": "groups"}),
-    "RKDDistanceLoss": Case(losses.RKDDistanceLoss),
-    "RKDAngleLoss": Case(losses.RKDAngleLoss, mask="samples"),
-    "RKDLoss": Case(losses.RKDLoss, "levels"),
-    "RKDLoss groups": Case(losses.RKDLoss, "tokens", mask="tokens", call={"rows": "groups"}),
-    "CCLoss": Case(losses.CCLoss, "one width", mask="samples"),
-    "RCKALoss": Case(losses.RCKALoss, "one width"),
-    "RCKALoss textbook": Case(
-        partial(losses.RCKALoss, row_normalize=False, center=True, unbiased=True, class_weight=0), mask="samples"
-    ),
-    "RCKALoss stages": Case(partial(losses.RCKALoss, feature_weight=[1.0, 0.5]), "logits and stages", mask="samples"),
-    "RCKALoss groups": Case(partial(losses.RCKALoss, feature_weight=2.0), "logits and tokens", "tokens", ROWS_OF_BOTH),
-    "CCLoss taylor": Case(partial(losses.CCLoss, "taylor", normalize=True)),
 }
 
 
@@ -136,57 +80,6 @@ def equal_to_one_process(out):
             if dtype == torch.float64:
                 for op in ("cka", "cka rbf", "gram_mse"):
                     out[f"{op}, {split}, masked"] = compared(op, x, y, rows, linear_mask(x))
-
-
-def batch(case, n, dtype):
-    """Student and teacher levels of n samples that are alike, and the mask."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = SIZES[case.sizes]
-    student, teacher = [], []
-    for own, other in sizes if isinstance(sizes, list) else [sizes]:
-        y = torch.randn(n, *other, generator=generator, dtype=torch.float64) + 0.5
-        x = torch.randn(n, *own, generator=generator, dtype=torch.float64)
-        shared = [slice(None), *(slice(min(pair)) for pair in zip(own, other, strict=True))]
-        x[shared] += y[shared]
-        student.append(x.to(dtype))
-        teacher.append(y.to(dtype))
-    shape = {None: None, "samples": (n,), "tokens": (n, *student[0].shape[1:-1])}[case.mask]
-    mask = None if shape is None else torch.rand(shape, generator=generator) > 0.3
-    return student, teacher, mask
-
-
-def losses_equal_to_one_process(out):
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for split, sizes in SPLITS.items():
-        rows = list(sizes[:world])
-        for name, case in LOSSES.items():
-            for dtype in (torch.float64, torch.float32):
-                student, teacher, mask = batch(case, sum(rows), dtype)
-
-                def terms(make, student, teacher, mask, case=case):
-                    sides = (student[0], teacher[0]) if case.sizes != "levels" else (student, teacher)
-                    if case.sizes.startswith("logits"):
-                        sides = (*sides, student[1:], teacher[1:])
-                    call = case.call if mask is None else {**case.call, "mask": mask}
-                    total, parts = make()(*sides, return_parts=True, **call)
-                    return {"total": total, **parts}, torch.autograd.grad(1.7 * total, student)
-
-                whole = [t.clone().requires_grad_() for t in student]
-                expected, gradients = terms(case.make, whole, teacher, mask)
-                mine = [t.split(rows)[rank] for t in (*student, *teacher, *([] if mask is None else [mask]))]
-                k = len(student)
-                own = [t.clone().requires_grad_() for t in mine[:k]]
-                found, here = terms(
-                    partial(case.make, group="world"), own, mine[k : 2 * k], None if mask is None else mine[-1]
-                )
-                assert found.keys() == expected.keys()
-                errors = [differs(found[part].detach(), expected[part].detach()) for part in found]
-                for gradient, wanted in zip(here, gradients, strict=True):
-                    apart = gradient / world - wanted.split(rows)[rank]
-                    errors.append(float(apart.abs().max() / wanted.abs().max()) if len(gradient) else 0.0)
-                worst = torch.tensor(errors, dtype=torch.float64)
-                dist.all_reduce(worst, dist.ReduceOp.MAX)
-                out[f"{name}, {split}, {str(dtype).removeprefix('torch.')}"] = worst.tolist()
 
 
 def gathered_rows(out):
@@ -241,6 +134,18 @@ def traffic(out):
         )
 
 
+def said_by_all(call) -> list[str]:
+    """The error of each rank."""
+    try:
+        call()
+        said = "nothing"
+    except (ValueError, TypeError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, said)
+    return everyone
+
+
 def refusals(out):
     """Wrong input: what each rank says."""
     rank = dist.get_rank()
@@ -257,14 +162,7 @@ def refusals(out):
         "group": lambda: kd.cka(x, y, group="all"),
     }
     for name, call in wrong.items():
-        try:
-            call()
-            said = "nothing"
-        except (ValueError, TypeError) as error:
-            said = f"{type(error).__name__}: {error}"
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, said)
-        out[f"refused, {name}"] = everyone
+        out[f"refused, {name}"] = said_by_all(call)
 
 
 def dies(out):
@@ -274,15 +172,12 @@ def dies(out):
     kd.cka(torch.randn(8, 4), torch.randn(8, 4), group="world")
 
 
-def main(path, *wanted):
+def run(path, *checks):
+    """Each check writes its facts; rank 0 those of all ranks to the file."""
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
     torch.set_num_threads(1)
     out = {}
-    for check in (
-        (equal_to_one_process, losses_equal_to_one_process, gathered_rows, traffic, refusals)
-        if not wanted
-        else [globals()[w] for w in wanted]
-    ):
+    for check in checks:
         check(out)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, out)
@@ -292,4 +187,8 @@ def main(path, *wanted):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    import over_ranks_losses
+
+    every = (equal_to_one_process, gathered_rows, traffic, refusals, *over_ranks_losses.CHECKS)
+    named = {check.__name__: check for check in (*every, dies)}
+    run(sys.argv[1], *([named[wanted] for wanted in sys.argv[2:]] or every))

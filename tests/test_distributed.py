@@ -11,6 +11,7 @@ import sys
 import time
 
 import over_ranks
+import over_ranks_losses
 import pytest
 import torch
 from conftest import ROOT
@@ -21,10 +22,10 @@ from kdkernels import distributed
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-def launch(ranks, path, *checks, timeout=300):
+def launch(ranks, path, *checks, script="over_ranks.py", timeout=300):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / "tests" / "over_ranks.py"), str(path), *checks]
+    command += [str(ROOT / "tests" / script), str(path), *checks]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -47,7 +48,7 @@ def test_value_and_averaged_gradient_are_those_of_one_process(facts, op, split):
         assert max(facts[0][name]) < most, (name, facts[0][name])
 
 
-@pytest.mark.parametrize("loss", over_ranks.LOSSES)
+@pytest.mark.parametrize("loss", over_ranks_losses.LOSSES)
 def test_a_loss_of_all_ranks_is_that_of_one_process(facts, loss):
     for split in over_ranks.SPLITS:
         for kind, most in (("float64", 1e-10), ("float32", 1e-5)):
@@ -90,6 +91,60 @@ def test_every_rank_is_told_what_is_wrong(facts, what, message, own):
         assert (own if own and rank == 1 else message) in words
 
 
+def test_ranks_may_have_other_numbers_of_tokens_and_groups_smaller_than_the_world(facts):
+    for rank, fact in enumerate(facts):
+        for how, (found, expected) in fact["other tokens"].items():
+            assert found == pytest.approx(expected, rel=1e-5), how
+        found, expected = fact["pairs of ranks"]
+        assert found == pytest.approx(expected, rel=1e-5)
+        # of rank 1 alone: its samples have two tokens
+        assert ["2 rows a sample and needs 4" in said for said in fact["warned of tokens"]] == [True] * (rank == 1)
+    assert len({tuple(fact["pairs of ranks"]) for fact in facts}) == len(facts) // 2
+    refused = facts[0]["refused, not a member"]
+    assert refused[:2] == ["nothing"] * 2 and all("ProcessGroup this rank is in" in said for said in refused[2:])
+
+
+def test_a_batch_too_small_on_all_ranks_together_is_zero_and_each_rank_says_so_once(facts):
+    for fact in facts:
+        *zeros, said = fact["too small"]
+        assert zeros == [0, 0, 0] and len(said) == 1 and "a batch of 2 rows on all ranks and needs 4" in said[0]
+
+
+def test_what_ddp_averages_is_the_gradient_of_one_process(facts):
+    assert all(max(fact["ddp"]) < 1e-10 for fact in facts)
+
+
+def test_a_loss_sends_what_its_op_sends_and_losses_within_samples_no_feature(facts):
+    for fact in facts:
+        for n in (64, 512):
+            assert fact[f"bytes, loss, {n}"] == fact[f"bytes, op, {n}"] == fact["bytes, loss, 64"]
+        assert fact["bytes, groups"] < 300
+
+
+@pytest.mark.parametrize(
+    "what, message, own",
+    [
+        ("a width", "student_features differs between the ranks of the group: rank 0 has float32 [8, 4]", 0),
+        ("a width of level 1", "student_features[1] differs between the ranks of the group: rank 0 has float32", 0),
+        ("a dtype", "teacher_features differs between the ranks of the group: rank 0 has float32 [8, 4]; rank 1", 0),
+        ("levels", "rank 1 of the group has 9 tensors, this rank has CKALoss with rows=None of 6", "has 6 tensors"),
+        ("classes", "student_logits differs between the ranks of the group", 0),
+        ("stages", "rank 1 of the group has 6 tensors, this rank has RCKALoss", "rank 0 of the group has 3 tensors"),
+        ("rows=", "rank 1 of the group has another call, this rank has CKALoss with rows='mean'", "rows='tokens'"),
+        ("no rows=", "rows is not given", "rank 0 of the group refused its arguments"),
+        ("losses", "rank 1 of the group has another call, this rank has CKALoss", "this rank has SPLoss"),
+        ("a mask", "mask of student_features differs between the ranks of the group: rank 0 has None; rank 1 has", 0),
+        ("a gradient", "rank 0 has float32 [8, 4]; rank 1 has float32 [8, 4] with a gradient", 0),
+        ("no tensor", "rank 1 of the group refused its arguments", "student_features is a ndarray"),
+    ],
+)  # fmt: skip
+def test_every_rank_is_told_what_is_wrong_with_the_arguments_of_a_loss(facts, what, message, own):
+    said = facts[0][f"loss refused, {what}"]
+    assert len(said) == len(facts)
+    for rank, words in enumerate(said):
+        assert (own if own and rank == 1 else message) in words
+
+
 def test_when_a_rank_dies_the_others_end_within_the_timeout(tmp_path):
     start = time.monotonic()
     done = launch(2, tmp_path / "facts.json", "dies", timeout=120)
@@ -103,6 +158,15 @@ def test_without_a_process_group_the_error_says_what_to_call():
         lambda: kd.cka(x, x, group="world"),
         lambda: distributed.gather(x),
         lambda: kd.mmd(x, x, group="world"),
+        lambda: kd.losses.CKALoss(group="world")(x, x),
+        lambda: kd.losses.RCKALoss(group="world")(x, x),
     ):
         with pytest.raises(RuntimeError, match=r"torch.distributed is not initialised.*init_process_group.*group=None"):
             call()
+
+
+def test_a_group_that_is_none_is_refused_when_the_loss_is_made():
+    with pytest.raises(ValueError, match="group is 'all': give None, 'world' or a torch.distributed.ProcessGroup"):
+        kd.losses.CKALoss(group="all")
+    with pytest.raises(TypeError, match="group is 3: give None"):
+        kd.losses.RCKALoss(group=3)

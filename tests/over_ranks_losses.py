@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of over_ranks.py, one table: equal to one process on the batch of all ranks; what they send and refuse."""
+
+import warnings
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from over_ranks import SPLITS, bytes_sent, differs, said_by_all
+
+import kdkernels as kd
+from kdkernels import losses
+
+# sizes of a sample on the student's and the teacher's side
+SIZES = {
+    "rows": ((5,), (7,)),
+    "one width": ((5,), (5,)),
+    "tokens": ((3, 5), (3, 7)),
+    "maps": ((4, 2, 3), (6, 2, 3)),
+    "levels": [((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
+    "logits and stages": [((5,), (5,)), ((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
+    "logits and tokens": [((3, 5), (3, 5)), ((3, 4), (3, 6))],
+}
+
+
+ROWS_OF_BOTH = {"rows": "groups", "feature_rows": "groups"}
+
+
+class Case(NamedTuple):
+    make: object  # (group=...) -> the loss
+    sizes: str = "rows"
+    mask: str | None = None  # of "samples" or "tokens"
+    call: dict = {}
+
+
+# every loss that takes `group`, and every way of making rows with some of them
+LOSSES = {
+    "CKALoss": Case(losses.CKALoss),
+    "CKALoss rbf": Case(partial(losses.CKALoss, "rbf", unbiased=False), mask="samples"),
+    "CKALoss levels": Case(partial(losses.CKALoss, weights=[0.5, 2.0], weight=3.0), "levels", mask="samples"),
+    "CKALoss tokens": Case(losses.CKALoss, "tokens", mask="tokens", call={"rows": "tokens"}),
+    "CKALoss mean": Case(losses.CKALoss, "tokens", mask="tokens", call={"rows": "mean"}),
+    "CKALoss groups": Case(partial(losses.CKALoss, unbiased=False), "tokens", call={"rows": "groups"}),
+    "CKALoss groups masked": Case(partial(losses.CKALoss, unbiased=False, rows="groups"), "tokens", mask="tokens"),
+    "CKALoss gap": Case(losses.CKALoss, "maps", call={"rows": "gap"}),
+    "CKALoss positions": Case(losses.CKALoss, "maps", call={"rows": "positions"}),
+    "MMDLoss": Case(losses.MMDLoss, "one width"),
+    "MMDLoss transfer": Case(partial(losses.MMDLoss.preset, "transfer"), "one width", mask="samples"),
+    "GramMSELoss": Case(losses.GramMSELoss, mask="samples"),
+    "SPLoss": Case(losses.SPLoss, "maps", mask="samples"),
+    "PKTLoss": Case(losses.PKTLoss),
+    "PKTLoss groups": Case(losses.PKTLoss, "tokens", mask="tokens", call={"rows": "groups"}),
+    "RKDDistanceLoss": Case(losses.RKDDistanceLoss),
+    "RKDAngleLoss": Case(losses.RKDAngleLoss, mask="samples"),
+    "RKDLoss": Case(losses.RKDLoss, "levels"),
+    "RKDLoss groups": Case(losses.RKDLoss, "tokens", mask="tokens", call={"rows": "groups"}),
+    "CCLoss": Case(losses.CCLoss, "one width", mask="samples"),
+    "RCKALoss": Case(losses.RCKALoss, "one width"),
+    "RCKALoss textbook": Case(
+        partial(losses.RCKALoss, row_normalize=False, center=True, unbiased=True, class_weight=0), mask="samples"
+    ),
+    "RCKALoss stages": Case(partial(losses.RCKALoss, feature_weight=[1.0, 0.5]), "logits and stages", mask="samples"),
+    "RCKALoss groups": Case(partial(losses.RCKALoss, feature_weight=2.0), "logits and tokens", "tokens", ROWS_OF_BOTH),
+    "CCLoss taylor": Case(partial(losses.CCLoss, "taylor", normalize=True)),
+}
+
+
+def batch(case, n, dtype):
+    """Student and teacher levels of n samples that are alike, and the mask."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = SIZES[case.sizes]
+    student, teacher = [], []
+    for own, other in sizes if isinstance(sizes, list) else [sizes]:
+        y = torch.randn(n, *other, generator=generator, dtype=torch.float64) + 0.5
+        x = torch.randn(n, *own, generator=generator, dtype=torch.float64)
+        shared = [slice(None), *(slice(min(pair)) for pair in zip(own, other, strict=True))]
+        x[shared] += y[shared]
+        student.append(x.to(dtype))
+        teacher.append(y.to(dtype))
+    shape = {None: None, "samples": (n,), "tokens": (n, *student[0].shape[1:-1])}[case.mask]
+    mask = None if shape is None else torch.rand(shape, generator=generator) > 0.3
+    return student, teacher, mask
+
+
+def losses_equal_to_one_process(out):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for split, sizes in SPLITS.items():
+        rows = list(sizes[:world])
+        for name, case in LOSSES.items():
+            for dtype in (torch.float64, torch.float32):
+                student, teacher, mask = batch(case, sum(rows), dtype)
+
+                def terms(make, student, teacher, mask, case=case):
+                    sides = (student[0], teacher[0]) if case.sizes != "levels" else (student, teacher)
+                    if case.sizes.startswith("logits"):
+                        sides = (*sides, student[1:], teacher[1:])
+                    call = case.call if mask is None else {**case.call, "mask": mask}
+                    total, parts = make()(*sides, return_parts=True, **call)
+                    return {"total": total, **parts}, torch.autograd.grad(1.7 * total, student)
+
+                whole = [t.clone().requires_grad_() for t in student]
+                expected, gradients = terms(case.make, whole, teacher, mask)
+                mine = [t.split(rows)[rank] for t in (*student, *teacher, *([] if mask is None else [mask]))]
+                k = len(student)
+                own = [t.clone().requires_grad_() for t in mine[:k]]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # a rank without rows is none to warn of
+                    found, here = terms(
+                        partial(case.make, group="world"), own, mine[k : 2 * k], None if mask is None else mine[-1]
+                    )
+                assert found.keys() == expected.keys()
+                errors = [differs(found[part].detach(), expected[part].detach()) for part in found]
+                for gradient, wanted in zip(here, gradients, strict=True):
+                    apart = gradient / world - wanted.split(rows)[rank]
+                    errors.append(float(apart.abs().max() / wanted.abs().max()) if len(gradient) else 0.0)
+                worst = torch.tensor(errors, dtype=torch.float64)
+                dist.all_reduce(worst, dist.ReduceOp.MAX)
+                out[f"{name}, {split}, {str(dtype).removeprefix('torch.')}"] = worst.tolist()
+
+
+def other_batches(out):
+    """Ranks with other numbers of tokens, groups that are not the world, batches too small on all ranks together."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randn(3, 5 + r if r != 1 else 2, 4, generator=generator) for r in range(world)]
+    targets = [t.tanh() + torch.randn(t.shape, generator=generator) / 4 for t in tokens]
+    pairs = list(zip(tokens, targets, strict=True))
+    rows = {
+        "tokens": losses.CKALoss()(
+            torch.cat([t.flatten(0, 1) for t in tokens]), torch.cat([t.flatten(0, 1) for t in targets])
+        ),
+        "mean": losses.CKALoss()(torch.cat([t.mean(1) for t in tokens]), torch.cat([t.mean(1) for t in targets])),
+        # the samples of rank 1 have too few tokens for the estimator
+        "groups": sum(losses.CKALoss(rows="groups")(*p) for r, p in enumerate(pairs) if r != 1) / (world - 1),
+    }
+    loss = losses.CKALoss(group="world")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = {how: loss(*pairs[rank], rows=how) for how in rows}
+    out["other tokens"] = {how: [found[how].item(), rows[how].item()] for how in rows}
+    out["warned of tokens"] = [str(w.message) for w in caught]
+
+    handles = [dist.new_group([r, r + 1]) for r in range(0, world, 2)]
+    pair = rank // 2
+    x, y = (torch.cat([t[side].mean(1) for t in pairs[2 * pair : 2 * pair + 2]]) for side in (0, 1))
+    own = [t.mean(1) for t in pairs[rank]]
+    out["pairs of ranks"] = [losses.CKALoss(group=handles[pair])(*own).item(), losses.CKALoss()(x, y).item()]
+    out["refused, not a member"] = said_by_all(lambda: losses.CKALoss(group=handles[0])(*own))
+
+    few = torch.randn(1 - (rank > 1), 4, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = losses.CKALoss(group="world")
+        values = [loss(few, few), loss(few, few)]
+    (gradient,) = torch.autograd.grad(values[0], few)
+    out["too small"] = [
+        *(value.item() for value in values),
+        gradient.abs().sum().item(),
+        [str(w.message) for w in caught],
+    ]
+
+
+def under_ddp(out):
+    """DDP's average of the gradients is the gradient of one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    x, y = torch.randn(6 * world + 1, 5).double(), torch.randn(6 * world + 1, 3).double()
+    model = torch.nn.Linear(5, 4).double()
+    (weight, bias), (whole, other) = model.parameters(), (losses.GramMSELoss(group=g) for g in (None, "world"))
+    expected = torch.autograd.grad(whole(model(x), y), (weight, bias))
+    sizes = [7, *[6] * (world - 1)]
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    other(wrapped(x.split(sizes)[rank]), y.split(sizes)[rank]).backward()
+    out["ddp"] = [differs(p.grad, wanted) for p, wanted in zip((weight, bias), expected, strict=True)]
+
+
+def traffic_of_losses(out):
+    for n in (64, 512):
+        x, y = torch.randn(n, 8, requires_grad=True), torch.randn(n, 6)
+        for name, loss in (("loss", losses.CKALoss(group="world")), ("op", partial(kd.cka, group="world"))):
+            out[f"bytes, {name}, {n}"] = bytes_sent(lambda x=x, y=y, loss=loss: loss(x, y).backward())
+    x, y = torch.randn(4, 100, 8, requires_grad=True), torch.randn(4, 100, 6)
+    loss = losses.CKALoss(rows="groups", group="world")
+    out["bytes, groups"] = bytes_sent(lambda: loss(x, y).backward())
+
+
+def refusals_of_losses(out):
+    rank = dist.get_rank()
+    odd = rank == 1
+    x, y, tokens = torch.randn(8, 4), torch.randn(8, 4), torch.randn(4, 3, 5)
+    cka, rcka, sp = (make(group="world") for make in (losses.CKALoss, losses.RCKALoss, losses.SPLoss))
+    wrong = {
+        "a width": lambda: cka(torch.randn(8, 4 + odd), y),
+        "a width of level 1": lambda: cka([x, torch.randn(8, 4 + odd)], [y, y]),
+        "a dtype": lambda: cka(x, y.double() if odd else y),
+        "levels": lambda: cka([x] * (2 + odd), [y] * (2 + odd)),
+        "classes": lambda: rcka(*[torch.randn(8, 4 + odd)] * 2),
+        "stages": lambda: rcka(x, y, *([[x], [y]] if odd else [])),
+        "rows=": lambda: cka(tokens, tokens, rows="tokens" if odd else "mean"),
+        "no rows=": lambda: cka(tokens, tokens, rows="tokens" if odd else None),
+        "losses": lambda: (sp if odd else cka)(x, y),
+        "a mask": lambda: cka(x, y, mask=torch.ones(8, dtype=torch.bool) if odd else None),
+        "a gradient": lambda: cka(x.clone().requires_grad_(odd), y),
+        "no tensor": lambda: cka(x.numpy() if odd else x, y),
+    }
+    for name, call in wrong.items():
+        out[f"loss refused, {name}"] = said_by_all(call)
+
+
+CHECKS = (losses_equal_to_one_process, other_batches, under_ddp, traffic_of_losses, refusals_of_losses)
