@@ -139,7 +139,10 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="au
         return check_mmd_masks(mask, x, y)
 
     if group is not None:
-        x, y, mask = ranks.two_samples(x, y, mask, group, check)
+        value, gathered = ranks.two_samples(x, y, kernels[0], unbiased, mask, group, check)
+        if gathered is None:
+            return value
+        x, y, mask = gathered
         return mmd(x, y, kernel=kernel, unbiased=unbiased, mask=mask, backend=backend)
     masks = check()
     least = 2 if unbiased else 1

@@ -41,15 +41,19 @@ def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mas
     return None, [rows_first(side) for side in group.gather(*sides)]
 
 
-def two_samples(x, y, masks, group, check):
-    """Both samples of all ranks, which need not have the same number of rows, and their masks."""
-    out, masks = [], masks or (None, None)
+def two_samples(x, y, kernel, unbiased, masks, group, check):
+    """(MMD, None) where rows went round the ring, else (None, (x, y, their masks) of all ranks).
+
+    The samples need not have the same number of rows.
+    """
+    pairs, groups, masks = [], [], masks or (None, None)
     for k, (side, mask, name) in enumerate(zip((x, y), masks, "xy", strict=True)):
-        pair = [rows_first(side), rows_first(mask)]
-        agreed = distributed.agreed(pair, (name, f"mask[{k}]"), group, check)
-        out.append([rows_first(t) for t in agreed.gather(*pair)])
-    (x, mask_x), (y, mask_y) = out
-    return x, y, (mask_x, mask_y)
+        pairs.append([rows_first(side), rows_first(mask)])
+        groups.append(distributed.agreed(pairs[-1], (name, f"mask[{k}]"), group, check))
+    if min(of.total for of in groups) > 1 and ring.chosen(x, y[..., :0], ring.joined(groups)):
+        return ring.mmd(x, y, kernel, unbiased, masks, groups), None
+    (x, mask_x), (y, mask_y) = ([rows_first(t) for t in of.gather(*p)] for of, p in zip(groups, pairs, strict=True))
+    return None, (x, y, (mask_x, mask_y))
 
 
 def _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle):

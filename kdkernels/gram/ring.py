@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from .. import distributed
+from .. import distributed, rounds
 from ..autograd import NoSecondDerivative, device_type, without_autocast
-from . import maps, panels
-from .bandwidth import EXACT, bandwidth, bandwidth_over
+from . import bandwidth as rules
+from . import maps, panels, two_sample
 from .checks import check_bandwidths
 from .combine import RowStats, combine, over_rows
+from .kernels import spec_of
 from .panels import Pairs
 from .prepare import prepare, unprepare_gradient
 from .problem import Problem, decode, encode
@@ -29,7 +30,6 @@ from .torch_impl import SIDE_ROWS, compute_dtype, pack_rows, saved_dtype, sigma_
 # are, prepared, and a gradient) for two collectives and the fused kernels; from there on that memory grows with the
 # number of ranks, and so do the pairs: all N^2 / 2 on every rank, where the ring has N^2 / W.
 RING_FROM = 64 * 2**20
-_ALIGNED = 16  # bytes: a field of a message starts at a multiple, so that it can be looked at in its own dtype
 
 
 def chosen(x, y, group: distributed.Agreed) -> bool:
@@ -54,6 +54,56 @@ def statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, 
     sigma_x, sigma_y = (ring.sigma(kernel, side, mask) for kernel, side in zip(kernels, (x, y), strict=True))
     value = _Statistic.apply(x, y, mask, sigma_x, sigma_y, ring)
     return value if grouped else value[0]
+
+
+def joined(groups) -> distributed.Agreed:
+    """The ranks with their rows of both samples."""
+    return groups[0]._replace(rows=[sum(of) for of in zip(*(group.rows for group in groups), strict=True)])
+
+
+def mmd(x, y, kernel, unbiased, masks, groups):
+    """MMD^2 between the rows x and y of all ranks: each rank holds its rows of both, joined, and their labels."""
+    handle, least = groups[0].handle, 2 if unbiased else 1
+    if isinstance(kernel.sigma, tuple) and kernel.sigma[0] == "median":
+        kernel = type(kernel)(_median_of_both(x, y, masks, kernel.sigma[1], groups))
+    rows = torch.cat(two_sample.promoted(x, y), dim=-2)
+    with torch.no_grad():
+        marks, keep = two_sample.labels(x, y, masks, unbiased, least, lambda own: distributed.sum_over(own, handle))
+    kernels = (kernel, spec_of("linear")[1])
+    return statistic("sum", rows, marks, kernels, unbiased, False, False, True, keep, joined(groups))
+
+
+def _median_of_both(x, y, masks, factor, groups):
+    """The rule of one process on x and then y: their rows stand in another order here."""
+    total, parts = sum(group.total for group in groups), []
+    places = _sampled(total)
+    if x.dim() == 2:
+        x, y, masks = x[None], y[None], [None if mask is None else mask[None] for mask in masks]
+    if any(mask is not None for mask in masks):
+        full = (t.new_ones(t.shape[:2], dtype=torch.bool) for t in (x, y))
+        masks = [every if mask is None else mask for mask, every in zip(masks, full, strict=True)]
+    for side, mask, group, start in zip(two_sample.promoted(x, y), masks, groups, (0, groups[0].total), strict=True):
+        own = places[(places >= start) & (places < start + group.total)] - start
+        parts.append(_some_rows((side, mask), own, group.rows, group.handle))
+    few, keep = (None if one is None else torch.cat([one, other], 1) for one, other in zip(*parts, strict=True))
+    return rules.bandwidth(few, keep, "median", factor)
+
+
+def _sampled(total: int) -> torch.Tensor:
+    """The rows that a median reads, on the host."""
+    return rules.sampled(total) if total > rules.EXACT else torch.arange(total)
+
+
+def _some_rows(tensors, places, rows, handle):
+    """The rows at `places` (ascending, on the host) among those of all ranks, on every rank: [G, m, ...]."""
+    rank = torch.distributed.get_rank(handle)
+    starts = [sum(rows[:k]) for k in range(len(rows) + 1)]
+    kept = [int(((places >= a) & (places < b)).sum()) for a, b in zip(starts, starts[1:], strict=False)]
+    first = sum(kept[:rank])
+    own = places[first : first + kept[rank]] - starts[rank]
+    mine = [None if t is None else t.detach()[:, own.to(t.device)].transpose(0, 1) for t in tensors]
+    gathered = distributed.gather_rows(mine, kept, handle)
+    return [None if t is None else t.transpose(0, 1) for t in gathered]
 
 
 class _Statistic(torch.autograd.Function):
@@ -127,20 +177,10 @@ class Ring(NamedTuple):
     def sum(self, own):
         return distributed.sum_over(own, self.handle)
 
-    def some_rows(self, tensors, places):
-        """The rows at `places` (ascending, on the host) among those of all ranks, on every rank: [G, m, ...]."""
-        starts = [sum(self.rows[:rank]) for rank in range(len(self.rows) + 1)]
-        kept = [int(((places >= a) & (places < b)).sum()) for a, b in zip(starts, starts[1:], strict=False)]
-        first = sum(kept[: self.rank])
-        own = places[first : first + kept[self.rank]] - starts[self.rank]
-        mine = [None if t is None else t.detach()[:, own.to(t.device)].transpose(0, 1) for t in tensors]
-        gathered = distributed.gather_rows(mine, kept, self.handle)
-        return [None if t is None else t.transpose(0, 1) for t in gathered]
-
     def sigma(self, kernel, x, mask):
         """The bandwidth as a tensor [1] or [G], None where it is a number or there is none; rules see all ranks' rows.
 
-        The mean is a sum over the ranks; the median is of at most `EXACT` rows, in one process too: they are gathered.
+        The mean is a sum over the ranks; the median is of few rows in one process too, and they are gathered.
         """
         sigma = kernel.sigma
         if isinstance(sigma, torch.Tensor):
@@ -149,9 +189,8 @@ class Ring(NamedTuple):
             return None
         with torch.no_grad(), without_autocast(device_type(x)):
             if sigma[0] == "mean":
-                return bandwidth_over(x, mask, *sigma, _Sums(self.total, self.handle).ask)
-            few = min(EXACT, self.total)
-            return bandwidth(*self.some_rows((x, mask), torch.arange(few) * self.total // few), *sigma)
+                return rules.bandwidth_over(x, mask, *sigma, _Sums(self.total, self.handle).ask)
+            return rules.bandwidth(*_some_rows((x, mask), _sampled(self.total), self.rows, self.handle), *sigma)
 
     def pairs(self, x, y, mask, sigmas, sums, rows=None) -> Pairs:
         """Both sides of these rows prepared; rows: their vectors, as `spread` gives them."""
@@ -168,7 +207,7 @@ class Ring(NamedTuple):
         u = [x.new_zeros(x.shape[:2], dtype=self.dtype) if self.with_means(k) else None for k in (0, 1)]
         if u == [None, None]:
             return u
-        known = self.some_rows((x, y, mask), panels.landmarks(self.total, "cpu"))
+        known = _some_rows((x, y, mask), panels.landmarks(self.total, "cpu"), self.rows, self.handle)
         for i in _panels(x):
             joined = [
                 None if t is None else torch.cat([t[:, i], some], 1)
@@ -198,7 +237,7 @@ class Ring(NamedTuple):
         """
         places = self.travelling(need)
         fields = [x, y, *(() if mask is None else (mask,)), rows[:, places].mT]
-        for owner, block in around(fields, self.rows, self.handle):
+        for owner, block in rounds.around(fields, self.rows, self.handle):
             for i in _panels(x):
                 for j in _panels(block[0]):
                     a = b = slice(0, i.stop - i.start)
@@ -292,50 +331,3 @@ def _panels(x):
     """The rows of a block in slices: the tiles of all groups together are as large as one tile of `panels.py`."""
     edge = max(1, int(panels.TILE / x.shape[0] ** 0.5))
     return [slice(i, min(i + edge, x.shape[1])) for i in range(0, x.shape[1], edge)]
-
-
-def around(fields, rows, handle):
-    """(rank, its fields) of this rank, the one before it, and so on round the ring; the next block is on its way
-    meanwhile. Fields are [G, n, ...] with `rows` on each rank; a rank without rows is left out.
-
-    Two buffers of the size of the longest rank's block: one is looked at and sent on, the other received into. What is
-    yielded is valid until the next one is asked for.
-    """
-    rank, world = torch.distributed.get_rank(handle), torch.distributed.get_world_size(handle)
-    to, source = (torch.distributed.get_global_rank(handle, (rank + step) % world) for step in (1, -1))
-    held, coming = (fields[0].new_empty(_layout(fields, max(rows))[-1], dtype=torch.uint8) for _ in range(2))
-    for field, place in zip(fields, _looked_at(held, fields, rows[rank]), strict=True):
-        place.copy_(field)
-    for step in range(world):
-        owner, next_owner = (rank - step) % world, (rank - step - 1) % world
-        messages = []
-        if step + 1 < world:
-            for what, buffer, block, peer in (("isend", held, owner, to), ("irecv", coming, next_owner, source)):
-                if rows[block]:
-                    part = buffer[: _layout(fields, rows[block])[-1]]
-                    messages.append(torch.distributed.P2POp(getattr(torch.distributed, what), part, peer, handle))
-        works = torch.distributed.batch_isend_irecv(messages) if messages else []
-        if rows[owner]:
-            yield owner, _looked_at(held, fields, rows[owner])
-        for work in works:
-            work.wait()
-        held, coming = coming, held
-
-
-def _layout(fields, n: int) -> list[int]:
-    """Where each field of a block of n rows starts, and where the block ends."""
-    ends = [0]
-    for t in fields:
-        size = t.shape[0] * n * t.shape[2:].numel() * t.element_size()
-        ends.append(ends[-1] + -(-size // _ALIGNED) * _ALIGNED)
-    return ends
-
-
-def _looked_at(buffer, fields, n: int) -> list[torch.Tensor]:
-    """The fields of a block of n rows in a buffer of bytes."""
-    out = []
-    for t, start in zip(fields, _layout(fields, n), strict=False):
-        shape = (t.shape[0], n, *t.shape[2:])
-        size = torch.Size(shape).numel() * t.element_size()
-        out.append(buffer[start : start + size].view(t.dtype).view(shape))
-    return out

@@ -13,15 +13,16 @@ def promoted(x, y):
     return x.to(dtype), y.to(dtype)
 
 
-def labels(x, y, masks, unbiased, least):
+def labels(x, y, masks, unbiased, least, over=lambda own: own):
     """Label rows whose linear Gram matrix holds the weights of the three means: mmd is then sum_ij K_ij L_ij.
 
     The weight matrix [[a, -c], [-c, b]] has the Cholesky rows (sqrt a, 0) and (-c/sqrt a, sqrt(b - c^2/a)).
+    over: from a count of these rows to that of all, where x and y are a part of them.
     """
     counts, keep = [], None
     for features, mask in zip((x, y), masks, strict=True):
         full = torch.full(features.shape[:-2], float(features.shape[-2]), dtype=torch.float64, device=x.device)
-        counts.append(full if mask is None else mask.sum(-1).double())
+        counts.append(over(full if mask is None else mask.sum(-1).double()))
     if any(mask is not None for mask in masks):
         keep = [
             torch.ones(f.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
