@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example that distils on several ranks trains the student of one process: same answers, same weights."""
+
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import ddp_distill
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_two_ranks_train_what_one_process_trains(python):
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/ddp_distill.py")
+    done = python(*run, "--check", "--epochs", "2", timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (
+        float(re.search(rf"student, {what} +test +(\S+) %", done.stdout)[1]) for what in ("2 proc.*", "1 proc.*")
+    )
+    assert two == one > 15
+    assert "test images with another answer: 0" in done.stdout
+    assert float(re.search(r"difference of a weight: (\S+)", done.stdout)[1]) < 1e-9
+
+
+def test_it_also_runs_as_one_process(capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert ddp_distill.main(["--epochs", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert re.search(r"student, 1 process +test", capsys.readouterr().out)
