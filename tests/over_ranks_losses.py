@@ -18,6 +18,8 @@ SIZES = {
     "one width": ((5,), (5,)),
     "tokens": ((3, 5), (3, 7)),
     "maps": ((4, 2, 3), (6, 2, 3)),
+    "tokens of one width": ((3, 5), (3, 5)),
+    "maps of one width": ((2, 20, 3), (2, 18, 5)),
     "levels": [((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
     "logits and stages": [((5,), (5,)), ((5,), (7,)), ((4, 2, 3), (6, 2, 3))],
     "logits and tokens": [((3, 5), (3, 5)), ((3, 4), (3, 6))],
@@ -62,6 +64,16 @@ LOSSES = {
     ),
     "RCKALoss stages": Case(partial(losses.RCKALoss, feature_weight=[1.0, 0.5]), "logits and stages", mask="samples"),
     "RCKALoss groups": Case(partial(losses.RCKALoss, feature_weight=2.0), "logits and tokens", "tokens", ROWS_OF_BOTH),
+    "PCKALoss": Case(losses.PCKALoss, "maps of one width"),
+    "PCKALoss transposed": Case(partial(losses.PCKALoss, transposed=1.0, center=True), "maps of one width", "samples"),
+    "DISTLoss": Case(losses.DISTLoss, "one width"),
+    "DISTLoss tokens": Case(losses.DISTLoss, "tokens of one width", "tokens"),
+    "CMKDLoss tokens": Case(partial(losses.CMKDLoss, class_weight=2.0), "tokens of one width"),
+    "DISTLoss masked": Case(partial(losses.DISTLoss, 2.0, 3.0, 4.0, reduction="sum"), "one width", "samples"),
+    "CMKDLoss": Case(partial(losses.CMKDLoss, class_weight=2.0), "one width"),
+    "CMKDLoss masked": Case(
+        partial(losses.CMKDLoss, class_weight=1.0), "one width", "samples", {"normalizer": torch.tensor(7.0)}
+    ),
     "CCLoss taylor": Case(partial(losses.CCLoss, "taylor", normalize=True)),
 }
 

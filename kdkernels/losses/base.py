@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .. import checks, distributed
+from .means import at_least_float32, has_samples, mean_of_groups, nothing_of
 from .weights import level_weights, weight_tensor, weight_text
 
 TOKENS = ("tokens", "mean", "groups")  # how [B, T, d] becomes rows
@@ -66,7 +67,7 @@ class Loss(nn.Module):
             ready, tensors = prepare(), {}
             for level, (student, teacher, mask) in ready.items():
                 # of groups [G, n, d] the samples are spread over the ranks, which may have other numbers n
-                one = [t if t is None or student.dim() == 2 else t[:, 0] for t in (student, teacher, mask)]
+                one = [t if t is None or student.dim() != 3 else t[:, 0] for t in (student, teacher, mask)]
                 names = f"student_{level}", f"teacher_{level}", f"mask of student_{level}"
                 tensors |= dict(zip(names, one, strict=True))
             return list(ready.values()), tensors
@@ -94,7 +95,7 @@ class Loss(nn.Module):
         """Whether a level is 0, on every rank, for want of rows."""
         if group is None:
             return self._too_small(x.shape[-2], least)
-        if x.dim() == 2:
+        if x.dim() != 3:
             return self._too_small(group.total, least, "rows on all ranks")
         self._too_small(x.shape[-2], least, "rows a sample")
         return False  # the samples of other ranks may have more
@@ -201,13 +202,6 @@ def zero_of(student) -> torch.Tensor:
     if isinstance(student, torch.Tensor):
         return student[:0].sum(dtype=at_least_float32(student))
     return sum(zero_of(level) for level in student)
-
-
-def at_least_float32(*tensors) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def full_precision(tensor):
@@ -348,49 +342,3 @@ def row_mask(mask, labels, ignore_index: int, like, name: str):
         raise TypeError(f"labels is {labels.dtype}: give class indices, {ignore_index} where a row is to be ignored")
     counted = labels != ignore_index
     return counted if mask is None else mask & counted
-
-
-def mean_of_rows(values, mask, normalizer, reduction: str = "mean"):
-    """Sum of `values` over the rows that count, divided by `normalizer`, or by their number for the mean."""
-    total = (values if mask is None else torch.where(mask, values, 0)).sum()
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError("normalizer replaces the divisor of the mean: use it with reduction='mean'")
-        if isinstance(normalizer, torch.Tensor):
-            if normalizer.numel() != 1:
-                raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: give one number to divide by")
-            return total / normalizer.reshape(()).to(total.dtype)
-        if not normalizer > 0:
-            raise ValueError(f"normalizer is {normalizer!r}: give a positive number to divide by")
-        return total / normalizer
-    if reduction == "sum":
-        return total
-    return total / (values.numel() if mask is None else mask.sum().clamp_min(1))
-
-
-def mean_of_groups(values, mask, least: int, group=None):
-    """Mean over the groups in which the mask leaves enough rows, 0 if none does; values [] or [G].
-
-    With a process group: [] is of the rows of all ranks, [G] of this rank's samples, and the mean is one over all.
-    """
-    if group is None:
-        if mask is None:
-            return values.mean()
-        enough = mask.sum(-1) >= least
-        return torch.where(enough, values, 0).sum() / enough.sum().clamp_min(1)
-    if values.dim() == 0:
-        return values if mask is None else torch.where(group.sum(mask.sum()) >= least, values, 0)
-    enough = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.sum(-1) >= least
-    both = torch.stack([torch.where(enough, values, 0).sum(dtype=torch.float64), enough.sum().double()])
-    total, count = group.sum(both)
-    return (total / count.clamp_min(1)).to(values.dtype)
-
-
-def has_samples(x, group, least: int) -> bool:
-    """False for samples [G, n, d] of a rank that has none, or none with enough rows, where other ranks may."""
-    return group is None or x.dim() == 2 or (len(x) > 0 and x.shape[1] >= least)
-
-
-def nothing_of(x, y):
-    """The values [0] of no samples, which take part in backward as those of the other ranks do."""
-    return x.flatten()[:0].to(at_least_float32(x, y))

@@ -12,13 +12,13 @@ from .base import (
     Loss,
     check_pair,
     full_precision,
-    mean_of_rows,
     row_mask,
     weight_tensor,
     weight_text,
     zero_where_masked,
 )
 from .base import at_least_float32 as dtype_of
+from .means import check_normalizer, mean_of_rows, number_of_rows
 
 REGULARIZATIONS = ("l2", "kl")
 
@@ -36,7 +36,7 @@ class CMKDLoss(Loss):
     Args:
         weight_tau: temperature of the entropy.
         spearman_share: "entropy": the w_S above; a number in [0, 1]: the same w_S for each row; or a function of the
-            teacher's logits [..., C] in float that gives w_S [...].
+            teacher's logits [..., C] in float ([n, C] with `group`) that gives w_S [...].
         pearson_weight, spearman_weight: factors of the two terms beside w_P and w_S; buffers, 0 drops the term for
             good.
         class_weight: factor of mean_c (1 - pearson over the rows of z_s[:, c], z_t[:, c]); a buffer, 0 drops it.
@@ -45,6 +45,8 @@ class CMKDLoss(Loss):
             of 10 classes or more are one block, and Spearman is Pearson: see kdkernels/rank/STRENGTH.md.
         hard_target: hard ranks, ties averaged, on the teacher's side.
         weight: factor of the whole loss, a buffer. reduction: "mean" over the rows that count, or "sum".
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`; sums
+            travel, no logits. normalizer is then of all ranks too.
         backend: as in `kd.spearman`.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
@@ -76,9 +78,10 @@ class CMKDLoss(Loss):
         hard_target: bool = False,
         weight: float = 1.0,
         reduction: str = "mean",
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(weight)
+        super().__init__(weight, group)
         if not (weight_tau > 0 and math.isfinite(weight_tau)):
             raise ValueError(f"weight_tau is {weight_tau!r}: a temperature is a positive number")
         if regularization not in REGULARIZATIONS:
@@ -104,39 +107,51 @@ class CMKDLoss(Loss):
         normalizer=None,
         return_parts: bool = False,
     ):
-        names = check_pair(student_logits, teacher_logits, "logits")
-        if student_logits.shape != teacher_logits.shape:
-            raise ValueError(
-                f"{names[1]} has shape {tuple(teacher_logits.shape)}, {names[0]} {tuple(student_logits.shape)}: "
-                "correlation over the classes needs the same rows and classes on both sides"
-            )
-        if student_logits.dim() < 2 or student_logits.shape[-1] < 2:
-            raise ValueError(f"{names[0]} has shape {tuple(student_logits.shape)}: give [..., C] with C >= 2 classes")
-        counted = row_mask(mask, labels, ignore_index, student_logits, names[0])
+        def prepare():
+            self._check(student_logits, teacher_logits)
+            counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+            check_normalizer(normalizer, self.reduction)
+            x, y = student_logits, teacher_logits.detach()
+            if self.group is not None:
+                x, y = x.flatten(0, -2), y.flatten(0, -2)
+                counted = None if counted is None else counted.flatten()
+            return {"logits": (x, y, counted)}
+
+        ((student, teacher, counted),), (group,) = self._over_ranks(prepare)
         terms = [name for name in TERMS if getattr(self, TERMS[name]) is not None]
-        if self._too_small(math.prod(student_logits.shape[:-1]), 2 if "classes" in terms else 1):
+        n = math.prod(student.shape[:-1]) if group is None else group.total
+        if self._too_small(n, 2 if "classes" in terms else 1):
             return self._nothing(terms, student_logits, return_parts)
-        with full_precision(student_logits):
-            dtype = dtype_of(student_logits, teacher_logits)
-            x = zero_where_masked(student_logits, counted).to(dtype)
-            y = zero_where_masked(teacher_logits.detach(), counted).to(dtype)
+        with full_precision(student):
+            dtype = dtype_of(student, teacher)
+            x, y = (zero_where_masked(side, counted).to(dtype) for side in (student, teacher))
             absent = torch.fmin(x, y) == -math.inf  # whatever the other side holds
             keep = (~absent).to(dtype)
             count = keep.sum(-1, keepdim=True).clamp_min(1)
             share = self._share(y, absent, count[..., 0])
             x, y = (ZScore.apply(side.masked_fill(absent, 0), keep, count)[0] for side in (x, y))
-            parts = {}
+            parts, how = {}, (counted, normalizer, self.reduction, group)
             if "pearson" in terms:
                 # of z-scored rows, Pearson is the mean product
                 apart = 1 - torch.linalg.vecdot(x, y) / count[..., 0]
-                parts["pearson"] = mean_of_rows((1 - share) * apart, counted, normalizer, self.reduction)
+                parts["pearson"] = mean_of_rows((1 - share) * apart, *how)
             if "spearman" in terms:
                 apart = 1 - self._spearman(x, y.masked_fill(absent, -math.inf))  # takes the pair out of both sides
-                parts["spearman"] = mean_of_rows(share * apart, counted, normalizer, self.reduction)
+                parts["spearman"] = mean_of_rows(share * apart, *how)
             if "classes" in terms:
-                parts["classes"] = classes_apart(x.flatten(0, -2), y.flatten(0, -2), counted)
+                parts["classes"] = classes_apart(x.flatten(0, -2), y.flatten(0, -2), counted, group)
             weighted = {name: value * getattr(self, TERMS[name]).to(dtype) for name, value in parts.items()}
             return self._total(weighted, return_parts)
+
+    def _check(self, student, teacher):
+        names = check_pair(student, teacher, "logits")
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"{names[1]} has shape {tuple(teacher.shape)}, {names[0]} {tuple(student.shape)}: correlation over the "
+                "classes needs the same rows and classes on both sides"
+            )
+        if student.dim() < 2 or student.shape[-1] < 2:
+            raise ValueError(f"{names[0]} has shape {tuple(student.shape)}: give [..., C] with C >= 2 classes")
 
     def _spearman(self, x, y):
         how = {"regularization": self.regularization, "regularization_strength": self.strength}
@@ -239,19 +254,24 @@ def relative_entropy(logits, absent, count, tau):
     return torch.where(most > 0, entropy / torch.where(most > 0, most, 1), 0).clamp(max=1)
 
 
-def classes_apart(x, y, mask):
+def classes_apart(x, y, mask, group=None):
     """mean_c (1 - pearson over the rows that count of x[:, c], y[:, c]), x, y [n, C]; 0 with fewer than two rows."""
     mask = None if mask is None else mask.flatten()
-    n = x.new_full((), x.shape[0]) if mask is None else mask.sum().to(x.dtype)
-    x, y = centred(x, mask, n), centred(y, mask, n)
-    square = x.square().sum(0) * y.square().sum(0)
+    n = number_of_rows(x, mask, group)
+    x, y = centred(x, mask, n, group), centred(y, mask, n, group)
+    sums = x.square().sum(0), y.square().sum(0), (x * y).sum(0)
+    own_x, own_y, dot = sums if group is None else group.sum(torch.stack(sums)).unbind()
+    square = own_x * own_y
     constant = square <= 0
-    pearson = (x * y).sum(0) / torch.where(constant, 1, square).sqrt()
+    pearson = dot / torch.where(constant, 1, square).sqrt()
     return torch.where(n > 1, (1 - torch.where(constant, 0, pearson)).mean(), 0)
 
 
-def centred(x, mask, n):
-    """x [n, C] minus its mean over the rows that count; the others are 0, and so is a constant column."""
-    mean = zero_where_masked(x, mask).sum(0) / n.clamp_min(1)
+def centred(x, mask, n, group=None):
+    """x [n, C] minus its mean over the rows that count, of all ranks; the others are 0, and so is a constant column."""
+    total = zero_where_masked(x, mask).sum(0)
+    mean = (total if group is None else group.sum(total)) / n.clamp_min(1)
     x = zero_where_masked(x - mean, mask)
-    return torch.where(x.square().sum(0) <= n * (4 * torch.finfo(x.dtype).eps * mean).square(), 0, x)
+    square = x.detach().square().sum(0)
+    square = square if group is None else group.sum(square)
+    return torch.where(square <= n * (4 * torch.finfo(x.dtype).eps * mean).square(), 0, x)

@@ -8,9 +8,10 @@ import math
 import torch
 
 from ..logits.checks import check_tau
-from .base import Loss, full_precision, mean_of_rows, row_mask, zero_where_masked
+from .base import Loss, full_precision, row_mask, zero_where_masked
 from .base import at_least_float32 as dtype_of
 from .kd import check_classes
+from .means import check_normalizer, mean_of_rows, number_of_rows
 
 EPS = 1e-8  # beside the product of the norms, as in the reference implementation
 
@@ -27,6 +28,8 @@ class DISTLoss(Loss):
         tau: temperature.
         weight: factor of the whole loss, a buffer. reduction: of the row term, "mean" over the rows that count, or
             "sum"; the column term is one statistic of the batch.
+        group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`; sums of
+            columns travel, no logits. normalizer is then of all ranks too.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
     `KDLoss`: logits [..., C], each leading index a row; masked rows enter no mean. normalizer replaces the number of
@@ -49,8 +52,9 @@ class DISTLoss(Loss):
         *,
         weight: float = 1.0,
         reduction: str = "mean",
+        group=None,
     ):
-        super().__init__(weight)
+        super().__init__(weight, group)
         for value, name in ((beta, "beta"), (gamma, "gamma")):
             if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}: give a number >= 0")
@@ -71,27 +75,30 @@ class DISTLoss(Loss):
         normalizer=None,
         return_parts: bool = False,
     ):
-        check_classes(student_logits, teacher_logits)
-        if student_logits.dim() < 2:
-            raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}: give [..., C]")
-        counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+        def prepare():
+            check_classes(student_logits, teacher_logits)
+            if student_logits.dim() < 2:
+                raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}: give [..., C]")
+            counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+            check_normalizer(normalizer, self.reduction)
+            x, y = (side.flatten(0, -2) for side in (student_logits, teacher_logits.detach()))
+            return {"logits": (x, y, None if counted is None else counted.flatten())}
+
+        ((x, y, counted),), (group,) = self._over_ranks(prepare)
         terms = [name for name, factor in (("rows", self.beta), ("columns", self.gamma)) if factor]
-        if self._too_small(math.prod(student_logits.shape[:-1]), 2 if self.gamma else 1):
+        if self._level_too_small(x, 2 if self.gamma else 1, group):
             return self._nothing(terms, student_logits, return_parts)
-        with full_precision(student_logits):
-            dtype = dtype_of(student_logits, teacher_logits)
-            s, t = (
-                (zero_where_masked(side, counted).flatten(0, -2).to(dtype) / self.tau).softmax(-1)
-                for side in (student_logits, teacher_logits.detach())
-            )
-            counted = None if counted is None else counted.flatten()
+        with full_precision(x):
+            dtype = dtype_of(x, y)
+            s, t = ((zero_where_masked(side, counted).to(dtype) / self.tau).softmax(-1) for side in (x, y))
             parts = {}
             if self.beta:
                 apart = 1 - cosine(*(side - side.mean(1, keepdim=True) for side in (s, t)), 1)
-                parts["rows"] = self.beta * self.tau**2 * mean_of_rows(apart, counted, normalizer, self.reduction)
+                mean = mean_of_rows(apart, counted, normalizer, self.reduction, group)
+                parts["rows"] = self.beta * self.tau**2 * mean
             if self.gamma:
-                n = s.new_full((), len(s)) if counted is None else counted.sum().to(dtype)
-                apart = 1 - cosine(*(centred(side, counted, n) for side in (s, t)), 0).mean()
+                n = number_of_rows(s, counted, group)
+                apart = 1 - cosine(*(centred(side, counted, n, group) for side in (s, t)), 0, group).mean()
                 parts["columns"] = self.gamma * self.tau**2 * torch.where(n > 1, apart, 0)
             return self._total(parts, return_parts)
 
@@ -99,17 +106,19 @@ class DISTLoss(Loss):
         return {"beta": self.beta, "gamma": self.gamma, "tau": self.tau, "reduction": self.reduction}
 
 
-def centred(x, mask, n):
-    """x [n, C] minus the mean over the rows that count; the others are 0."""
-    mean = zero_where_masked(x, mask).sum(0) / n.clamp_min(1)
+def centred(x, mask, n, group=None):
+    """x [n, C] minus the mean over the rows that count, of all ranks; the others are 0."""
+    total = zero_where_masked(x, mask).sum(0)
+    mean = (total if group is None else group.sum(total)) / n.clamp_min(1)
     return zero_where_masked(x - mean, mask)
 
 
-def cosine(a, b, dim: int):
-    """<a, b> / (|a| |b| + EPS) along dim, for rows of zeros 0 with gradient 0."""
-    return (a * b).sum(dim) / (norm(a, dim) * norm(b, dim) + EPS)
+def cosine(a, b, dim: int, group=None):
+    """<a, b> / (|a| |b| + EPS) along dim, 0 with gradient 0 for zeros; a group's dim 0 is the rows of all ranks."""
+    sums = (a * b).sum(dim), a.square().sum(dim), b.square().sum(dim)
+    dot, a2, b2 = sums if group is None else group.sum(torch.stack(sums)).unbind()
+    return dot / (root(a2) * root(b2) + EPS)
 
 
-def norm(a, dim: int):
-    square = a.square().sum(dim)
+def root(square):
     return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())

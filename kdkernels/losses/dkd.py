@@ -10,9 +10,10 @@ from torch.nn.functional import softplus
 
 from ..logits.checks import check_tau
 from ..logits.op import distillation_kl
-from .base import Loss, full_precision, mean_of_rows, row_mask, zero_where_masked
+from .base import Loss, full_precision, row_mask, zero_where_masked
 from .base import at_least_float32 as dtype_of
 from .kd import check_classes
+from .means import mean_of_rows
 
 
 class DKDLoss(Loss):

@@ -9,8 +9,9 @@ import torch
 
 from ..logits.checks import check_tau
 from ..logits.op import distillation_kl
-from .base import Loss, check_pair, full_precision, mean_of_rows, row_mask, zero_where_masked
+from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
 from .base import at_least_float32 as dtype_of
+from .means import mean_of_rows
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 

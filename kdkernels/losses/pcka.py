@@ -39,6 +39,8 @@ class PCKALoss(FeatureLoss):
         transposed: w_T, a buffer; 0, the default, drops the term for good. Its rows are the 256 B positions.
         row_normalize: divide the rows of the Gram matrices by sqrt(K_ii), an option of the public class.
         center, unbiased, kernel: the textbook variants, see `kd.cka`. They need more patches: 2 centred, 4 unbiased.
+        group: "world" or a process group: the loss of the samples of all its ranks, see `kdkernels.distributed`. A row
+            is the same patch in every sample, so the maps of all ranks are gathered: B is then the global batch.
         backend: as in `kd.cka`.
 
     Call: `(student_features, teacher_features, *, mask, return_parts)`; a tensor [B, C, H, W] or a list of levels.
@@ -69,9 +71,10 @@ class PCKALoss(FeatureLoss):
         center: bool = False,
         unbiased: bool = False,
         kernel="linear",
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(weights=weights, weight=weight)
+        super().__init__(weights=weights, weight=weight, group=group)
         check_estimator(kernel, unbiased, center, row_normalize)
         self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
         self.backend = backend
@@ -94,8 +97,7 @@ class PCKALoss(FeatureLoss):
                 how = "" if rows is None else f" with rows={rows!r}"
                 raise ValueError(f"{name} has shape {tuple(side.shape)}{how}: give feature maps [B, C, H, W], no rows")
         same_channels(student, teacher, names)
-        size, other = (tuple(-(-n // PATCH) * PATCH for n in side.shape[2:]) for side in (student, teacher))
-        if size != other:
+        if to_patches(student) != to_patches(teacher):
             raise ValueError(
                 f"{names[1]} has maps of {tuple(teacher.shape[2:])}, {names[0]} of {tuple(student.shape[2:])}: both "
                 f"must round up to the same multiples of {PATCH}; resize one of them"
@@ -108,15 +110,18 @@ class PCKALoss(FeatureLoss):
                     "mask samples with [B]"
                 )
             kept = mask
-        return student, teacher.detach(), size, kept
+        return student, teacher.detach(), kept
 
-    def _terms(self, student, teacher, size, kept):
+    def _terms(self, student, teacher, kept, group=None):
         """-CKA of each term, averaged over the channels."""
+        size = to_patches(student)
         patches = size[0] * size[1] // PATCH**2
         names = ["patches"] if self.transposed is None else ["patches", "transposed"]
-        enough = not self._too_small(len(student), 1)
+        enough = not self._too_small(len(student) if group is None else group.total, 1)
         if not enough or self._too_small(patches, minimum_rows(self.unbiased, self.center), "patches"):
             return {name: zero_of(student) for name in names}
+        if group is not None:
+            student, teacher, kept = group.gather(student, teacher, kept)
         parts = dict(zip(names, self._aligned(student, teacher, size, kept), strict=True))
         parts = {name: -value.mean() for name, value in parts.items()}
         if self.transposed is not None:
@@ -148,3 +153,8 @@ class PCKALoss(FeatureLoss):
         shown["transposed"] = 0 if self.transposed is None else weight_text(self.transposed)
         names = ("row_normalize", "center", "unbiased", "kernel")
         return {**shown, **{name: getattr(self, name) for name in names}}
+
+
+def to_patches(maps) -> tuple[int, ...]:
+    """The size that maps [B, C, H, W] are resized to."""
+    return tuple(-(-n // PATCH) * PATCH for n in maps.shape[2:])

@@ -8,8 +8,9 @@ import torch
 from ..logits import MixupBatch
 from ..logits.checks import check_fraction, check_labels, check_mix, check_tau
 from ..logits.op import mixed_distillation
-from .base import Loss, mean_of_rows, row_mask
+from .base import Loss, row_mask
 from .kd import check_classes, hidden
+from .means import mean_of_rows
 
 
 class STKDLoss(Loss):
