@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that add something up over batches: their float64 sums stay float64, whatever the model is cast to."""
 
+import torch
 from torch import nn
+
+from . import distributed
 
 
 class Accumulator(nn.Module):
@@ -9,6 +12,19 @@ class Accumulator(nn.Module):
 
     def _apply(self, fn, recurse=True):
         return super()._apply(without_rounding(fn), recurse)
+
+    def _over_ranks(self, group, names, words: str = ""):
+        """The group's handle, once its ranks have found buffers of the same sizes, and `words`, on all of them."""
+        handle, held = distributed.handle_of(group), {name: getattr(self, name)[None] for name in names}
+        distributed.compare(lambda: (None, held), handle, f"{type(self).__name__}{words}")
+        return handle
+
+
+def summed(tensors, handle) -> list[torch.Tensor]:
+    """Each of a few tensors summed over the ranks, in one message of float64: the same bits on every rank."""
+    flat = distributed.sum_over(torch.cat([t.double().flatten() for t in tensors]), handle)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
 
 def without_rounding(fn):

@@ -44,6 +44,20 @@ def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
     return factor * torch.where(s2 == 0, torch.ones_like(s2), s2).sqrt()
 
 
+@torch.no_grad()
+def bandwidth_of_all(x, mask, rule: str, factor: float, group):
+    """`bandwidth` of the rows of all ranks, [G, n, p] on this one; group: a `distributed.Agreed`.
+
+    The mean sends p + 1 numbers. The median reads at most `EXACT` rows, in one process too: those are gathered.
+    """
+    if rule == "mean":
+        over = lambda own: group.total if isinstance(own, int) else group.sum(own)  # noqa: E731
+        return bandwidth_over(x, mask, rule, factor, over)
+    places = torch.arange(group.total) if group.total <= EXACT else sampled(group.total)
+    pair = group.rows_at(places, *(None if t is None else t.transpose(0, 1) for t in (x, mask)))
+    return bandwidth(*(None if t is None else t.transpose(0, 1) for t in pair), rule, factor)
+
+
 def _bandwidth(x, mask, rule, factor):
     return bandwidth_over(x, mask, rule, factor)
 

@@ -24,6 +24,7 @@ class KDALoss(Loss):
         counts: "first": sums of each epoch are divided by the class counts of epoch 0, as in the public code: right
             where every epoch sees every sample once; else "epoch".
         weight: factor of the loss, a buffer.
+        group: None, or "world" or a process group: the batch is that of all its ranks, see below.
         backend: as in `kd.landmark_similarity_loss`.
 
     Call: `(student_features, teacher_features, labels=None, *, mask, ignore_index=-100, return_parts)`: features
@@ -32,7 +33,12 @@ class KDALoss(Loss):
     which makes the means the centres. Rows whose label is ignore_index, and masked rows, count nowhere. Where nothing
     has a centre yet the loss is 0. Labels out of range raise on the CPU, on a GPU such rows are not added. An empty
     batch gives 0 with zero gradient and warns once. Gradient to the student only. `centers`, `epoch`, `weight` are in
-    the state dict. Several processes: `end_epoch(group=True)` joins their sums.
+    the state dict.
+
+    With `group=` sum and norm are those of the rows of all ranks, the same value on each, and the gradient averaged
+    over the ranks is that of one process; `end_epoch()`, called by all ranks, makes the class means of what all of them
+    have seen the centres of each. A rank sends 16 bytes a step and one number backward, and 8 C (d + e + 1) bytes an
+    epoch; 224 to agree before each.
 
     >>> loss = kd.losses.KDALoss(10, 16, 64, start_epoch=1)
     >>> student, teacher = torch.randn(8, 16, requires_grad=True), torch.randn(8, 64)
@@ -53,9 +59,10 @@ class KDALoss(Loss):
         momentum: float | None = None,
         counts: str = "first",
         weight: float = 0.04,
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(weight)
+        super().__init__(weight, group)
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int):
             raise TypeError(f"start_epoch is a {type(start_epoch).__name__}: give an integer")
         if start_epoch < 0:
@@ -78,32 +85,37 @@ class KDALoss(Loss):
         ignore_index: int = -100,
         return_parts: bool = False,
     ):
-        names = check_pair(student_features, teacher_features, "features")
-        s, t = student_features.flatten(1), teacher_features.detach().flatten(1)
-        for x, name, width in (
-            (s, names[0], self.centers.student_dim),
-            (t, names[1], self.centers.teacher_dim),
-        ):
-            if x.shape[1] != width:
-                raise ValueError(f"{name} has {x.shape[1]} features a sample, this loss was made for {width}")
-        counted = row_mask(mask, labels, ignore_index, s, names[0])
-        if self._too_small(len(s), 1):
-            return self._nothing(["landmarks"], s, return_parts)
-        with full_precision(s):
+        def prepare():
+            names = check_pair(student_features, teacher_features, "features")
+            s, t = student_features.flatten(1), teacher_features.detach().flatten(1)
+            for x, name, width in (
+                (s, names[0], self.centers.student_dim),
+                (t, names[1], self.centers.teacher_dim),
+            ):
+                if x.shape[1] != width:
+                    raise ValueError(f"{name} has {x.shape[1]} features a sample, this loss was made for {width}")
+            counted = row_mask(mask, labels, ignore_index, s, names[0])
             if self.training and labels is not None:
                 given = labels if ignore_index == -100 else torch.where(labels == ignore_index, -100, labels)
-                self.centers.update(s.detach(), t, given, mask=mask)
+                with full_precision(s):
+                    self.centers.update(s.detach(), t, given, mask=mask)
+            return {"features": (s, t, counted)}
+
+        ((s, t, counted),), (group,) = self._over_ranks(prepare, f" of {self.centers.num_classes} classes")
+        if self._too_small(len(s) if group is None else group.total, 1):
+            return self._nothing(["landmarks"], s, return_parts)
+        with full_precision(s):
             # rows of zeros add nothing to either sum
             s, t = zero_where_masked(s, counted), zero_where_masked(t, counted)
             centers = self.centers.student_centers, self.centers.teacher_centers
-            value = landmark_similarity_loss(s, t, *centers, backend=self.backend)
+            value = landmark_similarity_loss(s, t, *centers, group=group, backend=self.backend)
             # a tensor decides, so that nobody waits for the device and nothing is compiled again
             value = torch.where(self.epoch >= self.start_epoch, value, 0)
         return self._total({"landmarks": value}, return_parts)
 
     def end_epoch(self, group=None) -> None:
-        """The means of the epoch become the centres of the next one; `group` as in `kd.ClassCenters.swap`."""
-        self.centers.swap(group)
+        """The epoch's means, over `group` or else the loss' own, become the centres of the next one."""
+        self.centers.swap(self.group if group is None else group)
 
     def _shown(self):
         return {"start_epoch": self.start_epoch, "backend": repr(self.backend)}

@@ -7,7 +7,7 @@ import torch
 
 from ..gram.kernels import spec_of
 from ..nystrom.kda import ClassCenters
-from ..nystrom.op import nystrom_transfer, select_landmarks
+from ..nystrom.op import nystrom_transfer, paired_landmarks
 from .base import Loss, check_rows, full_precision, row_mask, rows_of_pair, zero_where_masked
 
 RULES = ("greedy", "rpcholesky", "uniform", "kmeans++")
@@ -30,6 +30,7 @@ class NystromTransferLoss(Loss):
         normalize: divide by |K~_T|_F^2; False leaves the sum over n^2 pairs.
         rows: what a row is, for more than two dimensions: "tokens", "mean", "flatten", "gap" or "positions".
         weight: factor of the loss, a buffer.
+        group: None, or "world" or a process group: the batch is that of all its ranks, see below.
         jitter, backend: as in `kd.nystrom_transfer`.
 
     Call: `(student_features, teacher_features, labels=None, *, mask, rows, ignore_index=-100, return_parts)`. Widths
@@ -37,6 +38,11 @@ class NystromTransferLoss(Loss):
     ignore_index do not count. Where a mask leaves fewer than m rows, one is repeated: the value then differs by about
     jitter. An empty batch gives 0 with zero gradient and warns once; an all-zero teacher and an all-masked batch give
     0. NaN in a row that counts gives NaN. Gradient to the student only, through its landmarks too.
+
+    With `group=` value and landmarks are those of the rows of all ranks, the same on each, and the gradient averaged
+    over the ranks is that of one process. What travels is in `kd.nystrom_transfer`; landmarks from the batch add the
+    teacher's rows of all ranks, m rows of the student's (again backward) and m numbers, `centers` nothing a step:
+    `end_epoch()`, called by all ranks, joins their class means. A drawn `method` draws as rank 0 does.
 
     >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 64)
     >>> loss = kd.losses.NystromTransferLoss(num_landmarks=16)
@@ -56,9 +62,10 @@ class NystromTransferLoss(Loss):
         rows: str | None = None,
         weight: float = 1.0,
         jitter: float = 1e-6,
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(weight)
+        super().__init__(weight, group)
         spec_of(kernel)
         if isinstance(num_landmarks, bool) or not isinstance(num_landmarks, int):
             raise TypeError(f"num_landmarks is a {type(num_landmarks).__name__}: give an integer")
@@ -86,43 +93,52 @@ class NystromTransferLoss(Loss):
         ignore_index: int = -100,
         return_parts: bool = False,
     ):
-        rows = self.rows if rows is None else check_rows(rows)
-        if rows == "groups":
-            raise ValueError(
-                "rows is 'groups': the transfer compares one kernel matrix a batch, give 'tokens' or 'mean'"
-            )
-        s, t, kept = rows_of_pair(student_features, teacher_features, rows, mask, "features")
-        kept = row_mask(kept, labels, ignore_index, s, "the rows of student_features")
-        if self._too_small(len(s), 1):
+        rows = self.rows if rows is None else rows
+
+        def prepare():
+            return {"features": self._prepared(student_features, teacher_features, labels, mask, rows, ignore_index)}
+
+        ((s, t, kept),), (group,) = self._over_ranks(prepare, f" with rows={rows!r}")
+        total = len(s) if group is None else group.total
+        if self._too_small(total, 1):
             return self._nothing(["transfer"], student_features, return_parts)
         with full_precision(s):
-            counted_s, counted_t = zero_where_masked(s, kept), zero_where_masked(t, kept)
-            landmarks = self._landmarks(counted_s, counted_t, labels, kept, ignore_index)
+            landmarks = self._landmarks(s, t, kept, min(self.num_landmarks, total), group)
             value = nystrom_transfer(
-                counted_s, counted_t, *landmarks, kernel=self.kernel, normalize=self.normalize, mask=kept,
-                jitter=self.jitter, backend=self.backend,
+                s, t, *landmarks, kernel=self.kernel, normalize=self.normalize, mask=kept, jitter=self.jitter,
+                group=group, backend=self.backend,
             )  # fmt: skip
             if self.centers is not None:
                 value = torch.where(self.centers.known.any(), value, 0)
         return self._total({"transfer": value}, return_parts)
 
-    def _landmarks(self, s, t, labels, kept, ignore_index):
-        if self.centers is None:
-            one = spec_of(self.kernel)[1]
-            how = {"method": self.method, "kernel": one, "mask": kept}
-            index = select_landmarks(t, min(self.num_landmarks, len(t)), **how)
-            return s[index], t[index]
-        if self.training:
+    def _prepared(self, student_features, teacher_features, labels, mask, rows, ignore_index):
+        """Rows of both sides, 0 where masked, and their mask; the class means learn of them."""
+        if check_rows(rows) == "groups":
+            raise ValueError(
+                "rows is 'groups': the transfer compares one kernel matrix a batch, give 'tokens' or 'mean'"
+            )
+        s, t, kept = rows_of_pair(student_features, teacher_features, rows, mask, "features")
+        kept = row_mask(kept, labels, ignore_index, s, "the rows of student_features")
+        s, t = zero_where_masked(s, kept), zero_where_masked(t, kept)
+        if self.centers is not None and self.training:
             if labels is None:
                 raise ValueError("labels is None: with centers, training collects class means and needs the labels")
             given = labels if ignore_index == -100 else torch.where(labels == ignore_index, -100, labels)
-            self.centers.update(s.detach(), t, given, mask=kept)
-        return self.centers.student_centers, self.centers.teacher_centers
+            with full_precision(s):
+                self.centers.update(s.detach(), t, given, mask=kept)
+        return s, t, kept
+
+    def _landmarks(self, s, t, kept, m: int, group):
+        if self.centers is not None:
+            return self.centers.student_centers, self.centers.teacher_centers
+        how = {"method": self.method, "kernel": spec_of(self.kernel)[1], "mask": kept, "group": group}
+        return paired_landmarks(s, t, m, **how)
 
     def end_epoch(self, group=None) -> None:
-        """With `centers`: the class means of the epoch become the landmarks of the next one."""
+        """With `centers`: the epoch's class means, over `group` or else the loss' own, become the landmarks."""
         if self.centers is not None:
-            self.centers.swap(group)
+            self.centers.swap(self.group if group is None else group)
 
     def _shown(self):
         shown = {"kernel": self.kernel}

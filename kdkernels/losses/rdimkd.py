@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import distributed
+from ..accumulator import summed
 from ..projection import StreamingPCA, autoencoder_basis, random_basis
-from ..projection.checks import check_mask
+from ..projection.checks import check_mask, mask_of_positions
 from ..projection.op import projected_mse
 from .base import (
     Loss,
@@ -47,12 +49,18 @@ class RdimKDLoss(Loss):
         rows: [B, T, d]: "tokens" or "mean", needed. [B, C, H, W]: "positions" (the default here) or "gap"; [B, C, L]:
             "positions". Features [B, c] need none. May also be given in the call.
         seed: of R, and of the start of A; None draws from PyTorch's generator. weight: factor of the loss, a buffer.
+        group: None, or "world" or a process group: the batch is that of all its ranks, see below.
         backend: as in `kd.projected_mse`.
 
     Call: `(student_features, teacher_features, *, mask, rows, return_parts)`: the same positions on both sides, float
     dtypes may differ; computed in at least float32. mask: bool [B], or one entry a position or token: False rows do not
     count and get no gradient; all masked gives 0. An empty batch gives 0 with zero gradient and warns once. Gradient to
     the student and the adapter. Buffers: `basis` [c, k], `scale`, and the accumulator `pca` of P and A.
+
+    With `group=` the mean is over the rows of all ranks, however they are spread: one value on all of them, whose
+    gradient, averaged over the ranks, is that of one process; 16 bytes a rank, and backward, 224 to agree. Each rank
+    observes its own batches; `fit()`, called by all, is of what all of them have seen, and ends with the basis of the
+    first rank: 8 (c^2 + c + 1) + 8 (c k + 1) bytes. R without a seed needs a fit then, as ranks draw differently.
 
     >>> teacher = torch.randn(8, 32, 7, 7)
     >>> loss = kd.losses.RdimKDLoss(32, 4, variant="P", student_channels=16)
@@ -73,9 +81,10 @@ class RdimKDLoss(Loss):
         rows: str | None = None,
         seed: int | None = None,
         weight: float = 1.0,
+        group=None,
         backend: str = "auto",
     ):
-        super().__init__(weight)
+        super().__init__(weight, group)
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}: give one of {VARIANTS}")
         if normalizer not in NORMALIZERS:
@@ -85,8 +94,9 @@ class RdimKDLoss(Loss):
         self.pca = StreamingPCA(channels)
         self.register_buffer("basis", random_basis(channels, k, generator=self._generator()))
         self.register_buffer("scale", torch.ones(()))
-        # P and A must not run on the random basis that stands here before the fit
-        self.register_buffer("fitted", torch.tensor(variant == "R" and normalizer == "mean"))
+        # P and A must not run on the random basis that stands here before the fit, nor each rank on its own one
+        ready = variant == "R" and normalizer == "mean" and (group is None or seed is not None)
+        self.register_buffer("fitted", torch.tensor(ready))
         self._ready = bool(self.fitted)
         self.adapter = None if student_channels is None else nn.Linear(student_channels, channels)
 
@@ -98,20 +108,66 @@ class RdimKDLoss(Loss):
     @torch.no_grad()
     def fit(self) -> None:
         """Sets the basis and the scale from what was observed; may be called again."""
+        pca = self.pca if self.group is None else self.pca.merged(self.group)
         if self.variant == "P":
-            self.basis.copy_(self.pca.components(self.k))
+            self.basis.copy_(pca.components(self.k))
         elif self.variant == "A":
-            self.basis.copy_(autoencoder_basis(self.pca.covariance(), self.k, generator=self._generator()))
+            self.basis.copy_(autoencoder_basis(pca.covariance(), self.k, generator=self._generator()))
         if self.normalizer == "variance":
             P = self.basis.double()
-            variance = ((self.pca.covariance() @ P) * P).sum() / self.k
+            variance = ((pca.covariance() @ P) * P).sum() / self.k
             self.scale.copy_(torch.where(variance > 0, variance, 1.0))
+        if self.group is not None:
+            handle = distributed.handle_of(self.group)
+            first = torch.distributed.get_rank(handle) == 0
+            own = (self.basis, self.scale) if first else (torch.zeros_like(self.basis), torch.zeros_like(self.scale))
+            for buffer, found in zip((self.basis, self.scale), summed(own, handle), strict=True):
+                buffer.copy_(found)
         self.fitted.fill_(True)
         self._ready = True
 
     def forward(
         self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
     ):
+        (s, t, kept, dim), group = self._compared(lambda: self._checked(student_features, teacher_features, mask, rows))
+        if self._too_small(len(s) if group is None else group.total, 1):
+            return self._nothing(["projected"], student_features, return_parts)
+        with full_precision(s):
+            if self.adapter is not None:
+                s = adapted(s, self.adapter, dim, kept)
+            how = {"channel_dim": dim, "mask": kept, "backend": self.backend}
+            if group is None:
+                value = projected_mse(s, t, self.basis, **how)
+            else:
+                value = self._mean_of_all(projected_mse(s, t, self.basis, reduction="sum", **how), s, dim, kept, group)
+            if self.normalizer == "variance":
+                value = value / self.scale.to(value.dtype)
+        return self._total({"projected": value}, return_parts)
+
+    def _compared(self, prepare):
+        """What it makes, and the group whose ranks have compared the channels of theirs, or None."""
+        if self.group is None:
+            return prepare(), None
+
+        def named():
+            s, t, kept, dim = prepare()
+            named = {"student_features": _first(s, dim), "teacher_features": _first(t, dim)}
+            return (s, t, kept, dim), named | {"mask": None if kept is None else _first(kept)}
+
+        handle = distributed.handle_of(self.group)
+        view, rows = distributed.compare(named, handle, type(self).__name__)
+        return view, distributed.Agreed(handle, rows["student_features"])
+
+    def _mean_of_all(self, total, s, dim: int, kept, group):
+        """The sum over the rows of all ranks by their number and k."""
+        rows = total.new_full((), s.numel() // s.shape[dim], dtype=torch.float64)
+        if kept is not None:
+            rows = mask_of_positions(kept, s, dim).sum().double()
+        both = group.sum(torch.stack([total.double(), rows]))
+        return (both[0] / (both[1].clamp(min=1) * self.k)).to(total.dtype)
+
+    def _checked(self, student_features, teacher_features, mask, rows):
+        """(student, teacher, mask, channel dim) as `projected_mse` takes them."""
         names = check_pair(student_features, teacher_features, "features")
         if not self._ready:
             raise RuntimeError(
@@ -130,15 +186,7 @@ class RdimKDLoss(Loss):
                 f"{names[1]} has samples and positions {places[1]}, {names[0]} {places[0]}: pool one side first, or "
                 "compare means with rows='gap' or 'mean'"
             )
-        if self._too_small(len(s), 1):
-            return self._nothing(["projected"], student_features, return_parts)
-        with full_precision(s):
-            if self.adapter is not None:
-                s = adapted(s, self.adapter, dim, kept)
-            value = projected_mse(s, t, self.basis, channel_dim=dim, mask=kept, backend=self.backend)
-            if self.normalizer == "variance":
-                value = value / self.scale.to(value.dtype)
-        return self._total({"projected": value}, return_parts)
+        return s, t, kept, dim
 
     def _view(self, x, mask, rows, name: str):
         """(features, channel dim, mask) as `projected_mse` takes them; means and flattened features as rows."""
@@ -168,6 +216,11 @@ class RdimKDLoss(Loss):
     def _shown(self):
         shown = {"channels": self.channels, "k": self.k, "variant": repr(self.variant)}
         return shown | {"normalizer": repr(self.normalizer), **({"rows": repr(self.rows)} if self.rows else {})}
+
+
+def _first(x, dim: int = 0):
+    """The first position of each sample, with all channels of dimension `dim`."""
+    return x[tuple(slice(None) if i in (0, dim) else 0 for i in range(x.dim()))]
 
 
 def adapted(s, adapter: nn.Linear, dim: int, mask):

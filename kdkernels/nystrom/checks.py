@@ -11,16 +11,18 @@ from .problem import WHITENINGS
 METHODS = ("rpcholesky", "uniform", "kmeans++", "greedy")
 
 
-def check_rows(x, name: str):
+def check_rows(x, name: str, empty: bool = False):
+    """empty: whether no rows at all are fine, those of one rank."""
     checks.floating(x, name)
     if x.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: give rows [n, d] (flatten or pool other layouts first)")
-    checks.not_empty(x, name)
+    if not empty or x.shape[1] == 0:
+        checks.not_empty(x, name)
     checks.finite(x, name)
 
 
-def check_side(x, landmarks, name: str, landmarks_name: str):
-    check_rows(x, name)
+def check_side(x, landmarks, name: str, landmarks_name: str, empty: bool = False):
+    check_rows(x, name, empty)
     check_rows(landmarks, landmarks_name)
     checks.same_device(x, landmarks, name, landmarks_name)
     if x.shape[1] != landmarks.shape[1]:

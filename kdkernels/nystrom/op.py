@@ -11,10 +11,10 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
-from ..gram.bandwidth import bandwidth
+from ..gram.bandwidth import bandwidth, bandwidth_of_all
 from ..gram.kernels import Kernel, spec_of
 from ..gram.op import gram_mse, hsic
-from . import function, reference, side
+from . import function, ranks, reference, side
 from . import select as selection
 from .checks import (
     check_bandwidths,
@@ -119,9 +119,21 @@ def select_landmarks(
     return selection.select(x, mask, None if sigma is None else sigma.detach(), u, m, method, one.code)
 
 
+def paired_landmarks(s, t, m: int, *, method, kernel, mask=None, group=None):
+    """(m rows of s, the same rows of t), chosen among t's; with a `distributed.Agreed`, of the rows of all ranks."""
+
+    def select(rows, mask):
+        return select_landmarks(rows, m, method=method, kernel=kernel, mask=mask)
+
+    if group is not None:
+        return ranks.paired_landmarks(s, t, mask, select, group)
+    index = select(t, mask)
+    return s[index], t[index]
+
+
 def nystrom_transfer(
     s, t, s_landmarks, t_landmarks, *, kernel="rbf", normalize=True, mask=None, whiten="cholesky", jitter=JITTER,
-    backend="auto",
+    group=None, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """Full kernel matrix transfer: |K~_S - K~_T|_F^2, over |K~_T|_F^2 if normalize, K~ = Phi Phi' of each side.
 
@@ -132,6 +144,7 @@ def nystrom_transfer(
         kernel: a name, an object, or a pair (student's, teacher's); rules are those of s and of t.
         mask: bool [n], False rows take no part and get gradient 0.
         whiten, jitter: as in `nystrom_features`.
+        group: as in `nystrom_cka`.
 
     Returns:
         A scalar in at least float32. Gradients to s, t, both landmarks and `sigma` tensors. Only m x m products are
@@ -144,12 +157,12 @@ def nystrom_transfer(
     0.0
     """
     pair = (s, t, s_landmarks, t_landmarks), ("s", "t", "s_landmarks", "t_landmarks")
-    return _statistic("nystrom_transfer", *pair, kernel, False, normalize, mask, whiten, jitter, backend)
+    return _statistic("nystrom_transfer", *pair, kernel, False, normalize, mask, whiten, jitter, group, backend)
 
 
 def nystrom_cka(
     x, y, x_landmarks, y_landmarks, *, kernel="rbf", unbiased=True, mask=None, whiten="cholesky", jitter=JITTER,
-    backend="auto",
+    group=None, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
     """CKA of the Nystrom kernels of x and y: approximate kernel CKA in O(n m (d + m)) time and O(m^2) memory.
 
@@ -162,6 +175,10 @@ def nystrom_cka(
         unbiased: HSIC_1 (n >= 4), else HSIC_0 (n >= 2).
         mask: bool [n], False rows take no part and get gradient 0.
         whiten, jitter: as in `nystrom_features`.
+        group: None, or "world" or a process group: the statistic of the rows of all its ranks (n is then any number on
+            each), the same on each rank; the gradient, averaged over the ranks, is that of one process
+            (`kdkernels/distributed.py`). Landmarks have to be the same on all ranks. A rank sends
+            8 (m_x^2 + m_x m_y + m_y^2 + 4 m_x + 4 m_y + 9) bytes and its share of what a bandwidth rule reads.
 
     Returns:
         A scalar in at least float32, finished in float64. Gradients to x, y, both landmarks and `sigma` tensors. 0 with
@@ -173,14 +190,14 @@ def nystrom_cka(
     True
     """
     pair = (x, y, x_landmarks, y_landmarks), ("x", "y", "x_landmarks", "y_landmarks")
-    return _statistic("nystrom_cka", *pair, kernel, unbiased, False, mask, whiten, jitter, backend)
+    return _statistic("nystrom_cka", *pair, kernel, unbiased, False, mask, whiten, jitter, group, backend)
 
 
 def nystrom_hsic(
     x, y, x_landmarks, y_landmarks, *, kernel="rbf", unbiased=True, mask=None, whiten="cholesky", jitter=JITTER,
-    backend="auto",
+    group=None, backend="auto",
 ) -> torch.Tensor:  # fmt: skip
-    """HSIC of the Nystrom kernels of x and y; arguments, dtypes and masks as in `nystrom_cka`.
+    """HSIC of the Nystrom kernels of x and y; arguments, dtypes, masks and groups as in `nystrom_cka`.
 
     >>> x = torch.randn(100, 8)
     >>> y = torch.randn(100, 8)
@@ -188,7 +205,7 @@ def nystrom_hsic(
     True
     """
     pair = (x, y, x_landmarks, y_landmarks), ("x", "y", "x_landmarks", "y_landmarks")
-    return _statistic("nystrom_hsic", *pair, kernel, unbiased, False, mask, whiten, jitter, backend)
+    return _statistic("nystrom_hsic", *pair, kernel, unbiased, False, mask, whiten, jitter, group, backend)
 
 
 def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
@@ -232,40 +249,58 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     return torch.where(some, torch.where(some, ratio, 1.0).sqrt(), 0 * ratio).to(dtype)
 
 
-def _statistic(op, tensors, names, kernel, unbiased, normalize, mask, whiten, jitter, backend):
+def _statistic(op, tensors, names, kernel, unbiased, normalize, mask, whiten, jitter, group, backend):
     x, y, zx, zy = tensors
-    check_side(x, zx, names[0], names[2])
-    check_side(y, zy, names[1], names[3])
-    check_same_rows(x, y, *names[:2])
-    check_mask(mask, x, names[0])
+
+    def check():
+        check_side(x, zx, names[0], names[2], group is not None)
+        check_side(y, zy, names[1], names[3], group is not None)
+        check_same_rows(x, y, *names[:2])
+        check_mask(mask, x, names[0])
+
+    if group is None:
+        check()
+    else:
+        held = dict(zip((*names, "mask"), (*tensors, mask), strict=True))
+        sides = {name: held[name] for name in (*names[:2], "mask")}
+        group = ranks.agreed(op, sides, {name: held[name] for name in names[2:]}, group, check)
     jitter = check_whitening(whiten, jitter)
     kernels = spec_of(kernel)
     check_bandwidths(kernels)
     stat = op.removeprefix("nystrom_")
-    least = 1 if stat == "transfer" else 4 if unbiased else 2
-    if x.shape[0] < least:
+    least, n = 1 if stat == "transfer" else 4 if unbiased else 2, x.shape[0] if group is None else group.total
+    if n < least:
         raise ValueError(
-            f"{names[0]} and {names[1]} have {x.shape[0]} rows: {op} with unbiased={unbiased} needs at least {least}"
+            f"{names[0]} and {names[1]} have {n} rows{'' if group is None else ' on all ranks'}: {op} with "
+            f"unbiased={unbiased} needs at least {least}"
         )
+    chosen = backends.resolve(op, backend, device_type(x), tuple(v.dtype for v in tensors))
+    if chosen == "reference" and group is not None:
+        # the textbook sees rows: all of them travel
+        x, y, mask = group.gather(x, y, mask)
+        tensors, group = (x, y, zx, zy), None
     if mask is not None:
         # too few kept rows are none: what they hold, even NaN, reaches no gradient
-        mask = mask & (mask.sum() >= least)
-    chosen = backends.resolve(op, backend, device_type(x), tuple(v.dtype for v in tensors))
-    sigmas = _sigma(kernels[0], x, mask), _sigma(kernels[1], y, mask)
+        mask = mask & ((mask.sum() if group is None else group.sum(mask.sum())) >= least)
+    sigmas = _sigma(kernels[0], x, mask, group), _sigma(kernels[1], y, mask, group)
     if chosen == "reference":
         with without_autocast(device_type(x)):
             return _reference_statistic(stat, tensors, kernels, sigmas, unbiased, normalize, mask, whiten, jitter)
     problem = encode(stat, *kernels, whiten, jitter, bool(unbiased), bool(normalize), chosen)
+    if group is not None:
+        return ranks.statistic(x, y, mask, zx, zy, *sigmas, problem, group)
     return function.statistic(x, y, mask, zx, zy, *sigmas, problem)
 
 
-def _sigma(kernel: Kernel, x, mask):
+def _sigma(kernel: Kernel, x, mask, group=None):
     """The bandwidth as a tensor [1], or None where the kernel has none or it is a number."""
     sigma = kernel.sigma
     if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
         return None
     if isinstance(sigma, torch.Tensor):
         return sigma.to(x.device).reshape(-1)
+    if group is not None:
+        return bandwidth_of_all(x[None], None if mask is None else mask[None], *sigma, group)
     return bandwidth(x[None], None if mask is None else mask[None], *sigma)
 
 

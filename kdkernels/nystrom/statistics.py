@@ -8,6 +8,7 @@ Formulas: MATH.md, section 5.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -81,10 +82,15 @@ def only(kept, t):
     return t if kept is None else torch.where(kept, t, torch.zeros((), dtype=t.dtype, device=t.device))
 
 
-def forward(x, y, mask, zx, zy, sigma_x, sigma_y, problem: Problem):
-    """(value, factor and spectrum of each side, packed moments)."""
+def alone(t):
+    """What `total` is for one process."""
+    return t
+
+
+def forward(x, y, mask, zx, zy, sigma_x, sigma_y, problem: Problem, total=alone):
+    """(value, factor and spectrum of each side, packed moments); total(t): t summed over the ranks, see `ranks.py`."""
     pair = Pair(x, y, mask, zx, zy, (sigma_x, sigma_y), problem)
-    moments = _transfer_moments(pair) if problem.stat == "transfer" else _centred_moments(pair)
+    moments = (_transfer_moments if problem.stat == "transfer" else _centred_moments)(pair, total)
     value = _value(moments, pair)
     sx, sy = pair.sides
     return value.to(pair.dtype), sx.factor, sx.spectrum, sy.factor, sy.spectrum, _pack(moments)
@@ -95,37 +101,61 @@ def _zeros(pair: Pair) -> Moments:
     return Moments(*(torch.zeros(shape, dtype=torch.float64, device=pair.x.device) for shape in sizes))
 
 
-def _transfer_moments(pair: Pair) -> Moments:
-    total = _zeros(pair)
+def _added_up(parts, total):
+    """In one message; in place."""
+    if total is not alone:
+        flat = total(torch.cat([t.flatten() for t in parts]))
+        for t, summed in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
+            t.copy_(summed.view(t.shape))
+
+
+def _transfer_moments(pair: Pair, total) -> Moments:
+    S = _zeros(pair)
+    relative = pair.difference and pair.problem.normalize
     for *_, a, _, b in pair:
         if pair.difference:
-            if pair.problem.normalize:
-                total.tt.add_(b.mT @ b)
+            if relative:
+                S.tt.add_(b.mT @ b)
             a, b = a - b, a + b
-        total.aa.add_(a.mT @ a)
-        total.bb.add_(b.mT @ b)
-        total.ab.add_(a.mT @ b)
-    return total
+        S.aa.add_(a.mT @ a)
+        S.bb.add_(b.mT @ b)
+        S.ab.add_(a.mT @ b)
+    _added_up([S.aa, S.bb, S.ab, *((S.tt,) if relative else ())], total)
+    return S
 
 
-def _centred_moments(pair: Pair) -> Moments:
+def _provisional_mean(chunk, pair: Pair, total):
+    """Of both sides, over the first chunk of each rank; an empty rank has none."""
+    sums = torch.zeros(sum(len(s.z) for s in pair.sides) + 1, dtype=pair.dtype, device=pair.x.device)
+    if chunk is not None:
+        _, kept, _, a, _, b = chunk
+        sums = torch.cat([a.sum(0), b.sum(0), (a.new_full((), len(a)) if kept is None else kept.sum())[None]])
+    if total is not alone:
+        sums = total(sums.double()).to(pair.dtype)
+    return (sums[:-1] / sums[-1].clamp(min=1)).split([len(s.z) for s in pair.sides])
+
+
+def _centred_moments(pair: Pair, total) -> Moments:
     """About a provisional mean, that of the first chunk, then moved to the mean itself in float64."""
-    S, near = _zeros(pair), None
+    S, rest = _zeros(pair), iter(pair)
     sums = [torch.zeros_like(S.mean_a), torch.zeros_like(S.mean_b)]
-    for _, kept, _, a, _, b in pair:
-        count = a.new_full((), len(a)) if kept is None else kept.sum().to(a.dtype)
-        if near is None:
-            near = [t.sum(0) / count.clamp(min=1) for t in (a, b)]
+    first = next(rest, None)
+    near = _provisional_mean(first, pair, total)
+    rest = itertools.chain([] if first is None else [first], rest)
+    del first  # a chunk is large
+    for _, kept, _, a, _, b in rest:
+        count = a.new_full((), len(a)) if kept is None else kept.sum()
         a, b = only(kept, a - near[0]), only(kept, b - near[1])
         k, l = a.square().sum(1), b.square().sum(1)
-        for total, part in (
+        for held, part in (
             (S.aa, a.mT @ a), (S.bb, b.mT @ b), (S.ab, a.mT @ b),
             (sums[0], a.sum(0, dtype=torch.float64)), (sums[1], b.sum(0, dtype=torch.float64)),
             (S.ka, k @ a), (S.la, l @ a), (S.kb, k @ b), (S.lb, l @ b),
         ):  # fmt: skip
-            total.add_(part)
+            held.add_(part)
         sizes = (k, l, k * k, l * l, k * l)
         S.numbers[:6] += torch.stack([*(t.sum(dtype=torch.float64) for t in sizes), count.double()])
+    _added_up([S.aa, S.bb, S.ab, *sums, S.ka, S.la, S.kb, S.lb, S.numbers], total)
     return _moved(S, sums, near)
 
 

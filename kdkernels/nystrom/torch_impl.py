@@ -118,7 +118,9 @@ class Puller:
     def finish(self, sigma):
         """(dx, dz, dsigma), empty where nobody asked; an operator's outputs may not alias."""
         dz, dsigma = self.x.new_empty(0), self.x.new_empty(0)
-        if self.need & (Z | SIGMA):
+        if self.x.shape[0] == 0:  # a rank that has no rows
+            dz, dsigma = torch.zeros_like(self.z), dsigma if sigma is None else torch.zeros_like(sigma)
+        elif self.need & (Z | SIGMA):
             through, product, direct = self.sums
             weight = side.factor_gradient(self.side, product, self.problem)
             want_sigma = bool(self.need & SIGMA)

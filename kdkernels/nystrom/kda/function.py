@@ -49,6 +49,33 @@ def differentiable(s, t, s_centers, t_centers, backend):
     return apply(LandmarkSimilarity, s, t, s_centers, t_centers, backend, True)[0]
 
 
+class LandmarkSimilarityOverRanks(LandmarkSimilarity):
+    """Of the rows of all ranks: both sums travel, and backward one number."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(s, t, s_centers, t_centers, backend, need, group):
+        with without_autocast(device_type(s)):
+            sums, kept = _implementation(backend).sums(s, t, s_centers, t_centers, need)
+            return torch_impl.finished(group.sum(sums), torch_impl.compute_dtype(s, t), kept)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *inputs, ctx.group = inputs
+        LandmarkSimilarity.setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad, *unused):
+        grad = None if grad is None else ctx.group.sum(grad)
+        return *LandmarkSimilarity.backward(ctx, grad, *unused), None
+
+
+def over_ranks(s, t, s_centers, t_centers, backend, need, group):
+    run = LandmarkSimilarityOverRanks.apply if need else LandmarkSimilarityOverRanks.forward
+    return run(s, t, s_centers, t_centers, backend, need, group)[0]
+
+
 def _implementation(backend: str):
     if backend == "triton":
         from . import triton_impl

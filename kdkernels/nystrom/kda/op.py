@@ -11,14 +11,15 @@ import torch
 from ... import backend as backends
 from ... import checks
 from ...autograd import device_type, without_autocast
+from .. import ranks
 from . import reference
-from .function import differentiable, forward
+from .function import differentiable, forward, over_ranks
 from .torch_impl import compute_dtype
 
 __all__ = ["landmark_similarity_loss"]
 
 
-def landmark_similarity_loss(s, t, s_centers, t_centers, *, backend="auto") -> torch.Tensor:
+def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend="auto") -> torch.Tensor:
     """sum smooth_l1(S - T) / |T|_F with S = s s_centers', T = t t_centers' [B, C]: similarity to C landmarks.
 
     Source: KDA, Improved KD via Full Kernel Matrix Transfer (arXiv 2009.14416), as its public code computes it: a sum,
@@ -29,6 +30,9 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, backend="auto") -> t
             each its own dtype.
         s_centers: landmarks of the student's space [C, d], e.g. class means; t_centers: those of the teacher's, [C, e],
             in the same order. See `kd.ClassCenters`.
+        group: None, or "world" or a process group: sum and norm over the rows of all its ranks, which hold the same
+            landmarks and any number of rows; the same value on each, whose gradient averaged over the ranks is that of
+            one process (`kdkernels/distributed.py`). A rank sends 16 bytes, and backward one number.
         backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
@@ -45,14 +49,23 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, backend="auto") -> t
     >>> torch.allclose(kd.landmark_similarity_loss(s, t, s_centers, t_centers), plain / (t @ t_centers.T).norm())
     True
     """
-    check_call(s, t, s_centers, t_centers)
+    if group is None:
+        check_call(s, t, s_centers, t_centers)
+    else:
+        landmarks = {"s_centers": s_centers, "t_centers": t_centers}
+        check = lambda: check_call(s, t, s_centers, t_centers)  # noqa: E731
+        group = ranks.agreed("landmark_similarity_loss", {"s": s, "t": t}, landmarks, group, check)
     t, s_centers, t_centers = (x.detach() if x.requires_grad else x for x in (t, s_centers, t_centers))
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
+        if group is not None:  # the textbook sees rows: all of them travel
+            s, t = group.gather(s, t)
         with without_autocast(device_type(s)):
             dtype = compute_dtype(s, t)
             return reference.landmark_similarity(*(x.to(dtype) for x in (s, t, s_centers, t_centers)))
     need = torch.is_grad_enabled() and s.requires_grad
+    if group is not None:
+        return over_ranks(s, t, s_centers, t_centers, chosen, need, group)
     if need:
         return differentiable(s, t, s_centers, t_centers, chosen)
     return forward(s, t, s_centers, t_centers, chosen, False)[0]

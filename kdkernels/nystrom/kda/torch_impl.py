@@ -21,18 +21,30 @@ def compute_dtype(s, t) -> torch.dtype:
 
 def forward(s, t, s_centers, t_centers, need: bool):
     """(value, slope [B, d] or empty, 1 / |T|_F): dL/ds = slope / |T|_F."""
+    total, slope = sums(s, t, s_centers, t_centers, need)
+    return finished(total, compute_dtype(s, t), slope)
+
+
+def sums(s, t, s_centers, t_centers, need: bool):
+    """([sum of smooth L1, sum of T^2] float64, slope)."""
     dtype = compute_dtype(s, t)
     s_centers, t_centers = s_centers.to(dtype), t_centers.to(dtype)
     slope = s.new_empty(s.shape if need else (0,), dtype=dtype)
-    loss, square = torch.zeros((2,), dtype=torch.float64, device=s.device)
+    total = torch.zeros((2,), dtype=torch.float64, device=s.device)
+    loss, square = total
     rows = block_rows(s, s_centers)
     for first in range(0, len(s), rows):
         at = slice(first, first + rows)
         V = _block(s[at].to(dtype), t[at].to(dtype), s_centers, t_centers, loss, square)
         if need:
             torch.mm(V, s_centers, out=slope[at])
-    inverse = inverse_norm(square)
-    return (loss * inverse).to(dtype), slope, inverse.to(dtype)
+    return total, slope
+
+
+def finished(total, dtype, kept):
+    """What `forward` returns, from the sums."""
+    inverse = inverse_norm(total[1])
+    return (total[0] * inverse).to(dtype), kept, inverse.to(dtype)
 
 
 def block_rows(s, s_centers) -> int:

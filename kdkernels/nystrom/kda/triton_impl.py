@@ -43,19 +43,32 @@ def precision(half: bool) -> str:
 
 def forward(s, t, s_centers, t_centers, need: bool):
     with torch.cuda.device_of(s):
-        half = half_of(s, t)
-        tile = SUMS[0 if half else 1]
-        (B, d), C, e = s.shape, s_centers.shape[0], t.shape[1]
-        tiles = triton.cdiv(B, tile.rows) * triton.cdiv(C, tile.landmarks)
-        slots = torch.empty((tiles, 2), dtype=torch.float32, device=s.device)
-        if tiles:
-            similarity_sums[(tiles,)](
-                *operands(s, t, s_centers, t_centers), slots, B, C, d, e, BM=tile.rows, BN=tile.landmarks,
-                BD=tile.depth, PRECISION=precision(half), num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
+        slots = _slots(s, t, s_centers, t_centers)
+        tiles = len(slots)
         value, inverse = (torch.empty((), dtype=torch.float32, device=s.device) for _ in range(2))
         similarity_finish[(1,)](slots, value, inverse, tiles, BLOCK=FINISH_BLOCK, num_warps=4)
         return value, value.new_empty(0), inverse
+
+
+def sums(s, t, s_centers, t_centers, need: bool):
+    """As `torch_impl.sums`, with nothing kept."""
+    with torch.cuda.device_of(s):
+        return _slots(s, t, s_centers, t_centers).sum(0, dtype=torch.float64), s.new_empty(0, dtype=torch.float32)
+
+
+def _slots(s, t, s_centers, t_centers):
+    """[tiles, 2] the two sums of each tile."""
+    half = half_of(s, t)
+    tile = SUMS[0 if half else 1]
+    (B, d), C, e = s.shape, s_centers.shape[0], t.shape[1]
+    tiles = triton.cdiv(B, tile.rows) * triton.cdiv(C, tile.landmarks)
+    slots = torch.empty((tiles, 2), dtype=torch.float32, device=s.device)
+    if tiles:
+        similarity_sums[(tiles,)](
+            *operands(s, t, s_centers, t_centers), slots, B, C, d, e, BM=tile.rows, BN=tile.landmarks,
+            BD=tile.depth, PRECISION=precision(half), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return slots
 
 
 def backward(grad, s, t, s_centers, t_centers, kept, inverse):
