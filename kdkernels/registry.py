@@ -25,7 +25,7 @@ _RANKS = ("rank_rows", "rank_rows_backward")
 OPS = {
     op.name: op
     for op in (
-        Op("cka", "gram", _GRAM),
+        Op("cka", "gram", _GRAM, ("both_ways", "both_ways_backward")),
         Op("hsic", "gram", _GRAM),
         Op("mmd", "gram", _GRAM),
         Op("gram_mse", "gram", _GRAM),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CKA between the rows and between the columns of two matrices, from six products of the row side and no C x C matrix.
+"""CKA between the rows and between the columns of two matrices, from six products of the shorter side.
 
 Linear, uncentred, biased, Gram rows over sqrt(K_ii): the logit terms of RCKA. X, Y [n, C]; w_c = 1/|X_:c|, v_c =
 1/|Y_:c|; Xn = X diag(w), Yn = Y diag(v). Between columns S_KL = <Xn Yn', X Y'>, S_KK = <Xn Xn', X X'>, S_LL alike; the
@@ -9,7 +9,9 @@ products X X' and Y Y' are the Gram matrices between rows. Backward is four prod
 
 M = X Y', Mn = Xn Yn', Kn = Xn Xn', a = 1/sqrt(S_KK S_LL), g = CKA/S_KK, and W + W' the pair weights between rows:
 W_ij = a r_i s_i L_ij - g r_i^2 K_ij with its own a and g, r and s the inverse row norms, whose own change is
--r_i^2 sum_j W_ij K_ij on the diagonal.
+-r_i^2 sum_j W_ij K_ij on the diagonal. Rows and columns are alike in this: where columns are fewer, the matrices are
+turned and the products are C x C. With the compiled library each direction is one call in float32
+(`csrc/gram/both_ways_cpu.cpp`).
 """
 
 from __future__ import annotations
@@ -19,33 +21,34 @@ import torch
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 
 HALVES = 64  # rows of a block below which two products are dearer than their symmetry saves
-SMALL = 128  # rows up to which calls cost more than products
+SMALL = {"torch": 128, "cpp": 1024}  # of the shorter side: up to here its products are kept whatever the other side is
 
 
-def worth_it(backend: str, x) -> bool:
-    """Whether the products of the row side are the cheap ones here; kernels of a GPU have two calls of their own."""
+def worth_it(backend: str, x, columns: bool = True) -> bool:
+    """Whether the products of the shorter side are the cheap ones; kernels of a GPU have two calls of their own."""
     n, C = x.shape[-2:]
-    return backend in ("torch", "cpp") and (n <= SMALL or 2 * n <= C)
+    short, long = sorted((n, C)) if columns else (n, C)
+    return short <= SMALL.get(backend, 0) or (backend in SMALL and 2 * short <= long)
 
 
-def cka_both_ways(x, y, columns: bool = True):
+def cka_both_ways(x, y, columns: bool = True, native: bool = False):
     """[1 or 2, ...]: CKA between the rows of x, y [..., n, C], and between their columns; gradient to x alone.
 
     As `kd.cka(..., unbiased=False, center=False, row_normalize=True)` of x, y and of x.mT, y.mT. A row or column of
-    zeros adds nothing; CKA is 0 where a side is zero.
+    zeros adds nothing; CKA is 0 where a side is zero. native: in the compiled library, where it can.
     """
     need = torch.is_grad_enabled() and x.requires_grad
-    return (apply(BothWays, x, y, columns, need) if need else forward(x, y, columns, need))[0]
+    return (apply(BothWays, x, y, columns, need, native) if need else forward(x, y, columns, need, native))[0]
 
 
-def forward(x, y, columns, need):
+def forward(x, y, columns, need, native):
     run = _fwd if plain(x, y) else torch.ops.kdkernels.both_ways_fwd
-    return run(x, y, columns, need)
+    return run(x, y, columns, need, native)
 
 
-def backward(grad, x, y, products, weights, norms, numbers, columns):
+def backward(grad, x, y, products, weights, norms, numbers, columns, native):
     run = _bwd if plain(grad, x, y) else torch.ops.kdkernels.both_ways_bwd
-    return run(grad, x, y, products, weights, norms, numbers, columns)
+    return run(grad, x, y, products, weights, norms, numbers, columns, native)
 
 
 class BothWays(torch.autograd.Function):
@@ -55,7 +58,7 @@ class BothWays(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, ctx.columns, _ = inputs
+        x, y, ctx.columns, _, ctx.native = inputs
         _, products, weights, norms, numbers = output
         ctx.mark_non_differentiable(products, weights, norms, numbers)
         ctx.set_materialize_grads(False)
@@ -64,17 +67,64 @@ class BothWays(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 4
+            return (None,) * 5
         run = BothWaysGradient.apply if torch.is_grad_enabled() else backward
-        return run(grad, *ctx.saved_tensors, ctx.columns), None, None, None
+        return run(grad, *ctx.saved_tensors, ctx.columns, ctx.native), None, None, None, None
 
 
 class BothWaysGradient(NoSecondDerivative):
     forward = staticmethod(backward)
 
 
+def _fwd(x, y, columns, need, native):
+    """Values; for backward products [2 or 6, ..., n, n], weights [3, ..., n], norms [2, ..., C] and numbers."""
+    X, Y, turned = _sides(x, y, columns)
+    value, products, *kept = (_native_fwd if _fits(X, native) else _torch_fwd)(X, Y, columns)
+    return value.flip(0) if turned else value, products if need else products[:0].clone(), *kept
+
+
+def _bwd(grad, x, y, products, weights, norms, numbers, columns, native):
+    """dX; `numbers` are a and g of each way, and the scales of X and Y."""
+    X, Y, turned = _sides(x, y, columns)
+    run = _native_bwd if _fits(X, native) else _torch_bwd
+    dx = run(grad.flip(0) if turned else grad, X, Y, products, weights, norms, numbers, columns)
+    return (dx.mT.contiguous() if turned else dx).to(x.dtype)
+
+
+def _sides(x, y, columns):
+    """Both sides in the dtype of the products, and whether they are turned: rows are never more than columns then."""
+    dtype, turned = _dtype(x, y), _turned(x, columns)
+    X, Y = (side.detach().to(dtype) for side in (x, y))
+    return (X.mT, Y.mT, True) if turned else (X, Y, False)
+
+
+def _turned(x, columns):
+    return columns and x.shape[-1] < x.shape[-2]
+
+
 def _dtype(x, y):
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+
+
+def _fits(X, native):
+    return native and X.dtype == torch.float32 and X.numel() > 0
+
+
+def _native_fwd(X, Y, columns):
+    lead = X.shape[:-2]
+    X, Y = (side.reshape(-1, *side.shape[-2:]).contiguous() for side in (X, Y))
+    parts = torch.ops.kdkernels.both_ways.default(X, Y, columns)
+    return tuple(part.view(len(part), *lead, *part.shape[2:]) if part.dim() > 1 else part for part in parts)
+
+
+def _native_bwd(grad, X, Y, products, weights, norms, numbers, columns):
+    shape = X.shape
+    X, Y = (side.reshape(-1, *side.shape[-2:]).contiguous() for side in (X, Y))
+    numbers, grad = (side.reshape(len(side), -1).contiguous() for side in (numbers, grad))
+    weights, norms = (t.reshape(len(t), -1, t.shape[-1]) if len(t) else t for t in (weights, norms))
+    products = products.reshape(len(products), -1, *products.shape[-2:])
+    run = torch.ops.kdkernels.both_ways_backward.default
+    return run(grad, X, Y, products, weights, norms, numbers, columns).view(shape)
 
 
 def _inverse_root(square):
@@ -99,11 +149,8 @@ def _gram(X, out):
     return out.diagonal(dim1=-2, dim2=-1)
 
 
-def _fwd(x, y, columns, need):
-    """Values; for backward products [2 or 6, ..., n, n], weights [3, ..., n], norms [2, ..., C] and numbers."""
-    dtype = _dtype(x, y)
-    with without_autocast(device_type(x)):
-        X, Y = (side.detach().to(dtype) for side in (x, y))
+def _torch_fwd(X, Y, columns):
+    with without_autocast(device_type(X)):
         products = X.new_empty(6 if columns else 2, *X.shape[:-1], X.shape[-2])
         plain, normed = products[:3], products[3:]
         own = torch.stack([_gram(X, plain[0]), _gram(Y, plain[-1])])
@@ -130,17 +177,12 @@ def _fwd(x, y, columns, need):
         undefined = (kk <= 0) | (ll <= 0)
         a = torch.where(undefined, 0, (kk * ll).rsqrt())
         value = a * kl
-        numbers = torch.cat([a, torch.where(undefined, 0, value / kk), scale.double()]).to(dtype)
-    if not need:
-        products = products[:0].clone()
-    return value.to(dtype), products, weights, norms, numbers
+        numbers = torch.cat([a, torch.where(undefined, 0, value / kk), scale.double()]).to(X.dtype)
+    return value.to(X.dtype), products, weights, norms, numbers
 
 
-def _bwd(grad, x, y, products, weights, norms, numbers, columns):
-    """dX; `numbers` are a and g of each way, and the scales of X and Y."""
-    dtype = _dtype(x, y)
-    with without_autocast(device_type(x)):
-        X, Y = (side.detach().to(dtype) for side in (x, y))
+def _torch_bwd(grad, X, Y, products, weights, norms, numbers, columns):
+    with without_autocast(device_type(X)):
         plain, normed, ways = products[:3], products[3:], len(grad)
         k, l = plain[0], plain[-1]
         a, g = (numbers[:ways] * grad)[..., None, None], (numbers[ways : 2 * ways] * grad)[..., None, None]
@@ -151,7 +193,7 @@ def _bwd(grad, x, y, products, weights, norms, numbers, columns):
         W = W + W.mT
         W.diagonal(dim1=-2, dim2=-1).sub_(moved)
         if not columns:
-            return ((W * scale_x.square()) @ X).to(x.dtype)
+            return (W * scale_x.square()) @ X
         W.addcmul_(g[1], normed[0], value=-1)
         w, v = norms[..., None, :]
         R = ((a[1] * plain[1]) @ Y).mul_(v)
@@ -161,31 +203,32 @@ def _bwd(grad, x, y, products, weights, norms, numbers, columns):
         # a product that adds into what is there saves a pass over [n, C] for each
         for weights, side in ((W.mul_(scale_x.square()), X), (a[1] * scale_x * scale_y * normed[1], Y)):
             dx = dx.addmm_(weights, side) if dx.dim() == 2 else dx.add_(weights @ side)
-    return dx.to(x.dtype)
+    return dx
 
 
-def _fwd_fake(x, y, columns, need):
-    dtype, lead, n, ways = _dtype(x, y), x.shape[:-2], x.shape[-2], 2 if columns else 1
+def _fwd_fake(x, y, columns, need, native):
+    dtype, lead, ways = _dtype(x, y), x.shape[:-2], 2 if columns else 1
+    n, C = reversed(x.shape[-2:]) if _turned(x, columns) else x.shape[-2:]
     new = lambda *shape: x.new_empty(shape, dtype=dtype)  # noqa: E731
     products = new((6 if columns else 2) if need else 0, *lead, n, n)
-    norms = new(2, *lead, x.shape[-1]) if columns else new(0)
+    norms = new(2, *lead, C) if columns else new(0)
     return new(ways, *lead), products, new(3, *lead, n), norms, new(2 + 2 * ways, *lead)
 
 
-def _bwd_fake(grad, x, y, products, weights, norms, numbers, columns):
+def _bwd_fake(grad, x, y, products, weights, norms, numbers, columns, native):
     return x.new_empty(x.shape)
 
 
 KEPT = "Tensor products, Tensor weights, Tensor norms, Tensor numbers"
 register(
     "both_ways_fwd",
-    "(Tensor x, Tensor y, bool columns, bool need) -> (Tensor value, " + KEPT + ")",
+    "(Tensor x, Tensor y, bool columns, bool need, bool native) -> (Tensor value, " + KEPT + ")",
     _fwd,
     _fwd_fake,
 )
 register(
     "both_ways_bwd",
-    "(Tensor grad, Tensor x, Tensor y, " + KEPT + ", bool columns) -> Tensor dx",
+    "(Tensor grad, Tensor x, Tensor y, " + KEPT + ", bool columns, bool native) -> Tensor dx",
     _bwd,
     _bwd_fake,
 )

@@ -171,8 +171,10 @@ class RCKALoss(Loss):
         """CKA between samples and between classes, those of `names`; [] or a value a group."""
         if self._published:
             chosen = resolve("cka", self.backend, device_type(x), (x.dtype, y.dtype))
-            if both_ways.worth_it(chosen, x):
-                values = cka_both_ways(*(zero_where_masked(side, kept) for side in (x, y)), "classes" in names)
+            columns = "classes" in names
+            if both_ways.worth_it(chosen, x, columns):
+                x, y = (zero_where_masked(side, kept) for side in (x, y))
+                values = cka_both_ways(x, y, columns, chosen == "cpp")
                 return {name: value for name, value in zip(TERMS, values.unbind(), strict=False) if name in names}
         aligned = {}
         if "rows" in names:
