@@ -29,10 +29,11 @@ ARROWS = {
     "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},
     "compat": {*FOUNDATIONS, *FAMILIES, "losses"},
     "distributed": {*FOUNDATIONS},
+    "rounds": set(),
     "analysis": {*FOUNDATIONS, "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram", "distributed"},
-    "gram": {*FOUNDATIONS, "distributed"},
+    "gram": {*FOUNDATIONS, "distributed", "rounds"},
     "relation": {*FOUNDATIONS, "gram", "distributed"},
 }
 # the modules of a family that others may name: its functions, its kernel objects (and what they do to a Triton tile),

@@ -20,8 +20,9 @@ def bandwidth(x, mask, rule: str, factor: float):
 
 
 def sampled(n: int, device=None) -> torch.Tensor:
-    """The rows of n > `EXACT` that the median reads."""
-    return torch.arange(EXACT, device=device) * n // EXACT
+    """Which of n rows the median reads."""
+    few = min(n, EXACT)
+    return torch.arange(few, device=device) * n // few
 
 
 def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
@@ -53,8 +54,7 @@ def bandwidth_of_all(x, mask, rule: str, factor: float, group):
     if rule == "mean":
         over = lambda own: group.total if isinstance(own, int) else group.sum(own)  # noqa: E731
         return bandwidth_over(x, mask, rule, factor, over)
-    places = torch.arange(group.total) if group.total <= EXACT else sampled(group.total)
-    pair = group.rows_at(places, *(None if t is None else t.transpose(0, 1) for t in (x, mask)))
+    pair = group.rows_at(sampled(group.total), *(None if t is None else t.transpose(0, 1) for t in (x, mask)))
     return bandwidth(*(None if t is None else t.transpose(0, 1) for t in pair), rule, factor)
 
 

@@ -46,11 +46,11 @@ def statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, 
     if not grouped:
         x, y, mask = x[None], y[None], None if mask is None else mask[None]
     problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, "torch")
-    ring = Ring(decode(problem), group.handle, group.rows, saved_dtype(decode(problem), x, y))
+    ring = Ring(decode(problem), group, saved_dtype(decode(problem), x, y))
     with torch.no_grad(), without_autocast(device_type(x)):
         if mask is not None:
             # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
-            mask = mask & (ring.sum(mask.sum(1)) >= ring.problem.minimum)[:, None]
+            mask = mask & (group.sum(mask.sum(1)) >= ring.problem.minimum)[:, None]
     sigma_x, sigma_y = (ring.sigma(kernel, side, mask) for kernel, side in zip(kernels, (x, y), strict=True))
     value = _Statistic.apply(x, y, mask, sigma_x, sigma_y, ring)
     return value if grouped else value[0]
@@ -76,7 +76,7 @@ def mmd(x, y, kernel, unbiased, masks, groups):
 def _median_of_both(x, y, masks, factor, groups):
     """The rule of one process on x and then y: their rows stand in another order here."""
     total, parts = sum(group.total for group in groups), []
-    places = _sampled(total)
+    places = rules.sampled(total)
     if x.dim() == 2:
         x, y, masks = x[None], y[None], [None if mask is None else mask[None] for mask in masks]
     if any(mask is not None for mask in masks):
@@ -84,26 +84,15 @@ def _median_of_both(x, y, masks, factor, groups):
         masks = [every if mask is None else mask for mask, every in zip(masks, full, strict=True)]
     for side, mask, group, start in zip(two_sample.promoted(x, y), masks, groups, (0, groups[0].total), strict=True):
         own = places[(places >= start) & (places < start + group.total)] - start
-        parts.append(_some_rows((side, mask), own, group.rows, group.handle))
+        parts.append(_rows_at(own, group, side, mask))
     few, keep = (None if one is None else torch.cat([one, other], 1) for one, other in zip(*parts, strict=True))
     return rules.bandwidth(few, keep, "median", factor)
 
 
-def _sampled(total: int) -> torch.Tensor:
-    """The rows that a median reads, on the host."""
-    return rules.sampled(total) if total > rules.EXACT else torch.arange(total)
-
-
-def _some_rows(tensors, places, rows, handle):
-    """The rows at `places` (ascending, on the host) among those of all ranks, on every rank: [G, m, ...]."""
-    rank = torch.distributed.get_rank(handle)
-    starts = [sum(rows[:k]) for k in range(len(rows) + 1)]
-    kept = [int(((places >= a) & (places < b)).sum()) for a, b in zip(starts, starts[1:], strict=False)]
-    first = sum(kept[:rank])
-    own = places[first : first + kept[rank]] - starts[rank]
-    mine = [None if t is None else t.detach()[:, own.to(t.device)].transpose(0, 1) for t in tensors]
-    gathered = distributed.gather_rows(mine, kept, handle)
-    return [None if t is None else t.transpose(0, 1) for t in gathered]
+def _rows_at(places, group, *tensors):
+    """`Agreed.rows_at` of [G, n, ...]."""
+    found = group.rows_at(places, *(None if t is None else t.transpose(0, 1) for t in tensors))
+    return [None if t is None else t.transpose(0, 1) for t in found]
 
 
 class _Statistic(torch.autograd.Function):
@@ -135,13 +124,13 @@ class _Gradient(NoSecondDerivative):
 class _Sums:
     """Sums over the rows of all ranks, asked for in a fixed order: the ranks are asked once, later blocks are told."""
 
-    def __init__(self, total: int, handle):
-        self.total, self.handle, self.known = total, handle, []
+    def __init__(self, group: distributed.Agreed):
+        self.group, self.known = group, []
 
     def ask(self, own):
         if isinstance(own, int):
-            return self.total
-        self.known.append(distributed.sum_over(own, self.handle))
+            return self.group.total
+        self.known.append(self.group.sum(own))
         return self.known[-1]
 
 
@@ -151,20 +140,11 @@ def _told(total: int, known):
 
 
 class Ring(NamedTuple):
-    """What the ranks compute together, of [G, n, p] and [G, n, q]; `rows` of each rank, `dtype` of the work."""
+    """What the ranks of a group compute together, of [G, n, p] and [G, n, q]; `dtype` of the work."""
 
     problem: Problem
-    handle: object
-    rows: list[int]
+    group: distributed.Agreed
     dtype: torch.dtype
-
-    @property
-    def total(self) -> int:
-        return sum(self.rows)
-
-    @property
-    def rank(self) -> int:
-        return torch.distributed.get_rank(self.handle)
 
     @property
     def specs(self):
@@ -174,29 +154,21 @@ class Ring(NamedTuple):
         """Whether row means are taken out of the kernel matrix of side k; rows of a centred linear one have none."""
         return self.problem.stable and not self.specs[k].linear
 
-    def sum(self, own):
-        return distributed.sum_over(own, self.handle)
-
     def sigma(self, kernel, x, mask):
-        """The bandwidth as a tensor [1] or [G], None where it is a number or there is none; rules see all ranks' rows.
-
-        The mean is a sum over the ranks; the median is of few rows in one process too, and they are gathered.
-        """
+        """The bandwidth as a tensor [1] or [G], None where it is a number or none; a rule sees all ranks' rows."""
         sigma = kernel.sigma
         if isinstance(sigma, torch.Tensor):
             return sigma.to(x.device).reshape(-1)
         if sigma is None or not isinstance(sigma[0], str):
             return None
-        with torch.no_grad(), without_autocast(device_type(x)):
-            if sigma[0] == "mean":
-                return rules.bandwidth_over(x, mask, *sigma, _Sums(self.total, self.handle).ask)
-            return rules.bandwidth(*_some_rows((x, mask), _sampled(self.total), self.rows, self.handle), *sigma)
+        with without_autocast(device_type(x)):
+            return rules.bandwidth_of_all(x, mask, *sigma, self.group)
 
     def pairs(self, x, y, mask, sigmas, sums, rows=None) -> Pairs:
         """Both sides of these rows prepared; rows: their vectors, as `spread` gives them."""
         sides = []
         for k, features in enumerate((x, y)):
-            over = _told(self.total, sums[k])
+            over = _told(self.group.total, sums[k])
             P = prepare(features, mask, self.specs[k], sigmas[k], self.problem, self.dtype, over)
             u = rows[:, SIDE_ROWS * k] if rows is not None and self.with_means(k) else None
             sides.append(maps.side_of(P, self.specs[k], self.problem.stable)._replace(u=u))
@@ -207,7 +179,7 @@ class Ring(NamedTuple):
         u = [x.new_zeros(x.shape[:2], dtype=self.dtype) if self.with_means(k) else None for k in (0, 1)]
         if u == [None, None]:
             return u
-        known = _some_rows((x, y, mask), panels.landmarks(self.total, "cpu"), self.rows, self.handle)
+        known = _rows_at(panels.landmarks(self.group.total, "cpu"), self.group, x, y, mask)
         for i in _panels(x):
             joined = [
                 None if t is None else torch.cat([t[:, i], some], 1)
@@ -235,13 +207,13 @@ class Ring(NamedTuple):
         i is a slice of this rank's rows; a and b are those of i and of j among the rows together, both the same on the
         diagonal. rows [G, 12, n], of which `travelling(need)` come along.
         """
-        places = self.travelling(need)
+        places, rank = self.travelling(need), torch.distributed.get_rank(self.group.handle)
         fields = [x, y, *(() if mask is None else (mask,)), rows[:, places].mT]
-        for owner, block in rounds.around(fields, self.rows, self.handle):
+        for owner, block in rounds.around(fields, self.group.rows, self.group.handle):
             for i in _panels(x):
                 for j in _panels(block[0]):
                     a = b = slice(0, i.stop - i.start)
-                    if owner == self.rank and i == j:
+                    if owner == rank and i == j:
                         together = [t[:, i] for t in fields]
                     else:
                         together = [torch.cat([t[:, i], v[:, j]], 1) for t, v in zip(fields, block, strict=True)]
@@ -254,7 +226,7 @@ class Ring(NamedTuple):
         """value [G], the vectors u, p, q, e, f, h of both sides [G, 12, n], and what `prepare` asked the ranks."""
         problem, (G, n), sums, units, rho = self.problem, x.shape[:2], [], [], []
         for k, features in enumerate((x, y)):
-            shared = _Sums(self.total, self.handle)
+            shared = _Sums(self.group)
             P = prepare(features, mask, self.specs[k], sigmas[k], problem, self.dtype, shared.ask)
             sums.append(shared.known)
             units.append(P.unit)
@@ -276,8 +248,8 @@ class Ring(NamedTuple):
             if columns:  # K is symmetric: the sum of a column weighted by rho is that of the row
                 for k, matrix in enumerate((K, L)):
                     total[5 + k, :, i] += (matrix.double() * panels.rho_of(sides[k])[:, None, b]).sum(-1)
-        count = self.total if mask is None else self.sum(mask.sum(1))
-        eps, over = torch.finfo(self.dtype).eps, lambda t: self.sum(over_rows(t))
+        count = self.group.total if mask is None else self.group.sum(mask.sum(1))
+        eps, over = torch.finfo(self.dtype).eps, lambda t: self.group.sum(over_rows(t))
         value, sides = combine(problem, RowStats(*total), count, eps, units, rho or None, (True, True), over)
         value, rows = pack_rows(value, sides, u, count, problem, 0b11, self.dtype)
         return value.to(compute_dtype(x, y)), rows, sums
@@ -285,7 +257,9 @@ class Ring(NamedTuple):
     def backward(self, grad, x, y, mask, sigmas, rows, sums, need: int):
         """dx, dy, dsigma_x, dsigma_y (None where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
         problem, (G, n), asked = self.problem, x.shape[:2], [k for k in (0, 1) if need & (0b101 << k)]
-        grad = self.sum(grad.to(self.dtype))  # every rank has the same value of these rows, and may use it otherwise
+        grad = self.group.sum(
+            grad.to(self.dtype)
+        )  # all ranks have one value, and each its own use for it
         dz = {k: torch.zeros_like((x, y)[k], dtype=self.dtype) for k in asked}
         row_sums = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
         norms = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
@@ -317,7 +291,7 @@ class Ring(NamedTuple):
             if need & (0b100 << k):
                 # every pair was seen from both ends; each rank gets the mean over the ranks
                 scale = self.pairs(*(None if t is None else t[:, :0] for t in (x, y, mask)), sigmas, sums)
-                total = self.sum(dsigma[k]) / (2 * len(self.rows)) * _seen_from(scale, k).x.P.scale
+                total = self.group.sum(dsigma[k]) / (2 * len(self.group.rows)) * _seen_from(scale, k).x.P.scale
                 out[2 + k] = sigma_gradient(total, sigmas[k])
         return tuple(out)
 
