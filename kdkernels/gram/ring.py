@@ -257,9 +257,7 @@ class Ring(NamedTuple):
     def backward(self, grad, x, y, mask, sigmas, rows, sums, need: int):
         """dx, dy, dsigma_x, dsigma_y (None where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
         problem, (G, n), asked = self.problem, x.shape[:2], [k for k in (0, 1) if need & (0b101 << k)]
-        grad = self.group.sum(
-            grad.to(self.dtype)
-        )  # all ranks have one value, and each its own use for it
+        grad = self.group.sum(grad.to(self.dtype))  # all ranks have one value, and each its own use for it
         dz = {k: torch.zeros_like((x, y)[k], dtype=self.dtype) for k in asked}
         row_sums = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
         norms = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
