@@ -49,11 +49,17 @@ def gather(x: torch.Tensor, group=None) -> torch.Tensor:
     return gather_rows([x], agree([x], ["x"], handle, lambda: checks.is_tensor(x, "x")), handle)[0]
 
 
+# compiled ranks could order their collectives each in its own way, and wait for each other
+_eager = torch.compiler.disable(reason="ranks compare shapes on the host and send in one order")
+
+
+@_eager
 def gather_rows(tensors, rows, handle) -> list[torch.Tensor | None]:
     """`gather` of several tensors, `rows` of them on each rank; None stays None."""
     return [None if t is None else _Gather.apply(t, rows, handle) for t in tensors]
 
 
+@_eager
 def sum_over(x: torch.Tensor, handle) -> torch.Tensor:
     """The sum of x over the ranks, on every rank; differentiable."""
     return _Sum.apply(x, handle)
@@ -165,6 +171,7 @@ def rows_first(t):
     return t.transpose(0, 1) if grouped else t
 
 
+@_eager
 def compare(prepare, handle, call: str = ""):
     """What `prepare` makes, and {name: rows on each rank} of the tensors it names; the ranks compare them all at once.
 

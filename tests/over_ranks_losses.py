@@ -187,6 +187,24 @@ def under_ddp(out):
     out["ddp"] = [differs(p.grad, wanted) for p, wanted in zip((weight, bias), expected, strict=True)]
 
 
+def compiled(out):
+    """Around the collectives; the whole as one graph is refused."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    student, teacher, _ = batch(LOSSES["DISTLoss"], 7 * world, torch.float64)
+    rows = [10, *[7] * (world - 2), 4]
+    y, apart = teacher[0].split(rows)[rank], []
+    for loss in (losses.CCLoss(group="world"), losses.DISTLoss(group="world")):
+        both = []
+        for call in (loss, torch.compile(loss, backend="aot_eager")):
+            x = student[0].split(rows)[rank].clone().requires_grad_()
+            value = call(x, y)
+            both.append((value.detach(), *torch.autograd.grad(value, x)))
+        apart += [differs(one, other) for one, other in zip(*both, strict=True)]
+    out["compiled"] = apart
+    whole = torch.compile(loss, backend="eager", fullgraph=True)
+    out["refused, one graph"] = said_by_all(lambda: whole(x, y))
+
+
 def traffic_of_losses(out):
     for n in (64, 512):
         x, y = torch.randn(n, 8, requires_grad=True), torch.randn(n, 6)
@@ -220,4 +238,4 @@ def refusals_of_losses(out):
         out[f"loss refused, {name}"] = said_by_all(call)
 
 
-CHECKS = (losses_equal_to_one_process, other_batches, under_ddp, traffic_of_losses, refusals_of_losses)
+CHECKS = (losses_equal_to_one_process, other_batches, under_ddp, compiled, traffic_of_losses, refusals_of_losses)

@@ -114,6 +114,12 @@ def test_what_ddp_averages_is_the_gradient_of_one_process(facts):
     assert all(max(fact["ddp"]) < 1e-10 for fact in facts)
 
 
+def test_a_compiled_loss_leaves_the_graph_for_its_collectives(facts):
+    for fact in facts:
+        assert max(fact["compiled"]) < 1e-12
+        assert all("ranks compare shapes on the host" in said for said in fact["refused, one graph"])
+
+
 def test_a_loss_sends_what_its_op_sends_and_losses_within_samples_no_feature(facts):
     for fact in facts:
         for n in (64, 512):
