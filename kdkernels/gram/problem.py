@@ -58,6 +58,12 @@ def minimum_rows(unbiased: bool, center: bool, stat: str = "cka") -> int:
     return 4 if unbiased else (2 if center else 1)
 
 
+def stated(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, backend) -> Problem:
+    """What `decode` reads from `encode`'s text, where no text is needed."""
+    kernels = _decode_kernel(kernel_x.code), _decode_kernel(kernel_y.code)
+    return Problem(stat, *kernels, unbiased, center, row_normalize, mean, backend)
+
+
 def encode(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, backend) -> str:
     """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch."""
     # by their code: a cache of kernel objects would keep a sigma tensor's graph alive

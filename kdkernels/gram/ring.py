@@ -23,7 +23,7 @@ from .combine import RowStats, combine, over_rows
 from .kernels import spec_of
 from .panels import Pairs
 from .prepare import prepare, unprepare_gradient
-from .problem import Problem, decode, encode
+from .problem import Problem, stated
 from .torch_impl import SIDE_ROWS, compute_dtype, pack_rows, saved_dtype, sigma_gradient, unpack_weights
 
 # Bytes of all ranks' features from which the ring pays. Below it gathering costs a rank less than 300 MiB (rows as they
@@ -45,8 +45,8 @@ def statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, 
     grouped = x.dim() == 3
     if not grouped:
         x, y, mask = x[None], y[None], None if mask is None else mask[None]
-    problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, "torch")
-    ring = Ring(decode(problem), group, saved_dtype(decode(problem), x, y))
+    problem = stated(stat, *kernels, unbiased, center, row_normalize, mean, "torch")
+    ring = Ring(problem, group, saved_dtype(problem, x, y))
     with torch.no_grad(), without_autocast(device_type(x)):
         if mask is not None:
             # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
