@@ -7,6 +7,7 @@ gradient with one process on the whole batch. Rank 0 writes {check: facts} to OU
 
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,8 +21,14 @@ from kdkernels import distributed
 SPLITS = {"even": (16, 16, 16, 16), "uneven": (17, 5, 1, 12), "one empty": (23, 0, 9, 7)}
 
 
+def device() -> torch.device:
+    """This rank's: a GPU, with NCCL, where KDK_RANKS=cuda."""
+    on_gpu = os.environ.get("KDK_RANKS") == "cuda"
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+
+
 def linear_mask(x):
-    return torch.arange(len(x)) % 5 != 2
+    return torch.arange(len(x), device=x.device) % 5 != 2
 
 
 OPS = {
@@ -50,7 +57,7 @@ def compared(op, x, y, rows, mask=None):
     rank, world = dist.get_rank(), dist.get_world_size()
     whole = [t.clone().requires_grad_() for t in (x, y)]
     value = OPS[op](*whole, **({} if mask is None else {"mask": mask}))
-    upstream = torch.tensor(1.7, dtype=value.dtype)
+    upstream = torch.tensor(1.7, dtype=value.dtype, device=value.device)
     expected = torch.autograd.grad(value, whole, upstream)
     own = [t.split(rows)[rank].clone().requires_grad_() for t in (x, y)]
     here = {} if mask is None else {"mask": mask.split(rows)[rank]}
@@ -73,7 +80,7 @@ def equal_to_one_process(out):
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(sum(rows), 5, generator=generator, dtype=torch.float64) + 1
             y = torch.tanh(x) + torch.randn(x.shape, generator=generator, dtype=torch.float64) / 2
-            x, y = x.to(dtype), y.to(dtype)
+            x, y = x.to(device(), dtype), y.to(device(), dtype)
             for op in OPS:
                 name = f"{op}, {split}, {str(dtype).removeprefix('torch.')}"
                 out[name] = compared(op, x, y, rows)
@@ -174,7 +181,12 @@ def dies(out):
 
 def run(path, *checks):
     """Each check writes its facts; rank 0 those of all ranks to the file."""
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    on_gpu = device().type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device())
+    # on GPUs gloo too: what the checks tell each other is on the CPU
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=20))
     torch.set_num_threads(1)
     out = {}
     for check in checks:

@@ -22,9 +22,9 @@ from kdkernels import distributed
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-def launch(ranks, path, *checks, script="over_ranks.py", timeout=300):
+def launch(ranks, path, *checks, script="over_ranks.py", on="cpu", timeout=300):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KDK_RANKS": on}
     command += [str(ROOT / "tests" / script), str(path), *checks]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
