@@ -8,11 +8,11 @@ import torch
 from broken import packed, rejects, unwritten, without_last
 
 from kdkernels import testing
-from kdkernels.rank import cpu, function, isotonic, metrics, rounds, torch_impl
+from kdkernels.rank import function, isotonic, metrics, rounds, sorted_ranks, torch_impl
 
 FORWARD, BACKWARD = torch_impl.rank_forward, torch_impl.rank_backward
 SORT, SORT_BACKWARD, NEGATED = torch_impl.sort_forward, torch_impl.sort_backward, torch_impl.negated
-POSITIONS, MERGE = cpu.first_positions, isotonic._merge
+PART, MERGE = sorted_ranks.Part, isotonic._merge
 STRENGTH, PEARSON = torch_impl.rank_strength_gradient, metrics.pearson_gradient
 
 
@@ -52,8 +52,8 @@ def one_pass_less(V, value, L):
     return V.flatten(-2).unflatten(-1, (-1, 2 * L)) if V.shape[-2] == 1 else MERGE(V, value, L)
 
 
-def singles(s, n_valid, eps, kl, sort):
-    return POSITIONS(s, n_valid, eps * 1e-6 if not sort else eps * 1e6, kl, sort)
+def singles(rows, eps, *rest):
+    return PART(rows, eps * 1e-6, *rest)
 
 
 def half_strength(*a):
@@ -82,7 +82,7 @@ SABOTAGE = {
     "absent entries as numbers": ("soft_rank", "value", sees(lambda x: x.clamp(min=-1e30))),
     "poison spreads": ("soft_rank", "value", ranks(lambda r: r + r.sum() * 0)),
     "poison is cleaned": ("soft_rank", "value", ranks(lambda r: r.nan_to_num(0.0))),
-    "no pooling": ("soft_rank", "value", {(cpu, "first_positions"): singles}),
+    "no pooling": ("soft_rank", "value", {(sorted_ranks, "Part"): singles}),
     "one level of merges missing": ("soft_rank", "value", {(isotonic, "_merge"): one_pass_less}),
     "zero gradient": ("soft_rank", "gradient x", gradient(torch.zeros_like)),
     "gradient sign flip": ("soft_rank", "gradient x", gradient(torch.neg)),

@@ -53,6 +53,12 @@ class Blocks:
         for name in self.arrays:
             getattr(self, name)[index] = getattr(other, name)
 
+    def part(self, a, b):
+        return type(self)(*(getattr(self, name)[a:b] for name in self.arrays))
+
+    def followed_by(self, others):
+        return type(self)(*(np.concatenate([getattr(t, name) for t in (self, *others)]) for name in self.arrays))
+
     def joins(self):
         """Whether neighbours k, k + 1 pool."""
         raise NotImplementedError
@@ -60,6 +66,17 @@ class Blocks:
     def pooled(self, start, length):
         """The blocks made of entries start[k], ..., start[k] + length[k] - 1."""
         raise NotImplementedError
+
+    def joined(self, start, length):
+        """The list made of such blocks, all of it."""
+        many = (length > 1).nonzero()[0]
+        return self.replaced(start, many, self.pooled(start[many], length[many]))
+
+    def replaced(self, start, many, merged):
+        """The list of entries `start`, where `merged` stand in the place of entries `many` of these."""
+        found = self.take(start)
+        found.put(many, merged)
+        return found
 
     def swallow(self, sites, index, sign, free):
         """How many entries of index [2, sites, K], in their order, each site pools with, and the site afterwards.

@@ -73,9 +73,10 @@ def _ranks(rows, eps, number, kl, rank, ids):
             found = blocks.Ratios(s, mass, blocks.weights(w, c), rate)
         else:
             found = blocks.Means(s + (position + mass / 2) * np.minimum(e, blocks.HARDEST), mass)
-        first = rounds.pooled(found, first)
-        if first is None:
+        found = rounds.pooled(found, first)
+        if found is None:
             return False
+        first = found[0]
     length, size = rounds.lengths(first, len(entry)), np.add.reduceat(c, first)
     level = w.take(first)
     if number == 0:

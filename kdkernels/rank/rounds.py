@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import torch
 
 SHRINKS = 0.08  # of the blocks must go for another round over all of them
 WINDOW = 4, 256  # neighbours on either side that a site looks at in a round
@@ -23,7 +24,7 @@ SIDES = np.array([-1, 1])[:, None, None]
 
 
 def pooled(blocks, first):
-    """The first positions of all blocks of a list, pooled, where entry k begins at position first[k].
+    """The first positions of all blocks of a list, pooled, where entry k begins at position first[k], and these.
 
     None where one site meets its neighbours one after the other, for too many rounds.
     """
@@ -32,21 +33,20 @@ def pooled(blocks, first):
         joins = blocks.joins()
         gone = np.count_nonzero(joins)
         if gone == 0:
-            return first
+            return first, blocks
         if gone > SHRINKS * len(blocks) or (len(blocks) < FEW and turn < TURNS):
             start, length = runs(joins)
-            many = (length > 1).nonzero()[0]
-            merged = blocks.pooled(start[many], length[many])
+            blocks = blocks.joined(start, length)
         else:
             sites = Sites(blocks, *runs_of_many(joins))
             most = sites.settle(most)
             if most <= 0:
                 return None
             start, many, merged = sites.merged()
+            blocks = blocks.replaced(start, many, merged)
             if not sites.active.any():
-                return first.take(start)
-        blocks, first = blocks.take(start), first.take(start)
-        blocks.put(many, merged)
+                return first.take(start), blocks
+        first = first.take(start)
 
 
 def runs(joins):
@@ -76,6 +76,13 @@ def runs_of_many(joins):
     length = lengths(at, len(k))
     length += 1
     return k[at], length
+
+
+def numbered(start, size):
+    """The number of the run that each of `size` entries is in; run k begins at start[k], start[0] = 0."""
+    begins = torch.zeros(size, dtype=torch.bool)
+    begins.numpy()[start[1:]] = True
+    return begins.cumsum(0).numpy()
 
 
 def numbers(many, of_row):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, isotonic, strength
+from . import cpu, isotonic, ordering, strength
 from .cpu import negated
 
 
@@ -87,7 +87,7 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
 def sort_descending(theta):
     """Rows [..., n] sorted descending, NaN first, stable, and their order: `torch.sort`, only faster on the CPU."""
     if may_wait(theta) and theta.numel():
-        return cpu.sort_descending(theta)
+        return ordering.sort_descending(theta)
     return torch.sort(theta, dim=-1, descending=True, stable=True)
 
 

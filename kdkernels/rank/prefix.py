@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft ranks, l2, of sorted float32 and half rows on the CPU: a block is two places in the running sums of its row.
+
+Pooling then adds nothing up: the mean of any run of elements is a difference of two sums. The rows are centred, and
+what the sums lose is far below a rank's last place while strength and row fit each other (`fits`); other rows are
+pooled by `blocks.Means`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from . import rounds
+from .blocks import HARDEST, Blocks, leading
+
+SPAN, SUMS = 2.0**24, 2.0**36  # the range of a row in units of its strength, and that times its length, at most
+COARSE = 2.0**-20  # of the range: centres are multiples of it, so that sums of float32 values are hardly rounded
+TINY = 2.0**-900
+
+
+def level(q, c, Q, C, h):
+    """The value of blocks between sums q and Q, counts c and C: mean of their elements + h (mean position + 1/2)."""
+    V, middle = Q - q, C + c
+    V /= C - c
+    middle *= 0.5 * h
+    V += middle
+    return V
+
+
+class Stretches(Blocks):
+    """Blocks anywhere in the list: value, running sum and count where each begins and ends, strength."""
+
+    arrays = "V", "q", "c", "Q", "C", "h"
+
+    def joins(self):
+        return self.V[:-1] <= self.V[1:]
+
+    def pooled(self, start, length):
+        last = start + length
+        last -= 1
+        return between(self.q.take(start), self.c.take(start), self.Q.take(last), self.C.take(last), self.h.take(start))
+
+
+def between(q, c, Q, C, h):
+    return Stretches(level(q, c, Q, C, h), q, c, Q, C, h)
+
+
+class Prefixes(Blocks):
+    """A list of blocks, each of which ends where the next one begins: q and c have one entry more than there are.
+
+    The blocks `ends` are the NaN behind rows. h is a number, or one a block.
+    """
+
+    def __init__(self, q, c, h, ends, V=None):
+        self.q, self.c, self.h, self.ends = q, c, h, ends
+        self.V = level(q[:-1], c[:-1], q[1:], c[1:], h) if V is None else V
+        self.V[ends] = np.nan
+
+    def __len__(self):
+        return len(self.V)
+
+    joins = Stretches.joins
+
+    def _strengths(self, index):
+        return np.full(index.shape, self.h) if np.ndim(self.h) == 0 else self.h.take(index, mode="clip")
+
+    def merged(self, start, V=None):
+        """The list with a block from each of `start` to the next."""
+        edge = np.empty(len(start) + 1, dtype=np.int64)
+        edge[:-1] = start
+        edge[-1] = len(self)
+        h = self.h if np.ndim(self.h) == 0 else self.h.take(start)
+        return Prefixes(self.q.take(edge), self.c.take(edge), h, start.searchsorted(self.ends), V)
+
+    def joined(self, start, length):
+        return self.merged(start)
+
+    def replaced(self, start, many, sites):
+        V = self.V.take(start)
+        V[many] = sites.V
+        return self.merged(start, V)
+
+    def followed_by(self, others):
+        lists = [self, *others]
+        q, c = (np.concatenate([getattr(found, name)[:-1] for found in lists] + [[0.0]]) for name in ("q", "c"))
+        h = self.h if np.ndim(self.h) == 0 else np.concatenate([found.h for found in lists])
+        before = np.cumsum([0] + [len(found) for found in lists[:-1]])
+        ends = np.concatenate([found.ends + k for found, k in zip(lists, before, strict=True)])
+        return Prefixes(q, c, h, ends, np.concatenate([found.V for found in lists]))
+
+    def part(self, a, b):
+        h = self.h if np.ndim(self.h) == 0 else self.h[a:b]
+        return Prefixes(self.q[a : b + 1], self.c[a : b + 1], h, [], self.V[a:b])
+
+    def means(self):
+        """The means of the elements, positions apart."""
+        mean = self.q[1:] - self.q[:-1]
+        mean /= self.c[1:] - self.c[:-1]
+        return mean
+
+    def pooled(self, start, length):
+        stop = start + length
+        q, c = self.q, self.c
+        found = between(q.take(start), c.take(start), q.take(stop), c.take(stop), self._strengths(start))
+        found.V[np.isnan(self.V.take(start))] = np.nan  # the settled ones at either end of the sites
+        return found
+
+    def swallow(self, sites, index, sign, free):
+        edge = index.copy()
+        edge[0] += 1  # the near side of an entry
+        Q, C = self.q.take(edge, mode="clip"), self.c.take(edge, mode="clip")
+        total, count = np.stack([sites.Q, sites.q])[..., None], np.stack([sites.C, sites.c])[..., None]
+        V = level(Q, C, total, count, sites.h[:, None])
+        np.subtract(self.V.take(index, mode="clip"), V, out=V)
+        V *= sign
+        count = leading(V >= 0, free)
+        left, right = edge[0, :, 0] - count[0], edge[1, :, 0] + count[1]
+        q, c = self.q, self.c
+        return count, between(q.take(left), c.take(left), q.take(right), c.take(right), sites.h)
+
+
+def extent(s, n_valid):
+    """The smallest and the largest of the present entries of sorted rows [R, n + 1], [R, 1] each; 0 without any."""
+    low = np.take_along_axis(s, np.maximum(n_valid - 1, 0), -1)
+    return np.nan_to_num(low), np.nan_to_num(s[:, :1])
+
+
+def fits(s, n_valid, eps) -> bool:
+    """Whether the running sums of sorted rows s [R, n + 1] are exact enough, see MATH.md."""
+    low, high = extent(s, n_valid)
+    span = float(((high - low) / eps).max())
+    return span <= SPAN and s.shape[1] * span <= SUMS
+
+
+def centre(s, n_valid):
+    """Subtract from sorted rows s [R, n + 1] a value in their middle, in place."""
+    low, high = extent(s, n_valid)
+    unit = np.exp2(np.ceil(np.log2(np.maximum(high - low, TINY)))) * COARSE
+    middle = np.nan_to_num(np.take_along_axis(s, n_valid // 2, -1))
+    s -= np.rint(middle / unit) * unit
+
+
+def first_blocks(s, some_absent, eps, start):
+    """The list of blocks that begin at positions `start` of centred rows s [R, n + 1]."""
+    R, width = s.shape
+    flat = s.reshape(-1)
+    present = np.nan_to_num(s) if some_absent else s
+    sums = torch.from_numpy(present).cumsum(-1).numpy()
+    sums[:, -1] = 0.0  # what is before the next row
+    sums = sums.reshape(-1)
+    q, c = np.empty((2, len(start) + 1))
+    sums.take(start - 1, out=q[:-1], mode="wrap")
+    q[-1], c[:-1], c[-1] = 0.0, start, s.size
+    nothing = np.isnan(flat).nonzero()[0] if some_absent else np.arange(width - 1, s.size, width)
+    eps = np.minimum(eps, HARDEST)
+    if np.ndim(eps):
+        eps = eps.reshape(-1).take(rounds.numbered(start.searchsorted(np.arange(0, s.size, width)), len(start)))
+    return Prefixes(q, c, eps, start.searchsorted(nothing))
