@@ -10,7 +10,8 @@ import torch.distributed as dist
 from over_ranks import SPLITS, bytes_sent, differs, said_by_all
 
 import kdkernels as kd
-from kdkernels import losses
+from kdkernels import distributed, losses
+from kdkernels.losses.cmkd import classes_apart
 
 # sizes of a sample on the student's and the teacher's side
 SIZES = {
@@ -173,6 +174,19 @@ def other_batches(out):
     ]
 
 
+def rows_at_the_mean(out):
+    """A rank whose rows are the mean of all, of which it cannot tell on its own that a class is not constant."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = [2, *[1] * (world - 1)]
+    x, y = torch.zeros(world + 1, 3), torch.arange(3.0 * world + 3).reshape(-1, 3).square()
+    x[:2] = torch.tensor([[1.0, -2.0, 1.0], [-1.0, 2.0, -1.0]])
+    whole, own = x.clone().requires_grad_(), x.split(rows)[rank].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(classes_apart(whole, y, None), whole)
+    agreed = distributed.Agreed(dist.group.WORLD, rows)
+    (found,) = torch.autograd.grad(classes_apart(own, y.split(rows)[rank], None, agreed), own)
+    out["rows at the mean"] = [(found / world).tolist(), expected.split(rows)[rank].tolist()]
+
+
 def under_ddp(out):
     """DDP's average of the gradients is the gradient of one process."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -238,4 +252,12 @@ def refusals_of_losses(out):
         out[f"loss refused, {name}"] = said_by_all(call)
 
 
-CHECKS = (losses_equal_to_one_process, other_batches, under_ddp, compiled, traffic_of_losses, refusals_of_losses)
+CHECKS = (
+    losses_equal_to_one_process,
+    other_batches,
+    rows_at_the_mean,
+    under_ddp,
+    compiled,
+    traffic_of_losses,
+    refusals_of_losses,
+)

@@ -110,6 +110,13 @@ def test_a_batch_too_small_on_all_ranks_together_is_zero_and_each_rank_says_so_o
         assert zeros == [0, 0, 0] and len(said) == 1 and "a batch of 2 rows on all ranks and needs 4" in said[0]
 
 
+def test_a_class_that_is_constant_on_one_rank_alone_keeps_its_gradient(facts):
+    for fact in facts:
+        found, expected = map(torch.tensor, fact["rows at the mean"])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        assert (expected != 0).all()
+
+
 def test_what_ddp_averages_is_the_gradient_of_one_process(facts):
     assert all(max(fact["ddp"]) < 1e-10 for fact in facts)
 
