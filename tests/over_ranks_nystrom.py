@@ -113,6 +113,22 @@ def bandwidths(out):
         out[f"unlike, {op.__name__}"] = apart(gradient, wanted, rows)
 
 
+def masks(out):
+    """Each rank keeps fewer rows than the estimator needs, all of them together enough; then too few, and NaN."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(8 * world, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows, z, kernel = [8] * world, x[:3].clone(), kd.RBF(2.0)
+    mask = torch.arange(len(x)) % 8 < 2
+    found = kd.nystrom_cka(mine(x, rows), mine(y, rows), z, z, mask=mine(mask, rows), kernel=kernel, group="world")
+    out["few rows on each rank"] = differs(found, kd.nystrom_cka(x[mask], y[mask], z, z, kernel=kernel))
+    own = mine(x, rows).fill_(torch.nan).requires_grad_()
+    few = mine(mask, rows) & (rank == 0)
+    value = kd.nystrom_cka(own, mine(y, rows), z, z, mask=few, kernel=kernel, group="world")
+    value.backward()
+    out["too few rows on all ranks"] = [float(value.detach()), float(own.grad.abs().sum())]
+
+
 def kda(group=None, **how):
     return losses.KDALoss(C, 5, 7, start_epoch=1, weight=1.0, group=group, **how)
 
@@ -297,4 +313,4 @@ def refusals(out):
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], ops_equal_to_one_process, bandwidths, modules, streamed, traffic, refusals)
+    run(sys.argv[1], ops_equal_to_one_process, bandwidths, masks, modules, streamed, traffic, refusals)

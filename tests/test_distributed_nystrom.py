@@ -43,6 +43,12 @@ def test_a_bandwidth_rule_reads_the_rows_of_all_ranks_and_sigma_gets_their_gradi
     assert facts[0]["sigma"] < 1e-10
 
 
+def test_a_mask_is_judged_by_the_rows_that_it_keeps_on_all_ranks(facts):
+    for fact in facts:
+        assert fact["few rows on each rank"] < 1e-10
+        assert fact["too few rows on all ranks"] == [0, 0]
+
+
 def test_the_gradient_is_that_of_the_sum_of_what_the_ranks_make_of_the_value(facts):
     for fact in facts:
         assert fact["unlike, nystrom_hsic"] < 1e-10 and fact["unlike, landmark_similarity_loss"] < 1e-10

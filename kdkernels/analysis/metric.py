@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .. import checks
-from ..accumulator import Accumulator, without_rounding
+from ..accumulator import Accumulator, summed, without_rounding
 from ..autograd import device_type, without_autocast
 from ..gram.checks import check_bandwidths
 from ..gram.kernels import spec_of
@@ -91,8 +91,7 @@ class CKAMetric(Accumulator):
         """The CKA of all batches of all processes so far; with return_error also its standard error."""
         state = self.sums
         if dist.is_available() and dist.is_initialized():
-            state = state.clone()
-            dist.all_reduce(state, group=self.process_group)
+            (state,) = summed([state], self.process_group)
         return self._result(state, return_error)
 
     def standard_error(self) -> torch.Tensor:

@@ -144,7 +144,7 @@ def nystrom_transfer(
         kernel: a name, an object, or a pair (student's, teacher's); rules are those of s and of t.
         mask: bool [n], False rows take no part and get gradient 0.
         whiten, jitter: as in `nystrom_features`.
-        group: as in `nystrom_cka`.
+        group: as in `nystrom_cka`; a rank sends 8 (m_s^2 + m_s m_t + m_t^2) bytes, and 8 m^2 for the norm if m_s = m_t.
 
     Returns:
         A scalar in at least float32. Gradients to s, t, both landmarks and `sigma` tensors. Only m x m products are

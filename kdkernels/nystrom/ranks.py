@@ -3,7 +3,7 @@
 
 What a rank sends forward, in float64: CKA and HSIC m_x^2 + m_x m_y + m_y^2 + 4 (m_x + m_y) + 9 numbers, the transfer
 m_s^2 + m_s m_t + m_t^2 (and m^2 for the norm where both m agree), whatever the number of rows; backward one number, as
-every rank holds the moments. The rule "mean" adds d + 2 numbers a side, "median" gathers the rows it reads, at most
+every rank holds the moments. The rule "mean" adds d + 1 numbers a side, "median" gathers the rows it reads, at most
 1024. `paired_landmarks` is what a loss needs that chooses its landmarks from the batch: the teacher's rows, gathered.
 """
 
