@@ -9,6 +9,11 @@ concatenated batch would give them. Without either, divide by it yourself.
 of every op and loss in which the rows of a batch meet. Losses that are means over single samples (KD, DKD, STKD, AT,
 FSP, NST, ICKD) have none: the average that DDP takes over the ranks is theirs, as long as each rank has as many rows.
 
+What a call sends, beside 224 bytes a rank to agree on shapes (56 more for each tensor after the third): CKA, HSIC and
+Gram-MSE with linear kernels p x p moments, whatever the batch, with others what `gram/ranks.py` chooses; DIST and CMKD
+a few numbers a class; any loss with rows="groups" 16 bytes, as each sample stays on its rank; MMD, SP, PKT, RKD, CC,
+RCKA and PCKA (its maps) the rows, of which each rank then holds all.
+
 All ranks make the same calls in the same order, with masks on all or none and gradients for all or none; rows may
 differ in number, and a rank may have none. What does not fit raises on every rank. Shapes are compared on the host, so
 under `torch.compile` such a call is a graph break; `fullgraph=True` refuses it.

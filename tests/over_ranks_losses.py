@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from over_ranks import SPLITS, bytes_sent, differs, said_by_all
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import kdkernels as kd
 from kdkernels import distributed, losses
@@ -187,18 +189,23 @@ def rows_at_the_mean(out):
     out["rows at the mean"] = [(found / world).tolist(), expected.split(rows)[rank].tolist()]
 
 
-def under_ddp(out):
-    """DDP's average of the gradients is the gradient of one process."""
+def under_ddp_and_fsdp(out):
+    """What they average is the gradient of one process."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     x, y = torch.randn(6 * world + 1, 5).double(), torch.randn(6 * world + 1, 3).double()
-    model = torch.nn.Linear(5, 4).double()
-    (weight, bias), (whole, other) = model.parameters(), (losses.GramMSELoss(group=g) for g in (None, "world"))
-    expected = torch.autograd.grad(whole(model(x), y), (weight, bias))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4)).double()
+    expected = torch.autograd.grad(losses.GramMSELoss()(model(x), y), model.parameters())
     sizes = [7, *[6] * (world - 1)]
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    other(wrapped(x.split(sizes)[rank]), y.split(sizes)[rank]).backward()
-    out["ddp"] = [differs(p.grad, wanted) for p, wanted in zip((weight, bias), expected, strict=True)]
+    x, y, loss = x.split(sizes)[rank], y.split(sizes)[rank], losses.GramMSELoss(group="world")
+    replica = torch.nn.parallel.DistributedDataParallel(model)
+    loss(replica(x), y).backward()
+    out["ddp"] = [differs(p.grad, wanted) for p, wanted in zip(model.parameters(), expected, strict=True)]
+    model.zero_grad()
+    sharded = fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    loss(sharded(x), y).backward()
+    grads = [p.grad.full_tensor() for p in sharded.parameters()]
+    out["fsdp"] = [differs(grad, wanted) for grad, wanted in zip(grads, expected, strict=True)]
 
 
 def compiled(out):
@@ -256,7 +263,7 @@ CHECKS = (
     losses_equal_to_one_process,
     other_batches,
     rows_at_the_mean,
-    under_ddp,
+    under_ddp_and_fsdp,
     compiled,
     traffic_of_losses,
     refusals_of_losses,
