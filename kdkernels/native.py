@@ -116,3 +116,14 @@ def _register_cpu_fakes() -> None:
     def weigh_rows(sums, count, unit_x, unit_y, u_x, u_y, like, cka, unbiased, centre, need, minimum, eps):
         _, G, n = sums.shape
         return like.new_empty(G), like.new_empty((G, 12, n) if need else 0)
+
+    @torch.library.register_fake("kdkernels::pair_statistic")
+    def pair_statistic(x, y, mask, *how):
+        need, (G, n, _) = how[-2], x.shape
+        sides = bool(need & 0b101) + bool(need & 0b1010)
+        rows, kept = ((G, 2, 3), (sides, G, n, n)) if need else ((0,), (0,))
+        return x.new_empty(G), x.new_empty(rows), x.new_empty(kept)
+
+    @torch.library.register_fake("kdkernels::pair_gradient")
+    def pair_gradient(grad, x, mask, scales, V, centre):
+        return x.new_empty(x.shape)

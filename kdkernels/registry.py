@@ -15,6 +15,7 @@ class Op(NamedTuple):
 
 
 _GRAM = ("triton", "cpp", "torch", "reference")
+_PAIRS = ("pair_statistic", "pair_gradient")
 _NYSTROM = ("triton", "torch", "reference")
 _PROJECTION = ("triton", "cpp", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
@@ -25,8 +26,8 @@ _RANKS = ("rank_rows", "rank_rows_backward")
 OPS = {
     op.name: op
     for op in (
-        Op("cka", "gram", _GRAM, ("both_ways", "both_ways_backward")),
-        Op("hsic", "gram", _GRAM),
+        Op("cka", "gram", _GRAM, (*_PAIRS, "both_ways", "both_ways_backward")),
+        Op("hsic", "gram", _GRAM, _PAIRS),
         Op("mmd", "gram", _GRAM),
         Op("gram_mse", "gram", _GRAM),
         Op("nystrom_features", "nystrom", _NYSTROM),

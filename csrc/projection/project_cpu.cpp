@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../common/check.h"
-#include "product.h"
+#include "../common/product.h"
 
 namespace kdkernels {
 namespace {

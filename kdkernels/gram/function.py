@@ -98,8 +98,8 @@ def _gram_fwd_fake(x, y, mask, sigma_x, sigma_y, problem, need):
     problem = decode(problem)
     (n, p), q, G = x.shape[-2:], y.shape[-1], x.shape[0] if x.dim() == 3 else 1
     implementation = _implementation(problem)
-    rows, kept = implementation.saved_shapes(problem, G, n, p, q, need)
     saved = implementation.saved_dtype(problem, x, y)
+    rows, kept = implementation.saved_shapes(problem, G, n, p, q, need, saved)
     value = x.new_empty(x.shape[:-2], dtype=torch_impl.compute_dtype(x, y))
     return value, x.new_empty(rows, dtype=saved), x.new_empty(kept, dtype=saved)
 

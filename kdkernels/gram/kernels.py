@@ -23,6 +23,7 @@ class KernelSpec(NamedTuple):
 
     name: str
     params: tuple[float, ...]  # polynomial: degree, scale, coef0; rbf, laplacian: the bandwidths known as numbers
+    rule: str = ""  # of the bandwidth, where the implementation itself is to follow it: params is then its factor
 
     @property
     def of_distance(self) -> bool:
@@ -45,6 +46,11 @@ class Kernel:
     @property
     def code(self) -> str:
         """The static part as text, for example rbf:2.0 (`problem.decode` reads it back as a KernelSpec)."""
+        return self._code
+
+    @property
+    def ruled_code(self) -> str:
+        """The same with the bandwidth's rule, where it has one: rbf:mean:1.0."""
         return self._code
 
     def of_group(self, g: int) -> Kernel:
@@ -93,6 +99,12 @@ class _Bandwidth(Kernel):
         self.sigma = _check_sigma(sigma, type(self).__name__)
         numbers = self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
         self._code = ":".join((self.name, *map(repr, numbers)))
+        ruled = isinstance(self.sigma, tuple) and not numbers
+        self._ruled_code = f"{self.name}:{self.sigma[0]}:{self.sigma[1]!r}" if ruled else self._code
+
+    @property
+    def ruled_code(self) -> str:
+        return self._ruled_code
 
 
 class RBF(_Bandwidth):
@@ -112,7 +124,7 @@ class Laplacian(_Bandwidth):
     name = "laplacian"
 
 
-_RULES = ("median", "mean")
+RULES = ("median", "mean")
 
 
 def _check_sigma(sigma, owner: str):
@@ -125,7 +137,7 @@ def _check_sigma(sigma, owner: str):
             )
         return sigma
     if isinstance(sigma, str):
-        if sigma not in _RULES:
+        if sigma not in RULES:
             raise ValueError(f"sigma is {sigma!r}: the rules are 'median' and 'mean'")
         return (sigma, 1.0)
     if isinstance(sigma, Sequence):

@@ -10,7 +10,7 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
-from . import ranks, reference, two_sample
+from . import fused, ranks, reference, two_sample
 from .bandwidth import bandwidth
 from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
 from .function import differentiable, forward
@@ -201,8 +201,12 @@ def _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
 
 def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen):
     """Resolve bandwidth rules, then the operator: with its gradient where one is needed."""
-    sigma_x, sigma_y = sigma_of(kernels[0], x, mask), sigma_of(kernels[1], y, mask)
-    problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, chosen)
+    ruled = chosen == "cpp" and fused.follows_rules(stat, *kernels, row_normalize, x, y)
+    sigma_x, sigma_y = (
+        None if ruled and kernel.ruled_code != kernel.code else sigma_of(kernel, features, mask)
+        for kernel, features in zip(kernels, (x, y), strict=True)
+    )
+    problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, chosen, ruled)
     need = 0
     if torch.is_grad_enabled():
         for bit, tensor in enumerate((x, y, sigma_x, sigma_y)):

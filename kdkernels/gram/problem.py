@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from .kernels import KernelSpec
+from .kernels import RULES, KernelSpec
 
 # statistics: cka, hsic; mse = sum (K - L)^2, row_mse = the same on unit rows (SP), sum = sum K L (mmd)
 STATS = ("cka", "hsic", "mse", "row_mse", "sum")
@@ -64,10 +64,11 @@ def stated(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, back
     return Problem(stat, *kernels, unbiased, center, row_normalize, mean, backend)
 
 
-def encode(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, backend) -> str:
-    """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch."""
+def encode(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, backend, ruled=False) -> str:
+    """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch; ruled: with the bandwidths' rules."""
     # by their code: a cache of kernel objects would keep a sigma tensor's graph alive
-    return _text(stat, kernel_x.code, kernel_y.code, unbiased, center, row_normalize, mean, backend)
+    codes = (kernel_x.ruled_code, kernel_y.ruled_code) if ruled else (kernel_x.code, kernel_y.code)
+    return _text(stat, *codes, unbiased, center, row_normalize, mean, backend)
 
 
 @lru_cache(maxsize=1024)
@@ -77,7 +78,8 @@ def _text(stat, x, y, unbiased, center, row_normalize, mean, backend) -> str:
 
 def _decode_kernel(text: str) -> KernelSpec:
     name, *params = text.split(":")
-    return KernelSpec(name, tuple(float(value) for value in params))
+    rule = params.pop(0) if params and params[0] in RULES else ""
+    return KernelSpec(name, tuple(float(value) for value in params), rule)
 
 
 @lru_cache(maxsize=1024)

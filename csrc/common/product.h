@@ -4,12 +4,12 @@
 
 #include <cstdint>
 
-#include "../common/wide.h"
+#include "wide.h"
 
 namespace kdkernels {
 
-// out [R, V W] = A B; A_rk = a[r row + k step] is broadcast, rows of B are loaded
-template <int W, int R, int V>
+// out [R, V W] = A B, or += A B; A_rk = a[r row + k step] is broadcast, rows of B are loaded
+template <int W, int R, int V, bool kAdd = false>
 KDK_INLINE void product_registers(const float* a, int64_t row, int64_t step, const float* b, int64_t ld, int64_t depth,
                                   float* out, int64_t out_ld) {
   using F = typename Wide<W>::F;
@@ -28,7 +28,10 @@ KDK_INLINE void product_registers(const float* a, int64_t row, int64_t step, con
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<W>(out + r * out_ld + v * W, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* place = out + r * out_ld + v * W;
+      store<W>(place, kAdd ? load<W>(place) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CKA and HSIC on a CPU, up to `panels.SMALL` rows, linear and Gaussian kernels, float32: one compiled call a pass.
+
+`csrc/gram/pair_statistic_cpu.cpp` computes the value and, where a gradient is asked for, the matrix V that it is one
+product with; `pair_gradient_cpu.cpp` is that product. Everything else is `torch_impl`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import panels
+from .problem import Problem
+
+_KERNELS = ("linear", "rbf")
+_RULES = {"mean": 2, "median": 3}  # 0 is linear, 1 a number or several
+SAVED = 3  # numbers a side: scale of the rows, factor of V z, dL/dsigma
+
+
+def serves(problem: Problem, n: int, dtype: torch.dtype) -> bool:
+    """Whether this is the way to go, where feature space is not cheaper."""
+    return problem.backend == "cpp" and _serves(problem.stat, *problem[1:3], problem.row_normalize, n, dtype)
+
+
+def follows_rules(stat: str, kernel_x, kernel_y, row_normalize: bool, x, y) -> bool:
+    """Whether the rule of a bandwidth is left to the compiled call, which has the distances anyway; x and y on the CPU
+    and the backend cpp. A compiler would have to trace the same decision for each n, and keeps the operator of its own.
+    """
+    if kernel_x.ruled_code == kernel_x.code and kernel_y.ruled_code == kernel_y.code:
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return _serves(stat, kernel_x, kernel_y, row_normalize, x.shape[-2], dtype)
+
+
+def _serves(stat, kernel_x, kernel_y, row_normalize, n, dtype) -> bool:
+    return (
+        stat in ("cka", "hsic")
+        and not row_normalize
+        and kernel_x.name in _KERNELS
+        and kernel_y.name in _KERNELS
+        and dtype == torch.float32
+        and n <= panels.SMALL
+    )
+
+
+def saved_shapes(G: int, n: int, need: int):
+    sides = bool(need & 0b101) + bool(need & 0b1010)
+    return (G, 2, SAVED), (sides, G, n, n)
+
+
+def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+    how = (problem.stat == "cka", problem.unbiased, problem.center, need, problem.minimum)
+    mask = None if mask is None else mask.contiguous()
+    kernels = (*_kernel(problem.kx, sigma_x), *_kernel(problem.ky, sigma_y))
+    return torch.ops.kdkernels.pair_statistic(_rows(x), _rows(y), mask, *kernels, *how)
+
+
+def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
+    out = [x.new_empty(0) for _ in range(4)]
+    mask = None if mask is None else mask.contiguous()
+    slot = 0
+    for k, (features, spec) in enumerate(((x, problem.kx), (y, problem.ky))):
+        if not need & (0b101 << k):
+            continue
+        if need & (1 << k):
+            centre = problem.center or spec.of_distance
+            dx = torch.ops.kdkernels.pair_gradient(grad, _rows(features), mask, rows[:, k], kept[slot], centre)
+            out[k] = dx.to(features.dtype)
+        if need & (0b100 << k):
+            sigma = (sigma_x, sigma_y)[k]
+            total = rows[:, k, 2] * grad
+            total = total if sigma.numel() == len(total) else total.sum()
+            out[2 + k] = total.reshape(sigma.shape).to(sigma.dtype)
+        slot += 1
+    return tuple(out)
+
+
+def _rows(x):
+    x = x.float()
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _kernel(spec, sigma):
+    """rule, factor and numbers of a kernel, as the compiled call takes them."""
+    if spec.linear:
+        return 0, 1.0, None
+    if spec.rule:
+        return _RULES[spec.rule], spec.params[0], None
+    if spec.params:
+        return 1, 1.0, _numbers(spec.params)
+    return 1, 1.0, sigma.detach().double().reshape(-1, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers(sigmas: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor([sigmas], dtype=torch.float64)
