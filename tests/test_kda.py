@@ -329,6 +329,38 @@ def test_the_kernel_of_the_class_sums_equals_index_add_in_the_interpreter(python
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 
 
+SUMS = """
+import torch
+from kdkernels.nystrom.kda import torch_impl, triton_impl
+torch.manual_seed(0)
+for B, C, d, e in ((70, 33, 20, 40), (1, 3, 64, 65), (0, 4, 5, 6)):
+    tensors = torch.randn(B, d), torch.randn(B, e), torch.randn(C, d), torch.randn(C, e)
+    found, want = (run.sums(*tensors, True)[0] for run in (triton_impl, torch_impl))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
+print("equal")
+"""
+
+
+@pytest.mark.interpret
+def test_the_sums_that_ranks_send_are_the_same_from_the_kernel_in_the_interpreter(python):
+    done = python("-c", SUMS, TRITON_INTERPRET="1")
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not compiled, reason="the compiled library is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sums_that_ranks_send_are_those_of_the_compiled_library_too(dtype):
+    """Several blocks of rows, and none."""
+    from kdkernels.nystrom.kda import native_impl, torch_impl
+
+    for B in (0, 1, 700):
+        tensors = [torch.randn(n, width, dtype=dtype) for n, width in ((B, 5), (B, 6), (3000, 5), (3000, 6))]
+        assert B < 700 or torch_impl.block_rows(tensors[0], tensors[2]) < B
+        (found, slope), (want, expected) = (run.sums(*tensors, True) for run in (native_impl, torch_impl))
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_smooth_l1_of_pytorch_is_the_same_function():
     x = torch.linspace(-3, 3, 101).double()
     V = x.clamp(-1, 1)
