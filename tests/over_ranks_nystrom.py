@@ -105,6 +105,13 @@ def bandwidths(out):
     (expected,) = torch.autograd.grad(kd.nystrom_cka(*whole, kernel=kd.RBF(sigmas[0])), sigmas[0])
     (found,) = torch.autograd.grad(kd.nystrom_cka(*own, kernel=kd.RBF(sigmas[1]), group="world"), sigmas[1])
     out["sigma"] = apart(found, expected)
+    # landmarks that each rank has chosen among its rows: the first one of each
+    starts = [sum(rows[:r]) for r in range(world) if rows[r]]
+    x, part = whole[0].clone().requires_grad_(), own[0].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(kd.nystrom_hsic(x, y, x[starts], y[starts]), x)
+    chosen = kd.distributed.gather(part[:1]), kd.distributed.gather(own[1][:1])
+    (gradient,) = torch.autograd.grad(kd.nystrom_hsic(part, own[1], *chosen, group="world"), part)
+    out["gathered landmarks"] = apart(gradient, wanted, rows)
     # each rank makes another loss of the value: the gradient is that of their sum
     for op in (kd.nystrom_hsic, kd.landmark_similarity_loss):
         x, part = whole[0].clone().requires_grad_(), own[0].clone().requires_grad_()

@@ -43,6 +43,10 @@ def test_a_bandwidth_rule_reads_the_rows_of_all_ranks_and_sigma_gets_their_gradi
     assert facts[0]["sigma"] < 1e-10
 
 
+def test_landmarks_gathered_from_the_ranks_pass_their_gradient_on(facts):
+    assert all(fact["gathered landmarks"] < 1e-10 for fact in facts)
+
+
 def test_a_mask_is_judged_by_the_rows_that_it_keeps_on_all_ranks(facts):
     for fact in facts:
         assert fact["few rows on each rank"] < 1e-10

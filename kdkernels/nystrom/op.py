@@ -177,8 +177,9 @@ def nystrom_cka(
         whiten, jitter: as in `nystrom_features`.
         group: None, or "world" or a process group: the statistic of the rows of all its ranks (n is then any number on
             each), the same on each rank; the gradient, averaged over the ranks, is that of one process
-            (`kdkernels/distributed.py`). Landmarks have to be the same on all ranks. A rank sends
-            8 (m_x^2 + m_x m_y + m_y^2 + 4 m_x + 4 m_y + 9) bytes and its share of what a bandwidth rule reads.
+            (`kdkernels/distributed.py`). Landmarks have to be the same on all ranks, e.g. `kd.distributed.gather` of
+            rows that each has chosen, which passes their gradient on. A rank sends 8 (m_x^2 + m_x m_y + m_y^2 + 4 m_x +
+            4 m_y + 9) bytes and its share of what a bandwidth rule reads.
 
     Returns:
         A scalar in at least float32, finished in float64. Gradients to x, y, both landmarks and `sigma` tensors. 0 with
