@@ -175,6 +175,7 @@ def cpu_cases() -> list[AnalysisCase]:
     bytes_at_most = Target("bytes", "a limit", limit(512, 256))
     return [
         _case(10_000, 256, 256, Target("speed", "eager", 5.0)),
+        _case(10_000, 64, 256, Target("speed", "eager", 5.0)),  # narrow: its bytes are counted in the tests
         _case(10_000, 512, 256, bytes_at_most),
         _case(2048, 64, 256, quick=True),
         _case(2048, 512, 64),
