@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from over_ranks import SPLITS, bytes_sent, differs, said_by_all
+from over_ranks import SPLITS, bytes_sent, device, differs, said_by_all
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -91,10 +91,10 @@ def batch(case, n, dtype):
         x = torch.randn(n, *own, generator=generator, dtype=torch.float64)
         shared = [slice(None), *(slice(min(pair)) for pair in zip(own, other, strict=True))]
         x[shared] += y[shared]
-        student.append(x.to(dtype))
-        teacher.append(y.to(dtype))
+        student.append(x.to(device(), dtype))
+        teacher.append(y.to(device(), dtype))
     shape = {None: None, "samples": (n,), "tokens": (n, *student[0].shape[1:-1])}[case.mask]
-    mask = None if shape is None else torch.rand(shape, generator=generator) > 0.3
+    mask = None if shape is None else (torch.rand(shape, generator=generator) > 0.3).to(device())
     return student, teacher, mask
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from over_ranks import SPLITS, bytes_sent, differs, run, said_by_all
+from over_ranks import SPLITS, bytes_sent, device, differs, run, said_by_all
 
 import kdkernels as kd
 from kdkernels import losses
@@ -72,11 +72,12 @@ def ops_equal_to_one_process(out):
             mask = torch.arange(len(x)) % 5 != 2 if kind == "masked" else None
             if mask is not None:
                 x[2], y[7] = torch.nan, torch.nan
+                mask = mask.to(device())
             for name, op in OPS.items():
                 if name.startswith("similarity") and mask is not None:
                     continue
                 learns = 1 if name.startswith("similarity") else 4
-                tensors = [t.to(dtype) for t in (x, y, zx, zy if "other m" in name else zy[:4])]
+                tensors = [t.to(device(), dtype) for t in (x, y, zx, zy if "other m" in name else zy[:4])]
                 whole = [t.clone().requires_grad_(k < learns) for k, t in enumerate(tensors)]
                 value = op(*whole, **({} if mask is None else {"mask": mask}))
                 expected = torch.autograd.grad(1.7 * value, whole[:learns])
@@ -320,4 +321,5 @@ def refusals(out):
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], ops_equal_to_one_process, bandwidths, masks, modules, streamed, traffic, refusals)
+    every = (ops_equal_to_one_process, bandwidths, masks, modules, streamed, traffic, refusals)
+    run(sys.argv[1], *([check for check in every if check.__name__ in sys.argv[2:]] or every))

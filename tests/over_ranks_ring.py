@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from over_ranks import SPLITS, differs, run
+from over_ranks import SPLITS, device, differs, run
 
 import kdkernels as kd
 from bench import traffic
@@ -45,7 +45,7 @@ def pair(rows, dtype=torch.float64, groups=()):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*groups, sum(rows), 5, generator=generator, dtype=torch.float64) + 1
     y = torch.tanh(x) + torch.randn(x.shape, generator=generator, dtype=torch.float64) / 2
-    return x.to(dtype), y.to(dtype)
+    return x.to(device(), dtype), y.to(device(), dtype)
 
 
 def part(t, rows, dim):
@@ -56,7 +56,7 @@ def errors(op, x, y, rows, mask=None):
     """Of value and averaged gradient of both sides against one process, over all ranks, relative to the largest."""
     whole = [t.clone().requires_grad_() for t in (x, y)]
     value = op(*whole, mask=mask)
-    upstream = torch.linspace(1.7, 2, value.numel(), dtype=value.dtype).view(value.shape)
+    upstream = torch.linspace(1.7, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape)
     expected = torch.autograd.grad(value, whole, upstream)
     own = [part(t, rows, -2).requires_grad_() for t in (x, y)]
     masks = (None if m is None else part(m, rows, -1) for m in (mask if isinstance(mask, tuple) else (mask,)))
@@ -85,7 +85,7 @@ def equal_to_one_process(out):
         out[f"{name}, float64"] = errors(op, x, y, uneven)
         out[f"{name}, float32"] = errors(op, x.float(), y.float(), uneven)
         x, y = pair(one_empty)
-        mask = torch.arange(len(x)) % 5 != 2
+        mask = torch.arange(len(x), device=x.device) % 5 != 2
         x[~mask] = torch.nan
         out[f"{name}, masked"] = errors(op, x, y, one_empty, (mask, None) if name.startswith("mmd") else mask)
 
@@ -171,4 +171,4 @@ def dies(out):
 if __name__ == "__main__":
     panels.TILE, ring.RING_FROM, rules.EXACT = 8, 0, 16
     every = (equal_to_one_process, groups_and_bandwidths, second_derivatives, memory_and_traffic)
-    run(sys.argv[1], *([dies] if sys.argv[2:] else every))
+    run(sys.argv[1], *([check for check in (*every, dies) if check.__name__ in sys.argv[2:]] or every))
