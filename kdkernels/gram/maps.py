@@ -51,7 +51,20 @@ def side_of(P: Prepared, spec: KernelSpec, stable: bool) -> Side:
 
 def product(side: Side, i, j) -> torch.Tensor:
     """t on rows i and columns j (slices or index tensors)."""
-    t = side.left[..., i, :] @ side.right[..., j, :].mT
+    return rounded(side, side.left[..., i, :] @ side.right[..., j, :].mT, i, j)
+
+
+def product_of(side: Side, zi, zj, i, j) -> torch.Tensor:
+    """t of prepared rows that are given; `side` has their vectors, at i and j."""
+    t = zi @ zj.mT
+    if side.spec.of_distance:
+        half = side.P.square / 2
+        t = t.sub_(half[..., i][..., None]).sub_(half[..., j][..., None, :])
+    return rounded(side, t, i, j)
+
+
+def rounded(side: Side, t, i, j) -> torch.Tensor:
+    """A squared distance is not negative, and that of a row to itself 0."""
     if not side.spec.of_distance:
         return t
     if side.spec.name == "laplacian":  # it has a cusp at 0: what is only the rounding of a zero distance becomes zero

@@ -85,14 +85,18 @@ def landmarks(n: int, device) -> torch.Tensor:
     return torch.arange(0, n, max(1, n // LANDMARKS), device=device)
 
 
-def landmark_means(side: Side, weight, subset=None) -> torch.Tensor | None:
-    """u_i = mean_{j in S} K^_ij - mean/2 over a fixed subset S of rows: takes most of what cancels out of K^."""
+def landmark_means(side: Side, weight, subset=None, t=None) -> torch.Tensor | None:
+    """u_i = mean_{j in S} K^_ij - mean/2 over a fixed subset S of rows: takes most of what cancels out of K^.
+
+    t: the products of all rows and those of S, where they are at hand.
+    """
     if not side.stable or side.spec.linear:
         return None
-    n = side.left.shape[-2]
-    subset = landmarks(n, side.left.device) if subset is None else subset
-    everything = slice(0, n)
-    K = maps.kernel(side, maps.product(side, everything, subset), everything, subset)
+    everything = slice(0, side.P.square.shape[-1])
+    if t is None:
+        subset = landmarks(everything.stop, side.left.device)
+        t = maps.product(side, everything, subset)
+    K = maps.kernel(side, t, everything, subset)
     w = torch.ones_like(side.P.square) if weight is None else weight
     w = w.index_select(-1, subset)
     total = w.sum(-1, keepdim=True).clamp(min=1)

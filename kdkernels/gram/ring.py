@@ -164,32 +164,36 @@ class Ring(NamedTuple):
         with without_autocast(device_type(x)):
             return rules.bandwidth_of_all(x, mask, *sigma, self.group)
 
-    def pairs(self, x, y, mask, sigmas, sums, rows=None) -> Pairs:
-        """Both sides of these rows prepared; rows: their vectors, as `spread` gives them."""
+    def pairs(self, x, y, mask, sigmas, overs, rows=None) -> Pairs:
+        """Both sides of a block of rows prepared, to be multiplied by `_between`; rows: their vectors [G, 12, n]."""
         sides = []
         for k, features in enumerate((x, y)):
-            over = _told(self.group.total, sums[k])
-            P = prepare(features, mask, self.specs[k], sigmas[k], self.problem, self.dtype, over)
+            P = prepare(features, mask, self.specs[k], sigmas[k], self.problem, self.dtype, overs[k])
             u = rows[:, SIDE_ROWS * k] if rows is not None and self.with_means(k) else None
-            sides.append(maps.side_of(P, self.specs[k], self.problem.stable)._replace(u=u))
+            sides.append(maps.Side(P, self.specs[k], self.problem.stable, None, None, u))
         return Pairs(self.problem, *sides, None if mask is None else mask.to(self.dtype))
 
-    def row_means(self, x, y, mask, sigmas, sums):
+    def told(self, sums):
+        """What `prepare` asks the ranks, from their answers."""
+        return [_told(self.group.total, known) for known in sums]
+
+    def row_means(self, own: Pairs, x, y, mask, sigmas, sums):
         """u [G, n] of each side, None where it has none, from rows that all ranks know."""
-        u = [x.new_zeros(x.shape[:2], dtype=self.dtype) if self.with_means(k) else None for k in (0, 1)]
-        if u == [None, None]:
-            return u
-        known = _rows_at(panels.landmarks(self.group.total, "cpu"), self.group, x, y, mask)
+        sides = [side for k, side in enumerate((own.x, own.y)) if self.with_means(k)]
+        if not sides:
+            return [None, None]
+        places = panels.landmarks(self.group.total, "cpu")
+        known = self.pairs(*_rows_at(places, self.group, x, y, mask), sigmas, self.told(sums))
+        few = slice(0, len(places))
+        within, own_square = _between(known, known, few, few)[1], torch.zeros_like(own.x.P.square)
+        u = [own_square.clone() if self.with_means(k) else None for k in (0, 1)]
         for i in _panels(x):
-            joined = [
-                None if t is None else torch.cat([t[:, i], some], 1)
-                for t, some in zip((x, y, mask), known, strict=True)
-            ]
-            pairs, own = self.pairs(*joined, sigmas, sums), i.stop - i.start
-            subset = torch.arange(own, joined[0].shape[1], device=x.device)
-            for means, side in zip(u, (pairs.x, pairs.y), strict=True):
-                if means is not None:
-                    means[:, i] = panels.landmark_means(side, pairs.weight, subset)[:, :own]
+            pairs, products, a, b = _between(own, known, i, few)
+            subset = torch.arange(b.start, b.stop, device=x.device)
+            for k, side in enumerate((pairs.x, pairs.y)):
+                if u[k] is not None:
+                    t = torch.cat([products[k], within[k]], -2)
+                    u[k][:, i] = panels.landmark_means(side, pairs.weight, subset, t)[:, a]
         return u
 
     def travelling(self, need: int) -> list[int]:
@@ -201,96 +205,88 @@ class Ring(NamedTuple):
                 places += range(SIDE_ROWS * k + 1, SIDE_ROWS * k + 1 + last)
         return places
 
-    def tiles(self, x, y, mask, rows, need: int):
-        """Tiles of all pairs (i of this rank, j of any): (i, what `pairs` takes of their rows together, a, b).
+    def tiles(self, own: Pairs, x, y, mask, sigmas, sums, rows, need: int):
+        """Tiles of all pairs (i of this rank, j of any): i, their `Pairs`, vectors, products, the prepared rows j of
+        both sides, and where i and j are in the pairs and the vectors: the same places on the diagonal.
 
-        i is a slice of this rank's rows; a and b are those of i and of j among the rows together, both the same on the
-        diagonal. rows [G, 12, n], of which `travelling(need)` come along.
+        rows [G, 12, n], of which `travelling(need)` come along.
         """
         places, rank = self.travelling(need), torch.distributed.get_rank(self.group.handle)
         fields = [x, y, *(() if mask is None else (mask,)), rows[:, places].mT]
-        for owner, block in rounds.around(fields, self.group.rows, self.group.handle):
+        for owner, (x_j, y_j, *mask_j, some) in rounds.around(fields, self.group.rows, self.group.handle):
+            if owner == rank:
+                other, vectors = own, rows
+            else:
+                vectors = rows.new_zeros(*rows.shape[:2], some.shape[1])
+                vectors[:, places] = some.mT
+                other = self.pairs(x_j, y_j, *(mask_j or [None]), sigmas, self.told(sums), vectors)
             for i in _panels(x):
-                for j in _panels(block[0]):
-                    a = b = slice(0, i.stop - i.start)
-                    if owner == rank and i == j:
-                        together = [t[:, i] for t in fields]
-                    else:
-                        together = [torch.cat([t[:, i], v[:, j]], 1) for t, v in zip(fields, block, strict=True)]
-                        b = slice(a.stop, a.stop + j.stop - j.start)
-                    vectors = rows.new_zeros(rows.shape[0], 2 * SIDE_ROWS, together[0].shape[1])
-                    vectors[:, places] = together[-1].mT
-                    yield i, (*together[:2], None if mask is None else together[2]), vectors, a, b
+                for j in _panels(x_j):
+                    pairs, products, a, b = _between(own, other, i, j)
+                    both = rows[..., i] if a is b else torch.cat([rows[..., i], vectors[..., j]], -1)
+                    yield i, pairs, both, products, (other.x.P.z[:, j], other.y.P.z[:, j]), a, b
 
     def forward(self, x, y, mask, sigmas):
         """value [G], the vectors u, p, q, e, f, h of both sides [G, 12, n], and what `prepare` asked the ranks."""
-        problem, (G, n), sums, units, rho = self.problem, x.shape[:2], [], [], []
-        for k, features in enumerate((x, y)):
-            shared = _Sums(self.group)
-            P = prepare(features, mask, self.specs[k], sigmas[k], problem, self.dtype, shared.ask)
-            sums.append(shared.known)
-            units.append(P.unit)
-            if problem.row_normalize:
-                rho.append(panels.rho_of(maps.side_of(P, self.specs[k], problem.stable)))
-        del P
-        u = self.row_means(x, y, mask, sigmas, sums)
+        problem, (G, n), asking = self.problem, x.shape[:2], [_Sums(self.group) for _ in range(2)]
+        own = self.pairs(x, y, mask, sigmas, [shared.ask for shared in asking])
+        sums, sides = [shared.known for shared in asking], (own.x, own.y)
+        u = self.row_means(own, x, y, mask, sigmas, sums)
         rows = x.new_zeros(G, 2 * SIDE_ROWS, n, dtype=self.dtype)
         for k in (0, 1):
             if u[k] is not None:
                 rows[:, SIDE_ROWS * k] = u[k]
+        own = own._replace(x=own.x._replace(u=u[0]), y=own.y._replace(u=u[1]))
         columns = problem.row_normalize and problem.center
         total = x.new_zeros(7 if columns else 5, G, n, dtype=torch.float64)
-        for i, block, vectors, a, b in self.tiles(x, y, mask, rows, 0):
-            pairs = self.pairs(*block, sigmas, sums, vectors)
-            sides = (pairs.x, pairs.y)
-            K, L = (pairs.gram(side, maps.product(side, a, b), a, b) for side in sides)
-            total[:5, :, i] += panels.moments(K, L, problem, False)[0]
+        for i, pairs, _, products, _, a, b in self.tiles(own, x, y, mask, sigmas, sums, rows, 0):
+            matrices = [pairs.gram(side, t, a, b) for side, t in zip((pairs.x, pairs.y), products, strict=True)]
+            total[:5, :, i] += panels.moments(*matrices, problem, False)[0]
             if columns:  # K is symmetric: the sum of a column weighted by rho is that of the row
-                for k, matrix in enumerate((K, L)):
-                    total[5 + k, :, i] += (matrix.double() * panels.rho_of(sides[k])[:, None, b]).sum(-1)
+                for k, side in enumerate((pairs.x, pairs.y)):
+                    total[5 + k, :, i] += (matrices[k].double() * panels.rho_of(side)[:, None, b]).sum(-1)
         count = self.group.total if mask is None else self.group.sum(mask.sum(1))
+        rho = [panels.rho_of(side) for side in sides] if problem.row_normalize else None
         eps, over = torch.finfo(self.dtype).eps, lambda t: self.group.sum(over_rows(t))
-        value, sides = combine(problem, RowStats(*total), count, eps, units, rho or None, (True, True), over)
-        value, rows = pack_rows(value, sides, u, count, problem, 0b11, self.dtype)
+        units = [side.P.unit for side in sides]
+        value, weights = combine(problem, RowStats(*total), count, eps, units, rho, (True, True), over)
+        value, rows = pack_rows(value, weights, u, count, problem, 0b11, self.dtype)
         return value.to(compute_dtype(x, y)), rows, sums
 
     def backward(self, grad, x, y, mask, sigmas, rows, sums, need: int):
         """dx, dy, dsigma_x, dsigma_y (None where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
         problem, (G, n), asked = self.problem, x.shape[:2], [k for k in (0, 1) if need & (0b101 << k)]
         grad = self.group.sum(grad.to(self.dtype))  # all ranks have one value, and each its own use for it
+        own = self.pairs(x, y, mask, sigmas, self.told(sums), rows)
         dz = {k: torch.zeros_like((x, y)[k], dtype=self.dtype) for k in asked}
         row_sums = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
         norms = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
         dsigma = {k: x.new_zeros(G, dtype=torch.float64) for k in asked}
-        for i, block, vectors, a, b in self.tiles(x, y, mask, rows, need):
-            pairs = self.pairs(*block, sigmas, sums, vectors)
+        for i, pairs, vectors, products, z, a, b in self.tiles(own, x, y, mask, sigmas, sums, rows, need):
             for k in asked:
                 side, weights = _seen_from(pairs, k), unpack_weights(vectors, grad, k, problem)
                 norm = torch.zeros_like(side.x.P.square)
-                V, part = panels.weighted_slopes(side, weights, None, a, b, norm, bool(need & (0b100 << k)))
-                dz[k][:, i] += V @ side.x.P.z[:, b]
+                kept = products[:: 1 - 2 * k]
+                V, part = panels.weighted_slopes(side, weights, kept, a, b, norm, bool(need & (0b100 << k)))
+                dz[k][:, i] += V @ z[k]
                 row_sums[k][:, i] += V.sum(-1)
                 norms[k][:, i] += norm[:, a]
                 if part is not None:
                     dsigma[k] += part
         out = [None] * 4
         for k in asked:
+            side = _seen_from(own, k).x
             if need & (1 << k):
-                out[k] = torch.empty_like((x, y)[k])
-            for i in _panels(x):
-                block = [None if t is None else t[:, i] for t in (x, y, mask)]
-                side = _seen_from(self.pairs(*block, sigmas, sums), k).x
-                gradient = dz[k][:, i], row_sums[k][:, i]
+                gradient = dz.pop(k), row_sums[k]
                 if problem.row_normalize and not side.spec.of_distance:
-                    weights = unpack_weights(rows[..., i], grad, k, problem)
-                    gradient = panels.row_norm_diagonal(side, weights, norms[k][:, i], *gradient)
-                if need & (1 << k):
-                    out[k][:, i] = unprepare_gradient(*gradient, block[k], side.P, side.spec, block[2])
+                    gradient = panels.row_norm_diagonal(
+                        side, unpack_weights(rows, grad, k, problem), norms[k], *gradient
+                    )
+                out[k] = unprepare_gradient(*gradient, (x, y)[k], side.P, side.spec, mask)
             if need & (0b100 << k):
                 # every pair was seen from both ends; each rank gets the mean over the ranks
-                scale = self.pairs(*(None if t is None else t[:, :0] for t in (x, y, mask)), sigmas, sums)
-                total = self.group.sum(dsigma[k]) / (2 * len(self.group.rows)) * _seen_from(scale, k).x.P.scale
-                out[2 + k] = sigma_gradient(total, sigmas[k])
+                total = self.group.sum(dsigma[k]) / (2 * len(self.group.rows))
+                out[2 + k] = sigma_gradient(total * side.P.scale, sigmas[k])
         return tuple(out)
 
 
@@ -303,3 +299,22 @@ def _panels(x):
     """The rows of a block in slices: the tiles of all groups together are as large as one tile of `panels.py`."""
     edge = max(1, int(panels.TILE / x.shape[0] ** 0.5))
     return [slice(i, min(i + edge, x.shape[1])) for i in range(0, x.shape[1], edge)]
+
+
+def _between(own: Pairs, other: Pairs, i, j):
+    """(`Pairs` of the vectors of rows i and j alone, the products t of both sides, where i and j are among them)."""
+    a = b = slice(0, i.stop - i.start)
+    same = own is other and i == j
+    if not same:
+        b = slice(a.stop, a.stop + j.stop - j.start)
+
+    def joined(mine, theirs):
+        return mine if mine is None else mine[:, i] if same else torch.cat([mine[:, i], theirs[:, j]], 1)
+
+    sides, products = [], []
+    for mine, theirs in ((own.x, other.x), (own.y, other.y)):
+        P, Q = mine.P, theirs.P
+        vectors = P._replace(z=None, square=joined(P.square, Q.square), alpha=joined(P.alpha, Q.alpha))
+        sides.append(mine._replace(P=vectors, u=joined(mine.u, theirs.u)))
+        products.append(maps.product_of(sides[-1], P.z[:, i], Q.z[:, j], a, b))
+    return Pairs(own.problem, *sides, joined(own.weight, other.weight)), products, a, b
