@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from functools import cache
@@ -83,6 +84,13 @@ _choose_cached = cache(choose)
 def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """The backend that runs `op` on tensors of this device type and these dtypes."""
     return _choose_cached(op, requested, device, dtypes, interpreting())[0]
+
+
+@cache
+def implementation(family: str, backend: str):
+    """The module of a family (its package) that runs a backend, loaded when it is first needed."""
+    name = {"triton": "triton_impl", "cpp": "native_impl", "cuda": "native_impl"}.get(backend, "torch_impl")
+    return importlib.import_module(f"{family}.{name}")
 
 
 class Explanation(NamedTuple):

@@ -192,8 +192,8 @@ def test_nothing_of_n_n_p_or_n_n_n_numbers_is_made(kind, monkeypatch):
     monkeypatch.setitem(torch_impl.TRIPLETS, "cpu", 4 * n * n)
     x, y = torch.randn(1, n, p), torch.randn(1, n, p)
     with LargestTensor() as seen:
-        _, W = torch_impl.forward(x, y, None, kind, 1)
-        torch_impl.backward(torch.ones(1), x, None, W[0], kind)
+        _, W, _ = torch_impl.forward(x, y, None, kind, 1)
+        torch_impl.backward(torch.ones(1), x, None, W, kind)
     assert 0 < seen.numbers <= max(n * p, 4 * n * n)
 
 
@@ -207,8 +207,8 @@ def test_opcheck(kind, backend, shape):
     mask = torch.rand(shape[:-1]) > 0.2
     torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, mask, kind, 3, backend))
     torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, None, kind, 0, backend))
-    value, W = torch.ops.kdkernels.relation_fwd(x, y, mask, kind, 3, backend)
-    torch.library.opcheck(torch.ops.kdkernels.relation_bwd, (torch.ones_like(value), y, mask, W[1], kind))
+    value, _, kept = torch.ops.kdkernels.relation_fwd(x, y, mask, kind, 3, backend)
+    torch.library.opcheck(torch.ops.kdkernels.relation_bwd, (torch.ones_like(value), y, mask, kept, kind, backend))
 
 
 @on_every_backend

@@ -14,7 +14,7 @@ D, A, P = "rkd_distance", "rkd_angle", "pkt"
 
 
 def value(change):
-    return {"forward": lambda *a: (change(FORWARD(*a)[0]), FORWARD(*a)[1])}
+    return {"forward": lambda *a: (change(FORWARD(*a)[0]), *FORWARD(*a)[1:])}
 
 
 def gradient(change):

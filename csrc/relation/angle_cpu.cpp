@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "../common/check.h"
-#include "../common/lanes.h"
+#include "doubles.h"
 
 namespace kdkernels {
 namespace {
@@ -53,21 +53,6 @@ struct Sides {
     }
   }
 };
-
-template <int W>
-KDK_INLINE typename Register<W>::Doubles fetch(const double* p) {
-  typename Register<W>::Doubles v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-// NaN is neither below nor above: it stays
-template <class V>
-KDK_INLINE V clamped(const V& e) {
-  const V one = V{} + 1.0;
-  const V low = e < -one ? -one : e;
-  return low > one ? one : low;
-}
 
 // the triangle (a, b, c) of one side, for W third samples at once
 template <int W>
@@ -108,17 +93,8 @@ KDK_INLINE Pair triangles(const Sides& of, int64_t a, int64_t b) {
       cosine += g_a * x.at_a + g_b * x.at_b;
     }
   }
-  double sums[3][W];
-  std::memcpy(sums[0], &value, sizeof(value));
-  std::memcpy(sums[1], &straight, sizeof(value));
-  std::memcpy(sums[2], &cosine, sizeof(value));
-  for (auto& sum : sums) {
-    for (int width = W / 2; width; width /= 2) {
-      for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-    }
-  }
   // angles (i, k) and (k, i) at a vertex are both counted
-  return {2 * sums[0][0], r == 0 ? 0 : 2 * (sums[1][0] - r * r * sums[2][0])};
+  return {2 * sum_of<W>(value), r == 0 ? 0 : 2 * (sum_of<W>(straight) - r * r * sum_of<W>(cosine))};
 }
 
 // plain functions, because the target attribute does not reach through a template

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The differentiable operator of the family: schema, fake, autograd and dispatch to the implementation.
 
-`kdkernels::relation_fwd` gives the value and, for each side that needs it, the n x n weights of the gradient;
-`kdkernels::relation_bwd` multiplies those of one side with its features. Both take [n, p] or [G, n, p].
+`kdkernels::relation_fwd` gives the value and, for each side that needs it, what its gradient is made of: n x n weights,
+or all of it but the upstream factor (`kept_of` of the implementation). `kdkernels::relation_bwd` makes the gradient of
+one side. Both take [n, p] or [G, n, p].
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
-from . import torch_impl
+from ..backend import implementation
 from .problem import STUDENT, TEACHER, compute_dtype, sides
 
 
@@ -28,13 +29,13 @@ def forward(x, y, mask, kind, need, backend):
     return run(x, y, mask, kind, need, backend)
 
 
-def backward(grad, x, mask, W, kind):
+def backward(grad, x, mask, kept, kind, backend):
     run = _relation_bwd if plain(grad, x, mask) else torch.ops.kdkernels.relation_bwd
-    return run(grad, x, mask, W, kind)
+    return run(grad, x, mask, kept, kind, backend)
 
 
 class Relation(torch.autograd.Function):
-    """One differentiable call; saved: n x n weights, and the features of the sides that get a gradient."""
+    """One differentiable call; saved: the features of the sides that get a gradient, and what forward keeps of them."""
 
     generate_vmap_rule = True
 
@@ -42,38 +43,26 @@ class Relation(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, mask, ctx.kind, ctx.need, _ = inputs
-        _, W = output
-        ctx.mark_non_differentiable(W)
+        x, y, mask, ctx.kind, ctx.need, ctx.backend = inputs
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if ctx.need & STUDENT else None, y if ctx.need & TEACHER else None, mask, W)
+        ctx.save_for_backward(x if ctx.need & STUDENT else None, y if ctx.need & TEACHER else None, mask, *kept)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, _of_x, _of_y):
         if grad is None:
             return (None,) * 6
-        *features, mask, W = ctx.saved_tensors
+        *features, mask, of_x, of_y = ctx.saved_tensors
         run = RelationGradient.apply if torch.is_grad_enabled() else backward
-        gradients = [None, None]
-        for place, k in enumerate(sides(ctx.need)):
-            gradients[k] = run(grad, features[k], mask, W[place], ctx.kind)
+        gradients, kept = [None, None], (of_x, of_y)
+        for k in sides(ctx.need):
+            gradients[k] = run(grad, features[k], mask, kept[k], ctx.kind, ctx.backend)
         return *gradients, None, None, None, None
 
 
 class RelationGradient(NoSecondDerivative):
     forward = staticmethod(backward)
-
-
-def _implementation(backend):
-    if backend == "triton":
-        from . import triton_impl
-
-        return triton_impl
-    if backend == "cpp":
-        from . import native_impl
-
-        return native_impl
-    return torch_impl
 
 
 def _grouped(x, mask):
@@ -84,37 +73,39 @@ def _grouped(x, mask):
 def _relation_fwd(x, y, mask, kind, need, backend):
     features, kept = _grouped(x, mask)
     with without_autocast(device_type(x)):
-        value, W = _implementation(backend).forward(features, _grouped(y, None)[0], kept, kind, need)
-    return value if x.dim() == 3 else value[0], W
+        run = implementation(__package__, backend).forward
+        value, of_x, of_y = run(features, _grouped(y, None)[0], kept, kind, need)
+    return value if x.dim() == 3 else value[0], of_x, of_y
 
 
 def _relation_fwd_fake(x, y, mask, kind, need, backend):
-    G, n = x.shape[0] if x.dim() == 3 else 1, x.shape[-2]
-    dtype, count = compute_dtype(x, y), len(sides(need))
-    return x.new_empty(x.shape[:-2], dtype=dtype), x.new_empty((count, G, n, n) if need else (0,), dtype=torch.float64)
+    both = [_grouped(side, None)[0] for side in (x, y)]
+    shapes, dtype = implementation(__package__, backend).kept_of(*both, kind)
+    kept = [x.new_empty(shape if need >> k & 1 else (0,), dtype=dtype) for k, shape in enumerate(shapes)]
+    return x.new_empty(x.shape[:-2], dtype=compute_dtype(x, y)), *kept
 
 
-def _relation_bwd(grad, x, mask, W, kind):
-    features, kept = _grouped(x, mask)
+def _relation_bwd(grad, x, mask, kept, kind, backend):
+    features, mask = _grouped(x, mask)
     with without_autocast(device_type(x)):
-        dx = torch_impl.backward(grad.reshape(-1), features, kept, W, kind)
+        dx = implementation(__package__, backend).backward(grad.reshape(-1), features, mask, kept, kind)
     return dx if x.dim() == 3 else dx[0]
 
 
-def _relation_bwd_fake(grad, x, mask, W, kind):
+def _relation_bwd_fake(grad, x, mask, kept, kind, backend):
     return x.new_empty(x.shape)
 
 
 def _register():
     register(
         "relation_fwd",
-        "(Tensor x, Tensor y, Tensor? mask, str kind, int need, str backend) -> (Tensor value, Tensor W)",
+        "(Tensor x, Tensor y, Tensor? mask, str kind, int need, str backend) -> (Tensor value, Tensor, Tensor)",
         _relation_fwd,
         _relation_fwd_fake,
     )
     register(
         "relation_bwd",
-        "(Tensor grad, Tensor x, Tensor? mask, Tensor W, str kind) -> Tensor",
+        "(Tensor grad, Tensor x, Tensor? mask, Tensor kept, str kind, str backend) -> Tensor",
         _relation_bwd,
         _relation_bwd_fake,
     )

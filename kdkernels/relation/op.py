@@ -32,7 +32,7 @@ def rkd_distance(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor
         mask: bool [n] or [G, n]: False rows enter neither means nor counts and get gradient 0, whatever they hold.
         group: None, or "world" or a process group: the value for the rows of all its ranks, as in `kd.cka`; they are
             gathered, and n is then any number.
-        backend: "auto", "torch" or "reference" (the last one also gives higher derivatives).
+        backend: "auto", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
         A scalar, or [G]; float32 for half inputs, else the promoted dtype of x and y. Pairs are computed in float64

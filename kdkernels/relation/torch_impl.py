@@ -17,7 +17,7 @@ TRIPLETS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 def forward(x, y, mask, kind: str, need: int, triplets=None):
-    """value [G], and W [sides, G, n, n] float64 of the sides that `need` names ([0] without): dvalue/dx = W x."""
+    """value [G], and for x and y what `kept_of` says, where `need` names them, else [0]."""
     count = rows_kept(x, mask)
     if kind == "pkt":
         value, weights = _similarities(x, y, mask, count, need)
@@ -33,8 +33,15 @@ def forward(x, y, mask, kind: str, need: int, triplets=None):
         # V is in units of mu
         units = [(of.scale.square() / terms)[:, None, None] for of in (s, t)]
         weights = [laplacian(v.mul_(units[k])) for v, k in zip(V, sides(need), strict=True)]
-    W = torch.stack(weights) if weights else x.new_empty(0, dtype=torch.float64)
-    return value.to(compute_dtype(x, y)), W
+    kept = [x.new_empty(0, dtype=torch.float64) for _ in (x, y)]
+    for W, k in zip(weights, sides(need), strict=True):
+        kept[k] = W
+    return value.to(compute_dtype(x, y)), *kept
+
+
+def kept_of(x, y, kind: str):
+    """Shapes and dtype of what forward keeps of x and y [G, n, p] for backward: W, dvalue/dx = W x."""
+    return ((*x.shape[:-1], x.shape[-2]),) * 2, torch.float64
 
 
 def backward(grad, x, mask, W, kind: str):
@@ -133,10 +140,11 @@ def _similarities(x, y, mask, count, need: int):
     """mean T log((T + eps) / (P + eps)), P and T rows of (cos + 1) / 2 with sum 1, and W of each side asked for."""
     both = [_Similarity(side, mask, count) for side in (x, y)]
     p, t = (side.p for side in both)
-    below = p + EPS
-    log = (t + EPS).div_(below).log_()
+    below, apart = p + EPS, t - p
+    log = (apart / below).log1p_()
     size = count**2
-    value = torch.linalg.vecdot(t.flatten(1), log.flatten(1)) / size
+    # rows of T - P sum to 0: less them, a student near its teacher has a value of second order in each term
+    value = (torch.linalg.vecdot(t.flatten(1), log.flatten(1)) - apart.sum((-2, -1))) / size
     weights = []
     for k in sides(need):
         h = t / below if k == 0 else log + t / (t + EPS)

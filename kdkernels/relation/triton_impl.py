@@ -10,7 +10,10 @@ import triton
 
 from . import torch_impl
 from .pairs import inverse
+from .torch_impl import backward, kept_of
 from .triton_kernels import triangles
+
+__all__ = ["backward", "forward", "kept_of"]
 
 
 class Config(NamedTuple):
