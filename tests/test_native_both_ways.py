@@ -47,23 +47,44 @@ def calls(monkeypatch):
     return seen
 
 
-# a vector is 4, 8 or 16, a tile 16 rows, a strip 64 columns; blocks are cut from 256 rows on, at a multiple of 16; a
-# piece is 32 rows or 32 vectors
-@pytest.mark.parametrize("n", [2, 15, 17, 33, 64, 255, 256, 257, 300, 391, 529])
+# a vector is 4, 8 or 16, a tile 16 rows, a strip 128 columns; symmetric products are cut from 128 rows on, others from
+# 256, at a multiple of 16 and into eight at most; a piece is 32 rows or 32 vectors
+@pytest.mark.parametrize("n", [2, 15, 17, 33, 127, 128, 129, 255, 256, 271, 529, 600])
 @pytest.mark.parametrize("columns", [True, False])
 def test_every_edge_of_blocks_and_tiles_is_the_textbook(n, columns):
-    assert_exact(*pair(n, 600), columns)
+    assert_exact(*pair(n, 620), columns)
 
 
-@pytest.mark.parametrize("C", [17, 63, 64, 65, 127, 129])
+@pytest.mark.parametrize("C", [33, 127, 128, 129, 255, 257])
 def test_every_edge_of_the_strips_is_the_textbook(C):
     assert_exact(*pair(17, C))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_tasks_are_shared_out_without_loss(threads, count):
+    threads(count)
+    for shape in ((150, 700), (3, 40, 90)):
+        assert_exact(*pair(*shape))
 
 
 @pytest.mark.parametrize("shape", [(40, 9), (300, 20), (3, 33, 8), (2, 5, 70), (2, 3, 20, 30)])
 def test_turned_matrices_and_groups_are_the_textbook(shape, calls):
     assert_exact(*pair(*shape))
     assert calls == ["_native_fwd", "_native_bwd"]
+
+
+def test_a_side_may_be_the_other():
+    x, _ = pair(150, 300)
+    value, gradient = value_and_gradient(x, x)
+    torch.testing.assert_close(value, torch.ones(2), rtol=0, atol=3e-7)
+    assert gradient.abs().max() < 1e-8  # 1e-4 for other pairs
 
 
 @pytest.mark.parametrize("size", [1e12, 1e-12])

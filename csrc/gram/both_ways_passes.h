@@ -12,8 +12,8 @@
 namespace kdkernels {
 namespace {
 
-constexpr int64_t kStrip = 64;  // columns of a task
-constexpr int64_t kPiece = 32;  // terms a lane sums in float32 before they join a float64 sum
+constexpr int64_t kStrip = 128;  // columns of a task
+constexpr int64_t kPiece = 32;   // terms a lane sums in float32 before they join a float64 sum
 
 // one side of the pair, [n, C]
 struct Side {
