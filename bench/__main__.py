@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "analysis", "losses")
+FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "analysis", "losses", "distributed")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ import kdkernels as kd
 from . import (
     analysis_rows,
     data,
+    distributed_rows,
     logit_rows,
     loss_rows,
     machine,
@@ -144,6 +145,10 @@ def run(options) -> int:
         if left <= 0:
             write(_outcome(case, "not run", f"the {options.seconds:.0f} s of the run were used up"))
             continue
+        if case.family == "distributed":
+            _measure_ranks(case, write)
+            print(f"[{place + 1}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
+            continue
         backends = []
         for backend in usable_backends(case.op, device, options.backends or BACKENDS[device]):
             if (case.op, backend) not in refused:
@@ -222,6 +227,15 @@ def _measure_case(index, case, backends, seconds, ceilings, write, options) -> N
         if runners:
             results = measure.interleave(runners, seconds / len(methods), most=options.reps)
             _write_times(case, runners, results, extras, ceilings, write, device)
+
+
+def _measure_ranks(case, write) -> None:
+    """Bytes and memory by each way, where every other family has times."""
+    try:
+        for row in distributed_rows.rows(case):
+            write({**_outcome(case, "ok"), "kind": "traffic", "contender": "kdkernels", "backend": "torch", **row})
+    except RuntimeError as error:
+        write({**_outcome(case, "failed", _note(error)), "contender": "kdkernels", "backend": "torch"})
 
 
 def _note(error: Exception) -> str:

@@ -39,7 +39,7 @@ def cpu_peak(case_index: int, quick: bool, contender: str, backend: str | None, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     return int(re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(), re.M).group(1)) * 1024
 
 
@@ -58,9 +58,9 @@ def _child(case_index: str, quick: str, contender: str, backend: str, threads: s
     few = getattr(case, "few", lambda t: t[..., :64, :])
     step(function, *leaves([(few(x), few(y))])[0])
     CLEAR.write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step(function, x, y)
-    print(json.dumps(max(0, _resident("VmHWM") - before)))
+    print(json.dumps(max(0, resident("VmHWM") - before)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def markdown(rows: list[dict]) -> str:
     parts = []
     for _, group in _by_run(rows):
         parts += [_heading(group[0]), _targets(group), _times(group), _ranking(group)]
-        parts += [_misfits(group), _accuracy(group), _rank_accuracy(group), _roofs(group)]
+        parts += [_traffic(group), _misfits(group), _accuracy(group), _rank_accuracy(group), _roofs(group)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -148,6 +148,21 @@ def _ratio(ratio) -> str:
 
 def _bytes(count: int) -> str:
     return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def _traffic(rows) -> str:
+    body = []
+    for row in rows:
+        if row["kind"] == "traffic":
+            shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
+            parts = ", ".join(f"{what} {_bytes(count)}" for what, count in row["received"].items() if count >= 2**10)
+            peak = "" if row["peak_bytes"] is None else _bytes(row["peak_bytes"])
+            total = _bytes(sum(row["received"].values()))
+            body.append(
+                [row["case"], shape, str(row["ranks"]), row["way"], total, parts, peak, _bytes(row["own_bytes"])]
+            )
+    head = ["case", "of a rank", "ranks", "way", "received a rank", "by", "peak extra", "its own features"]
+    return _table(head, body, "Over all ranks, forward + backward, gradient to x: bytes and memory of a rank")
 
 
 def _misfits(rows) -> str:
