@@ -38,6 +38,7 @@ class Blocks:
     """Arrays of one length; entries in the order of the row."""
 
     arrays: tuple[str, ...] = ()
+    leaps = False  # whether `swallow` may skip entries
 
     def __init__(self, *arrays):
         for name, array in zip(self.arrays, arrays, strict=True):
@@ -67,8 +68,9 @@ class Blocks:
         """The blocks made of entries start[k], ..., start[k] + length[k] - 1."""
         raise NotImplementedError
 
-    def joined(self, start, length):
-        """The list made of such blocks, all of it."""
+    def joined(self, start):
+        """The list where the entries from each of `start` to the next are one."""
+        length = np.diff(start, append=len(self))
         many = (length > 1).nonzero()[0]
         return self.replaced(start, many, self.pooled(start[many], length[many]))
 
@@ -78,10 +80,11 @@ class Blocks:
         found.put(many, merged)
         return found
 
-    def swallow(self, sites, index, sign, free):
+    def swallow(self, sites, index, sign, free, step):
         """How many entries of index [2, sites, K], in their order, each site pools with, and the site afterwards.
 
-        index[0] leads to the left, index[1] to the right; free [2, sites, K] says which of them may be asked.
+        index[0] leads to the left, index[1] to the right, `step` entries away from the next; free [2, sites, K] says
+        which of them may be asked.
         """
         raise NotImplementedError
 
@@ -127,7 +130,7 @@ class Means(Blocks):
         c = np.add.reduceat(c, begin)
         return type(self)(np.add.reduceat(V, begin) / c, c)
 
-    def swallow(self, sites, index, sign, free):
+    def swallow(self, sites, index, sign, free, step):
         c = self.c.take(index, mode="clip")
         over = self.V.take(index, mode="clip")
         over -= sites.V[:, None]
@@ -167,7 +170,7 @@ class Ratios(Blocks):
         W = np.add.reduceat(self.W.take(index), begin)
         return type(self)(self.t.take(start), np.add.reduceat(Z, begin), W, self.rate.take(start))
 
-    def swallow(self, sites, index, sign, free):
+    def swallow(self, sites, index, sign, free, step):
         t = self.t.take(index, mode="clip")
         t -= sites.t[:, None]
         t *= sites.rate[:, None]
@@ -202,7 +205,7 @@ class Exponentials(Blocks):
             out.append(first + np.log(np.add.reduceat(np.exp(E, out=E), begin)))
         return type(self)(*out)
 
-    def swallow(self, sites, index, sign, free):
+    def swallow(self, sites, index, sign, free, step):
         z, s = self.z.take(index, mode="clip"), self.s.take(index, mode="clip")
         sum_z, sum_s = (np.logaddexp.accumulate(before(-np.inf, t), -1) for t in (z, s))
         z -= s

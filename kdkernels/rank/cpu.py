@@ -23,6 +23,9 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def poisoned_rows(rows):
     """Which rows [R, n] hold NaN or +inf."""
+    largest = rows.numpy().max() if rows.dtype.itemsize > 2 else rows.max()
+    if largest < math.inf:
+        return torch.zeros(len(rows), dtype=torch.bool)
     return ~(rows.amax(-1) < math.inf)
 
 
@@ -77,8 +80,8 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
     grad, rank, ids, e = grad.reshape(-1, n), rank.reshape(-1, n), ids.reshape(-1, n).numpy(), eps.reshape(-1, 1)
     g = torch.empty(ids.shape, dtype=x.dtype)
     bits = g.view(BITS[x.dtype.itemsize]).numpy()
-    e = e.masked_fill(e == 0, math.inf).numpy()
-    e = -e if descending else e
+    e = e.numpy()
+    e = np.where(e == 0, math.inf, -e if descending else e)
     table = int(ids.max()) + 2  # those alone in their block share a sum that nobody reads
     first = np.arange(1, 1 + min(len(ids), max(1, GROUP // n)) * table, table)[:, None]
 

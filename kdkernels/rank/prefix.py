@@ -16,7 +16,6 @@ from .blocks import HARDEST, Blocks, leading
 
 SPAN, SUMS = 2.0**24, 2.0**36  # the range of a row in units of its strength, and that times its length, at most
 COARSE = 2.0**-20  # of the range: centres are multiples of it, so that sums of float32 values are hardly rounded
-TINY = 2.0**-900
 
 
 def level(q, c, Q, C, h):
@@ -52,6 +51,8 @@ class Prefixes(Blocks):
     The blocks `ends` are the NaN behind rows. h is a number, or one a block.
     """
 
+    leaps = True
+
     def __init__(self, q, c, h, ends, V=None):
         self.q, self.c, self.h, self.ends = q, c, h, ends
         self.V = level(q[:-1], c[:-1], q[1:], c[1:], h) if V is None else V
@@ -65,21 +66,17 @@ class Prefixes(Blocks):
     def _strengths(self, index):
         return np.full(index.shape, self.h) if np.ndim(self.h) == 0 else self.h.take(index, mode="clip")
 
-    def merged(self, start, V=None):
-        """The list with a block from each of `start` to the next."""
+    def joined(self, start, V=None):
         edge = np.empty(len(start) + 1, dtype=np.int64)
         edge[:-1] = start
         edge[-1] = len(self)
         h = self.h if np.ndim(self.h) == 0 else self.h.take(start)
         return Prefixes(self.q.take(edge), self.c.take(edge), h, start.searchsorted(self.ends), V)
 
-    def joined(self, start, length):
-        return self.merged(start)
-
     def replaced(self, start, many, sites):
         V = self.V.take(start)
         V[many] = sites.V
-        return self.merged(start, V)
+        return self.joined(start, V)
 
     def followed_by(self, others):
         lists = [self, *others]
@@ -106,39 +103,50 @@ class Prefixes(Blocks):
         found.V[np.isnan(self.V.take(start))] = np.nan  # the settled ones at either end of the sites
         return found
 
-    def swallow(self, sites, index, sign, free):
+    def room(self, low, high):
+        """The number of entries on the left of low and on the right of high, [2, sites], in the same row."""
+        k = self.ends.searchsorted(low)
+        out = np.empty((2, len(low)), dtype=np.int64)
+        np.subtract(low, np.where(k > 0, self.ends.take(k - 1), -1), out=out[0])
+        np.subtract(self.ends.take(k), high, out=out[1])
+        out -= 1
+        return out
+
+    def swallow(self, sites, index, sign, free, step):
+        """As `Blocks.swallow`; entries between those looked at need not be: a mean is known without them, and if one
+        entry joins, all nearer ones do."""
         edge = index.copy()
         edge[0] += 1  # the near side of an entry
-        Q, C = self.q.take(edge, mode="clip"), self.c.take(edge, mode="clip")
-        total, count = np.stack([sites.Q, sites.q])[..., None], np.stack([sites.C, sites.c])[..., None]
-        V = level(Q, C, total, count, sites.h[:, None])
+        total, count = np.empty((2, *index.shape[:2], 1))
+        total[0, :, 0], total[1, :, 0], count[0, :, 0], count[1, :, 0] = sites.Q, sites.q, sites.C, sites.c
+        V = level(self.q.take(edge, mode="clip"), self.c.take(edge, mode="clip"), total, count, sites.h[:, None])
         np.subtract(self.V.take(index, mode="clip"), V, out=V)
         V *= sign
-        count = leading(V >= 0, free)
+        found = leading(V >= 0, free)
+        count = np.where(found > 0, step.take(found - 1) + 1, 0)
         left, right = edge[0, :, 0] - count[0], edge[1, :, 0] + count[1]
         q, c = self.q, self.c
         return count, between(q.take(left), c.take(left), q.take(right), c.take(right), sites.h)
 
 
-def extent(s, n_valid):
-    """The smallest and the largest of the present entries of sorted rows [R, n + 1], [R, 1] each; 0 without any."""
-    low = np.take_along_axis(s, np.maximum(n_valid - 1, 0), -1)
-    return np.nan_to_num(low), np.nan_to_num(s[:, :1])
-
-
-def fits(s, n_valid, eps) -> bool:
-    """Whether the running sums of sorted rows s [R, n + 1] are exact enough, see MATH.md."""
-    low, high = extent(s, n_valid)
-    span = float(((high - low) / eps).max())
-    return span <= SPAN and s.shape[1] * span <= SUMS
-
-
-def centre(s, n_valid):
-    """Subtract from sorted rows s [R, n + 1] a value in their middle, in place."""
-    low, high = extent(s, n_valid)
-    unit = np.exp2(np.ceil(np.log2(np.maximum(high - low, TINY)))) * COARSE
-    middle = np.nan_to_num(np.take_along_axis(s, n_valid // 2, -1))
-    s -= np.rint(middle / unit) * unit
+def centred(s, some_absent, n_valid, eps) -> bool:
+    """Subtract from sorted rows s [R, n + 1] a value in their middle, in place; False, and nothing done, where their
+    running sums would not be exact enough, see MATH.md."""
+    width = s.shape[1]
+    high, low, middle = s[:, :1], s[:, -2:-1], s[:, (width - 1) // 2, None]
+    if some_absent:
+        low, middle = (np.take_along_axis(s, at, -1) for at in (np.maximum(n_valid - 1, 0), n_valid // 2))
+        high, low, middle = (np.nan_to_num(t) for t in (high, low, middle))
+    span = high - low
+    largest = float((span / eps).max())
+    if not (largest <= SPAN and width * largest <= SUMS):
+        return False
+    unit = np.ldexp(COARSE, np.frexp(span)[1])
+    middle = middle / unit
+    np.rint(middle, out=middle)
+    middle *= unit
+    s -= middle
+    return True
 
 
 def first_blocks(s, some_absent, eps, start):

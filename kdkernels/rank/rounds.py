@@ -17,6 +17,7 @@ SHRINKS = 0.08  # of the blocks must go for another round over all of them
 WINDOW = 4, 256  # neighbours on either side that a site looks at in a round
 SMALL = 8192  # entries: so few are not made a list again
 LOOKED_AT = 2048  # neighbours that all sites together look at, at least: fewer cost a round as much
+LEAPS = np.unique([k << j for j in range(40) for k in (2, 3)]) - 2  # where lists can tell without what is between
 FEW, TURNS = 4096, 16  # a list so short is pooled as a whole for so many rounds
 ROUNDS, ENTRIES = 100, 1000  # and one more for so many entries: what the merges would cost is not far
 FEWER = 4  # a site stops at the next one, settled or not: with fewer active ones all become a list again
@@ -35,8 +36,8 @@ def pooled(blocks, first):
         if gone == 0:
             return first, blocks
         if gone > SHRINKS * len(blocks) or (len(blocks) < FEW and turn < TURNS):
-            start, length = runs(joins)
-            blocks = blocks.joined(start, length)
+            start = starts(joins)
+            blocks = blocks.joined(start)
         else:
             sites = Sites(blocks, *runs_of_many(joins))
             most = sites.settle(most)
@@ -49,13 +50,18 @@ def pooled(blocks, first):
         first = first.take(start)
 
 
-def runs(joins):
-    """First entry and length of each run of entries that join, of the others alone."""
+def starts(joins):
+    """First entry of each run of entries that join, of the others alone."""
     first = np.empty(len(joins) + 1, dtype=bool)
     first[0] = True
     np.logical_not(joins, out=first[1:])
-    start = first.nonzero()[0]
-    return start, lengths(start, len(first))
+    return first.nonzero()[0]
+
+
+def runs(joins):
+    """The same, and the length of each."""
+    start = starts(joins)
+    return start, lengths(start, len(joins) + 1)
 
 
 def lengths(start, size):
@@ -167,12 +173,18 @@ class Sites:
             own -= 1
             shared = self.active[other]
             share[side] = own + (shared & extra) >> shared
-        K = min(max(LOOKED_AT // len(active), WINDOW[0]), WINDOW[1], max(int(share.max()), 1))
-        step = np.arange(K)
-        index = np.empty((2, len(active), K), dtype=np.int64)
+        if self.list.leaps:  # not over the end of a row
+            room = self.list.room(low, high)
+            np.minimum(gap, room, out=gap)
+            np.minimum(share, room, out=share)
+            step = LEAPS[: LEAPS.searchsorted(max(int(share.max()), 1))]
+        else:
+            K = min(max(LOOKED_AT // len(active), WINDOW[0]), WINDOW[1], max(int(share.max()), 1))
+            step = np.arange(K)
+        index = np.empty((2, len(active), len(step)), dtype=np.int64)
         np.subtract((low - 1)[:, None], step, out=index[0])
         np.add((high + 1)[:, None], step, out=index[1])
-        count, pooled = self.list.swallow(self.pooled.take(active), index, SIDES, step < share[..., None])
+        count, pooled = self.list.swallow(self.pooled.take(active), index, SIDES, step < share[..., None], step)
         moved = count.any(0)
         settled = ~(moved | ((share == 0) & (gap > 0)).any(0))
         self.low[active], self.high[active] = low - count[0], high + count[1]

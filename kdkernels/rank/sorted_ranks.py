@@ -94,9 +94,8 @@ class Part:
         self.e, self.kl, self.hard, self.list = e, kl and number > 0, number == 0, None
         self.s, self.order = sorted_rows(rows)
         self.some_absent, self.n_valid = absent(self.s)
-        self.sums = not (self.hard or self.kl or rows.dtype == torch.float64) and prefix.fits(self.s, self.n_valid, e)
-        if self.sums:
-            prefix.centre(self.s, self.n_valid)
+        self.sums = not (self.hard or self.kl or rows.dtype == torch.float64)
+        self.sums = self.sums and prefix.centred(self.s, self.some_absent, self.n_valid, e)
         self.start, length = first_runs(self.s, self.n_valid, e, self.kl, False)
         if self.sums:
             self.list = prefix.first_blocks(self.s, self.some_absent, e, self.start)
@@ -111,7 +110,7 @@ class Part:
             self.list = first_blocks(self.s, self.n_valid, self.e, self.kl, False, self.start, length)
 
     def ranks(self, first, found, dtype, need):
-        """Ranks in `dtype` and block ids [R, n] for the blocks `found` that begin at positions `first`."""
+        """Ranks in `dtype` and block ids [R, n] for the blocks that begin at positions `first`, `found` if l2."""
         s, e = self.s, self.e
         R, width = s.shape
         flat, rows = s.reshape(-1), np.arange(0, s.size, width)
@@ -123,11 +122,13 @@ class Part:
             r = (weight - (length - 1) / 2).take(own)
             r[np.isnan(flat)] = math.nan
         elif self.kl:
-            r = found.t.take(own)
+            r = flat.take(first).take(own)
             np.subtract(flat, r, out=r)
             r.reshape(s.shape)[...] /= e
             np.exp(r, out=r)
-            r *= (found.W / found.Z).take(own)
+            share = blocks.weights(weight, length)
+            share /= np.add.reduceat(r, first)  # not what pooling found: its rounding depends on the other rows
+            r *= share.take(own)
         else:
             if self.sums:
                 r = flat
@@ -160,14 +161,14 @@ def pooled(parts):
     if not all(part.sums for part in parts):
         for part in parts:
             part.without_sums()
-    offset = np.cumsum([0] + [part.s.size for part in parts])
-    start, blocks = parts[0].start, parts[0].list
-    if len(parts) > 1:
-        start = np.concatenate([part.start + k for part, k in zip(parts, offset, strict=False)])
-        blocks = blocks.followed_by([part.list for part in parts[1:]])
-    found = rounds.pooled(blocks, start)
-    if found is None or len(parts) == 1:
+    if len(parts) == 1:
+        found = rounds.pooled(parts[0].list, parts[0].start)
         return found and [found]
+    offset = np.cumsum([0] + [part.s.size for part in parts])
+    start = np.concatenate([part.start + k for part, k in zip(parts, offset, strict=False)])
+    found = rounds.pooled(parts[0].list.followed_by([part.list for part in parts[1:]]), start)
+    if found is None:
+        return None
     first, blocks = found
     cut = first.searchsorted(offset)
     return [(first[a:b] - k, blocks.part(a, b)) for a, b, k in zip(cut[:-1], cut[1:], offset, strict=False)]
@@ -186,13 +187,15 @@ def ranks(rows, e, number, kl, need, dtype):
         found = pooled([part])
         return found and part.ranks(*found[0], dtype, need)
 
-    if R * n >= 2 * LEAST:
-        found = over_rows(whole, R, n)
+    if kl or R * n >= 2 * LEAST:
+        found = over_rows(whole, R, n, SORTED if kl else LEAST)
         return None if any(part is None for part in found) else found
     parts = over_rows(begin, R, n, SORTED)
     found = pooled(parts)
     if found is None:
         return None
+    if len(parts) == 1:
+        return [parts[0].ranks(*found[0], dtype, need)]
     bounds = np.cumsum([0] + [len(part.s) for part in parts]).tolist()
 
     def end(rows):

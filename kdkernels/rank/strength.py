@@ -78,8 +78,10 @@ def spread(x, valid) -> torch.Tensor:
 
 def of_rows(x, valid, poisoned, strength: Strength) -> torch.Tensor:
     """eps of each row of x [..., n], float64 [...], with the graph of a tensor strength; NaN for a poisoned row."""
-    eps = spread(x, valid) if strength.relative else torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
-    eps = eps * strength.number
+    if strength.relative:
+        eps = spread(x, valid) * strength.number
+    else:
+        eps = torch.full(x.shape[:-1], strength.number, dtype=torch.float64, device=x.device)
     if strength.tensor is not None:
         eps = eps * (strength.tensor if strength.tensor.numel() == 1 else strength.tensor.reshape(eps.shape))
     return eps.masked_fill(poisoned, math.nan)

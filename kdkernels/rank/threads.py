@@ -17,17 +17,19 @@ _here = threading.local()  # a part is not shared out again
 def over_rows(run, R: int, n: int, least: int = LEAST) -> list:
     """run(slice) of all of R rows of n, in as many parts as PyTorch has threads; the results, in order.
 
-    A part has `least` elements or more.
+    A part has `least` elements or more; a single one runs as the caller does.
 
     Threads of their own, not a pool: a process that forks keeps none.
     """
     workers = 1 if getattr(_here, "shared_out", False) else max(1, min(torch.get_num_threads(), R, R * n // least))
+    if workers == 1:
+        return [run(slice(0, R))]
     parts = [slice(R * k // workers, R * (k + 1) // workers) for k in range(workers)]
     results: list = [None] * workers
     errors: list[BaseException] = []
 
     def work(k: int):
-        _here.shared_out = workers > 1
+        _here.shared_out = True
         # both are settings of a thread
         with torch.no_grad(), np.errstate(**QUIET):
             try:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Float32 rows on the CPU are pooled by running sums, in parts that threads share: no rank and no bit shows it."""
+
+import pytest
+import torch
+from ranking import adversarial
+from test_rank_rounds import deep
+
+import kdkernels as kd
+from kdkernels.rank import prefix, sorted_ranks
+
+
+def rows(n):
+    return torch.stack([*deep(n).values(), *adversarial(n).values()]).float()
+
+
+def ulps(got, want):
+    """In units of the last place of float32, of float64 ranks `want`."""
+    place = torch.nextafter(want.float(), torch.tensor(torch.inf)) - want.float()
+    return float(((got.double() - want).abs() / place.double()).max())
+
+
+@pytest.mark.parametrize("n", [2, 3, 33, 601, 4097])
+def test_ranks_by_running_sums_are_within_one_ulp_alone_and_among_other_rows(n):
+    x = rows(n)
+    for strength in (1e-9, 1e-3, 0.07, 1.0, 30.3, 1e3, ("auto", 1.7)):
+        want = kd.soft_rank(x.double(), "l2", strength, backend="torch")  # without such sums
+        assert ulps(kd.soft_rank(x, "l2", strength, backend="torch"), want) <= 1, strength
+        for k in range(0, len(x), 1 if n == 601 else 5):
+            assert ulps(kd.soft_rank(x[k : k + 1], "l2", strength, backend="torch"), want[k : k + 1]) <= 1, (
+                strength,
+                k,
+            )
+
+
+def seen(monkeypatch):
+    """Whether each batch of rows was fit for sums, as it comes."""
+    found, centred = [], prefix.centred
+    monkeypatch.setattr(prefix, "centred", lambda *a: found.append(centred(*a)) or found[-1])
+    return found
+
+
+def test_rows_too_wide_for_their_strength_are_pooled_without_sums_beside_others(monkeypatch):
+    fit = seen(monkeypatch)
+    x = rows(300)[:11]
+    x = torch.cat([x.clamp(-100, 100), x])  # the second half has outliers, and powers
+    want = kd.soft_rank(x.double(), "l2", 1e-2, backend="torch")
+    assert ulps(kd.soft_rank(x[:11], "l2", 1e-2, backend="torch"), want[:11]) <= 1 and fit == [True]
+    monkeypatch.setattr(sorted_ranks, "SORTED", 300 * 11)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:  # one part has sums, the other has not
+        assert ulps(kd.soft_rank(x, "l2", 1e-2, backend="torch"), want) <= 1 and sorted(fit[1:]) == [False, True]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("regularization", ["l2", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_number_of_threads_gives_the_same_bits(dtype, regularization):
+    x = torch.cat([rows(2000)] * 4).to(dtype)
+    x[5, 3], x[40, 7], x[61] = torch.nan, torch.inf, -torch.inf
+    x.requires_grad_()
+    u = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape)
+    before = torch.get_num_threads()
+    for strength in (0.0, 0.5, "auto", torch.linspace(0.1, 9, len(x)).double()):
+        outcomes = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                r = kd.soft_rank(x, regularization, strength, backend="torch")
+                outcomes.append((r, *torch.autograd.grad(r, x, u.to(r.dtype))))
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(outcomes[2], outcomes[0], rtol=0, atol=0, equal_nan=True)
