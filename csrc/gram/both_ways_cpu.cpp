@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -208,8 +209,8 @@ void backward_group(const Group& group, const Shape& shape, const Values& of, fl
   });
 }
 
-// what both directions see of the tensors: x [G, n, C], y [G, n, D], products [6 or 2, G, n, n], weights [3, G, n],
-// norms [2, G, C] or empty, numbers [2 ways + 2, G]
+// what both directions see of the tensors: x [..., n, C], y [..., n, D], products [6 or 2, ..., n, n], weights
+// [3, ..., n], norms [2, ..., C] or empty, numbers [2 ways + 2, ...]
 struct Batch {
   const float *x, *y;
   float *products, *weights, *norms, *numbers;
@@ -231,25 +232,38 @@ struct Batch {
   float& number(int64_t row, int64_t k) const { return numbers[row * groups + k]; }
 };
 
-void check(const Tensor& t, std::vector<int64_t> sizes, const char* op, const char* name) {
+void check(const Tensor& t, const std::vector<int64_t>& sizes, const char* op, const char* name) {
   bool fits = t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
               t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t d = 0; fits && d < sizes.size(); ++d) fits = t.size(d) == sizes[d];
   KDK_CHECK(fits, op, ": ", name, " must be float32 on the CPU, contiguous and of the shape of its operator's result");
 }
 
+using Sizes = std::vector<int64_t>;
+
+// first, the leading dimensions of x, then last
+Sizes around(int64_t first, const Tensor& x, std::initializer_list<int64_t> last) {
+  Sizes sizes{first};
+  for (int64_t d = 0; d < x.dim() - 2; ++d) sizes.push_back(x.size(d));
+  sizes.insert(sizes.end(), last);
+  return sizes;
+}
+
 Shape shape_of(const Tensor& x, const Tensor& y, bool columns, const char* op) {
-  KDK_CHECK(x.dim() == 3, op, ": x has ", x.dim(), " dimensions: pass [G, n, C]");
-  const int64_t G = x.size(0), n = x.size(1), C = x.size(2), D = columns || y.dim() != 3 ? C : y.size(2);
-  check(x, {G, n, C}, op, "x");
-  check(y, {G, n, D}, op, "y");
+  KDK_CHECK(x.dim() >= 2, op, ": x has ", x.dim(), " dimensions: pass [..., n, C]");
+  const int64_t n = x.size(-2), C = x.size(-1), D = columns || y.dim() != x.dim() ? C : y.size(-1);
+  Sizes sizes = around(0, x, {n, C});
+  sizes.erase(sizes.begin());
+  check(x, sizes, op, "x");
+  sizes.back() = D;
+  check(y, sizes, op, "y");
   return {n, C, D, columns};
 }
 
 float* data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 const float* read(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
+Tensor empty(const Tensor& like, const Sizes& sizes) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
 }
 
@@ -265,10 +279,10 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward both_ways(Tensor x, Tensor y, bool columns) {
   const Shape shape = shape_of(x, y, columns, "both_ways");
-  const int64_t G = x.size(0), n = shape.n, ways = 1 + columns;
-  Tensor value = empty(x, {ways, G}), products = empty(x, {columns ? kProducts : 2, G, n, n});
-  Tensor weights = empty(x, {3, G, n}), numbers = empty(x, {2 * ways + 2, G});
-  Tensor norms = columns ? empty(x, {2, G, shape.C}) : empty(x, {0});
+  const int64_t n = shape.n, ways = 1 + columns, G = x.numel() / std::max<int64_t>(1, n * shape.C);
+  Tensor value = empty(x, around(ways, x, {})), products = empty(x, around(columns ? kProducts : 2, x, {n, n}));
+  Tensor weights = empty(x, around(3, x, {n})), numbers = empty(x, around(2 * ways + 2, x, {}));
+  Tensor norms = columns ? empty(x, around(2, x, {shape.C})) : empty(x, {0});
   const Batch batch{read(x), read(y), data(products), data(weights), data(norms), data(numbers), G, shape};
   float* values = data(value);
   over_groups(G, [&](int64_t k) {
@@ -287,14 +301,14 @@ Tensor both_ways_backward(Tensor grad, Tensor x, Tensor y, Tensor products, Tens
                           Tensor numbers, bool columns) {
   const char* op = "both_ways_backward";
   const Shape shape = shape_of(x, y, columns, op);
-  const int64_t G = x.size(0), n = shape.n, ways = 1 + columns;
-  check(grad, {ways, G}, op, "grad");
-  check(products, {columns ? kProducts : 2, G, n, n}, op, "products");
-  check(weights, {3, G, n}, op, "weights");
-  if (columns) check(norms, {2, G, shape.C}, op, "norms");
-  check(numbers, {2 * ways + 2, G}, op, "numbers");
+  const int64_t n = shape.n, ways = 1 + columns, G = x.numel() / std::max<int64_t>(1, n * shape.C);
+  check(grad, around(ways, x, {}), op, "grad");
+  check(products, around(columns ? kProducts : 2, x, {n, n}), op, "products");
+  check(weights, around(3, x, {n}), op, "weights");
+  if (columns) check(norms, around(2, x, {shape.C}), op, "norms");
+  check(numbers, around(2 * ways + 2, x, {}), op, "numbers");
   const Batch batch{read(x), read(y), data(products), data(weights), data(norms), data(numbers), G, shape};
-  Tensor dx = empty(x, {G, n, shape.C});
+  Tensor dx = torch::stable::empty_like(x);
   float* out = data(dx);
   const float* slopes = read(grad);
   over_groups(G, [&](int64_t k) {

@@ -21,14 +21,14 @@ import torch
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 
 HALVES = 64  # rows of a block below which two products are dearer than their symmetry saves
-SMALL = {"torch": 128, "cpp": 1024}  # of the shorter side: up to here its products are kept whatever the other side is
+SMALL = 512  # rows of the shorter side up to which its products are the cheaper way whatever the longer side is
 
 
 def worth_it(backend: str, x, columns: bool = True) -> bool:
     """Whether the products of the shorter side are the cheap ones; kernels of a GPU have two calls of their own."""
     n, C = x.shape[-2:]
     short, long = sorted((n, C)) if columns else (n, C)
-    return short <= SMALL.get(backend, 0) or (backend in SMALL and 2 * short <= long)
+    return backend in ("torch", "cpp") and (short <= SMALL or 2 * short <= long)
 
 
 def cka_both_ways(x, y, columns: bool = True, native: bool = False):
@@ -111,20 +111,12 @@ def _fits(X, native):
 
 
 def _native_fwd(X, Y, columns):
-    lead = X.shape[:-2]
-    X, Y = (side.reshape(-1, *side.shape[-2:]).contiguous() for side in (X, Y))
-    parts = torch.ops.kdkernels.both_ways.default(X, Y, columns)
-    return tuple(part.view(len(part), *lead, *part.shape[2:]) if part.dim() > 1 else part for part in parts)
+    return torch.ops.kdkernels.both_ways.default(X.contiguous(), Y.contiguous(), columns)
 
 
 def _native_bwd(grad, X, Y, products, weights, norms, numbers, columns):
-    shape = X.shape
-    X, Y = (side.reshape(-1, *side.shape[-2:]).contiguous() for side in (X, Y))
-    numbers, grad = (side.reshape(len(side), -1).contiguous() for side in (numbers, grad))
-    weights, norms = (t.reshape(len(t), -1, t.shape[-1]) if len(t) else t for t in (weights, norms))
-    products = products.reshape(len(products), -1, *products.shape[-2:])
     run = torch.ops.kdkernels.both_ways_backward.default
-    return run(grad, X, Y, products, weights, norms, numbers, columns).view(shape)
+    return run(grad.contiguous(), X.contiguous(), Y.contiguous(), products, weights, norms, numbers, columns)
 
 
 def _inverse_root(square):

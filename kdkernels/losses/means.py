@@ -59,7 +59,7 @@ def mean_of_groups(values, mask, least: int, group=None):
     """
     if group is None:
         if mask is None:
-            return values.mean()
+            return values.mean() if values.dim() else values
         enough = mask.sum(-1) >= least
         return torch.where(enough, values, 0).sum() / enough.sum().clamp_min(1)
     if values.dim() == 0:

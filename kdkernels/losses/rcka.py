@@ -65,7 +65,8 @@ class RCKALoss(Loss):
     take no part in any term. A batch with fewer rows than the estimator needs (1; centred 2; unbiased 4) gives 0 with
     zero gradient and warns once; so does, without a warning, a mask that leaves too few. A zero row gives a finite
     value; where a side is zero (or, centred, constant) CKA is undefined and counts as 0. A NaN in a row that counts
-    gives NaN. FCKA holds n x n matrices; so do the logit terms where n <= 128 or n <= C / 2 (backends torch and cpp).
+    gives NaN. FCKA holds n x n matrices. So do the logit terms (C x C where C < n) on the backends torch and cpp,
+    six for backward, unless both sizes are above 512 and within a factor of two.
     Any float dtypes; computed in at least float32. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 10, requires_grad=True), torch.randn(32, 10)
@@ -148,7 +149,7 @@ class RCKALoss(Loss):
         with full_precision(ready[0][0]):
             levels_of_all = [self._gathered(*level, group) for level, group in zip(ready, groups, strict=True)]
             parts = self._logits(*levels_of_all[0], names, least)
-            parts = {name: value * getattr(self, TERMS[name]).to(value.dtype) for name, value in parts.items()}
+            parts = {name: value * -getattr(self, TERMS[name]).to(value.dtype) for name, value in parts.items()}
             if "features" in names:
                 parts["features"] = self._features(levels_of_all[1:], least)
             return self._total(parts, return_parts)
@@ -160,12 +161,12 @@ class RCKALoss(Loss):
         return *group.gather(x, y, kept), None
 
     def _logits(self, x, y, kept, group, names, least):
-        """-CKA between samples and between classes, those of `names`."""
+        """CKA between samples and between classes, those of `names`."""
         if not has_samples(x, group, least):
             aligned = {name: nothing_of(x, y) for name in names if name != "features"}
             return {name: mean_of_groups(value, None, 0, group) for name, value in aligned.items()}
         aligned = self._aligned(x, y, kept, names)
-        return {name: mean_of_groups(-value, kept, least, group) for name, value in aligned.items()}
+        return {name: mean_of_groups(value, kept, least, group) for name, value in aligned.items()}
 
     def _aligned(self, x, y, kept, names):
         """CKA between samples and between classes, those of `names`; [] or a value a group."""
