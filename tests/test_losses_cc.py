@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from kdkernels import losses
+from kdkernels import losses, native
+from kdkernels.losses import cc
 
 
 def neighbour(student, teacher):
@@ -107,3 +108,59 @@ def test_the_neighbour_variant_needs_one_width():
 def test_what_makes_no_sense_is_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         losses.CCLoss(**options)
+
+
+why = native.lack("cpu", ("neighbour_rows", "scale_pairs"))
+
+
+@pytest.mark.native
+@pytest.mark.skipif(why is not None, reason=why or "loaded")
+@pytest.mark.parametrize("shape", [(2, 1), (3, 15), (7, 16), (5, 33), (33, 1100), (2, 2, 5), (3, 9, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_pass_is_the_composition_in_value_gradient_and_second_derivative(shape, dtype):
+    student, teacher = torch.randn(*shape, 2)[..., 0].to(dtype), torch.randn(shape)
+    student[..., 1, 0] = teacher[..., 1, 0] = 3.0  # a difference of 0 has gradient 0
+    factor = torch.randn(shape[:-2])
+    exact = student.detach().double().requires_grad_()
+    want = cc.neighbours((exact - teacher.double()).abs(), None)
+    (gradient,) = torch.autograd.grad((want * factor).sum(), exact, create_graph=True)
+    x = student.detach().float().requires_grad_()
+    for a, b in ((x, teacher), (x.mT.contiguous().mT, teacher.flip(0).flip(0))):
+        got = cc.Neighbours.apply(a, b)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        (dx,) = torch.autograd.grad((got * factor).sum(), x, create_graph=True)
+        torch.testing.assert_close(dx.double(), gradient, rtol=1e-6, atol=1e-7)
+        second = [
+            torch.autograd.grad((d * d).sum(), at, retain_graph=True)[0] for d, at in ((dx, x), (gradient, exact))
+        ]
+        torch.testing.assert_close(second[0].double(), second[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(cc.Neighbours.apply(x.detach(), teacher), cc.Neighbours.apply(x, teacher))
+
+
+@pytest.mark.native
+@pytest.mark.skipif(why is not None, reason=why or "loaded")
+def test_a_loss_of_float32_rows_takes_the_compiled_pass(monkeypatch):
+    student, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    want = losses.CCLoss()(student, teacher)
+    assert "Neighbours" in type(want.grad_fn.next_functions[0][0]).__name__
+    monkeypatch.setattr(cc, "compiled", lambda: False)
+    torch.testing.assert_close(losses.CCLoss()(student, teacher), want)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(why is not None, reason=why or "loaded")
+def test_the_compiled_pass_shows_nan_and_refuses_what_it_cannot_read():
+    x, y = torch.randn(1, 6, 20), torch.randn(1, 6, 20)
+    x[0, 2, 17] = math.nan
+    value, slope = torch.ops.kdkernels.neighbour_rows(x, y, True)
+    nan = slope.isnan().nonzero()
+    assert value.isnan() and nan.tolist() == [[0, 1, 17], [0, 2, 17], [0, 3, 17]]
+    x[0, 2, 17], x[0, 5, 3] = 0, math.inf
+    assert torch.ops.kdkernels.neighbour_rows(x, y, False)[0] == math.inf
+    for bad, message in (
+        ((x.double(), y), "x must be float32 rows"),
+        ((x, y[..., :3]), r"y is \[1, 6, 3\] and x is \[1, 6, 20\]"),
+        ((x[:, :1], y[:, :1]), "x has 1 rows: a neighbour needs 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.kdkernels.neighbour_rows(*bad, True)
