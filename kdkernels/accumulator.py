@@ -13,10 +13,11 @@ class Accumulator(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(without_rounding(fn), recurse)
 
-    def _over_ranks(self, group, names, words: str = ""):
-        """The group's handle, once its ranks have found buffers of the same sizes, and `words`, on all of them."""
+    def _over_ranks(self, group, names, words: str = "", options=None):
+        """The group's handle, once its ranks have found buffers, `words` and options alike on all of them."""
         handle, held = distributed.handle_of(group), {name: getattr(self, name)[None] for name in names}
-        distributed.compare(lambda: (None, held), handle, f"{type(self).__name__}{words}")
+        options = self if options is None else options
+        distributed.compare(lambda: (None, held), handle, f"{type(self).__name__}{words}", options)
         return handle
 
 

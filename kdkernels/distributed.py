@@ -14,20 +14,22 @@ Gram-MSE with linear kernels p x p moments, whatever the batch, with others what
 a few numbers a class; any loss with rows="groups" 16 bytes, as each sample stays on its rank; MMD, SP, PKT, RKD, CC,
 RCKA and PCKA (its maps) the rows, of which each rank then holds all.
 
-All ranks make the same calls in the same order, with masks on all or none and gradients for all or none; rows may
-differ in number, and a rank may have none. What does not fit raises on every rank. Shapes are compared on the host, so
-under `torch.compile` such a call is a graph break; `fullgraph=True` refuses it.
+All ranks make the same calls in the same order, with one choice of options, masks on all or none and gradients for all
+or none, and the same backward passes through them; rows may differ in number, and a rank may have none. What does not
+fit raises on every rank; a rank that leaves out a call or a backward pass makes the others wait for the timeout of the
+process group. Weights are compared where no GPU holds them. Shapes are compared on the host, so under `torch.compile`
+such a call is a graph break; `fullgraph=True` refuses it.
 """
 
 from __future__ import annotations
 
+import numbers
 import zlib
 from typing import NamedTuple
 
 import torch
 
 from . import checks
-from .autograd import NoSecondDerivative
 
 _REFUSED = -2
 _MOST_DIMS = 6  # a rank tells the others so many sizes of a tensor
@@ -51,7 +53,7 @@ def gather(x: torch.Tensor, group=None) -> torch.Tensor:
     group: None here means all ranks, as in torch.distributed. Raises RuntimeError without a process group.
     """
     handle = handle_of("world" if group is None else group)
-    return gather_rows([x], agree([x], ["x"], handle, lambda: checks.is_tensor(x, "x")), handle)[0]
+    return gather_rows([x], agree([x], ["x"], handle, lambda: checks.is_tensor(x, "x"), "gather"), handle)[0]
 
 
 # compiled ranks could order their collectives each in its own way, and wait for each other
@@ -141,18 +143,18 @@ class Agreed(NamedTuple):
         return gather_rows(mine, [b - a for a, b in zip(cuts, cuts[1:], strict=False)], self.handle)
 
 
-def agree(tensors, names, handle, check=lambda: None) -> list[int]:
+def agree(tensors, names, handle, check=lambda: None, call: str = "", options=None) -> list[int]:
     """Rows on each rank, after all have compared what they hold: one error on every rank, and no deadlock later.
 
-    A rank whose `check` raises tells the others before it does. Tensors may be None, on all ranks alike. The host reads
-    the answer.
+    A rank whose `check` raises tells the others before it does. Tensors may be None, on all ranks alike. `call` and
+    `options` as in `compare`. The host reads the answer.
     """
 
     def prepare():
         check()
         return None, dict(zip(names, tensors, strict=True))
 
-    _, found = compare(prepare, handle)
+    _, found = compare(prepare, handle, call, options)
     rows = found[names[0]]
     for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None and found[name] != rows:
@@ -162,12 +164,12 @@ def agree(tensors, names, handle, check=lambda: None) -> list[int]:
     return rows
 
 
-def agreed(tensors, names, group, check=lambda: None) -> Agreed:
+def agreed(tensors, names, group, check=lambda: None, call: str = "", options=None) -> Agreed:
     """What an op's `group=` stands for: `agree`, unless a loss module has asked for all its levels already."""
     if isinstance(group, Agreed):
         return group
     handle = handle_of(group)
-    return Agreed(handle, agree(tensors, names, handle, check))
+    return Agreed(handle, agree(tensors, names, handle, check, call, options))
 
 
 def rows_first(t):
@@ -177,22 +179,23 @@ def rows_first(t):
 
 
 @_eager
-def compare(prepare, handle, call: str = ""):
+def compare(prepare, handle, call: str = "", options=None):
     """What `prepare` makes, and {name: rows on each rank} of the tensors it names; the ranks compare them all at once.
 
     prepare() -> (anything, {name: tensor or None}). Whatever it raises, the other ranks are told and raise too, so that
     nobody waits for a rank that is gone. But for their rows the tensors of a name must be alike on all ranks, so must
-    the number of names and `call`, which says in words what the caller computes. One message of 224 bytes a rank, and
-    one of 56 for each name after the third; the host reads them.
+    the number of names, `call`, which says in words what the caller computes, and `options`, a module or whatever
+    `worded` takes. One message of 224 bytes a rank, and one of 56 for each name after the third; the host reads them.
     """
-    made, named, described, error = None, {}, [], None
+    made, named, described, how, error = None, {}, [], "", None
     try:
         made, named = prepare()
-        described = [_described(t, name) for name, t in named.items()]
+        described, how = [_described(t, name) for name, t in named.items()], worded(options)
     except Exception as own:  # of any kind: it is raised below, once the others know
         error = own
-    padding = [-1] * (_WIDTH - 3)
-    header = [_REFUSED if error is not None else 0, len(described), zlib.crc32(call.encode()), *padding]
+    padding = [-1] * (_WIDTH - 4)
+    texts = [zlib.crc32(text.encode()) for text in (call, how)]
+    header = [_REFUSED if error is not None else 0, len(described), *texts, *padding]
     first = [header, *described[:_AT_ONCE]]
     table = _exchange(first + [[-1] * _WIDTH] * (1 + _AT_ONCE - len(first)), handle)
     if error is not None:
@@ -203,7 +206,7 @@ def compare(prepare, handle, call: str = ""):
             f"{next(iter(named))}: rank {refused[0]} of the group refused its arguments; its own error says why"
         )
     for i, rank in enumerate(table):
-        if rank[0] != header:
+        if rank[0][:3] != header[:3]:
             here = f"{call or 'its call'} of {len(named)} tensors"
             there = "another call" if rank[0][1] == header[1] else f"{rank[0][1]} tensors"
             raise ValueError(
@@ -218,7 +221,46 @@ def compare(prepare, handle, call: str = ""):
         if len({(rank[k][0], *rank[k][2:]) for rank in entries}) > 1:
             found = "; ".join(f"rank {i} has {_words(rank[k])}" for i, rank in enumerate(entries))
             raise ValueError(f"{name} differs between the ranks of the group: {found}. Only the rows may differ")
+    for i, rank in enumerate(table):
+        if rank[0][3] != header[3]:
+            raise ValueError(
+                f"{next(iter(named))}: rank {i} of the group has other options, this rank has {call}: {how}; every "
+                "rank makes the same call"
+            )
     return made, {name: [rank[k][1] for rank in entries] for k, name in enumerate(named)}
+
+
+def worded(value, depth: int = 4) -> str:
+    """Options as a text that is the same on every rank: no address, and no number on a GPU that the host waits for."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}{' with a gradient' if value.requires_grad else ''}"
+    if value is None or isinstance(value, (str, numbers.Number, torch.dtype)):
+        return repr(value)
+    if isinstance(value, torch.nn.Module):
+        return ", ".join(f"{name}={text}" for name, text in _module_worded(value, depth))
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(worded(one, depth) for one in value)}]"
+    if not isinstance(value, dict):
+        name = getattr(value, "__qualname__", None)
+        if name is not None or not depth:
+            return name or type(value).__name__
+        return f"{type(value).__name__}({worded(_public(value), depth - 1)})"
+    return ", ".join(f"{key}={worded(one, depth)}" for key, one in value.items())
+
+
+def _public(value) -> dict:
+    return {name: one for name, one in getattr(value, "__dict__", {}).items() if name[0] != "_" and name != "training"}
+
+
+def _module_worded(module, depth: int):
+    """What its constructor and those of its parts have set; of the sums they hold, the sizes."""
+    for path, part in module.named_modules():
+        held = {**_public(part), **part._buffers, **part._parameters}
+        for name, value in held.items():
+            text = worded(value, depth)
+            if "weight" in name and name in part._buffers and value is not None and checks.may_read(value):
+                text = str(value.tolist())
+            yield f"{path}.{name}".lstrip("."), text
 
 
 def _exchange(table, handle) -> list[list[list[int]]]:
@@ -293,7 +335,7 @@ class _Gather(torch.autograd.Function):
         return run(grad, ctx.rows, ctx.handle), None, None
 
 
-class _Scatter(NoSecondDerivative):
+class _Scatter(torch.autograd.Function):
     """The sum over the ranks of the rows that came from this one."""
 
     @staticmethod
@@ -303,6 +345,14 @@ class _Scatter(NoSecondDerivative):
         out = grad.new_empty(longest, *grad.shape[1:])
         _reduce_scatter(out, sent, handle)
         return out[:own]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.rows, ctx.handle = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Gather.apply(grad, ctx.rows, ctx.handle), None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -52,10 +52,10 @@ def differs(one, other) -> float:
     return float((one - other).abs().max() / other.abs().max()) if other.numel() else 0.0
 
 
-def compared(op, x, y, rows, mask=None):
-    """Errors of value and averaged gradient of both sides, over all ranks."""
+def compared(op, x, y, rows, mask=None, wide=False):
+    """Errors of value and averaged gradient of both sides, over all ranks; wide: from one process in float64."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    whole = [t.clone().requires_grad_() for t in (x, y)]
+    whole = [(t.double() if wide else t.clone()).requires_grad_() for t in (x, y)]
     value = OPS[op](*whole, **({} if mask is None else {"mask": mask}))
     upstream = torch.tensor(1.7, dtype=value.dtype, device=value.device)
     expected = torch.autograd.grad(value, whole, upstream)
@@ -70,6 +70,26 @@ def compared(op, x, y, rows, mask=None):
     worst = torch.tensor(errors, dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return worst.tolist()
+
+
+# rows that float32 moments could lose: far from 0, and sides or ranks of other sizes
+SHIFTS = {
+    "far from 0": lambda x, y: (x + 1e5, y - 3e4),
+    "one rank far from 0": lambda x, y: (x + 1e4 * (torch.arange(len(x)) < len(x) // 2)[:, None], y),
+    "a small side": lambda x, y: (x * 1e-6, y),
+}
+
+
+def out_of_scale(out):
+    """float32 over the ranks against float64 in one process, on the same numbers."""
+    world = dist.get_world_size()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(12 * world, 5, generator=generator, dtype=torch.float64)
+    y = torch.tanh(x) + torch.randn(x.shape, generator=generator, dtype=torch.float64) / 2
+    for name, shift in SHIFTS.items():
+        for op in ("cka", "cka biased", "hsic", "gram_mse"):
+            sides = [side.float() for side in shift(x, y)]
+            out[f"out of scale, {op}, {name}"] = compared(op, *sides, [12] * world, wide=True)
 
 
 def equal_to_one_process(out):
@@ -159,7 +179,17 @@ def refusals(out):
     odd = rank == 1
     x, y, few = torch.randn(8, 4), torch.randn(8, 4), torch.randn(1 - (rank > 1), 4)
     whole = {"group": "world"}
+    rbf, mask, sigma = kd.RBF(1.0 + odd), torch.ones(8, dtype=torch.bool), torch.ones((), requires_grad=odd)
     wrong = {
+        "kernel": lambda: kd.cka(x, y, kernel="rbf" if odd else "linear", **whole),
+        "bandwidth": lambda: kd.mmd(x, y, kernel=rbf, **whole),
+        "bandwidth with a gradient": lambda: kd.cka(x, y, kernel=kd.RBF(sigma), **whole),
+        "unbiased": lambda: kd.hsic(x, y, unbiased=not odd, **whole),
+        "option that does not exist": lambda: kd.gram_mse(x, y, normalize="rows" if odd else None, **whole),
+        "backend": lambda: kd.cka(x, y, backend="reference" if odd else "torch", **whole),
+        "unknown backend": lambda: kd.cka(x, y, backend="gpu", **whole),
+        "another op": lambda: (kd.pkt if odd else kd.rkd_distance)(x, y, **whole),
+        "one mask for two samples": lambda: kd.mmd(x, y, mask=mask if odd else None, **whole),
         "widths": lambda: kd.cka(torch.randn(8, 4 + odd), y, **whole),
         "dtypes": lambda: kd.cka(x.double() if odd else x, y, **whole),
         "rows of one rank": lambda: kd.hsic(x, y[odd:], **whole),
@@ -201,6 +231,6 @@ def run(path, *checks):
 if __name__ == "__main__":
     import over_ranks_losses
 
-    every = (equal_to_one_process, gathered_rows, traffic, refusals, *over_ranks_losses.CHECKS)
+    every = (equal_to_one_process, out_of_scale, gathered_rows, traffic, refusals, *over_ranks_losses.CHECKS)
     named = {check.__name__: check for check in (*every, dies)}
     run(sys.argv[1], *([named[wanted] for wanted in sys.argv[2:]] or every))

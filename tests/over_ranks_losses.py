@@ -4,6 +4,7 @@
 import warnings
 from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import kdkernels as kd
 from kdkernels import distributed, losses
+from kdkernels.analysis import metric
 from kdkernels.losses.cmkd import classes_apart
 
 # sizes of a sample on the student's and the teacher's side
@@ -236,12 +238,31 @@ def traffic_of_losses(out):
     out["bytes, groups"] = bytes_sent(lambda: loss(x, y).backward())
 
 
+def metric_alone(kernel):
+    """As it is without torchmetrics, whose metrics compare nothing."""
+    with mock.patch.object(metric, "_collected", lambda: None):
+        return kd.CKAMetric(kernel)
+
+
 def refusals_of_losses(out):
     rank = dist.get_rank()
     odd = rank == 1
     x, y, tokens = torch.randn(8, 4), torch.randn(8, 4), torch.randn(4, 3, 5)
     cka, rcka, sp = (make(group="world") for make in (losses.CKALoss, losses.RCKALoss, losses.SPLoss))
+    tensors = {"mask": torch.ones(8, dtype=torch.bool)}
+    whole = {"group": "world"}
     wrong = {
+        "a kernel": lambda: losses.CKALoss("rbf" if odd else "linear", **whole)(x, y),
+        "a bandwidth": lambda: losses.CKALoss(kd.RBF(1.0 + odd), **whole)(x, y),
+        "a weight": lambda: losses.SPLoss(weight=1.0 + odd, **whole)(x, y),
+        "weights": lambda: losses.CKALoss(weights=[1.0] if odd else None, **whole)([x], [y]),
+        "a preset": lambda: (losses.MMDLoss.preset("transfer", **whole) if odd else losses.MMDLoss(**whole))(x, y),
+        "a term": lambda: losses.DISTLoss(beta=1.0 - odd, **whole)(x, y),
+        "a normalizer": lambda: losses.DISTLoss(**whole)(x, y, normalizer=3.0 if odd else None, **tensors),
+        "landmarks": lambda: losses.NystromTransferLoss(3 + odd, **whole)(x, y),
+        "a part": lambda: losses.KDALoss(4, 4, 4, counts="epoch" if odd else "first", **whole)(x, y),
+        "a fit": lambda: losses.RdimKDLoss(4, 2 + odd, **whole).fit(),
+        "a metric": lambda: metric_alone("rbf" if odd else "linear").compute(),
         "a width": lambda: cka(torch.randn(8, 4 + odd), y),
         "a width of level 1": lambda: cka([x, torch.randn(8, 4 + odd)], [y, y]),
         "a dtype": lambda: cka(x, y.double() if odd else y),

@@ -91,7 +91,9 @@ class CKAMetric(Accumulator):
         """The CKA of all batches of all processes so far; with return_error also its standard error."""
         state = self.sums
         if dist.is_available() and dist.is_initialized():
-            (state,) = summed([state], self.process_group)
+            group = "world" if self.process_group is None else self.process_group
+            options = {"kernel": self.kernel, "unbiased": self.unbiased}
+            (state,) = summed([state], self._over_ranks(group, ("sums",), options=options))
         return self._result(state, return_error)
 
     def standard_error(self) -> torch.Tensor:

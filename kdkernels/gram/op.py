@@ -63,7 +63,7 @@ def cka(
     >>> round(kd.cka(x, 3 * x @ rotation).item(), 4)
     1.0
     """
-    return _statistic("cka", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, group, backend)
+    return _statistic("cka", x, y, kernel, unbiased, center, row_normalize, True, mask, group, backend)
 
 
 def hsic(
@@ -88,7 +88,7 @@ def hsic(
     >>> bool(kd.hsic(x, x) > kd.hsic(x, torch.randn(64, 8)).abs())
     True
     """
-    return _statistic("hsic", x, y, spec_of(kernel), unbiased, center, row_normalize, True, mask, group, backend)
+    return _statistic("hsic", x, y, kernel, unbiased, center, row_normalize, True, mask, group, backend)
 
 
 def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, backend="auto") -> torch.Tensor:
@@ -104,6 +104,9 @@ def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, b
     >>> kd.gram_mse(x, x).item()
     0.0
     """
+    options = {"normalize": normalize, "reduction": reduction, "backend": backend}
+    if group is not None:
+        group = ranks.agreed("gram_mse", x, y, mask, group, options)
     if normalize not in (None, "row"):
         raise ValueError(f"normalize is {normalize!r}: give None or 'row'")
     if reduction not in ("mean", "sum"):
@@ -128,18 +131,23 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="au
     >>> bool(kd.mmd(x, y) > 0.1)
     True
     """
-    kernels = spec_of(kernel)
-    if kernels[0] is not kernels[1]:
-        raise ValueError("kernel is a pair: mmd compares x and y under one kernel function")
 
     def check():
         check_features(x, y, same_rows=False, empty=group is not None)
         if x.shape[-1] != y.shape[-1]:
             raise ValueError(f"y has {y.shape[-1]} features, x has {x.shape[-1]}: mmd compares samples of one space")
+        if group is not None:
+            backends.resolve("mmd", backend, device_type(x), (x.dtype, y.dtype))
         return check_mmd_masks(mask, x, y)
 
     if group is not None:
-        value, gathered = ranks.two_samples(x, y, kernels[0], unbiased, mask, group, check)
+        options = {"kernel": kernel, "unbiased": unbiased, "backend": backend}
+        groups = ranks.agreed_on_both(x, y, mask, group, check, options)
+    kernels = spec_of(kernel)
+    if kernels[0] is not kernels[1]:
+        raise ValueError("kernel is a pair: mmd compares x and y under one kernel function")
+    if group is not None:
+        value, gathered = ranks.two_samples(x, y, kernels[0], unbiased, mask, groups, backend)
         if gathered is None:
             return value
         x, y, mask = gathered
@@ -160,17 +168,23 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="au
     return _call("sum", rows, labels, specs, unbiased, False, False, True, keep, chosen)
 
 
-def _statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group, backend):
+def _statistic(stat, x, y, kernel, unbiased, center, row_normalize, mean, mask, group, backend):
     if group is None:
         check_features(x, y)
+    else:
+        options = {"kernel": kernel, "unbiased": unbiased, "center": center, "row_normalize": row_normalize}
+        group = ranks.agreed(stat, x, y, mask, group, {**options, "backend": backend})
+    kernels = spec_of(kernel)
     if unbiased and stat in ("cka", "hsic"):
         if not center:
             raise ValueError("center=False with unbiased=True: the unbiased estimator is centred, pass unbiased=False")
         if row_normalize:
             raise ValueError("row_normalize=True with unbiased=True: row normalisation needs unbiased=False")
     if group is not None:
+        # what came from moments or the ring runs on no backend: an unknown one is refused all the same
+        backends.resolve("gram_mse" if "mse" in stat else stat, backend, device_type(x), (x.dtype, y.dtype))
         how = (kernels, unbiased, center, row_normalize, mean)
-        value, rows = ranks.of_all_ranks(stat, x, y, *how, mask, group)
+        value, rows = ranks.of_all_ranks(stat, x, y, *how, mask, group, backend)
         return value if rows is None else _statistic(stat, *rows[:2], *how, rows[2], None, backend)
     least = minimum_rows(unbiased, center, stat)
     if x.shape[-2] < least:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import backend as backends
 from .. import distributed
 from ..autograd import device_type, without_autocast
 from ..distributed import rows_first
@@ -19,19 +20,31 @@ from .prepare import unit_rows
 from .problem import minimum_rows
 
 
-def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group):
-    """(the statistic, None) where it came from moments, else (None, (x, y, mask) with the rows of all ranks)."""
+def agreed(op, x, y, mask, group, options) -> distributed.Agreed:
+    """The ranks compare what they were given, before anything of it is looked into."""
 
     def check():
         check_features(x, y, empty=True)
         if mask is not None:
             check_mask(mask, x, "mask")
+        backends.resolve(op, options["backend"], device_type(x), (x.dtype, y.dtype))
 
+    return distributed.agreed(
+        [rows_first(side) for side in (x, y, mask)], ("x", "y", "mask"), group, check, op, options
+    )
+
+
+def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group, backend):
+    """(the statistic, None) from moments or the ring, else (None, (x, y, mask) with the rows of all ranks).
+
+    group: an `Agreed`. The textbook sees rows: for backend="reference" all of them travel.
+    """
     sides = [rows_first(side) for side in (x, y, mask)]
-    group = distributed.agreed(sides, ("x", "y", "mask"), group, check)
     least, total, (p, q) = minimum_rows(unbiased, center, stat), group.total, (x.shape[-1], y.shape[-1])
     if total < least:
         raise ValueError(f"x and y have {total} rows on all ranks: {stat} needs at least {least}")
+    if backend == "reference":
+        return None, [rows_first(side) for side in group.gather(*sides)]
     linear = all(kernel.name in ("linear", "cosine") for kernel in kernels)
     if linear and (stat == "mse" or (center and not row_normalize and stat in ("cka", "hsic"))):
         if p * p + p * q + q * q + p + q <= total * (p + q):
@@ -41,17 +54,31 @@ def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mas
     return None, [rows_first(side) for side in group.gather(*sides)]
 
 
-def two_samples(x, y, kernel, unbiased, masks, group, check):
-    """(MMD, None) where rows went round the ring, else (None, (x, y, their masks) of all ranks).
+def agreed_on_both(x, y, masks, group, check, options) -> list[distributed.Agreed]:
+    """`agreed` of two samples, which need not have the same number of rows."""
+    if isinstance(group, distributed.Agreed):
+        return [group, group]
 
-    The samples need not have the same number of rows.
-    """
-    pairs, groups, masks = [], [], masks or (None, None)
-    for k, (side, mask, name) in enumerate(zip((x, y), masks, "xy", strict=True)):
-        pairs.append([rows_first(side), rows_first(mask)])
-        groups.append(distributed.agreed(pairs[-1], (name, f"mask[{k}]"), group, check))
-    if min(of.total for of in groups) > 1 and ring.chosen(x, y[..., :0], ring.joined(groups)):
+    def prepare():
+        check()
+        of_x, of_y = masks or (None, None)
+        return None, {name: rows_first(t) for name, t in (("x", x), ("mask[0]", of_x), ("y", y), ("mask[1]", of_y))}
+
+    handle = distributed.handle_of(group)
+    _, rows = distributed.compare(prepare, handle, "mmd", options)
+    return [distributed.Agreed(handle, rows[name]) for name in "xy"]
+
+
+def two_samples(x, y, kernel, unbiased, masks, groups, backend):
+    """(MMD, None) where rows went round the ring, else (None, (x, y, their masks) of all ranks)."""
+    masks = masks or (None, None)
+    if (
+        backend != "reference"
+        and min(of.total for of in groups) > 1
+        and ring.chosen(x, y[..., :0], ring.joined(groups))
+    ):
         return ring.mmd(x, y, kernel, unbiased, masks, groups), None
+    pairs = [[rows_first(t) for t in pair] for pair in zip((x, y), masks, strict=True)]
     (x, mask_x), (y, mask_y) = ([rows_first(t) for t in of.gather(*p)] for of, p in zip(groups, pairs, strict=True))
     return None, (x, y, (mask_x, mask_y))
 
@@ -73,7 +100,7 @@ def _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle):
         least = minimum_rows(unbiased, True, stat)
         enough, N = N >= least, N.clamp(min=least)
         if stat == "mse":
-            value = _mse(X, Y, handle) / (N.square() if mean else 1)
+            value = _MSE.apply(X, Y, handle) / (N.square() if mean else 1)
         else:
             value = _hsic_or_cka(stat, X, Y, N, unbiased, mask, handle)
         return torch.where(enough, value, 0).to(dtype)
@@ -92,10 +119,13 @@ def _centred(x, N, mask, handle):
     sums = distributed.sum_over(sums, handle) / N[:, None]
     mean, square = sums[:, :-1], sums[:, -1].detach()
     spread = square - mean.detach().square().sum(-1)
+    # the mean in two parts: rows far from 0 need the digits of it that their own dtype does not have
+    high = mean.detach().to(x.dtype)
+    low = (mean - high).to(x.dtype)
     # rows that differ by less than the rounding of their mean are constant
     varies = spread > (4 * torch.finfo(x.dtype).eps) ** 2 * square
     scale = torch.exp2(torch.log2(torch.where(varies, spread, 1)).div_(-2).round_())
-    z = (x - mean[:, None].to(x.dtype)) * torch.where(varies, scale, 0).to(x.dtype)[:, None, None]
+    z = (x - high[:, None] - low[:, None]) * torch.where(varies, scale, 0).to(x.dtype)[:, None, None]
     return _masked(z, mask), scale
 
 
@@ -135,10 +165,39 @@ def _hsic_or_cka(stat, X, Y, N, unbiased, mask, handle):
     return kl / (kk.sqrt() * ll.sqrt())
 
 
-def _mse(X, Y, handle):
-    """|XX' - YY'|^2 from D = X - Y and M = X + Y: nothing cancels as X nears Y. Zero columns pad the narrower."""
+class _MSE(torch.autograd.Function):
+    """|XX' - YY'|^2 [G] from D = X - Y and M = X + Y: nothing cancels as X nears Y. Zero columns pad the narrower.
+
+    The gradient of X is 2 g (D M'X + M D'X), from products of its own: by way of D and M that of a small side is lost
+    in the large one's. It can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(X, Y, handle):
+        D, M = _difference(X, Y)
+        DD, MM, DM = _products([(D, D), (M, M), (D, M)], handle)
+        return ((DD * MM).sum((1, 2)) + (DM * DM.mT).sum((1, 2))) / 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *sides, ctx.handle = inputs
+        ctx.save_for_backward(*sides)
+
+    @staticmethod
+    def backward(ctx, grad):
+        sides = ctx.saved_tensors
+        D, M = _difference(*sides)
+        grad = distributed.sum_over(grad, ctx.handle)[:, None, None]
+        out = [None, None]
+        for k in (0, 1):
+            if ctx.needs_input_grad[k]:
+                sign, Z = (2, -2)[k], sides[k]
+                MZ, DZ = _products([(M, Z), (D, Z)], ctx.handle)
+                out[k] = (sign * grad).to(Z.dtype) * (D @ MZ.to(Z.dtype) + M @ DZ.to(Z.dtype))[..., : Z.shape[-1]]
+        return *out, None
+
+
+def _difference(X, Y):
     width = max(X.shape[-1], Y.shape[-1])
     X, Y = (torch.nn.functional.pad(Z, (0, width - Z.shape[-1])) for Z in (X, Y))
-    D, M = X - Y, X + Y
-    DD, MM, DM = _products([(D, D), (M, M), (D, M)], handle)
-    return ((DD * MM).sum((1, 2)) + (DM * DM.mT).sum((1, 2))) / 2
+    return X - Y, X + Y

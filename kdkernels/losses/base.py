@@ -72,7 +72,7 @@ class Loss(nn.Module):
                 tensors |= dict(zip(names, one, strict=True))
             return list(ready.values()), tensors
 
-        ready, rows = distributed.compare(named, handle, f"{type(self).__name__}{call}")
+        ready, rows = distributed.compare(named, handle, f"{type(self).__name__}{call}", self)
         return ready, [distributed.Agreed(handle, n) for n in list(rows.values())[::3]]
 
     def _total(self, parts: dict[str, torch.Tensor], return_parts: bool):

@@ -117,7 +117,8 @@ class CMKDLoss(Loss):
                 counted = None if counted is None else counted.flatten()
             return {"logits": (x, y, counted)}
 
-        ((student, teacher, counted),), (group,) = self._over_ranks(prepare)
+        call = "" if normalizer is None else " with a normalizer"
+        ((student, teacher, counted),), (group,) = self._over_ranks(prepare, call)
         terms = [name for name in TERMS if getattr(self, TERMS[name]) is not None]
         n = math.prod(student.shape[:-1]) if group is None else group.total
         if self._too_small(n, 2 if "classes" in terms else 1):

@@ -84,7 +84,7 @@ class DISTLoss(Loss):
             x, y = (side.flatten(0, -2) for side in (student_logits, teacher_logits.detach()))
             return {"logits": (x, y, None if counted is None else counted.flatten())}
 
-        ((x, y, counted),), (group,) = self._over_ranks(prepare)
+        ((x, y, counted),), (group,) = self._over_ranks(prepare, "" if normalizer is None else " with a normalizer")
         terms = [name for name, factor in (("rows", self.beta), ("columns", self.gamma)) if factor]
         if self._level_too_small(x, 2 if self.gamma else 1, group):
             return self._nothing(terms, student_logits, return_parts)

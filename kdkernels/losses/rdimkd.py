@@ -108,7 +108,7 @@ class RdimKDLoss(Loss):
     @torch.no_grad()
     def fit(self) -> None:
         """Sets the basis and the scale from what was observed; may be called again."""
-        pca = self.pca if self.group is None else self.pca.merged(self.group)
+        pca = self.pca if self.group is None else self.pca.merged(self.group, self)
         if self.variant == "P":
             self.basis.copy_(pca.components(self.k))
         elif self.variant == "A":
@@ -155,7 +155,7 @@ class RdimKDLoss(Loss):
             return (s, t, kept, dim), named | {"mask": None if kept is None else _first(kept)}
 
         handle = distributed.handle_of(self.group)
-        view, rows = distributed.compare(named, handle, type(self).__name__)
+        view, rows = distributed.compare(named, handle, type(self).__name__, self)
         return view, distributed.Agreed(handle, rows["student_features"])
 
     def _mean_of_all(self, total, s, dim: int, kept, group):

@@ -258,13 +258,17 @@ def _statistic(op, tensors, names, kernel, unbiased, normalize, mask, whiten, ji
         check_side(y, zy, names[1], names[3], group is not None)
         check_same_rows(x, y, *names[:2])
         check_mask(mask, x, names[0])
+        if group is not None:
+            backends.resolve(op, backend, device_type(x), tuple(v.dtype for v in tensors))
 
     if group is None:
         check()
     else:
         held = dict(zip((*names, "mask"), (*tensors, mask), strict=True))
         sides = {name: held[name] for name in (*names[:2], "mask")}
-        group = ranks.agreed(op, sides, {name: held[name] for name in names[2:]}, group, check)
+        options = {"kernel": kernel, "unbiased": unbiased, "normalize": normalize, "whiten": whiten, "jitter": jitter}
+        landmarks = {name: held[name] for name in names[2:]}
+        group = ranks.agreed(op, sides, landmarks, group, check, {**options, "backend": backend})
     jitter = check_whitening(whiten, jitter)
     kernels = spec_of(kernel)
     check_bandwidths(kernels)

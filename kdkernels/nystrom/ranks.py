@@ -18,8 +18,8 @@ from .function import Statistic, needs
 from .problem import decode
 
 
-def agreed(call: str, sides, landmarks, group, check) -> distributed.Agreed:
-    """The ranks compare what they hold, and that their landmarks are the same; {name: tensor} of both."""
+def agreed(call: str, sides, landmarks, group, check, options) -> distributed.Agreed:
+    """The ranks compare what they were given, and that their landmarks are the same; {name: tensor} of both."""
     if isinstance(group, distributed.Agreed):
         return group
     handle = distributed.handle_of(group)
@@ -28,7 +28,7 @@ def agreed(call: str, sides, landmarks, group, check) -> distributed.Agreed:
         check()
         return None, sides | {name: z[None] for name, z in landmarks.items()}
 
-    _, rows = distributed.compare(prepare, handle, call)
+    _, rows = distributed.compare(prepare, handle, call, options)
     check_same(landmarks, handle)
     return distributed.Agreed(handle, rows[next(iter(sides))])
 

@@ -100,13 +100,14 @@ class StreamingPCA(Accumulator):
         self._join(other.count.to(device), other.mean.to(device), other.scatter.to(device))
 
     @torch.no_grad()
-    def merged(self, group) -> StreamingPCA:
+    def merged(self, group, options=None) -> StreamingPCA:
         """A new accumulator that has seen what the ranks of `group` ("world" or a process group) have; this one stays.
 
         Every rank calls it, also one that saw nothing, and gets the same bits. Two messages a rank, 8 (c + 1) and 8 c^2
-        bytes, whatever the number of batches, and 224 bytes to agree.
+        bytes, whatever the number of batches, and 224 bytes to agree. options: what else the ranks are to have alike,
+        for a caller who computes on with the result: a module, or a dict of numbers and texts.
         """
-        handle = self._over_ranks(group, ("mean",))
+        handle = self._over_ranks(group, ("mean",), options=options)
         out = StreamingPCA(self.num_channels).to(self.mean.device)
         count, total = summed([self.count, self.count * self.mean], handle)
         out.count.copy_(count)
@@ -128,8 +129,8 @@ class StreamingPCA(Accumulator):
         Directions of equal variance are any orthonormal basis of their span. Reads values: not for CUDA graphs. With a
         group, of what all its ranks have seen: the same on each, up to how their processors round.
         """
-        check_count(k, self.num_channels)
         covariance = self.covariance(group=group)
+        check_count(k, self.num_channels)  # after the ranks have met: one that raises alone would leave the others
         if not bool(torch.isfinite(covariance).all()):
             raise ValueError("the features seen hold NaN or infinity: their covariance has no principal directions")
         P = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k]

@@ -93,10 +93,12 @@ def _relation(kind, x, y, mask, group, backend):
         check_features(x, y, empty=group is not None)
         if mask is not None:
             check_mask(mask, x, "mask")
+        if group is not None:
+            backends.resolve(kind, backend, device_type(x), (x.dtype, y.dtype))
 
     if group is not None:
         sides = [rows_first(side) for side in (x, y, mask)]
-        group = agreed(sides, ("x", "y", "mask"), group, check)
+        group = agreed(sides, ("x", "y", "mask"), group, check, kind, {"backend": backend})
         if group.total < MINIMUM[kind]:
             raise ValueError(f"x and y have {group.total} rows on all ranks: {kind} needs at least {MINIMUM[kind]}")
         return _relation(kind, *map(rows_first, group.gather(*sides)), None, backend)

@@ -54,7 +54,8 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend=
     else:
         landmarks = {"s_centers": s_centers, "t_centers": t_centers}
         check = lambda: check_call(s, t, s_centers, t_centers)  # noqa: E731
-        group = ranks.agreed("landmark_similarity_loss", {"s": s, "t": t}, landmarks, group, check)
+        sides, options = {"s": s, "t": t}, {"backend": backend}
+        group = ranks.agreed("landmark_similarity_loss", sides, landmarks, group, check, options)
     t, s_centers, t_centers = (x.detach() if x.requires_grad else x for x in (t, s_centers, t_centers))
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
