@@ -91,14 +91,17 @@ def equal_to_one_process(out):
 
 
 def groups_and_bandwidths(out):
-    """Groups of their own masks, one with too few rows; a bandwidth that learns; half rows."""
+    """Groups of their own masks, one with too few rows, of NaN; a bandwidth that learns; half rows."""
     rows = list(SPLITS["uneven"][: dist.get_world_size()])
     x, y = pair(rows, groups=(3,))
     mask = torch.rand(3, sum(rows), generator=torch.Generator().manual_seed(1)) < 0.8
-    mask[1, 3:] = False
+    mask[1, 1:] = False
+    mask = mask.to(x.device)
+    lost = x.clone()
+    lost[1] = torch.nan
     for name in OF_GROUPS:
         out[f"groups, {name}"] = errors(OPS[name], x, y, rows)
-        out[f"groups, {name}, masked"] = errors(OPS[name], x, y, rows, mask)
+        out[f"groups, {name}, masked"] = errors(OPS[name], lost if name.startswith("cka") else x, y, rows, mask)
     x, y = (t[0] for t in (x, y))
     gradients = []
     for inputs, how in (((x, y), {}), ([part(t, rows, -2) for t in (x, y)], {"group": "world"})):
@@ -110,6 +113,23 @@ def groups_and_bandwidths(out):
     out["bfloat16"] = errors(OPS["cka rbf"], x.bfloat16(), y.bfloat16(), rows)[:1]
     with torch.autocast("cpu", torch.bfloat16):
         out["autocast"] = errors(OPS["cka rbf"], x, y, rows)
+
+
+def wide_bandwidth(out):
+    """Independent features, rows of unlike norms, a wide kernel: K is nearly u_i + u_j, and little of it is left."""
+    rows = [150] * dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    norms = torch.linspace(0.1, 3, sum(rows))[torch.randperm(sum(rows), generator=generator), None]
+    x = torch.randn(sum(rows), 400, generator=generator) * norms
+    y = torch.randn(x.shape, generator=generator) * norms.flip(0) + x
+    x, y = x.to(device()), y.to(device())
+    op = partial(kd.cka, kernel=RBF(500.0))
+    whole = [t.double().requires_grad_() for t in (x, y)]
+    own = [part(t, rows, 0).requires_grad_() for t in (x, y)]
+    value, found = op(*whole), op(*own, group="world")
+    (wanted,), (gradient,) = torch.autograd.grad(value, whole[:1]), torch.autograd.grad(found, own[:1])
+    off = gradient.double() / len(rows) - part(wanted, rows, 0)
+    out["wide bandwidth"] = worst([differs(found, value), float(off.abs().max() / wanted.abs().max())])
 
 
 def refused(call):
@@ -170,5 +190,5 @@ def dies(out):
 
 if __name__ == "__main__":
     panels.TILE, ring.RING_FROM, rules.EXACT = 8, 0, 16
-    every = (equal_to_one_process, groups_and_bandwidths, second_derivatives, memory_and_traffic)
+    every = (equal_to_one_process, groups_and_bandwidths, wide_bandwidth, second_derivatives, memory_and_traffic)
     run(sys.argv[1], *([check for check in (*every, dies) if check.__name__ in sys.argv[2:]] or every))
