@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of the rows of all ranks: linear kernels send p x p moments and no feature, the others gather.
+"""Statistics of the rows of all ranks: linear kernels send p x p moments and no feature, the others their rows.
 
-What travels a call and rank, N rows in all, b bytes a number: moments (p^2 + p q + q^2 + p + q) b, whatever N is;
-features N (p + q) b. The smaller of the two is chosen, on every rank alike. Backward sends as much, of the sides that
-need a gradient. MATH.md, "More than one GPU", has the formulas.
+What reaches a rank a call, N rows in all, b bytes a number: moments about 2 (p^2 + p q + q^2 + p + q) b, whatever N is;
+features N (p + q) b. The smaller of the two is chosen, on every rank alike; features are gathered while they are few,
+and go round a ring where they are not. MATH.md, "More than one GPU", has the formulas and what backward sends.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from .prepare import prepare, unprepare_gradient
 from .problem import Problem, stated
 from .torch_impl import SIDE_ROWS, compute_dtype, pack_rows, saved_dtype, sigma_gradient, unpack_weights
 
-# Bytes of all ranks' features from which the ring pays. Below it gathering costs a rank less than 300 MiB (rows as they
-# are, prepared, and a gradient) for two collectives and the fused kernels; from there on that memory grows with the
-# number of ranks, and so do the pairs: all N^2 / 2 on every rank, where the ring has N^2 / W.
+# Bytes of all ranks' features from which the ring is taken. There gathering needs three to six times as much on every
+# rank (bench/distributed_rows.py), and from there on that grows with the ranks; so do the pairs, N^2 / 2 on every rank,
+# where the ring has N^2 / W. Below, one collective and the fused kernels are quicker. Set it on all ranks alike.
 RING_FROM = 64 * 2**20
 
 
