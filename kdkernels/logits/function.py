@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
-from . import torch_impl
+from ..backend import implementation
 from .problem import STUDENT, TEACHER, Extras, Problem, compute_dtype
 
 
@@ -65,18 +65,6 @@ class RowLossGradient(NoSecondDerivative):
     forward = staticmethod(backward)
 
 
-def _implementation(backend):
-    if backend == "triton":
-        from . import triton_impl
-
-        return triton_impl
-    if backend == "cpp":
-        from . import native_impl
-
-        return native_impl
-    return torch_impl
-
-
 def _rows(t):
     """[..., C] as [R, C]."""
     return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
@@ -89,7 +77,7 @@ def _logits_fwd(
     problem = Problem(tau, alpha, tuple(mix), number, mixed)
     extras = Extras(labels, permuted, lam, clean, permutation)
     with without_autocast(device_type(student)):
-        run = _implementation(backend).forward
+        run = implementation(__package__, backend).forward
         value, statistics = run(_rows(student), _rows(teacher), problem, extras, need)
         if reduction == "none":
             value = value.reshape(student.shape[:-1])
@@ -119,7 +107,7 @@ def _logits_bwd(
     factor = 1 / rows if reduction == "mean" else 1.0
     grad = grad.reshape(-1) if reduction == "none" else grad.expand(rows)
     with without_autocast(device_type(student)):
-        run = _implementation(backend).backward
+        run = implementation(__package__, backend).backward
         d_student, d_teacher = run(grad, factor, _rows(student), _rows(teacher), statistics, problem, extras, need)
     if student.dim() != 2:
         d_student = d_student.reshape(student.shape) if need & STUDENT else d_student

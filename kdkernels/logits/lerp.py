@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import apply, plain, register
-from .function import _implementation
+from ..backend import implementation
 
 
 def lerp(x, lam, permutation, backend):
@@ -69,7 +69,7 @@ def _lerp_rows(x, weight, other, index, backend):
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        return _implementation(backend).lerp_rows(x, weight, other, index)
+        return implementation(__package__, backend).lerp_rows(x, weight, other, index)
 
 
 register(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ..backend import implementation
 from . import torch_impl
 
 
@@ -54,26 +55,14 @@ def differentiable(s, t, basis, mask, channel_dim, reduction, backend, need):
     return apply(ProjectedMSE, s, t, basis, mask, channel_dim, reduction, backend, need)[0]
 
 
-def _implementation(backend: str):
-    if backend == "triton":
-        from . import triton_impl
-
-        return triton_impl
-    if backend == "cpp":
-        from . import native_impl
-
-        return native_impl
-    return torch_impl
-
-
 def _fwd(s, t, basis, mask, channel_dim, reduction, backend, need):
     with without_autocast(device_type(s)):
-        return _implementation(backend).forward(s, t, basis, mask, channel_dim, reduction, bool(need))
+        return implementation(__package__, backend).forward(s, t, basis, mask, channel_dim, reduction, bool(need))
 
 
 def _bwd(grad, s, t, basis, mask, projected, channel_dim, reduction, backend, need):
     with without_autocast(device_type(s)):
-        run = _implementation(backend).backward
+        run = implementation(__package__, backend).backward
         return run(grad, s, t, basis, mask, projected, channel_dim, reduction, need)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from ...autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ...backend import implementation
 from . import torch_impl
 
 
@@ -57,7 +58,7 @@ class LandmarkSimilarityOverRanks(LandmarkSimilarity):
     @staticmethod
     def forward(s, t, s_centers, t_centers, backend, need, group):
         with without_autocast(device_type(s)):
-            sums, kept = _implementation(backend).sums(s, t, s_centers, t_centers, need)
+            sums, kept = implementation(__package__, backend).sums(s, t, s_centers, t_centers, need)
             return torch_impl.finished(group.sum(sums), torch_impl.compute_dtype(s, t), kept)
 
     @staticmethod
@@ -76,31 +77,19 @@ def over_ranks(s, t, s_centers, t_centers, backend, need, group):
     return run(s, t, s_centers, t_centers, backend, need, group)[0]
 
 
-def _implementation(backend: str):
-    if backend == "triton":
-        from . import triton_impl
-
-        return triton_impl
-    if backend == "cpp":
-        from . import native_impl
-
-        return native_impl
-    return torch_impl
-
-
 def _fwd(s, t, s_centers, t_centers, backend, need):
     with without_autocast(device_type(s)):
-        return _implementation(backend).forward(s, t, s_centers, t_centers, need)
+        return implementation(__package__, backend).forward(s, t, s_centers, t_centers, need)
 
 
 def _bwd(grad, s, t, s_centers, t_centers, kept, inverse, backend):
     with without_autocast(device_type(s)):
-        return _implementation(backend).backward(grad, s, t, s_centers, t_centers, kept, inverse)
+        return implementation(__package__, backend).backward(grad, s, t, s_centers, t_centers, kept, inverse)
 
 
 def _fwd_fake(s, t, s_centers, t_centers, backend, need):
     dtype = torch_impl.compute_dtype(s, t)
-    kept = s.new_empty(_implementation(backend).kept_shape(s, t, s_centers, need), dtype=dtype)
+    kept = s.new_empty(implementation(__package__, backend).kept_shape(s, t, s_centers, need), dtype=dtype)
     return s.new_empty((), dtype=dtype), kept, s.new_empty((), dtype=dtype)
 
 
