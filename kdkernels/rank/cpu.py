@@ -15,7 +15,7 @@ import torch
 from . import blocks, counted, rounds, sorted_ranks, strength
 from .ordering import SORTED, absent
 from .sorted_ranks import first_positions
-from .threads import QUIET, over_rows
+from .threads import QUIET, groups, over_rows
 
 GROUP = 2**15  # elements whose gradient is found together: in a cache, and no more than PyTorch leaves to one thread
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -68,12 +68,6 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
     return rank, ids, eps
 
 
-def groups(rows, n):
-    """A slice of rows in slices that fit a cache."""
-    step = max(1, GROUP // max(n, 1))
-    return [slice(k, min(k + step, rows.stop)) for k in range(rows.start, rows.stop, step)]
-
-
 def rank_backward(grad, x, rank, ids, eps, kl, descending):
     """As `torch_impl.rank_backward`."""
     n = x.shape[-1]
@@ -111,7 +105,7 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
 
     def pull_groups(rows):
         with np.errstate(**QUIET):
-            for part in groups(rows, n):
+            for part in groups(rows, n, GROUP):
                 pull(part)
 
     over_rows(pull_groups, *ids.shape, SORTED)

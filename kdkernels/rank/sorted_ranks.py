@@ -8,6 +8,7 @@ go all of the way by themselves.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 
 from . import blocks, prefix, rounds
 from .ordering import SORTED, absent, sorted_rows, unsorted
-from .threads import LEAST, over_rows
+from .threads import LEAST, groups, over_rows
+
+GROUP = 2**16  # elements
 
 
 def first_runs(s, n_valid, eps, kl, sort):
@@ -182,20 +185,23 @@ def ranks(rows, e, number, kl, need, dtype):
     def begin(part):
         return Part(rows[part], e if np.ndim(e) == 0 else e[part], number, kl)
 
-    def whole(part):
-        part = begin(part)
-        found = pooled([part])
-        return found and part.ranks(*found[0], dtype, need)
+    def whole(rows):
+        out = []
+        for part in groups(rows, n, GROUP if kl else R * n):
+            part = begin(part)
+            found = pooled([part])
+            if found is None:
+                return None
+            out.append(part.ranks(*found[0], dtype, need))
+        return out
 
     if kl or R * n >= 2 * LEAST:
         found = over_rows(whole, R, n, SORTED if kl else LEAST)
-        return None if any(part is None for part in found) else found
+        return None if any(part is None for part in found) else list(itertools.chain(*found))
     parts = over_rows(begin, R, n, SORTED)
     found = pooled(parts)
     if found is None:
         return None
-    if len(parts) == 1:
-        return [parts[0].ranks(*found[0], dtype, need)]
     bounds = np.cumsum([0] + [len(part.s) for part in parts]).tolist()
 
     def end(rows):

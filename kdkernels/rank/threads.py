@@ -47,3 +47,9 @@ def over_rows(run, R: int, n: int, least: int = LEAST) -> list:
     if errors:
         raise errors[0]
     return results
+
+
+def groups(rows: slice, n: int, size: int) -> list[slice]:
+    """A slice of rows of n in slices of about `size` elements, so that what is made of one fits a cache."""
+    step = max(1, size // max(n, 1))
+    return [slice(k, min(k + step, rows.stop)) for k in range(rows.start, rows.stop, step)]
