@@ -52,6 +52,13 @@ def differs(one, other) -> float:
     return float((one - other).abs().max() / other.abs().max()) if other.numel() else 0.0
 
 
+def worst(errors) -> list[float]:
+    """Over the ranks; not a number is infinitely wrong, where the larger of 0 and nan may be 0."""
+    table = torch.tensor(errors, dtype=torch.float64).nan_to_num(nan=torch.inf)
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    return table.tolist()
+
+
 def compared(op, x, y, rows, mask=None, wide=False):
     """Errors of value and averaged gradient of both sides, over all ranks; wide: from one process in float64."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -67,9 +74,7 @@ def compared(op, x, y, rows, mask=None, wide=False):
     for gradient, wanted in zip(gradients, expected, strict=True):
         scale = wanted.abs().max()
         errors.append(float((gradient / world - wanted.split(rows)[rank]).abs().max() / scale) if len(gradient) else 0)
-    worst = torch.tensor(errors, dtype=torch.float64)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return worst.tolist()
+    return worst(errors)
 
 
 # rows that float32 moments could lose: far from 0, and sides or ranks of other sizes
@@ -123,6 +128,36 @@ def gathered_rows(out):
         "expected gradient": [world * (world + 1) / 2.0] * (2 * rows[rank]),
         "bools": distributed.gather(x[:, 0] > 0.5).tolist(),
     }
+
+
+def penalties(out):
+    """The gradient of a squared gradient, of what the textbook backend computes on gathered rows."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = list(SPLITS["uneven"][:world])
+    x = torch.randn(sum(rows), 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def penalty(x, y, **how):
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(kd.cka(x, y, backend="reference", **how), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    own = x.split(rows)[rank]
+    found, expected = penalty(own, own.tanh(), group="world") / world**2, penalty(x, x.tanh())
+    out["penalty"] = differs(found, expected.split(rows)[rank])
+
+
+def samples_of_other_numbers(out):
+    """MMD of more rows of x than of y, and of a rank that has none of one of them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows_x, rows_y = [5, 7, 3, 2][:world], [4, 0, 6, 3][:world]
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(sum(rows), 3, generator=generator).double() for rows in (rows_x, rows_y))
+    masks = linear_mask(x), linear_mask(y)
+    sides = [
+        (t.split(rows)[rank], m.split(rows)[rank]) for t, m, rows in zip((x, y), masks, (rows_x, rows_y), strict=True)
+    ]
+    found = kd.mmd(sides[0][0], sides[1][0], mask=(sides[0][1], sides[1][1]), group="world")
+    out["samples of other numbers"] = differs(found, kd.mmd(x, y, mask=masks))
 
 
 def bytes_sent(call) -> int:
@@ -231,6 +266,15 @@ def run(path, *checks):
 if __name__ == "__main__":
     import over_ranks_losses
 
-    every = (equal_to_one_process, out_of_scale, gathered_rows, traffic, refusals, *over_ranks_losses.CHECKS)
+    every = (
+        equal_to_one_process,
+        out_of_scale,
+        gathered_rows,
+        penalties,
+        samples_of_other_numbers,
+        traffic,
+        refusals,
+        *over_ranks_losses.CHECKS,
+    )
     named = {check.__name__: check for check in (*every, dies)}
     run(sys.argv[1], *([named[wanted] for wanted in sys.argv[2:]] or every))

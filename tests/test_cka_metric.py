@@ -269,13 +269,16 @@ def main(rank, store):
         seen(metric, batches[5:] if rank == 1 else [])
         close(metric, batches)
         assert metric.sums[module.COUNT] == (5, 2)[rank]  # its own state is left as it was
-    metric.reset()
-    try:
-        metric.compute()
-    except ValueError as error:
-        assert "no batch of at least 4 rows" in str(error)
-    else:
-        raise AssertionError("an unseen stream has a value")
+    for metric in both:
+        metric.reset()
+        try:
+            metric.compute()
+        except ValueError as error:
+            assert "no batch of at least 4 rows" in str(error)
+        else:
+            raise AssertionError("an unseen stream has a value")
+        seen(metric, batches[rank :: 2])  # and goes on
+        close(metric, batches)
     dist.destroy_process_group()
 
 

@@ -106,6 +106,14 @@ def test_float32_moments_keep_their_digits_far_from_zero_and_between_sides_of_ot
     assert len(found) == 12 and max(found.values()) < 2e-6, found
 
 
+def test_the_textbook_backend_has_second_derivatives_over_the_ranks(facts):
+    assert all(fact["penalty"] < 1e-10 for fact in facts)
+
+
+def test_two_samples_may_have_other_numbers_of_rows_on_each_rank(facts):
+    assert all(fact["samples of other numbers"] < 1e-10 for fact in facts)
+
+
 def test_ranks_may_have_other_numbers_of_tokens_and_groups_smaller_than_the_world(facts):
     for rank, fact in enumerate(facts):
         for how, (found, expected) in fact["other tokens"].items():

@@ -212,7 +212,13 @@ def _collected():
             self._add(x, y)
 
         def compute(self, return_error: bool = False):
-            return self._result(self.sums, return_error)
+            try:
+                return self._result(self.sums, return_error)
+            except ValueError:
+                # torchmetrics would leave it holding the sums of all ranks, and refuse the next update
+                if getattr(self, "_is_synced", False):
+                    self.unsync()
+                raise
 
         def forward(self, x, y):
             if isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape[0] < self.minimum:
