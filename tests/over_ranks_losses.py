@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from over_ranks import SPLITS, bytes_sent, device, differs, said_by_all
+from over_ranks import SPLITS, bytes_sent, device, differs, said_by_all, worst
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -131,9 +131,7 @@ def losses_equal_to_one_process(out):
                 for gradient, wanted in zip(here, gradients, strict=True):
                     apart = gradient / world - wanted.split(rows)[rank]
                     errors.append(float(apart.abs().max() / wanted.abs().max()) if len(gradient) else 0.0)
-                worst = torch.tensor(errors, dtype=torch.float64)
-                dist.all_reduce(worst, dist.ReduceOp.MAX)
-                out[f"{name}, {split}, {str(dtype).removeprefix('torch.')}"] = worst.tolist()
+                out[f"{name}, {split}, {str(dtype).removeprefix('torch.')}"] = worst(errors)
 
 
 def other_batches(out):

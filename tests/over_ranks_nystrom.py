@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from over_ranks import SPLITS, bytes_sent, device, differs, run, said_by_all
+from over_ranks import SPLITS, bytes_sent, device, differs, run, said_by_all, worst
 
 import kdkernels as kd
 from kdkernels import losses
@@ -41,13 +41,6 @@ OPS = {
 
 def mine(t, rows):
     return t.split(rows)[dist.get_rank()].clone()
-
-
-def worst(errors):
-    """Over the ranks."""
-    errors = torch.tensor(errors, dtype=torch.float64)
-    dist.all_reduce(errors, dist.ReduceOp.MAX)
-    return errors.tolist()
 
 
 def apart(gradient, wanted, rows=None):

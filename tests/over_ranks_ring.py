@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from over_ranks import SPLITS, device, differs, run
+from over_ranks import SPLITS, device, differs, run, worst
 
 import kdkernels as kd
 from bench import traffic
@@ -69,12 +69,6 @@ def errors(op, x, y, rows, mask=None):
         off = gradient / dist.get_world_size() - part(wanted, rows, -2)
         here.append(float(off.abs().max() / wanted.abs().max()) if off.numel() else 0.0)
     return worst(here)
-
-
-def worst(numbers):
-    table = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(table, dist.ReduceOp.MAX)
-    return table.tolist()
 
 
 def equal_to_one_process(out):
