@@ -8,8 +8,8 @@ from kdkernels import testing
 CRASHES = ("TypeError", "AttributeError", "NameError")  # of a sabotage that no longer fits what it breaks
 
 
-def rejects(monkeypatch, op, check, broken, module=None):
-    """Whether `check` fails once `broken`, {name or (module, name): replacement}, is in the place of the backend torch.
+def rejects(monkeypatch, op, check, broken, module=None, backend="torch"):
+    """Whether `check` fails once `broken`, {name or (module, name): replacement}, is in the place of the backend.
 
     A number has to be wrong: a replacement that cannot be called proves nothing.
     """
@@ -17,7 +17,7 @@ def rejects(monkeypatch, op, check, broken, module=None):
         where, name = part if isinstance(part, tuple) else (module, part)
         monkeypatch.setattr(where, name, replacement)
     family = "accuracy" if check.startswith(("value", "gradient")) else check
-    results = testing.measure(op, "torch", quick=True, checks=[family])
+    results = testing.measure(op, backend, quick=True, checks=[family])
     return any(r.check == check and not r.ok and not r.note.startswith(CRASHES) for r in results)
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient that goes with pair_statistic: dx = V z, a strip of columns of the features at a time. Each is read once,
-// centred in cache as in the forward pass, and its gradient written once. The roof is the product, n^2 p multiply-adds.
+// The gradient that goes with pair_statistic: dx = V z, a strip of columns of the features at a time. Each is read
+// once, centred in cache as in the forward pass, and its gradient written once. The roof is the product, n^2 p
+// multiply-adds.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -61,7 +62,9 @@ KDK_INLINE void multiply_strips(const Gradient& g, int64_t strip, int64_t begin,
 // plain functions, because the target attribute does not reach through a template
 void strips_baseline(const Gradient& g, int64_t strip, int64_t b, int64_t e) { multiply_strips<4>(g, strip, b, e); }
 #if KDK_X86
-KDK_AVX2 void strips_avx2(const Gradient& g, int64_t strip, int64_t b, int64_t e) { multiply_strips<8>(g, strip, b, e); }
+KDK_AVX2 void strips_avx2(const Gradient& g, int64_t strip, int64_t b, int64_t e) {
+  multiply_strips<8>(g, strip, b, e);
+}
 KDK_AVX512 void strips_avx512(const Gradient& g, int64_t strip, int64_t b, int64_t e) {
   multiply_strips<16>(g, strip, b, e);
 }

@@ -20,9 +20,9 @@
 #include <vector>
 
 #include "../common/check.h"
-#include "../common/product.h"
+#include "pair_bandwidth.h"
+#include "pair_products.h"
 #include "pair_rows.h"
-#include "strip.h"
 #include "weigh.h"
 
 namespace kdkernels {
@@ -31,87 +31,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTileRows = 6;          // of a product in registers
-constexpr int64_t kDepth = 128;           // columns of one product: their rows stay in the first-level cache
-constexpr int64_t kStripFloats = 1 << 16; // of a strip: it stays in the second level
-constexpr int64_t kSerial = 1 << 22;      // multiply-adds below which a second thread costs more than it does
-constexpr int64_t kSaved = 3;             // numbers a side for the backward pass: scale, factor of V z, dL/dsigma
-
-// lower triangle of C += Z Z', Z' given as columns [depth, ld]; rows r0 (a multiple of 6) to r1
-template <int W>
-KDK_INLINE void add_products(const float* z, int64_t ld, int64_t depth, int64_t n, int64_t r0, int64_t r1, float* c,
-                             int64_t ldc) {
-  constexpr int R = kTileRows, V = W == 16 ? 4 : 2;
-  for (int64_t j = 0; j < r1; j += V * W) {
-    for (int64_t i = std::max(r0, j / R * R); i < r1; i += R) {
-      const int64_t vectors = (std::min(i + R, n) - j + W - 1) / W;
-      const float *a = z + i, *b = z + j;
-      float* out = c + i * ldc + j;
-      if (vectors >= V) {
-        product_registers<W, R, V, true>(a, 1, ld, b, ld, depth, out, ldc);
-      } else if (vectors == 3) {
-        product_registers<W, R, 3, true>(a, 1, ld, b, ld, depth, out, ldc);
-      } else if (vectors == 2) {
-        product_registers<W, R, 2, true>(a, 1, ld, b, ld, depth, out, ldc);
-      } else {
-        product_registers<W, R, 1, true>(a, 1, ld, b, ld, depth, out, ldc);
-      }
-    }
-  }
-}
-
-// one part of the columns
-struct Chunk {
-  int64_t j0, j1;   // columns
-  int64_t r0, r1;   // rows of C
-  float scale;
-  float* c;         // [n + 5, ldc]
-  double* mean2;    // |mean|^2 of these columns, or null
-};
-
-template <int W>
-KDK_INLINE void multiply_chunk(const Features& f, const Chunk& part, int64_t ldc) {
-  // an odd number of cache lines, or the rows of a strip would share the sets of the cache
-  const int64_t lines = round_up(f.n + kTileRows, kCacheLine) / kCacheLine, ld = (lines | 1) * kCacheLine;
-  const int64_t strip = std::max(kDepth, kStripFloats / ld / kDepth * kDepth);
-  const Scratch z(strip * ld), mean(strip);
-  std::fill(part.c + part.r0 * ldc, part.c + part.r1 * ldc, 0.0f);
-  double mean2 = 0;
-  for (int64_t j = part.j0; j < part.j1; j += strip) {
-    const int64_t width = std::min(strip, part.j1 - j);
-    mean_columns<W>(f, j, width, mean.get());
-    for (int64_t k = 0; k < width; ++k) mean2 += static_cast<double>(mean.get()[k]) * mean.get()[k];
-    pack_columns<W>(f, j, width, mean.get(), part.scale, z.get(), ld);
-    for (int64_t k = 0; k < width; k += kDepth) {
-      add_products<W>(z.get() + k * ld, ld, std::min(kDepth, width - k), f.n, part.r0, part.r1, part.c, ldc);
-    }
-  }
-  if (part.mean2) *part.mean2 = mean2;
-}
-
-// G = the sum of its parts, mirrored; rows and columns in multiples of W
-template <int W>
-KDK_INLINE void gather_rows(const float* const* parts, int64_t count, int64_t ldc, int64_t i0, int64_t n, float* g,
-                            int64_t ld) {
-  const int64_t rows = std::min<int64_t>(W, n - i0);
-  for (int64_t j = 0; j <= i0; j += W) {
-    typename Wide<W>::F v[W];
-    for (int r = 0; r < W; ++r) {
-      v[r] = splat<W>(0.0f);
-      if (r >= rows) continue;
-      for (int64_t c = 0; c < count; ++c) v[r] += load<W>(parts[c] + (i0 + r) * ldc + j);
-      store<W>(g + (i0 + r) * ld + j, v[r]);
-    }
-    if (j == i0) break;
-    transpose<W>(v);
-    for (int c = 0; c < W; ++c) store<W>(g + (j + c) * ld + i0, v[c]);
-  }
-  for (int64_t i = i0; i < i0 + rows; ++i) {
-    for (int64_t j = i0; j < i; ++j) g[j * ld + i] = g[i * ld + j];
-    // what lies behind the last column is 0
-    for (int64_t j = i0 + rows; j < i0 + W; ++j) g[i * ld + j] = 0;
-  }
-}
+constexpr int64_t kSerial = 1 << 22;  // multiply-adds below which a second thread costs more than it does
+constexpr int64_t kSaved = 3;         // numbers a side for the backward pass: scale, factor of V z, dL/dsigma
 
 // plain functions, because the target attribute does not reach through a template; W counts doubles
 #define KDK_PAIRS(NAME, TARGET, W)                                                                                    \
@@ -161,22 +82,11 @@ void over(int64_t size, int64_t grain, bool parallel, const F& f) {
   f(int64_t{0}, size);
 }
 
-// a Gaussian's bandwidth: numbers, or a rule over the squared distances
-enum Rule : int64_t { kLinear, kNumbers, kMean, kMedian };
-
-struct KernelChoice {
-  Rule rule;
-  double factor;        // of a rule
-  const double* sigma;  // [count]
-  int64_t count;
-};
-
 struct Side {
   Features f;
   KernelChoice choice;
   float scale = 1;
   double spread = 0;  // mean squared norm of the centred rows, times scale^2
-  bool constant = false;
   int64_t ld = 0;
   std::optional<Scratch> g, k, slope;
   std::vector<double> half, rates;
@@ -212,15 +122,24 @@ void multiply(const std::vector<Side*>& sides, bool parallel) {
   for (size_t s = 0; s < sides.size(); ++s) {
     const Features& f = sides[s]->f;
     const int64_t rows = f.n + kTileRows - 1, ldc = round_up(f.n, kCacheLine);
-    // the parts together are no larger than twice the features
-    const int64_t count = std::clamp<int64_t>(std::min(f.p / (2 * kDepth), 2 * f.p / f.n), 1, 8);
+    // the order of the sums: a part's products are worth many times the writing and reading of its matrix
+    const int64_t count = std::clamp<int64_t>(f.p / std::max<int64_t>(512, 4 * f.n), 1, 8);
     const int64_t step = round_up((f.p + count - 1) / count, kCacheLine);
+    // cutting the rows changes no sum: as many parts as there are threads to serve
+    const int64_t threads = parallel ? torch::stable::get_num_threads() : 1, tasks = count * sides.size();
+    const int64_t cuts = std::clamp<int64_t>((threads + tasks - 1) / tasks, 1, (f.n + 127) / 128);
     mean2[s].assign(count, 0.0);
     for (int64_t c = 0; c < count; ++c) {
       parts.emplace_back(rows * ldc);
       starts[s].push_back(parts.back().get());
       const int64_t j0 = std::min(f.p, c * step), j1 = std::min(f.p, j0 + step);
-      works.push_back({sides[s], {j0, j1, 0, f.n, sides[s]->scale, parts.back().get(), &mean2[s][c]}});
+      for (int64_t r1 = f.n, cut = cuts; cut > 0; --cut) {  // equal areas of the triangle
+        const double edge = static_cast<double>(f.n) * std::sqrt(static_cast<double>(cut - 1) / cuts);
+        const int64_t r0 = static_cast<int64_t>(edge) / kPart * kPart;
+        double* own = cut == 1 ? &mean2[s][c] : nullptr;
+        if (r0 < r1 || own) works.push_back({sides[s], {j0, j1, r0, r1, sides[s]->scale, parts.back().get(), own}});
+        r1 = r0;
+      }
     }
     sides[s]->ld = ldc;
     sides[s]->g.emplace(ldc * ldc);
@@ -228,8 +147,7 @@ void multiply(const std::vector<Side*>& sides, bool parallel) {
   std::atomic<size_t> next{0};
   over(static_cast<int64_t>(works.size()), 1, parallel, [&](int64_t, int64_t) {
     for (size_t t = next++; t < works.size(); t = next++) {
-      Work& w = works[t];
-      w.chunk.r1 = round_up(w.side->f.n, kTileRows);
+      const Work& w = works[t];
       pass.multiply(w.side->f, w.chunk, w.side->ld);
     }
   });
@@ -248,54 +166,11 @@ void multiply(const std::vector<Side*>& sides, bool parallel) {
     // rows that differ by less than the rounding of their mean are constant: exact zeros keep CKA's 0/0 recognisable
     constexpr double kRounding = 4.0 * std::numeric_limits<float>::epsilon();
     mean_square *= static_cast<double>(side.scale) * side.scale;
-    side.constant = side.f.centre && side.spread <= kRounding * kRounding * mean_square;
-    if (side.constant) {
+    if (side.f.centre && side.spread <= kRounding * kRounding * mean_square) {
       std::fill(g, g + n * ld, 0.0f);
       side.spread = 0;
     }
   }
-}
-
-double middle(std::vector<float>& values, int64_t place, int64_t count) {
-  if (place < count || values.empty()) return 0;  // the zeros of the diagonal
-  const auto at = values.begin() + std::min<int64_t>((place - count) / 2, values.size() - 1);
-  std::nth_element(values.begin(), at, values.end());
-  return *at;
-}
-
-// NumPy's median of the count^2 squared distances, each pair standing for two
-double median(const Side& side) {
-  const int64_t n = side.f.n, count = side.f.count, ld = side.ld;
-  const float* g = side.g->get();
-  std::vector<float> values;
-  values.reserve(count * (count - 1) / 2);
-  for (int64_t i = 0; i < n; ++i) {
-    if (!side.f.counts(i)) continue;
-    for (int64_t j = 0; j < i; ++j) {
-      if (!side.f.counts(j)) continue;
-      values.push_back(std::max(0.0f, g[i * ld + i] + g[j * ld + j] - 2 * g[i * ld + j]));
-    }
-  }
-  const int64_t total = count * count;
-  return (middle(values, (total - 1) / 2, count) + middle(values, total / 2, count)) / 2;
-}
-
-// 1 / sigma^2 of rows that are multiplied by the scale
-std::vector<double> rates_of(const Side& side) {
-  const KernelChoice& of = side.choice;
-  std::vector<double> rates(of.rule == kNumbers ? of.count : 1);
-  const double unit = static_cast<double>(side.scale) * side.scale;
-  if (of.rule == kNumbers) {
-    for (int64_t b = 0; b < of.count; ++b) rates[b] = 1 / (of.sigma[b] * of.sigma[b] * unit);
-    return rates;
-  }
-  double square = 2 * side.spread;
-  if (of.rule == kMedian && std::isfinite(square)) {
-    const double middle = median(side);
-    if (middle > 0) square = middle;
-  }
-  rates[0] = 1 / (of.factor * of.factor * (square == 0 ? unit : square));
-  return rates;
 }
 
 // what the rows of K^ are computed from
@@ -309,7 +184,7 @@ void prepare_kernel(Side& side, bool centre, bool slopes) {
   if (slopes) side.slope.emplace(k.n * k.ld), k.slope = side.slope->get();
   side.half.assign(k.ld, 0.0);
   for (int64_t i = 0; i < k.n; ++i) side.half[i] = 0.5 * static_cast<double>(k.g[i * k.ld + i]);
-  side.rates = rates_of(side);
+  side.rates = rates_of(side.choice, side.f, k.g, k.ld, side.spread, side.scale);
   k.half = side.half.data(), k.rates = side.rates.data(), k.bandwidths = side.rates.size();
   // a centred statistic does not see what all pairs have in common
   for (double rate : side.rates) k.level += !centre ? 0 : std::exp(std::max(-side.spread * rate, -30.0));
@@ -346,7 +221,8 @@ void weigh_side(const Side& own, const Side& other, const double* rows, const do
   double slope = 1, largest = 0;
   if (own.kernel.rbf) slope = *std::max_element(own.rates.begin(), own.rates.end());
   for (double a : e) largest = std::max(largest, std::abs(a));
-  const double size = 2 * slope * (std::abs(p) * std::sqrt(sums[1]) / n + std::abs(q) * std::sqrt(sums[0]) / n + largest);
+  const double entry = std::abs(p) * std::sqrt(sums[1]) / n + std::abs(q) * std::sqrt(sums[0]) / n + largest;
+  const double size = 2 * slope * entry;
   const double unit = size > 0 && std::isfinite(size) ? std::exp2(std::ilogb(size)) : 1;
   const PairWeights w{p, q, e.data(), unit, sigma};
   over(n, std::max<int64_t>(1, (1 << 14) / n), parallel, [&](int64_t begin, int64_t end) {
@@ -379,8 +255,7 @@ void run(Group& group, const Estimator& how, bool parallel) {
   std::vector<Side*> again;
   multiply({sides[0], sides[1]}, parallel);
   for (Side* side : sides) {
-    const double spread = side->constant ? 1 : side->spread;
-    if (spread > 0x1p-40 && spread < 0x1p40) continue;
+    if (side->spread > 0x1p-40 && side->spread < 0x1p40) continue;  // 0: constant, or too small for float32
     side->scale = scale_of(side->f);
     if (side->scale != 1) again.push_back(side);
   }
@@ -436,8 +311,8 @@ void check_sigma(int64_t rule, const std::optional<Tensor>& sigma, int64_t G, co
             "pair_statistic: sigma_", name, " must be contiguous float64 [1, S] or [", G, ", S]");
 }
 
-// rule: 0 linear, 1 the numbers of sigma, 2 factor times the mean distance, 3 times the median. need: bits of x, y, sigma
-// of x, sigma of y. V stands for the sides that need it, x before y
+// rule: 0 linear, 1 the numbers of sigma, 2 factor times the mean distance, 3 times the median. need: bits of x, y,
+// sigma of x, sigma of y. V stands for the sides that need it, x before y
 std::tuple<Tensor, Tensor, Tensor> pair_statistic(Tensor x, Tensor y, std::optional<Tensor> mask, int64_t rule_x,
                                                   double factor_x, std::optional<Tensor> sigma_x, int64_t rule_y,
                                                   double factor_y, std::optional<Tensor> sigma_y, bool cka,

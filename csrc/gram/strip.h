@@ -147,16 +147,28 @@ KDK_INLINE void pack_block(const float* const* rows, int64_t j, int64_t width, c
   for (int c = 0; c < W; ++c) store<W>(z + (j + c) * ld, v[c]);
 }
 
-// z_ji = scale (x_ij - mean_j): columns as rows of length ld, a multiple of W; rows that do not count are 0
+// how a product in registers reads the columns of a strip: rows in panels of V vectors, each [depth, V W] in one piece,
+// or a panel would touch more pages than the first level of the TLB holds
 template <int W>
-KDK_INLINE void pack_columns(const Features& f, int64_t j0, int64_t width, const float* mean, float scale, float* z,
-                             int64_t ld) {
-  for (int64_t i = 0; i < ld; i += W) {
+struct Panels {
+  static constexpr int kVectors = 3, kWidth = kVectors * W;
+  static constexpr int kRows = W == 16 ? 8 : 4;  // of a tile in registers: 24 of 32 registers, or 12 of 16, are sums
+  static KDK_INLINE int64_t place(int64_t row, int64_t depth) { return row / kWidth * kWidth * depth + row % kWidth; }
+};
+
+// z = scale (x_ij - mean_j) of the first rows, in panels; rows that do not count, and those that fill the last panel,
+// are 0
+template <int W>
+KDK_INLINE void pack_panels(const Features& f, int64_t count, int64_t j0, int64_t width, const float* mean, float scale,
+                            float* z, int64_t depth) {
+  using P = Panels<W>;
+  for (int64_t i = 0; i < round_up(count, P::kWidth); i += W) {
     const float* rows[W];
     for (int r = 0; r < W; ++r) rows[r] = i + r < f.n && f.counts(i + r) ? f.row(i + r) + j0 : mean;
+    float* out = z + P::place(i, depth);
     int64_t j = 0;
-    for (; j + W <= width; j += W) pack_block<W, true>(rows, j, width, mean, scale, z + i, ld);
-    if (j < width) pack_block<W, false>(rows, j, width, mean, scale, z + i, ld);
+    for (; j + W <= width; j += W) pack_block<W, true>(rows, j, width, mean, scale, out, P::kWidth);
+    if (j < width) pack_block<W, false>(rows, j, width, mean, scale, out, P::kWidth);
   }
 }
 
