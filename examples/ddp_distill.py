@@ -89,10 +89,19 @@ def the_teacher(data, setup, seed: int, epochs: int, rank: int, world: int) -> n
     return teacher
 
 
-def trained(student: Student, epochs: int) -> nn.Module:
+def trained(student: Student, epochs: int) -> tuple[nn.Module, list[torch.Tensor]]:
+    """The network, and its weights as they were after the first epoch."""
+    net = student.net.module if student.world > 1 else student.net
+    early = []
     for _ in range(epochs):
         student.epoch()
-    return student.net.module if student.world > 1 else student.net
+        early = early or [p.detach().clone() for p in net.parameters()]
+    return net, early
+
+
+def difference(ours, theirs) -> str:
+    with torch.no_grad():
+        return f"{max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)):.1e}"
 
 
 def main(arguments=None) -> int:
@@ -115,18 +124,20 @@ def main(arguments=None) -> int:
     weight = json.loads(WEIGHTS.read_text())["digits"]["A"]["cka"]["weight"]
     teacher = the_teacher(data, setup, options.seed, options.epochs, rank, world)
     how = (weight, data, teacher, setup, options.seed, options.epochs)
-    net = trained(RankStudent(*how, rank, world), options.epochs)
+    net, early = trained(RankStudent(*how, rank, world), options.epochs)
     if rank == 0:
         report("teacher", teacher, data)
         report(f"student, {world} process{'es' if world > 1 else ''}", net, data)
     if options.check and rank == 0 and world > 1:
-        alone = trained(RankStudent(*how), options.epochs)
+        alone, early_alone = trained(RankStudent(*how), options.epochs)
         report("student, 1 process", alone, data)
-        pairs = zip(net.parameters(), alone.parameters(), strict=True)
         with torch.no_grad():
             answers = [one(data.test.images).logits.argmax(1) for one in (net, alone)]
         print(f"test images with another answer: {(answers[0] != answers[1]).sum()}")
-        print(f"largest difference of a weight: {max((a - b).abs().max().item() for a, b in pairs):.1e}")
+        # nothing but rounding differs, and training multiplies that: one process with a start 1e-15 away from these
+        # weights ended 0.28 away after 20 epochs
+        print(f"largest difference of a weight: {difference(early, early_alone)} after the first epoch,", end=" ")
+        print(f"{difference(net.parameters(), alone.parameters())} after the last")
     if rank == 0:
         print(f"Took {time.perf_counter() - began:.0f} s.")
     if world > 1:

@@ -9,10 +9,15 @@ CPU. `DistillationTrainer` is all that a real model needs.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+try:
+    import accelerate  # noqa: F401  the Trainer imports it late, in the middle of a traceback
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install -e '.[integrations]' installs what is needed")
 
 import kdkernels as kd
 

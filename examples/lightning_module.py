@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import warnings
 
-import lightning
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+try:
+    import lightning
+    import torch
+    import torch.nn.functional as F
+    from sklearn.datasets import load_digits
+    from torch import nn
+    from torch.utils.data import DataLoader, TensorDataset
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install -e '.[demo,integrations]' installs what is needed")
 
 import kdkernels as kd
 
@@ -90,8 +95,6 @@ class Distillation(lightning.LightningModule):
 
 def digits(batch_size: int = 64) -> tuple[DataLoader, DataLoader]:
     """The 1797 images of 8 x 8 pixels that come with scikit-learn: 1297 to train on, 500 to validate."""
-    from sklearn.datasets import load_digits
-
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = (images.float() / 16).reshape(-1, 1, 8, 8)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels for knowledge distillation: Gram/CKA statistics as PyTorch ops, with pure-PyTorch references."""
+"""Knowledge-distillation losses as differentiable PyTorch ops with fused kernels, and loss modules on them."""
 
 from . import distributed, losses
 from .analysis import CKAMetric, Comparison, cka_matrix, compare_models

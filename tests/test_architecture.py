@@ -187,6 +187,20 @@ def test_every_public_name_is_documented():
         assert own, f"{name} inherits its docstring from nn.Module"
 
 
+def explained(value) -> str:
+    """The words about an object: its docstring, and those of the objects whose arguments it says it shares."""
+    text, named = inspect.getdoc(value), {name.split(".")[-1]: other for name, other in public()}
+    shared = re.findall(r"(?:rguments|Shapes)\b[^.]*?as\s+in\s+`(?:kd\.)?(?:losses\.)?(\w+)`", text)
+    return " ".join([text, *(inspect.getdoc(named[name]) for name in shared)])
+
+
+@pytest.mark.parametrize("name, value", [pytest.param(*pair, id=pair[0]) for pair in public() if callable(pair[1])])
+def test_a_docstring_says_what_every_argument_is(name, value):
+    parameters = inspect.signature(value).parameters.values()
+    for argument in (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)):
+        assert re.search(rf"\b{argument}\b", explained(value)), f"{name} does not explain {argument}"
+
+
 def test_every_op_takes_its_backend_last_and_shows_an_example():
     for op in OPS:
         function = getattr(kd, op)

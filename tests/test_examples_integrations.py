@@ -25,6 +25,16 @@ def example(name):
     return importlib.import_module(name)
 
 
+@pytest.mark.parametrize(
+    "name, module", [("lightning_module", "lightning"), ("lightning_module", "sklearn"), ("hf_trainer", "accelerate")]
+)
+def test_an_example_without_its_libraries_says_how_to_get_them(python, name, module):
+    run = f"import sys, runpy; sys.modules[{module!r}] = None; runpy.run_path('examples/{name}.py')"
+    done = python("-c", run)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert module in done.stderr and "pip install -e '.[" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def lightning_module():
     return example("lightning_module")

@@ -81,8 +81,8 @@ def hsic(
     """Hilbert-Schmidt independence criterion: tr(KHLH)/(n-1)^2 (biased), or the unbiased HSIC_1 of Song et al. 2012.
 
     HSIC_1 = [tr(K~L~) + (1'K~1)(1'L~1)/((n-1)(n-2)) - 2/(n-2) 1'K~L~1] / (n(n-3)), K~ and L~ with zero diagonal.
-    Source: Gretton et al. 2005; Song et al. 2012. Arguments, dtypes, masks, errors as in `cka`; with center=False the
-    value is sum_ij K_ij L_ij / (n-1)^2.
+    Source: Gretton et al. 2005; Song et al. 2012. Arguments, dtypes, masks, group, errors as in `cka`; with
+    center=False the value is sum_ij K_ij L_ij / (n-1)^2.
 
     >>> x = torch.randn(64, 8)
     >>> bool(kd.hsic(x, x) > kd.hsic(x, torch.randn(64, 8)).abs())
@@ -95,10 +95,10 @@ def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, b
     """Squared distance of two linear Gram matrices, sum_ij (K_ij - L_ij)^2, K = XX', L = YY'.
 
     normalize="row" divides each row of K and L by its L2 norm first (similarity preserving, Tung & Mori 2019,
-    arXiv 1907.09682); a zero row stays zero. reduction: "mean" divides by n^2, "sum" does not. Shapes, dtypes and masks
-    as in `cka`; n >= 1. The float32 error is 1e-6 (|K|^2 + |L|^2), and where p = q < 2/3 n or so the plain form on the
-    backends torch and cpp keeps its relative accuracy even as the student nears the teacher. With
-    "row" in float32, a row of K or L whose norm is 1e-18 of the mean K_ii counts as zero.
+    arXiv 1907.09682); a zero row stays zero. reduction: "mean" divides by n^2, "sum" does not. Shapes, dtypes, masks
+    and group as in `cka`; n >= 1. The float32 error is 1e-6 (|K|^2 + |L|^2), and where p = q < 2/3 n or so the plain
+    form on the backends torch and cpp keeps its relative accuracy even as the student nears the teacher. With "row" in
+    float32, a row of K or L whose norm is 1e-18 of the mean K_ii counts as zero.
 
     >>> x = torch.randn(32, 16)
     >>> kd.gram_mse(x, x).item()
@@ -124,6 +124,7 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="au
         x: samples [n, p] or [G, n, p]; y: samples [m, p] or [G, m, p] in the same space. n, m >= 2 (1 if biased).
         kernel: one kernel function for both; a sequence as sigma is a sum of kernels; rules see x and y together.
         mask: None, or a pair (mask_x, mask_y) of bool [n] / [G, n] and [m] / [G, m] or None.
+        group, backend: as in `cka`; with a group the samples of each side are those of all its ranks.
 
     Returns, dtypes and errors as in `cka`.
 

@@ -12,7 +12,11 @@ from .checks import is_number
 
 
 class MixupBatch(NamedTuple):
-    """A mixed batch: x~_i = lam_i x_i + (1 - lam_i) x_permutation(i), both labels of each row, and how it was made."""
+    """A mixed batch: x~_i = lam_i x_i + (1 - lam_i) x_permutation(i), both labels of each row, and how it was made.
+
+    x [B, ...]: the mixed samples; labels, permuted_labels: those of sample i and of sample permutation(i); lam: a
+    scalar, or [B]; permutation [B], int64.
+    """
 
     x: torch.Tensor
     labels: torch.Tensor

@@ -28,11 +28,12 @@ class KDLoss(Loss):
         backend: as in `kd.distillation_kl`.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`. Logits
-    [..., C], each leading index a row; float16 to float64, each side its own dtype, computed in at least float32. mask:
-    bool [...], False rows do not count; labels [...] mark with ignore_index the rows that do not count. normalizer
-    replaces the number of rows as divisor (gradient accumulation). A batch without rows, or all masked, gives 0 with
-    zero gradient. A logit of -inf is a class with probability 0: where both sides have it, the class adds nothing. NaN
-    in a row that counts gives NaN. Gradient to the student only; second derivatives with backend="reference".
+    [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass `logits.movedim(1, -1)`); float16 to
+    float64, each side its own dtype, computed in at least float32. mask: bool [...], False rows do not count; labels
+    [...] mark with ignore_index the rows that do not count. normalizer replaces the number of rows as divisor (gradient
+    accumulation). A batch without rows, or all masked, gives 0 with zero gradient. A logit of -inf is a class with
+    probability 0: where both sides have it, the class adds nothing. NaN in a row that counts gives NaN. Gradient to the
+    student only; second derivatives with backend="reference".
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.KDLoss(tau=4.0)

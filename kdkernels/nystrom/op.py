@@ -54,6 +54,7 @@ def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JI
             by eigh, where eigenvalues of W up to jitter (and all below m eps) count as 0: Phi then has the rank of what
             is kept. eigh may wait for the device: "sqrt" is not for CUDA graphs.
         jitter: >= 0, relative to the mean diagonal of W. K~ is below K by about this much in each direction.
+        backend: "auto", "triton", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
         [n, m] in the promoted dtype of x and landmarks. W is formed and factored in float64, C and the whitening are
@@ -98,6 +99,7 @@ def select_landmarks(
         kernel: as in `nystrom_features`; read by rpcholesky and greedy only.
         generator: a torch.Generator of any device; the same seed on the same device gives the same rows.
         mask: bool [n], False rows are not chosen while True ones are left.
+        backend: "auto", "torch" or "reference".
 
     No gradient. Once the chosen rows explain the kernel matrix to rounding, the rest is drawn uniformly.
 
@@ -140,10 +142,11 @@ def nystrom_transfer(
     Source: Qian, Li, Hu, Li & Jin, Improved Knowledge Distillation via Full Kernel Matrix Transfer (arXiv 2009.14416).
 
     Args:
-        s, t: student and teacher rows [n, d_s], [n, d_t] of the same samples; landmarks [m_s, d_s], [m_t, d_t].
+        s, t: student and teacher rows [n, d_s], [n, d_t] of the same samples.
+        s_landmarks, t_landmarks: [m_s, d_s], [m_t, d_t].
         kernel: a name, an object, or a pair (student's, teacher's); rules are those of s and of t.
         mask: bool [n], False rows take no part and get gradient 0.
-        whiten, jitter: as in `nystrom_features`.
+        whiten, jitter, backend: as in `nystrom_features`.
         group: as in `nystrom_cka`; a rank sends 8 (m_s^2 + m_s m_t + m_t^2) bytes, and 8 m^2 for the norm if m_s = m_t.
 
     Returns:
@@ -170,11 +173,11 @@ def nystrom_cka(
     features. With landmarks = all rows it is `kd.cka(x, y, kernel=kernel)` up to the jitter.
 
     Args:
-        x, y: rows [n, p], [n, q] of the same samples; landmarks [m_x, p], [m_y, q].
+        x, y: rows [n, p], [n, q] of the same samples; x_landmarks [m_x, p], y_landmarks [m_y, q].
         kernel: a name, an object, or a pair (x's, y's); rules ("median") are those of x and of y.
         unbiased: HSIC_1 (n >= 4), else HSIC_0 (n >= 2).
         mask: bool [n], False rows take no part and get gradient 0.
-        whiten, jitter: as in `nystrom_features`.
+        whiten, jitter, backend: as in `nystrom_features`.
         group: None, or "world" or a process group: the statistic of the rows of all its ranks (n is then any number on
             each), the same on each rank; the gradient, averaged over the ranks, is that of one process
             (`kdkernels/distributed.py`). Landmarks have to be the same on all ranks, e.g. `kd.distributed.gather` of
@@ -213,9 +216,9 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     """How far the student's kernel matrix is from the teacher's: |K_S - K_T|_F / |K_T|_F, without an n x n matrix.
 
     Source: figure 3 of arXiv 2009.14416. s, t: rows [n, d_s], [n, d_t] of the same samples. kernel: a name, an object
-    or a pair. A scalar in at least float32: 0 is a perfect copy, and what an all-zero teacher gives. Computed in
-    float64, as a metric may be: linear and cosine kernels by `kd.gram_mse`, the others by the sums of squares of
-    `kd.hsic`. Gradients to s and t (0 where the value is 0).
+    or a pair. backend: "auto", "torch" or "reference". A scalar in at least float32: 0 is a perfect copy, and what an
+    all-zero teacher gives. Computed in float64, as a metric may be: linear and cosine kernels by `kd.gram_mse`, the
+    others by the sums of squares of `kd.hsic`. Gradients to s and t (0 where the value is 0).
 
     >>> t = torch.randn(32, 8)
     >>> round(kd.transfer_quality(2 * t, t).item(), 4)

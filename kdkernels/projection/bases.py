@@ -14,7 +14,8 @@ def random_basis(
 ) -> torch.Tensor:
     """k random orthonormal columns [num_channels, k], uniform over all of them (QR of Gaussian columns, signs fixed).
 
-    Drawn on the generator's device (the CPU without one), so that a seed gives the same basis everywhere.
+    Drawn on the generator's device (the CPU without one), so that a seed gives the same basis everywhere;
+    `device` and `dtype` are those of the result.
 
     >>> P = kd.random_basis(16, 4, generator=torch.Generator().manual_seed(0))
     >>> torch.allclose(P.T @ P, torch.eye(4), atol=1e-6)
@@ -46,7 +47,7 @@ def autoencoder_basis(
 
     Args:
         covariance: C [c, c], symmetric, e.g. `kd.StreamingPCA.covariance()`; it is divided by its mean variance.
-        k: width of the code. generator: for the start.
+        k: width of the code. generator: for the start. dtype: of the result.
 
     >>> pca = kd.StreamingPCA(8)
     >>> pca.update(torch.randn(256, 8))

@@ -105,7 +105,7 @@ def _soft_sort(rows, strength, kl, descending, chosen):
 
 
 class RankDiagnostics(NamedTuple):
-    """Of each row: the fraction of its present entries pooled with others (float32), and the number of blocks."""
+    """Of each row: `fraction_pooled` of its present entries with others (float32), and the number of `blocks`."""
 
     fraction_pooled: torch.Tensor
     blocks: torch.Tensor
@@ -177,8 +177,8 @@ def spearman(
 def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     """Linear correlation, one value a row: <x - mean x, y - mean y> / (|x - mean x| |y - mean y|).
 
-    Sums are float64. Absent pairs, constant rows (0 with zero gradient), NaN, shapes and dtypes as in `spearman`; the
-    gradient is written out. backend: "auto", "torch" or "reference".
+    Sums are float64. Arguments, absent pairs, constant rows (0 with zero gradient), NaN and dtypes as in `spearman`;
+    the gradient is written out. backend: "auto", "torch" or "reference".
 
     >>> x = torch.randn(4, 10)
     >>> kd.pearson(x, 2 * x + 1).allclose(torch.ones(4))
@@ -196,7 +196,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
 def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     """Rank correlation of hard ranks, ties averaged, equal to scipy.stats.spearmanr: a metric, without gradient.
 
-    Absent pairs, constant rows (0, where scipy has NaN), NaN, shapes and dtypes as in `spearman`.
+    Arguments, absent pairs, constant rows (0, where scipy has NaN), NaN and dtypes as in `spearman`.
 
     >>> kd.spearman_corr(torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0]))
     tensor(0.9487)

@@ -60,7 +60,7 @@ def rkd_angle(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
     The angles follow from the n x n distances (law of cosines): value and gradient take one pass over the triples, and
     nothing of n^2 p or n^3 numbers is stored. n >= 3; a mask that leaves fewer rows gives 0.
 
-    Arguments, dtypes, gradients, identical samples, NaN and errors as in `rkd_distance`, with
+    Arguments (group too), dtypes, gradients, identical samples, NaN and errors as in `rkd_distance`, with
     backend: "auto", "triton", "cpp", "torch" or "reference".
 
     >>> x, y = torch.randn(16, 8, requires_grad=True), torch.randn(16, 32)
@@ -78,7 +78,7 @@ def pkt(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
     Probabilistic Knowledge Transfer, Passalis and Tefas 2018, arXiv 1803.10837; eps, self-pairs and the mean over n^2
     as in its reference implementation, whose values for training are scaled up by 30000 (RepDistiller).
 
-    Arguments, dtypes, NaN and errors as in `rkd_distance`; nats. n >= 2; a mask that leaves fewer rows gives 0. A
+    Arguments (group too), dtypes, NaN, errors as in `rkd_distance`; nats. n >= 2; a mask that leaves fewer gives 0. A
     sample that is 0 has cosine 0 to all and gradient 0.
 
     >>> x = torch.randn(16, 8)
