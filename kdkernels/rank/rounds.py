@@ -17,6 +17,7 @@ SHRINKS = 0.08  # of the blocks must go for another round over all of them
 WINDOW = 4, 256  # neighbours on either side that a site looks at in a round
 SMALL = 8192  # entries: so few are not made a list again
 LOOKED_AT = 2048  # neighbours that all sites together look at, at least: fewer cost a round as much
+LONG = 8192  # entries: what a thread may pool beside others
 LEAPS = np.unique([k << j for j in range(40) for k in (2, 3)]) - 2  # where lists can tell without what is between
 FEW, TURNS = 4096, 16  # a list so short is pooled as a whole for so many rounds
 ROUNDS, ENTRIES = 100, 1000  # and one more for so many entries: what the merges would cost is not far
@@ -48,6 +49,17 @@ def pooled(blocks, first):
             if not sites.active.any():
                 return first.take(start), blocks
         first = first.take(start)
+
+
+def thinned(blocks, first):
+    """The list and the first positions after those rounds over all of it in which many go: calls on long arrays."""
+    while len(blocks) >= LONG:
+        joins = blocks.joins()
+        if np.count_nonzero(joins) <= SHRINKS * len(blocks):
+            break
+        start = starts(joins)
+        blocks, first = blocks.joined(start), first.take(start)
+    return blocks, first
 
 
 def starts(joins):

@@ -101,7 +101,8 @@ class Part:
         self.sums = self.sums and prefix.centred(self.s, self.some_absent, self.n_valid, e)
         self.start, length = first_runs(self.s, self.n_valid, e, self.kl, False)
         if self.sums:
-            self.list = prefix.first_blocks(self.s, self.some_absent, e, self.start)
+            first = prefix.first_blocks(self.s, self.some_absent, e, self.start)
+            self.list, self.start = rounds.thinned(first, self.start)
         elif not self.hard:
             self.list = first_blocks(self.s, self.n_valid, e, self.kl, False, self.start, length)
 
