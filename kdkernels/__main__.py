@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+import textwrap
 import time
 
 import torch
@@ -16,6 +17,8 @@ from . import __version__, native, testing
 from . import backend as backends
 from .analysis import command
 from .registry import OPS
+
+NAME = max(map(len, OPS))  # the column of op names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,12 +56,28 @@ def info() -> str:
         f"  cuda      {status.cuda_reason or 'loaded'}",
     ]
     for device in ("cpu", "cuda"):
-        lines += ["", f"float32 tensors on {device}" + _absence(device)]
-        lines += [f"  {name:<10}{found}" for name, found in backends.available_backends(device).items()]
-        for op in OPS:
-            chosen = backends.choose(op, "auto", device, (torch.float32,))
-            lines.append(f"  {op:<9} runs on {chosen[0]}: {chosen[1]}")
+        lines += ["", f"float32 tensors on {device}" + _absence(device), *_choices(device)]
     return "\n".join(lines)
+
+
+def _choices(device: str) -> list[str]:
+    """Each backend with the reason why it cannot run, or with the ops that it runs unless asked otherwise."""
+    found, own = backends.available_backends(device), {name: [] for name in backends.BACKENDS}
+    said = {"the first choice", *(f"not {name}: {why}" for name, why in found.items())}
+    particular = []
+    for op in OPS:
+        chosen, why = backends.choose(op, "auto", device, (torch.float32,))
+        if said.issuperset(why.split("; ")):
+            own[chosen].append(op)
+        else:
+            particular += textwrap.wrap(
+                f"{op} runs on {chosen}: {why}", 120, initial_indent="  ", subsequent_indent=" " * 12
+            )
+    lines = []
+    for name in reversed(backends.BACKENDS):
+        text = f"{found[name]}; runs {', '.join(own[name])}" if own[name] else found[name]
+        lines += textwrap.wrap(text, 120, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+    return lines + particular
 
 
 def _version(package: str) -> str:
@@ -101,7 +120,7 @@ def run_validate(ops: list[str], backend: str | None, device: str, quick: bool) 
             else:
                 print(f"{op} on {name} left out: {why}")
     failures, start = [], time.perf_counter()
-    print(f"{'op':<9} {'backend':<10} {'check':<15} {'measured':>8} {'failed':>7}  worst error / its budget")
+    print(f"{'op':<{NAME}} {'backend':<10} {'check':<15} {'measured':>8} {'failed':>7}  worst error / its budget")
     for op, name in jobs:
         results = testing.contract(op, name, device, quick)
         for check in dict.fromkeys(result.check for result in results):
@@ -123,7 +142,7 @@ def _print_check(op: str, backend: str, check: str, results) -> list:
     failed = [result for result in own if not result.ok]
     worst = max(own, key=lambda result: result.error / result.budget if result.budget else result.error)
     counts = f"{len(own):>8} {len(failed):>7}"
-    print(f"{op:<9} {backend:<10} {check:<15} {counts}  {_ratio_text(worst)}  {worst.case}", flush=True)
+    print(f"{op:<{NAME}} {backend:<10} {check:<15} {counts}  {_ratio_text(worst)}  {worst.case}", flush=True)
     return failed
 
 

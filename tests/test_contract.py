@@ -2,6 +2,7 @@
 """Every op keeps the contract of `kdkernels.testing` on every backend that runs here; Triton in its interpreter."""
 
 import importlib
+import re
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_the_contract_refuses_what_it_does_not_know():
 def test_validate_prints_a_table_and_returns_zero(capsys):
     assert main(["validate", "--op", "gram_mse", "--backend", "torch", "--device", "cpu", "--quick"]) == 0
     out = capsys.readouterr().out
-    assert "gram_mse  torch      gradient x" in out and "every measurement is within its budget" in out
+    assert re.search(r"^gram_mse +torch +gradient x", out, re.M) and "every measurement is within its budget" in out
 
 
 def test_validate_returns_one_and_names_the_case_of_a_broken_op(monkeypatch, capsys):
@@ -132,8 +133,12 @@ def test_validate_refuses_a_backend_that_cannot_run(capsys):
 def test_info_says_what_is_loaded_and_what_runs_where(capsys, python):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("torch      ", "triton     ", "compiled libraries", "float32 tensors on cpu", "gram_mse  runs on"):
+    for word in ("torch      ", "triton     ", "compiled libraries", "float32 tensors on cpu", "available; runs "):
         assert word in out
+    for device in out.split("\nfloat32 tensors on ")[1:]:
+        for op in OPS:
+            assert len(re.findall(rf"\b{op}\b", device)) == 1, f"{op} is not said to run in one way:\n{device}"
+    assert max(map(len, out.splitlines())) <= 120
     done = python("-m", "kdkernels", "info", KDK_NATIVE="0")
     assert done.returncode == 0, done.stderr
-    assert "not cpp: switched off by KDK_NATIVE=0" in done.stdout and "cka       runs on torch" in done.stdout
+    assert "  cpp       switched off by KDK_NATIVE=0\n  torch     available; runs cka," in done.stdout

@@ -101,6 +101,9 @@ use_venv() {
     "$base" -m venv --clear .venv
   fi
   say "installing into .venv (the first time takes minutes: torch is large)"
+  if [ "${KDK_BUILD:-auto}" = auto ] && command -v "${CUDACXX:-nvcc}" >/dev/null 2>&1; then
+    say "nvcc is here, so the CUDA kernels are compiled too: more minutes, which KDK_BUILD=cpu saves"
+  fi
   # make's PYTHONPATH would show pip this folder's own metadata as an installed package
   unset PYTHONPATH
   install="$venv_python -m pip --disable-pip-version-check install -q -c constraints.txt"
