@@ -46,7 +46,7 @@ OPS = {
         Op("pearson", "rank", ("torch", "reference")),
         Op("spearman_corr", "rank", _RANK, _RANKS),
         Op("mixup", "logits", _LOGITS, ("mix_rows",)),
-        Op("distillation_kl", "logits", _LOGITS, _LOGIT_ROWS),
+        Op("distillation_kl", "logits", _LOGITS, (*_LOGIT_ROWS, "kl_rows", "kl_rows_backward")),
         Op("mixed_distillation", "logits", _LOGITS, _LOGIT_ROWS),
         Op("rkd_distance", "relation", ("cpp", "torch", "reference"), _PAIRS),
         Op("rkd_angle", "relation", ("triton", "cpp", "torch", "reference"), ("angle_triplets",)),

@@ -67,9 +67,8 @@ KDK_INLINE float maximum(const float* x, int64_t padded) {
     const auto b = load<W>(x + j);
     m = b > m ? b : m;
   }
-  float v[W];
-  std::memcpy(v, &m, sizeof(v));
-  return *std::max_element(v, v + W);
+  using F = typename Wide<W>::F;
+  return folded<W>(m, [](const F& a, const F& b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 struct Terms {

@@ -297,14 +297,10 @@ std::tuple<Tensor, Tensor> logits_rows(Tensor student, Tensor teacher, OptionalT
   return {value, statistics};
 }
 
-std::tuple<Tensor, Tensor> logits_rows_backward(Tensor grad, double factor, Tensor student, Tensor teacher,
-                                                OptionalTensor labels, OptionalTensor permuted, OptionalTensor lam,
-                                                OptionalTensor clean, OptionalTensor order, Tensor statistics,
-                                                double tau, double alpha, double k1, double k2, double k3,
-                                                double number, bool need_student, bool need_teacher) {
-  const Call c = call_of(student, teacher, labels, permuted, lam, clean, order, tau, alpha, k1, k2, k3, number);
-  KDK_CHECK(grad.is_cpu() && grad.dim() == 1 && grad.size(0) == c.R && grad.scalar_type() == ScalarType::Float,
-            "logits_rows_backward: grad must be float32 [", c.R, "]");
+// above: what comes from above, a number a row, `step` apart
+std::tuple<Tensor, Tensor> gradients(const float* above, int64_t step, double factor, const Call& c,
+                                     const Tensor& student, const Tensor& teacher, const Tensor& statistics,
+                                     bool need_student, bool need_teacher) {
   const int64_t count = c.of.clean ? 10 : c.labels ? 6 : 5;
   KDK_CHECK(statistics.is_cpu() && statistics.is_contiguous() && statistics.scalar_type() == ScalarType::Float &&
                 statistics.numel() == count * c.R,
@@ -314,7 +310,7 @@ std::tuple<Tensor, Tensor> logits_rows_backward(Tensor grad, double factor, Tens
   // beside a student's gradient an empty tensor, whose dtype is the student's as in the other backends
   Tensor dt = torch::stable::new_empty(need_teacher ? teacher : student,
                                        {need_teacher ? shape : none, need_teacher ? 2u : 1u});
-  const Backward b{static_cast<const float*>(grad.const_data_ptr()), grad.stride(0), static_cast<float>(factor),
+  const Backward b{above, step, static_cast<float>(factor),
                    static_cast<const float*>(statistics.const_data_ptr()),
                    need_student ? ds.mutable_data_ptr() : nullptr, need_teacher ? dt.mutable_data_ptr() : nullptr};
   const GradientRows run = gradient_rows();
@@ -323,6 +319,42 @@ std::tuple<Tensor, Tensor> logits_rows_backward(Tensor grad, double factor, Tens
     run(c, begin, end, scratch, b);
   });
   return {ds, dt};
+}
+
+std::tuple<Tensor, Tensor> logits_rows_backward(Tensor grad, double factor, Tensor student, Tensor teacher,
+                                                OptionalTensor labels, OptionalTensor permuted, OptionalTensor lam,
+                                                OptionalTensor clean, OptionalTensor order, Tensor statistics,
+                                                double tau, double alpha, double k1, double k2, double k3,
+                                                double number, bool need_student, bool need_teacher) {
+  const Call c = call_of(student, teacher, labels, permuted, lam, clean, order, tau, alpha, k1, k2, k3, number);
+  KDK_CHECK(grad.is_cpu() && grad.dim() == 1 && grad.size(0) == c.R && grad.scalar_type() == ScalarType::Float,
+            "logits_rows_backward: grad must be float32 [", c.R, "]");
+  return gradients(static_cast<const float*>(grad.const_data_ptr()), grad.stride(0), factor, c, student, teacher,
+                   statistics, need_student, need_teacher);
+}
+
+// the plain divergence alone, reduced: few rows of few classes take less time than the arguments of `logits_rows`.
+// `mean`: of the rows, else their sum
+std::tuple<Tensor, Tensor> kl_rows(Tensor student, Tensor teacher, double tau, bool mean) {
+  auto [rows, statistics] = logits_rows(student, teacher, {}, {}, {}, {}, {}, tau, 1, 1, 0, 0, 1, true);
+  const int64_t R = student.size(0);
+  const float* of = static_cast<const float*>(rows.const_data_ptr());
+  double total = 0;
+  for (int64_t r = 0; r < R; ++r) total += of[r];
+  const torch::headeronly::IntHeaderOnlyArrayRef scalar(&R, size_t{0});
+  Tensor value = torch::stable::new_empty(rows, scalar);
+  *static_cast<float*>(value.mutable_data_ptr()) = static_cast<float>(mean ? total / static_cast<double>(R) : total);
+  return {value, statistics};
+}
+
+// its gradient; `grad` is one number
+Tensor kl_rows_backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, double tau, bool mean) {
+  KDK_CHECK(grad.is_cpu() && grad.numel() == 1 && grad.scalar_type() == ScalarType::Float,
+            "kl_rows_backward: grad must be one float32 number");
+  const Call c = call_of(student, teacher, {}, {}, {}, {}, {}, tau, 1, 1, 0, 0, 1);
+  return std::get<0>(gradients(static_cast<const float*>(grad.const_data_ptr()), 0,
+                               mean ? 1.0 / static_cast<double>(c.R) : 1.0, c, student, teacher, statistics, true,
+                               false));
 }
 
 }  // namespace
@@ -336,9 +368,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("logits_rows(" KDK_LOGITS KDK_NUMBERS "bool need) -> (Tensor value, Tensor statistics)");
   m.def("logits_rows_backward(Tensor grad, float factor, " KDK_LOGITS "Tensor statistics, " KDK_NUMBERS
         "bool need_student, bool need_teacher) -> (Tensor, Tensor)");
+  m.def("kl_rows(Tensor student, Tensor teacher, float tau, bool mean) -> (Tensor value, Tensor statistics)");
+  m.def("kl_rows_backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, float tau, bool mean) "
+        "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("logits_rows", TORCH_BOX(&kdkernels::logits_rows));
   m.impl("logits_rows_backward", TORCH_BOX(&kdkernels::logits_rows_backward));
+  m.impl("kl_rows", TORCH_BOX(&kdkernels::kl_rows));
+  m.impl("kl_rows_backward", TORCH_BOX(&kdkernels::kl_rows_backward));
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CC between neighbours: a_i = |x_i - y_i|, the mean over i of a_i . a_(i+1), and its gradient to x for an upstream of 1,
-// in one pass over both sides. PyTorch makes thirteen over memory. Nothing is written but the gradient.
+// CC between neighbours: a_i = |x_i - y_i|, the mean over i of a_i . a_(i+1), and its gradient to x for an upstream of
+// 1, in one pass over both sides. PyTorch makes thirteen over memory. Nothing is written but the gradient.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -107,7 +107,8 @@ std::tuple<Tensor, Tensor> neighbour_rows(Tensor x, Tensor y, bool need) {
   Tensor value = torch::stable::new_empty(x, {groups, 1});
   Tensor slope = need ? torch::stable::new_empty(x, {shape, 3}) : torch::stable::new_empty(x, {none, 1});
   float* out = need ? static_cast<float*>(slope.mutable_data_ptr()) : nullptr;
-  const auto *of_x = static_cast<const float*>(x.const_data_ptr()), *of_y = static_cast<const float*>(y.const_data_ptr());
+  const auto* of_x = static_cast<const float*>(x.const_data_ptr());
+  const auto* of_y = static_cast<const float*>(y.const_data_ptr());
   static const Row row = row_of_this_machine();
   std::vector<double> rows(G * n);
   torch::stable::parallel_for(0, G * n, std::max<int64_t>(1, kTask / std::max<int64_t>(1, p)),

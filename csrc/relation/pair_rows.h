@@ -33,8 +33,8 @@ KDK_INLINE double cosine_row(double* row, const double* inverse, double own, int
   return sum_of<W>(sum);
 }
 
-// sum_k T log((T + eps) / (P + eps)) - (T - P), whose last part is 0 and takes the first order out of each term, not out
-// of their sum; and of each side asked for h = dvalue/d(cos), less what the row sum takes back
+// sum_k T log((T + eps) / (P + eps)) - (T - P), whose last part is 0 and takes the first order out of each term, not
+// out of their sum; and of each side asked for h = dvalue/d(cos), less what the row sum takes back
 template <int W>
 KDK_INLINE double divergence_row(const double* const* cos, const double* share, const double* keep, double* const* h,
                                  int64_t n) {

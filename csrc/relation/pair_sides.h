@@ -64,8 +64,8 @@ struct Samples {
                                     double* const* h, int64_t n) {                                                     \
       return divergence_row<W>(cos, share, keep, h, n);                                                                \
     }                                                                                                                  \
-    TARGET static void weigh(const double* h, const double* cos, int64_t first, int64_t n, float* weights, double* sums,\
-                             double* along) {                                                                          \
+    TARGET static void weigh(const double* h, const double* cos, int64_t first, int64_t n, float* weights,             \
+                             double* sums, double* along) {                                                            \
       weight_rows<W>(h, cos, first, n, weights, sums, along);                                                          \
     }                                                                                                                  \
     TARGET static Counted distances(double* row, const double* norms, double own, const double* keep, int64_t n) {     \

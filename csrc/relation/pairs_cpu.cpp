@@ -75,7 +75,8 @@ Found similarities(const Samples& s, Side<Loops> (&sides)[2], int64_t need, cons
     auto of = empty_gradient<Loops>(s, nothing);
     std::vector<double> along(s.rows());
     float* weights = data<float>(of.weights);
-    torch::stable::parallel_for(0, s.rows() / 8, std::max<int64_t>(1, kTask / (8 * N)), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kTask / (8 * N));
+    torch::stable::parallel_for(0, s.rows() / 8, grain, [&](int64_t begin, int64_t end) {
       for (int64_t band = begin; band < end; ++band) {
         const int64_t g = band * 8 / N, at = g * N * N;
         Loops::weigh(out[k] + at, sides[k].pairs + at, band * 8 - g * N, N, weights + at, of.of_mean.data() + g * N,
