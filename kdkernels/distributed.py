@@ -110,7 +110,7 @@ class Held:
     def __reduce__(self):
         raise TypeError(
             "group is a ProcessGroup, which no pickle can hold: save the state_dict (it needs no group), or make the "
-            "loss with group='world', which can be pickled"
+            "loss with group='world' (a metric with process_group=None), which can be pickled"
         )
 
 
@@ -258,7 +258,7 @@ def _module_worded(module, depth: int):
         held = {**_public(part), **part._buffers, **part._parameters}
         for name, value in held.items():
             text = worded(value, depth)
-            if "weight" in name and name in part._buffers and value is not None and checks.may_read(value):
+            if "weight" in name and name in part._buffers and value is not None and value.device.type == "cpu":
                 text = str(value.tolist())
             yield f"{path}.{name}".lstrip("."), text
 

@@ -30,7 +30,7 @@ ARROWS = {
     "compat": {*FOUNDATIONS, *FAMILIES, "losses"},
     "distributed": {*FOUNDATIONS},
     "rounds": set(),
-    "analysis": {*FOUNDATIONS, "gram", "losses"},
+    "analysis": {*FOUNDATIONS, "distributed", "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram", "distributed"},
     "gram": {*FOUNDATIONS, "distributed", "rounds"},

@@ -236,7 +236,7 @@ def test_torchmetrics_is_imported_when_a_metric_is_made_and_not_before(python):
 
 
 RANKS = """
-import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+import copy, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 sys.path.insert(0, "tests")
 import kdkernels as kd
 from kdkernels.analysis import metric as module
@@ -259,9 +259,9 @@ def main(rank, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     batches = stream(7, 16)
-    both = [kd.CKAMetric()]
+    both = [kd.CKAMetric(process_group=dist.group.WORLD)]
     module._collected = lambda: None
-    both.append(kd.CKAMetric())
+    both.append(kd.CKAMetric(process_group=dist.group.WORLD))
     assert type(both[1]) is kd.CKAMetric
     for metric in both:
         seen(metric, batches[:5] if rank == 0 else [])
@@ -277,8 +277,10 @@ def main(rank, store):
             assert "no batch of at least 4 rows" in str(error)
         else:
             raise AssertionError("an unseen stream has a value")
-        seen(metric, batches[rank :: 2])  # and goes on
-        close(metric, batches)
+        copied = copy.deepcopy(metric)  # with its group
+        for one in (metric, copied):
+            seen(one, batches[rank :: 2])  # and goes on
+            close(one, batches)
     dist.destroy_process_group()
 
 

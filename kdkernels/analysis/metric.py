@@ -16,7 +16,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from .. import checks
+from .. import checks, distributed
 from ..accumulator import Accumulator, summed, without_rounding
 from ..autograd import device_type, without_autocast
 from ..gram.checks import check_bandwidths
@@ -78,6 +78,15 @@ class CKAMetric(Accumulator):
         self.kernel, self.unbiased = kernel, bool(unbiased)
         self.minimum = minimum_rows(self.unbiased, True)
         self._kernels, self._warned = spec_of(kernel), False
+
+    @property
+    def process_group(self):
+        """Over which processes compute() adds up; copies of the metric share it."""
+        return None if self._group is None else self._group.group
+
+    @process_group.setter
+    def process_group(self, group):
+        self._group = None if group is None else distributed.Held(group)
 
     @staticmethod
     def _zeros():
