@@ -5,12 +5,15 @@ import pytest
 import torch
 from broken import noisy, packed, rejects, unwritten, without_last
 
-from kdkernels import testing
-from kdkernels.relation import function, pairs, torch_impl
+from kdkernels import native, testing
+from kdkernels.registry import OPS
+from kdkernels.relation import function, native_impl, pairs, torch_impl
 
 FORWARD, BACKWARD, DISTANCES = torch_impl.forward, torch_impl.backward, torch_impl.distances
 TRIPLETS, PAIRS = torch_impl._triplets, torch_impl._distances
+COMPILED_FORWARD, COMPILED_BACKWARD, ROWS = native_impl.forward, native_impl.backward, native_impl._rows
 D, A, P = "rkd_distance", "rkd_angle", "pkt"
+lacking = native.lack("cpu", OPS[P].native)
 
 
 def value(change):
@@ -93,6 +96,45 @@ SABOTAGE = {
     "masked rows get a gradient": (D, "masks", {"backward": lambda g, x, m, W, k: BACKWARD(g, x, m, W, k) + 1e-9}),
     "NaN under the mask": (P, "masks", {"forward": lambda x, y, m, *r: FORWARD(x + 0 * x.sum(), y, m, *r)}),
 }  # fmt: skip
+
+
+# of the compiled calls, at their boundary
+def compiled(change):
+    return {"forward": lambda *a: change(COMPILED_FORWARD(*a))}
+
+
+def slopes(change):
+    return compiled(lambda out: (out[0], *map(change, out[1:])))
+
+
+def scaled(change):
+    return {"backward": lambda g, *rest: COMPILED_BACKWARD(change(g), *rest)}
+
+
+def read(change):
+    return {"_rows": lambda x: change(ROWS(x))}
+
+
+COMPILED = {
+    "value 5 % scale": (P, "value", compiled(lambda out: (out[0] * 1.05, *out[1:]))),
+    "features rounded to bfloat16": (D, "value", read(lambda x: x.bfloat16().float())),
+    "a last sample not seen": (D, "value", read(without_last(-2))),
+    "gradient 1 % scale": (D, "gradient x", slopes(lambda w: w * 1.01)),
+    "gradient rounded to bfloat16": (P, "gradient y", slopes(lambda w: w.bfloat16().to(w.dtype))),
+    "gradient without its last row": (P, "gradient x", slopes(lambda w: without_last(-2)(w) if w.dim() == 3 else w)),
+    "ignored upstream gradient": (D, "gradient x", scaled(torch.ones_like)),
+    "upstream gradient of the first group alone": (P, "gradient x", scaled(lambda g: g[:1].expand(g.shape))),
+    "unwritten tail": (D, "poison", slopes(unwritten)),
+    "not the same twice": (P, "twice", slopes(noisy)),
+    "a mask that is not passed": (P, "masks", {"forward": lambda x, y, m, *r: COMPILED_FORWARD(x, y, None, *r)}),
+}  # fmt: skip
+
+
+@pytest.mark.native
+@pytest.mark.skipif(lacking is not None, reason=lacking or "loaded")
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_contract_rejects_a_compiled_call_with(name, monkeypatch):
+    assert rejects(monkeypatch, *COMPILED[name], native_impl, backend="cpp")
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
