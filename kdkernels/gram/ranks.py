@@ -47,7 +47,8 @@ def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mas
         return None, [rows_first(side) for side in group.gather(*sides)]
     linear = all(kernel.name in ("linear", "cosine") for kernel in kernels)
     if linear and (stat == "mse" or (center and not row_normalize and stat in ("cka", "hsic"))):
-        if p * p + p * q + q * q + p + q <= total * (p + q):
+        moments = 3 * max(p, q) ** 2 if stat == "mse" else p * p + p * q + q * q + p + q
+        if moments <= total * (p + q):
             return _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, group.handle), None
     if ring.chosen(x, y, group):
         return ring.statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group), None
