@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import kdkernels as kd
+from kdkernels.registry import OPS
 
 MARKDOWN = [
     p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "kdkernels").rglob("*.md")) if p.is_file()
@@ -24,7 +25,20 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_of_the_documentation_runs(block):
-    exec(compile(block, "documentation", "exec"), {"__name__": "documentation"})
+    exec(compile(block, "documentation", "exec"), {"__name__": "documentation", "torch": torch, "kd": kd})
+
+
+def test_the_first_block_of_the_readme_runs_as_it_stands():
+    exec(compile(BLOCKS[0].values[0], "documentation", "exec"), {"__name__": "documentation"})
+
+
+def test_the_readme_lists_every_op_with_its_backends():
+    section = (ROOT / "README.md").read_text().split("\n## Ops\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    shown = {op: backends for ops, _, _, backends in rows for op in re.findall(r"`(\w+)`", ops)}
+    assert set(shown) == set(OPS)
+    for name, op in OPS.items():
+        assert set(shown[name].split(", ")) == set(op.backends), f"{name} runs on {op.backends}"
 
 
 def documented():
