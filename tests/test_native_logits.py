@@ -108,3 +108,35 @@ def test_the_operator_refuses_what_it_cannot_read(given, message):
 def test_mixing_refuses_an_index_that_is_no_row():
     with pytest.raises(ValueError, match="index holds 3: give 0 to 2"):
         torch.ops.kdkernels.mix_rows(torch.zeros(3, 4), *[torch.ones(3).double()] * 2, torch.tensor([0, 1, 3]))
+
+
+# ---- one number, through operators of fewer arguments
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_the_reduced_divergence_is_that_of_its_rows(reduction, dtypes):
+    student, teacher = (torch.randn(7, 21).to(dtype) for dtype in dtypes)
+    student[2, 3] = teacher[2, 3] = -math.inf
+    each, ours = (student.clone().requires_grad_() for _ in range(2))
+    rows = kd.distillation_kl(each, teacher, tau=3.0, reduction="none", backend="cpp")
+    want = rows.double().mean() if reduction == "mean" else rows.double().sum()
+    got = kd.distillation_kl(ours, teacher, tau=3.0, reduction=reduction, backend="cpp")
+    assert type(got.grad_fn).__name__ == "DivergenceBackward" and got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(2.5 * got, ours, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(2.5 * want, each)[0], rtol=2e-6, atol=1e-8)
+    (again,) = torch.autograd.grad(got, ours, create_graph=True)
+    with pytest.raises(RuntimeError, match="pass backend='reference'"):
+        again.sum().backward()
+
+
+def test_the_reduced_divergence_refuses_what_it_cannot_read():
+    z = torch.randn(3, 4)
+    statistics = torch.ops.kdkernels.kl_rows(z, z, 4.0, True)[1]
+    with pytest.raises(ValueError, match="teacher must be CPU logits"):
+        torch.ops.kdkernels.kl_rows(z, z[:2], 4.0, True)
+    with pytest.raises(ValueError, match="grad must be one float32 number"):
+        torch.ops.kdkernels.kl_rows_backward(torch.ones(2), z, z, statistics, 4.0, True)
+    with pytest.raises(ValueError, match="statistics must be what logits_rows gave"):
+        torch.ops.kdkernels.kl_rows_backward(torch.ones(()), z, z, statistics[:4], 4.0, True)
