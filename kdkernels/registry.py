@@ -21,7 +21,7 @@ _PROJECTION = ("triton", "cpp", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
 _LOGITS = ("triton", "cpp", "torch", "reference")
 _LOGIT_ROWS = ("logits_rows", "logits_rows_backward")
-_PAIRS = ("relate_pairs", "scale_pairs")
+_RELATIONS = ("relate_pairs", "scale_pairs")
 _RANKS = ("rank_rows", "rank_rows_backward")
 
 OPS = {
@@ -48,8 +48,8 @@ OPS = {
         Op("mixup", "logits", _LOGITS, ("mix_rows",)),
         Op("distillation_kl", "logits", _LOGITS, (*_LOGIT_ROWS, "kl_rows", "kl_rows_backward")),
         Op("mixed_distillation", "logits", _LOGITS, _LOGIT_ROWS),
-        Op("rkd_distance", "relation", ("cpp", "torch", "reference"), _PAIRS),
+        Op("rkd_distance", "relation", ("cpp", "torch", "reference"), _RELATIONS),
         Op("rkd_angle", "relation", ("triton", "cpp", "torch", "reference"), ("angle_triplets",)),
-        Op("pkt", "relation", ("cpp", "torch", "reference"), _PAIRS),
+        Op("pkt", "relation", ("cpp", "torch", "reference"), _RELATIONS),
     )
 }

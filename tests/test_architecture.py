@@ -130,6 +130,13 @@ def test_every_op_of_the_registry_is_public_and_in_its_family():
         assert op.backends[-1] == "reference"
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_gives_a_constant_one_value(path):
+    targets = (node.targets for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign))
+    names = [target.id for one in targets for target in one if isinstance(target, ast.Name)]
+    assert len(names) == len(set(names)), f"set twice: {sorted(n for n in set(names) if names.count(n) > 1)}"
+
+
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}
 
 
