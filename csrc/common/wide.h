@@ -40,7 +40,7 @@ KDK_INLINE typename Wide<W>::F splat(float x) {
   return x - typename Wide<W>::F{};
 }
 
-// lane i with lane i ^ H, for H = W / 2, ..., 1: in registers where the compiler can, as a store would wait for each step
+// lane i with lane i ^ H, for H = W / 2, ..., 1: in registers where the compiler can, as a store would wait each time
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define KDK_SHUFFLE 1
