@@ -83,7 +83,8 @@ def distillation_kl(student, teacher, *, tau=4.0, reduction="mean", backend="aut
     Source: Hinton et al. 2015, arXiv 1503.02531.
 
     Args:
-        student, teacher: logits [..., C], each leading index a row; float16 to float64, each side its own dtype.
+        student, teacher: logits [..., C], classes last, each leading index a row; float16 to float64, each side its own
+            dtype.
         tau: temperature, a positive number.
         reduction: "mean" over the rows, "sum", or "none": [...].
         backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
