@@ -32,6 +32,14 @@ def test_the_first_block_of_the_readme_runs_as_it_stands():
     exec(compile(BLOCKS[0].values[0], "documentation", "exec"), {"__name__": "documentation"})
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_a_file_that_a_page_names_exists(page):
+    named = re.findall(r"[` ]((?:[\w.]+/)+\w+\.(?:md|py|cpp|json))[` ]", (ROOT / page).read_text())
+    assert len(named) > 4
+    for name in named:
+        assert (ROOT / name).is_file() or (ROOT / "kdkernels" / name).is_file(), f"{page} names {name}"
+
+
 def test_the_readme_lists_every_op_with_its_backends():
     section = (ROOT / "README.md").read_text().split("\n## Ops\n")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
