@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "../common/check.h"
-#include "doubles.h"
+#include "../common/doubles.h"
 
 namespace kdkernels {
 namespace {

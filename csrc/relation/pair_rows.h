@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "doubles.h"
+#include "../common/doubles.h"
 
 namespace kdkernels {
 

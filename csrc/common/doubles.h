@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of W doubles as the loops over pairs and triplets use them; rows are padded to whole lanes.
+// Vectors of W doubles: from and to memory of either precision, sums, exp and log; rows are padded to whole lanes.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "../common/lanes.h"
+#include "lanes.h"
 
 namespace kdkernels {
 
@@ -26,6 +26,15 @@ template <int W>
 KDK_INLINE typename Register<W>::Doubles fetch(const double* p) {
   typename Register<W>::Doubles v;
   std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int W>
+KDK_INLINE typename Register<W>::Doubles fetch(const float* p) {
+  typename Register<W>::Floats x;
+  std::memcpy(&x, p, sizeof(x));
+  typename Register<W>::Doubles v;
+  Register<W>::widen(x, v);
   return v;
 }
 
@@ -56,6 +65,32 @@ KDK_INLINE V clamped(const V& e) {
   const V one = V{} + 1.0;
   const V low = e < -one ? -one : e;
   return low > one ? one : low;
+}
+
+// exp(x) for x <= 0 to 1e-15, about 0 below -700, NaN for NaN
+template <int W>
+KDK_INLINE typename Register<W>::Doubles exp_of(typename Register<W>::Doubles x) {
+  using D = typename Register<W>::Doubles;
+  using I = typename Integers<W>::I;
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the nearest integer in the low bits
+  const D zero{};
+  x = x < zero - 700.0 ? zero - 700.0 : x;
+  const D shifted = x * 1.44269504088896340736 + kRound;
+  const D n = shifted - kRound;
+  const D r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  D y = r * (1.0 / 39916800) + 1.0 / 3628800;  // the series: |r| <= log(2) / 2
+  y = y * r + 1.0 / 362880;
+  y = y * r + 1.0 / 40320;
+  y = y * r + 1.0 / 5040;
+  y = y * r + 1.0 / 720;
+  y = y * r + 1.0 / 120;
+  y = y * r + 1.0 / 24;
+  y = y * r + 1.0 / 6;
+  y = y * r + 0.5;
+  y = y * r + 1.0;
+  y = y * r + 1.0;
+  const I scale = ((I)shifted - 0x4338000000000000LL + 1023) << 52;
+  return y * (D)scale;
 }
 
 // log(a / b) of positive normal numbers to a few units in the last place, however near to 0; NaN of NaN. The odd series
