@@ -34,6 +34,11 @@ def apply(function: type[torch.autograd.Function], *arguments):
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
+def in_transform() -> bool:
+    """Eager, inside torch.func or torch.vmap; the compiler takes transforms apart before it runs anything."""
+    return not torch.compiler.is_compiling() and _transforms_active()
+
+
 class NoSecondDerivative(torch.autograd.Function):
     """A backward pass as something that refuses to be differentiated again: its `forward` is that pass.
 

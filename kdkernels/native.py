@@ -124,6 +124,16 @@ def _register_cpu_fakes() -> None:
         rows, kept = ((G, 2, 3), (sides, G, n, n)) if need else ((0,), (0,))
         return x.new_empty(G), x.new_empty(rows), x.new_empty(kept)
 
+    @torch.library.register_fake("kdkernels::score_rows")
+    def score_rows(x, y, tau):
+        rows = x.new_empty(x.shape[0])
+        z = x.new_empty(x.shape), x.new_empty(x.shape)
+        return *z, rows.double(), rows.double(), rows, torch.empty_like(rows)
+
+    @torch.library.register_fake("kdkernels::score_rows_backward")
+    def score_rows_backward(grad, grad_pearson, z_x, z_y, scale, count):
+        return z_x.new_empty(z_x.shape)
+
     @torch.library.register_fake("kdkernels::pair_gradient")
     def pair_gradient(grad, x, mask, scales, V, centre):
         return x.new_empty(x.shape)

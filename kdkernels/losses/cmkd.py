@@ -19,6 +19,7 @@ from .base import (
 )
 from .base import at_least_float32 as dtype_of
 from .means import check_normalizer, mean_of_rows, number_of_rows
+from .scores import score
 
 REGULARIZATIONS = ("l2", "kl")
 
@@ -126,21 +127,19 @@ class CMKDLoss(Loss):
         with full_precision(student):
             dtype = dtype_of(student, teacher)
             x, y = (zero_where_masked(side, counted).to(dtype) for side in (student, teacher))
-            absent = torch.fmin(x, y) == -math.inf  # whatever the other side holds
-            keep = (~absent).to(dtype)
-            count = keep.sum(-1, keepdim=True).clamp_min(1)
-            share = self._share(y, absent, count[..., 0])
-            x, y = (ZScore.apply(side.masked_fill(absent, 0), keep, count)[0] for side in (x, y))
+            by_entropy = self.spearman_share == "entropy"
+            z_x, z_y, share, pearson = score(x, y, self.weight_tau if by_entropy else 0.0, self.backend)
+            if not by_entropy:
+                share = self._share(y)
             parts, how = {}, (counted, normalizer, self.reduction, group)
             if "pearson" in terms:
-                # of z-scored rows, Pearson is the mean product
-                apart = 1 - torch.linalg.vecdot(x, y) / count[..., 0]
-                parts["pearson"] = mean_of_rows((1 - share) * apart, *how)
+                parts["pearson"] = mean_of_rows((1 - share) * (1 - pearson), *how)
             if "spearman" in terms:
-                apart = 1 - self._spearman(x, y.masked_fill(absent, -math.inf))  # takes the pair out of both sides
-                parts["spearman"] = mean_of_rows(share * apart, *how)
+                # the -inf of z_y takes the pair out of both sides
+                parts["spearman"] = mean_of_rows(share * (1 - self._spearman(z_x, z_y)), *how)
             if "classes" in terms:
-                parts["classes"] = classes_apart(x.flatten(0, -2), y.flatten(0, -2), counted, group)
+                z_y = z_y.masked_fill(z_y == -math.inf, 0)
+                parts["classes"] = classes_apart(z_x.flatten(0, -2), z_y.flatten(0, -2), counted, group)
             weighted = {name: value * getattr(self, TERMS[name]).to(dtype) for name, value in parts.items()}
             return self._total(weighted, return_parts)
 
@@ -158,17 +157,15 @@ class CMKDLoss(Loss):
         how = {"regularization": self.regularization, "regularization_strength": self.strength}
         return spearman(x, y, **how, hard_target=self.hard_target, backend=self.backend)
 
-    def _share(self, teacher, absent, count):
-        """w_S [...]: what Spearman gets of each row."""
+    def _share(self, teacher):
+        """w_S [...], what Spearman gets of each row, where the caller gave it."""
         if isinstance(self.spearman_share, float):
             return torch.full_like(teacher[..., 0], self.spearman_share)
-        if self.spearman_share != "entropy":
-            share = self.spearman_share(teacher)
-            if not isinstance(share, torch.Tensor) or share.shape != teacher.shape[:-1]:
-                what = tuple(share.shape) if isinstance(share, torch.Tensor) else type(share).__name__
-                raise ValueError(f"spearman_share gave {what}: it must give one number a row, {teacher.shape[:-1]}")
-            return share.to(teacher.dtype)
-        return relative_entropy(teacher, absent, count, self.weight_tau)
+        share = self.spearman_share(teacher)
+        if not isinstance(share, torch.Tensor) or share.shape != teacher.shape[:-1]:
+            what = tuple(share.shape) if isinstance(share, torch.Tensor) else type(share).__name__
+            raise ValueError(f"spearman_share gave {what}: it must give one number a row, {teacher.shape[:-1]}")
+        return share.to(teacher.dtype)
 
     def _shown(self):
         shown = {"weight_tau": self.weight_tau, "spearman_share": self.spearman_share}
@@ -205,54 +202,6 @@ def check_strength(strength):
     if strength == "auto" or (positive and (relative or number is strength)):
         return ("auto", float(number)) if relative else strength
     raise ValueError(f"strength is {strength!r}: give 'auto', ('auto', c) or a number, c and the number positive")
-
-
-class ZScore(torch.autograd.Function):
-    """z = (x - mean) / population standard deviation of the `count` entries a row that `keep` has, and 1 / deviation.
-
-    x and z are 0 elsewhere. A constant row is 0, with zero gradient. One node: autograd's own way back through the
-    formula passes over the rows three times as often. It can be differentiated again.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, keep, count):
-        mean = x.sum(-1, keepdim=True) / count
-        z = (x - mean) * keep
-        variance = torch.linalg.vecdot(z, z)[..., None] / count
-        # a spread of the mean's rounding is none; NaN stays NaN
-        constant = variance <= (4 * torch.finfo(x.dtype).eps * mean).square()
-        scale = torch.where(constant, 0, torch.where(constant, 1, variance).rsqrt())
-        return z * scale, scale
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:], *output)
-
-    @staticmethod
-    def backward(ctx, grad, grad_scale):
-        keep, count, z, scale = ctx.saved_tensors
-        dx = None
-        if grad is not None:
-            mean, slope = (torch.linalg.vecdot(grad, side)[..., None] / count for side in (keep, z))
-            dx = (grad - mean - z * slope) * (keep * scale)
-        if grad_scale is not None:  # in a second derivative
-            own = z * (-scale.square() * grad_scale / count)
-            dx = own if dx is None else dx + own
-        return dx, None, None
-
-
-def relative_entropy(logits, absent, count, tau):
-    """H(softmax(logits / tau)) / log(count) over the classes not absent, in [0, 1]; 0 where fewer than two are."""
-    logits = logits.masked_fill(absent, -math.inf)
-    z = (logits - logits.amax(-1, keepdim=True)) / tau
-    p = z.exp()
-    total = p.sum(-1)
-    entropy = total.log() - torch.linalg.vecdot(p, z.masked_fill(absent, 0)) / total
-    most = count.log()
-    return torch.where(most > 0, entropy / torch.where(most > 0, most, 1), 0).clamp(max=1)
 
 
 def classes_apart(x, y, mask, group=None):
