@@ -7,7 +7,7 @@ from ranking import adversarial
 from test_rank_rounds import deep
 
 import kdkernels as kd
-from kdkernels.rank import prefix, sorted_ranks
+from kdkernels.rank import prefix, threads
 
 
 def rows(n):
@@ -46,7 +46,7 @@ def test_rows_too_wide_for_their_strength_are_pooled_without_sums_beside_others(
     x = torch.cat([x.clamp(-100, 100), x])  # the second half has outliers, and powers
     want = kd.soft_rank(x.double(), "l2", 1e-2, backend="torch")
     assert ulps(kd.soft_rank(x[:11], "l2", 1e-2, backend="torch"), want[:11]) <= 1 and fit == [True]
-    monkeypatch.setattr(sorted_ranks, "SORTED", 300 * 11)
+    monkeypatch.setattr(threads, "LEAST", 300 * 11)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:  # one part has sums, the other has not
@@ -57,7 +57,8 @@ def test_rows_too_wide_for_their_strength_are_pooled_without_sums_beside_others(
 
 @pytest.mark.parametrize("regularization", ["l2", "kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_any_number_of_threads_gives_the_same_bits(dtype, regularization):
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype, regularization):
+    monkeypatch.setattr(threads, "LEAST", 2**14)
     x = torch.cat([rows(2000)] * 4).to(dtype)
     x[5, 3], x[40, 7], x[61] = torch.nan, torch.inf, -torch.inf
     x.requires_grad_()
@@ -66,8 +67,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, regularization):
     for strength in (0.0, 0.5, "auto", torch.linspace(0.1, 9, len(x)).double()):
         outcomes = []
         try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
                 r = kd.soft_rank(x, regularization, strength, backend="torch")
                 outcomes.append((r, *torch.autograd.grad(r, x, u.to(r.dtype))))
         finally:

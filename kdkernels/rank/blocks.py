@@ -54,12 +54,6 @@ class Blocks:
         for name in self.arrays:
             getattr(self, name)[index] = getattr(other, name)
 
-    def part(self, a, b):
-        return type(self)(*(getattr(self, name)[a:b] for name in self.arrays))
-
-    def followed_by(self, others):
-        return type(self)(*(np.concatenate([getattr(t, name) for t in (self, *others)]) for name in self.arrays))
-
     def joins(self):
         """Whether neighbours k, k + 1 pool."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import blocks, counted, rounds, sorted_ranks, strength
-from .ordering import SORTED, absent
+from .ordering import absent
 from .sorted_ranks import first_positions
 from .threads import QUIET, groups, over_rows
 
@@ -108,7 +108,7 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
             for part in groups(rows, n, GROUP):
                 pull(part)
 
-    over_rows(pull_groups, *ids.shape, SORTED)
+    over_rows(pull_groups, *ids.shape)
     if np.isnan(e).any():
         g[torch.from_numpy(np.isnan(e[:, 0]))] = math.nan
     return g.reshape(x.shape)

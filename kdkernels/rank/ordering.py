@@ -15,8 +15,6 @@ import torch
 
 from .threads import over_rows
 
-SORTED = 2**16  # elements that are worth a thread where no rounds are made
-
 
 def packed_sort(rows):
     """Float32 rows [R, n] without NaN in descending order, stable, as float32 [R, n + 1], and where each stood, int64.
@@ -48,7 +46,7 @@ def packed_sort(rows):
         np.bitwise_xor(key, mask, out=s[part].view(np.int32))
         packed &= 0xFFFFFFFF
 
-    over_rows(sort, R, n, SORTED)
+    over_rows(sort, R, n)
     return s, order
 
 

@@ -78,18 +78,6 @@ class Prefixes(Blocks):
         V[many] = sites.V
         return self.joined(start, V)
 
-    def followed_by(self, others):
-        lists = [self, *others]
-        q, c = (np.concatenate([getattr(found, name)[:-1] for found in lists] + [[0.0]]) for name in ("q", "c"))
-        h = self.h if np.ndim(self.h) == 0 else np.concatenate([found.h for found in lists])
-        before = np.cumsum([0] + [len(found) for found in lists[:-1]])
-        ends = np.concatenate([found.ends + k for found, k in zip(lists, before, strict=True)])
-        return Prefixes(q, c, h, ends, np.concatenate([found.V for found in lists]))
-
-    def part(self, a, b):
-        h = self.h if np.ndim(self.h) == 0 else self.h[a:b]
-        return Prefixes(self.q[a : b + 1], self.c[a : b + 1], h, [], self.V[a:b])
-
     def means(self):
         """The means of the elements, positions apart."""
         mean = self.q[1:] - self.q[:-1]

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft ranks of sorted rows on the CPU: what is work on elements is shared out between threads, the pooling is not.
-
-A part of the rows pools in as many rounds as all of them, and short rounds of several threads wait for each other: rows
-are sorted in parts, their blocks pooled together, and their ranks written in parts. Parts of `LEAST` elements and more
-go all of the way by themselves.
-"""
+"""Soft ranks of sorted rows on the CPU: blocks are pooled and ranks written, for large parts of the rows in threads."""
 
 from __future__ import annotations
 
@@ -15,8 +10,8 @@ import numpy as np
 import torch
 
 from . import blocks, prefix, rounds
-from .ordering import SORTED, absent, sorted_rows, unsorted
-from .threads import LEAST, groups, over_rows
+from .ordering import absent, sorted_rows, unsorted
+from .threads import groups, over_rows
 
 GROUP = 2**16  # elements
 
@@ -106,13 +101,6 @@ class Part:
         elif not self.hard:
             self.list = first_blocks(self.s, self.n_valid, e, self.kl, False, self.start, length)
 
-    def without_sums(self):
-        """The other kind of list, where another part needs it."""
-        if self.sums:
-            self.sums = False
-            length = rounds.lengths(self.start, self.s.size)
-            self.list = first_blocks(self.s, self.n_valid, self.e, self.kl, False, self.start, length)
-
     def ranks(self, first, found, dtype, need):
         """Ranks in `dtype` and block ids [R, n] for the blocks that begin at positions `first`, `found` if l2."""
         s, e = self.s, self.e
@@ -158,55 +146,20 @@ class Part:
         return rank, unsorted(torch.from_numpy(ids), order, R, width - 1)
 
 
-def pooled(parts):
-    """Where the blocks of each part begin, and these; None where pooling takes too many rounds."""
-    if parts[0].hard:
-        return [(part.start, None) for part in parts]
-    if not all(part.sums for part in parts):
-        for part in parts:
-            part.without_sums()
-    if len(parts) == 1:
-        found = rounds.pooled(parts[0].list, parts[0].start)
-        return found and [found]
-    offset = np.cumsum([0] + [part.s.size for part in parts])
-    start = np.concatenate([part.start + k for part, k in zip(parts, offset, strict=False)])
-    found = rounds.pooled(parts[0].list.followed_by([part.list for part in parts[1:]]), start)
-    if found is None:
-        return None
-    first, blocks = found
-    cut = first.searchsorted(offset)
-    return [(first[a:b] - k, blocks.part(a, b)) for a, b, k in zip(cut[:-1], cut[1:], offset, strict=False)]
-
-
 def ranks(rows, e, number, kl, need, dtype):
     """Ranks in `dtype` and block ids int32 of parts of rows [R, n] without NaN, a list in order; None where pooling
     takes too many rounds. e is the strength, a number, or one a row [R, 1]; `number` 0 gives hard ranks."""
     R, n = rows.shape
 
-    def begin(part):
-        return Part(rows[part], e if np.ndim(e) == 0 else e[part], number, kl)
-
-    def whole(rows):
+    def whole(share):
         out = []
-        for part in groups(rows, n, GROUP if kl else R * n):
-            part = begin(part)
-            found = pooled([part])
+        for rows_of_one in groups(share, n, GROUP if kl else R * n):
+            part = Part(rows[rows_of_one], e if np.ndim(e) == 0 else e[rows_of_one], number, kl)
+            found = (part.start, None) if part.hard else rounds.pooled(part.list, part.start)
             if found is None:
                 return None
-            out.append(part.ranks(*found[0], dtype, need))
+            out.append(part.ranks(*found, dtype, need))
         return out
 
-    if kl or R * n >= 2 * LEAST:
-        found = over_rows(whole, R, n, SORTED if kl else LEAST)
-        return None if any(part is None for part in found) else list(itertools.chain(*found))
-    parts = over_rows(begin, R, n, SORTED)
-    found = pooled(parts)
-    if found is None:
-        return None
-    bounds = np.cumsum([0] + [len(part.s) for part in parts]).tolist()
-
-    def end(rows):
-        k = bounds.index(rows.start)
-        return parts[k].ranks(*found[k], dtype, need)
-
-    return over_rows(end, R, n, SORTED)
+    found = over_rows(whole, R, n)
+    return None if any(part is None for part in found) else list(itertools.chain(*found))

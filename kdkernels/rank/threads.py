@@ -8,20 +8,20 @@ import threading
 import numpy as np
 import torch
 
-LEAST = 2**18  # elements that are worth a thread: the rounds of pooling are as many for half of the rows
+LEAST = 2**18  # elements that are worth a thread: below, the interpreter goes to and fro for longer than is gained
 QUIET = {"invalid": "ignore", "over": "ignore", "divide": "ignore", "under": "ignore"}
 
 _here = threading.local()  # a part is not shared out again
 
 
-def over_rows(run, R: int, n: int, least: int = LEAST) -> list:
+def over_rows(run, R: int, n: int) -> list:
     """run(slice) of all of R rows of n, in as many parts as PyTorch has threads; the results, in order.
 
-    A part has `least` elements or more; a single one runs as the caller does.
+    A part has `LEAST` elements or more; a single one runs as the caller does.
 
     Threads of their own, not a pool: a process that forks keeps none.
     """
-    workers = 1 if getattr(_here, "shared_out", False) else max(1, min(torch.get_num_threads(), R, R * n // least))
+    workers = 1 if getattr(_here, "shared_out", False) else max(1, min(torch.get_num_threads(), R, R * n // LEAST))
     if workers == 1:
         return [run(slice(0, R))]
     parts = [slice(R * k // workers, R * (k + 1) // workers) for k in range(workers)]
