@@ -10,7 +10,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from over_ranks import device, differs, run
+from over_ranks import device, differs, run, worst
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -53,7 +53,7 @@ def gradients(net, step, x, t):
 
 
 def compared(out, name, wrap, make, splits=SPLITS, after=lambda: None):
-    """Errors of the value and of each parameter's gradient, which the wrapper averages, for one split after another."""
+    """Worst errors of value and gradients of parameters, which the wrapper averages, for one split after another."""
     net, loss = wrap(student()), make(group="world")
     alone, reference = student(), make()
 
@@ -67,7 +67,7 @@ def compared(out, name, wrap, make, splits=SPLITS, after=lambda: None):
         value, expected = gradients(alone, lambda x, t: reference(alone(x), t), x, t)
         found, grads = gradients(net, step, *(side.split(rows)[dist.get_rank()] for side in (x, t)))
         errors = [differs(found, value), *(differs(g, e) for g, e in zip(grads, expected, strict=True))]
-        out[f"{name}, {rows}"] = errors
+        out[f"{name}, {rows}"] = worst(errors)
         after()
 
 

@@ -2,12 +2,12 @@
 """The rows over ranks: bytes by each way are those that its formula says, and a report shows them."""
 
 import pytest
-import torch
+from ranked import needs_distributed
 
 from bench import __main__ as command
 from bench import cases, distributed_rows, drive, report
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+pytestmark = needs_distributed
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from ranked import needs_distributed
 
 import kdkernels as kd
 from kdkernels.analysis import metric as module
@@ -290,7 +291,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@needs_distributed
 def test_compute_adds_up_what_all_processes_saw_also_where_one_saw_nothing(python, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

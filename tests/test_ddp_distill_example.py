@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from ranked import needs_distributed
 
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(ROOT / "examples"))
@@ -16,7 +17,7 @@ import ddp_distill
 pytestmark = pytest.mark.demo
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@needs_distributed
 def test_two_ranks_train_what_one_process_trains(python):
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/ddp_distill.py")
     done = python(*run, "--check", "--epochs", "2", timeout=200)

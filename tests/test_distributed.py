@@ -4,38 +4,19 @@
 over_ranks.py runs on the ranks, once for each number of them; here its facts are judged.
 """
 
-import json
-import os
-import subprocess
-import sys
 import time
 
 import over_ranks
 import over_ranks_losses
 import pytest
 import torch
-from conftest import ROOT
+from ranked import facts_of, launch, needs_distributed
 
 import kdkernels as kd
 from kdkernels import distributed
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-
-
-def launch(ranks, path, *checks, script="over_ranks.py", on="cpu", timeout=300):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KDK_RANKS": on}
-    command += [str(ROOT / "tests" / script), str(path), *checks]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} ranks".format)
-def facts(request, tmp_path_factory):
-    """What each rank found."""
-    path = tmp_path_factory.mktemp("ranks") / "facts.json"
-    done = launch(request.param, path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(path.read_text())
+pytestmark = needs_distributed
+facts = facts_of("over_ranks.py")
 
 
 @pytest.mark.parametrize("split", over_ranks.SPLITS)

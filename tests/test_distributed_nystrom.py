@@ -4,26 +4,16 @@
 over_ranks_nystrom.py runs on the ranks (gloo), once for each number of them; here its facts are judged.
 """
 
-import json
-
 import over_ranks
 import over_ranks_nystrom
 import pytest
 import torch
-from test_distributed import launch
+from ranked import facts_of, needs_distributed
 
 import kdkernels as kd
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} ranks".format)
-def facts(request, tmp_path_factory):
-    """What each rank found."""
-    path = tmp_path_factory.mktemp("ranks") / "facts.json"
-    done = launch(request.param, path, script="over_ranks_nystrom.py")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(path.read_text())
+pytestmark = needs_distributed
+facts = facts_of("over_ranks_nystrom.py")
 
 
 @pytest.mark.parametrize("op", over_ranks_nystrom.OPS)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loss over the ranks inside DDP, FSDP2 and a compiled step trains as one process does; gloo, and NCCL on GPUs."""
 
-import json
-
 import pytest
 import torch
-from test_distributed import launch
+from ranked import found, needs_distributed
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+pytestmark = needs_distributed
+SCRIPT = "over_ranks_training.py"
 
 NCCL = pytest.param(
     "cuda",
@@ -18,15 +17,9 @@ NCCL = pytest.param(
 )
 
 
-def facts_of(path, *checks, on, script="over_ranks_training.py"):
-    done = launch(2, path / "facts.json", *checks, script=script, on=on)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((path / "facts.json").read_text())
-
-
 @pytest.mark.parametrize("on", ["cpu", NCCL])
 def test_parameters_get_the_gradient_of_one_process_inside_ddp_and_fsdp2(tmp_path, on):
-    facts = facts_of(tmp_path, "wrapped", on=on)
+    facts = found(2, tmp_path, "wrapped", script=SCRIPT, on=on)
     assert len(facts[0]) == 2 * 3 * 2  # wrappers, losses, splits
     for rank in facts:
         for name, errors in rank.items():
@@ -36,7 +29,7 @@ def test_parameters_get_the_gradient_of_one_process_inside_ddp_and_fsdp2(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("on", ["cpu", NCCL])
 def test_a_compiled_step_gives_the_same_numbers_and_settles_whatever_the_ranks_hold(tmp_path, on):
-    for rank in facts_of(tmp_path, "compiled", on=on):
+    for rank in found(2, tmp_path, "compiled", script=SCRIPT, on=on):
         steps = {name: errors for name, errors in rank.items() if name.startswith("compiled")}
         assert len(steps) == 4
         for name, errors in steps.items():
@@ -57,7 +50,7 @@ def test_a_compiled_step_gives_the_same_numbers_and_settles_whatever_the_ranks_h
     ],
 )
 def test_over_nccl_every_family_gives_what_one_process_gives(tmp_path, script, check, least, on):
-    facts = facts_of(tmp_path, check, on=on, script=script)
+    facts = found(2, tmp_path, check, script=script, on=on)
     assert len(facts[0]) >= least
     for name, errors in facts[0].items():
         assert max(errors) < (1e-5 if "float32" in name else 1e-10), (name, errors)

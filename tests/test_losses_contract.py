@@ -13,6 +13,7 @@ import mapped
 import pyramid
 import pytest
 import torch
+from ranked import needs_distributed
 
 import kdkernels as kd
 from kdkernels import losses
@@ -311,7 +312,6 @@ def takes_group(name) -> bool:
 
 
 OVER_RANKS = [name for name in CASES if takes_group(name)]
-needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in OVER_RANKS])

@@ -4,27 +4,18 @@
 over_ranks_ring.py runs on the ranks, gloo, 2 and 4 of them; here its facts are judged.
 """
 
-import json
 import time
 
 import over_ranks_ring
 import pytest
 import torch
-from test_distributed import launch
+from ranked import facts_of, launch, needs_distributed
 
 from kdkernels.distributed import Agreed
 from kdkernels.gram import ring
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} ranks".format)
-def facts(request, tmp_path_factory):
-    """What each rank found."""
-    path = tmp_path_factory.mktemp("ring") / "facts.json"
-    done = launch(request.param, path, script="over_ranks_ring.py")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(path.read_text())
+pytestmark = needs_distributed
+facts = facts_of("over_ranks_ring.py")
 
 
 @pytest.mark.parametrize("op", over_ranks_ring.OPS)
