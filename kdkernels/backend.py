@@ -49,10 +49,10 @@ def obstacle(backend: str, device: str, dtypes=(), op: str | None = None) -> str
     if backend == "cpp":
         if device != "cpu":
             return f"the tensors are on {device} (cpp runs on the CPU)"
-        return native.lack("cpu", OPS[op].native if op else ())
+        return native.lack("cpu", OPS[op].operators("cpu") if op else ())
     if device != "cuda":
         return f"the tensors are on {device} (cuda runs on CUDA tensors)"
-    return native.lack("cuda", OPS[op].native if op else ())
+    return native.lack("cuda", OPS[op].operators("cuda") if op else ())
 
 
 def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -> tuple[str, str]:

@@ -12,10 +12,16 @@ class Op(NamedTuple):
     family: str
     backends: tuple[str, ...]
     native: tuple[str, ...] = ()  # operators that a compiled library must implement to be its backend
+    native_cpu: tuple[str, ...] = ()  # the CPU library's, where they are others
+
+    def operators(self, library: str) -> tuple[str, ...]:
+        """What the compiled "cpu" or "cuda" library must implement."""
+        return (library == "cpu" and self.native_cpu) or self.native
 
 
 _GRAM = ("triton", "cpp", "torch", "reference")
-_PAIRS = ("pair_statistic", "pair_gradient")
+_TILES = ("centre_rows", "panel_moments")
+_PAIRS = (*_TILES, "weigh_rows", "pair_statistic", "pair_gradient")
 _NYSTROM = ("triton", "torch", "reference")
 _PROJECTION = ("triton", "cpp", "torch", "reference")
 _RANK = ("cuda", "cpp", "torch", "reference")
@@ -23,14 +29,15 @@ _LOGITS = ("triton", "cpp", "torch", "reference")
 _LOGIT_ROWS = ("logits_rows", "logits_rows_backward")
 _RELATIONS = ("relate_pairs", "scale_pairs")
 _RANKS = ("rank_rows", "rank_rows_backward")
+_SORTS = ("soft_sort_rows", "soft_sort_rows_backward")
 
 OPS = {
     op.name: op
     for op in (
         Op("cka", "gram", _GRAM, (*_PAIRS, "both_ways", "both_ways_backward")),
         Op("hsic", "gram", _GRAM, _PAIRS),
-        Op("mmd", "gram", _GRAM),
-        Op("gram_mse", "gram", _GRAM),
+        Op("mmd", "gram", _GRAM, _TILES),
+        Op("gram_mse", "gram", _GRAM, _TILES),
         Op("nystrom_features", "nystrom", _NYSTROM),
         Op("nystrom_cka", "nystrom", _NYSTROM),
         Op("nystrom_hsic", "nystrom", _NYSTROM),
@@ -40,11 +47,11 @@ OPS = {
         Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION, ("landmark_block",)),
         Op("projected_mse", "projection", _PROJECTION, ("project_rows", "spread_rows")),
         Op("soft_rank", "rank", _RANK, _RANKS),
-        Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward")),
-        Op("rank_diagnostics", "rank", _RANK, _RANKS),
+        Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward"), _SORTS),
+        Op("rank_diagnostics", "rank", _RANK, _RANKS[:1]),
         Op("spearman", "rank", _RANK, (*_RANKS, "spearman_rows")),
         Op("pearson", "rank", ("torch", "reference")),
-        Op("spearman_corr", "rank", _RANK, _RANKS),
+        Op("spearman_corr", "rank", _RANK, _RANKS[:1]),
         Op("mixup", "logits", _LOGITS, ("mix_rows",)),
         Op("distillation_kl", "logits", _LOGITS, (*_LOGIT_ROWS, "kl_rows", "kl_rows_backward")),
         Op("mixed_distillation", "logits", _LOGITS, _LOGIT_ROWS),

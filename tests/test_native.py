@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled CPU library: its sums are float64's, its refusals say why, and without it the package still works."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
+import kdkernels as kd
 from kdkernels import native
+from kdkernels.registry import OPS
+from kdkernels.testing.case import evaluate, rounded
 
 NOTHING = -(2**31)  # a diagonal outside every panel: nothing is left out
 needs_library = [
@@ -145,6 +151,51 @@ class TestMoments:
             return rows.sum() + 2 * columns.sum()
 
         assert torch.equal(torch.compile(total, fullgraph=True, backend="aot_eager")(k, l), total(k, l))
+
+
+# what the cases of an op leave out: shorter ways that only a caller of its own takes
+SHORTER = {
+    "cka": lambda x, y: kd.losses.RCKALoss(backend="cpp")(x, y).backward(),
+    "distillation_kl": lambda x, y: kd.distillation_kl(x, y, backend="cpp").backward(),
+}
+
+
+class Seen:
+    """`torch.ops.kdkernels` that remembers which operators it was asked for."""
+
+    def __init__(self, operators):
+        self.operators, self.names = operators, set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.operators, name)
+
+
+class TestRegistry:
+    pytestmark = needs_library
+
+    @pytest.mark.parametrize("op", [op for op in OPS.values() if "cpp" in op.backends], ids=lambda op: op.name)
+    def test_an_op_names_the_operators_that_it_calls_and_no_other(self, op, monkeypatch):
+        """So that a library that lacks one says so, and is left out, before a call fails in it."""
+        compiled = set()
+        for path in (ROOT / "csrc").rglob("*_cpu.cpp"):
+            compiled.update(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
+        seen = Seen(torch.ops.kdkernels)
+        monkeypatch.setattr(torch.ops, "kdkernels", seen)
+        for case in importlib.import_module(f"kdkernels.{op.family}.spec").cases(op.name, "cpp", quick=True):
+            evaluate(case, rounded(case, case.dtypes[0], "cpu"), "cpp", torch.ones_like)
+        if op.name in SHORTER:
+            SHORTER[op.name](torch.randn(9, 5, requires_grad=True), torch.randn(9, 5))
+        assert seen.names & compiled == set(op.operators("cpu"))
+        assert native.lack("cpu", op.operators("cpu")) is None
+
+    def test_a_library_of_another_state_is_left_out_and_says_what_it_lacks(self, monkeypatch):
+        implements = native._implements
+        monkeypatch.setattr(native, "_implements", lambda at, name: name != "centre_rows" and implements(at, name))
+        x = torch.randn(8, 4)
+        with pytest.raises(RuntimeError, match="gram_mse here: the compiled CPU library has no centre_rows: build it"):
+            kd.explain("gram_mse", x, x, backend="cpp")
+        assert kd.explain("mmd", x, x).backend == "torch"
 
 
 class TestLoader:
