@@ -103,14 +103,15 @@ def contender(case: LossCase, name: str):
     return lambda x, y: sum(loss(s, t) for s, t in zip(cut(case, x), cut(case, y), strict=True))
 
 
-def _case(loss, module, op, *dims, speed=0, memory=0, **more) -> LossCase:
+def _case(loss, module, op, *dims, speed=0, memory=0, against="", **more) -> LossCase:
     size = " x ".join(map(str, dims[0])) if len(dims) == 1 else f"{len(dims)} levels"
     targets = (Target("speed", "eager", speed),) if speed else ()
     targets += (Target("memory", "eager", memory),) if memory else ()
-    return LossCase(f"{module} {size}", loss, module, op, dims, targets, **more)
+    return LossCase(f"{module} {size}{against}", loss, module, op, dims, targets, **more)
 
 
 def cases(map_size=(64, 256, 8, 8), logits=(256, 1000), rows=(256, 512)) -> list[LossCase]:
+    transfer = losses.mmd.PRESETS["transfer"]
     return [
         _case("nst", "NSTLoss", "gram_mse", map_size, speed=30, memory=1 / 50, quick=True),
         _case("pcka", "PCKALoss", "cka", LEVELS[0], speed=15),
@@ -121,7 +122,8 @@ def cases(map_size=(64, 256, 8, 8), logits=(256, 1000), rows=(256, 512)) -> list
         _case("sp", "SPLoss", "gram_mse", map_size, speed=1),
         _case("at", "ATLoss", "", map_size, speed=1),
         _case("ickd", "ICKDLoss", "gram_mse", map_size, speed=1),
-        _case("mmd", "MMDLoss", "mmd", rows, speed=1, options=losses.mmd.PRESETS["transfer"]),
+        _case("mmd", "MMDLoss", "mmd", rows, speed=1, options=transfer),
+        _case("mmd_products", "MMDLoss", "mmd", rows, speed=1, against=", products", options=transfer),
         _case("rkd_angle", "RKDAngleLoss", "rkd_angle", rows, speed=10, memory=1 / 50, quick=True),
         _case("rkd_distance", "RKDDistanceLoss", "rkd_distance", rows, speed=1),
         _case("pkt", "PKTLoss", "pkt", rows, speed=1),
