@@ -108,6 +108,28 @@ def test_rows_of_zeros_and_sides_of_zeros_are_as_without_the_library(columns):
         assert (value == 0).all() and (gradient == 0).all()
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("columns", [True, False])
+def test_what_is_too_small_to_be_squared_counts_as_zero(native, columns):
+    x, y = pair(40, 70)
+    for a, b in ((x * 1e-20, y), (x * 1e-22, y), (x, y * 1e-20)):
+        value, gradient = value_and_gradient(a, b, columns, native)
+        assert (value == 0).all() and (gradient == 0).all()
+    zeroed, tiny = x.clone(), x.clone()
+    zeroed[3], tiny[3] = 0, x[3] * 1e-22
+    if columns:
+        zeroed[:, 5], tiny[:, 5] = 0, x[:, 5] * 1e-21
+    for a, b in zip(*(value_and_gradient(z, y, columns, native) for z in (tiny, zeroed)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_side_whose_squares_just_fit_float32_is_not_zero(native):
+    x, y = pair(40, 24)
+    value, _ = value_and_gradient(x * 1.5e18, y, native=native)
+    torch.testing.assert_close(value, value_and_gradient(x, y)[0], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", [0, 1])
 def test_what_is_not_finite_is_passed_on(bad, side):

@@ -122,10 +122,11 @@ Values forward_group(const Group& group, const Shape& shape) {
   for (int s = 0; s < 2; ++s) {
     double total = 0;
     for (int64_t t = 0; t < strips[s]; ++t) total += sides[s].squares[t];
-    // rows of length one or so: no product of two sums leaves float32. a side whose products underflow counts as zero,
-    // and a factor of 0 would hide an infinity
-    using Float = std::numeric_limits<float>;
-    out.scale[s] = total / n < Float::min() ? 1 : total < Float::infinity() ? std::sqrt(n / total) : Float::quiet_NaN();
+    // rows of length one or so: no product of two sums leaves float32. a side whose products underflow is zero, and a
+    // factor of 0 would hide an infinity
+    const double mean = total / n;
+    const bool finite = total < std::numeric_limits<float>::infinity();
+    out.scale[s] = mean < kLeast ? 0 : finite ? 1 / std::sqrt(mean) : std::numeric_limits<float>::quiet_NaN();
   }
   const Matrix X = dense(group.x, n, C), Y = dense(group.y, n, D), Xn = dense(xn, n, C), Yn = dense(yn, n, C);
   std::vector<Task> tasks;
@@ -156,7 +157,7 @@ Values forward_group(const Group& group, const Shape& shape) {
       double* sum = sums.data() + 6 * i;
       passes().sum(row, n, columns, sum);
       const double k = row[kK][i], l = row[kL][i];
-      const double r = k > 0 ? 1 / std::sqrt(k) : 0, s = l > 0 ? 1 / std::sqrt(l) : 0;
+      const double r = k >= kLeast ? 1 / std::sqrt(k) : 0, s = l >= kLeast ? 1 / std::sqrt(l) : 0;
       group.weights[0][i] = static_cast<float>(r * r);
       group.weights[1][i] = static_cast<float>(r * s);
       group.weights[2][i] = static_cast<float>(s * s);

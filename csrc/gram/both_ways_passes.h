@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "../common/wide.h"
 
@@ -14,6 +15,8 @@ namespace {
 
 constexpr int64_t kStrip = 128;  // columns of a task
 constexpr int64_t kPiece = 32;   // terms a lane sums in float32 before they join a float64 sum
+// of a squared norm: what is below counts as zero, or the square of an inverse norm would leave float32
+constexpr double kLeast = std::numeric_limits<float>::min();
 
 // one side of the pair, [n, C]
 struct Side {
@@ -40,7 +43,7 @@ KDK_INLINE void norm_strip(const Side& side, int64_t n, int64_t strip) {
   if (!side.norms) return;
   float inverse[kStrip];
   for (int64_t j = 0; j < width; ++j) {
-    side.norms[begin + j] = inverse[j] = squares[j] > 0 ? static_cast<float>(1 / std::sqrt(squares[j])) : 0.0f;
+    side.norms[begin + j] = inverse[j] = squares[j] >= kLeast ? static_cast<float>(1 / std::sqrt(squares[j])) : 0.0f;
   }
   for (int64_t i = 0; i < n; ++i) {
     const float* x = side.x + i * C + begin;

@@ -35,7 +35,9 @@ def cka_both_ways(x, y, columns: bool = True, native: bool = False):
     """[1 or 2, ...]: CKA between the rows of x, y [..., n, C], and between their columns; gradient to x alone.
 
     As `kd.cka(..., unbiased=False, center=False, row_normalize=True)` of x, y and of x.mT, y.mT. A row or column of
-    zeros adds nothing; CKA is 0 where a side is zero. native: in the compiled library, where it can.
+    zeros adds nothing; CKA is 0 where a side is zero. Zero is a squared length below the smallest normal number of the
+    dtype: that of a side is its rows' mean, and those of its rows (its columns, where they are fewer) are in units of
+    it. native: in the compiled library, where it can.
     """
     need = torch.is_grad_enabled() and x.requires_grad
     return (apply(BothWays, x, y, columns, need, native) if need else forward(x, y, columns, need, native))[0]
@@ -119,9 +121,9 @@ def _native_bwd(grad, X, Y, products, weights, norms, numbers, columns):
     return run(grad.contiguous(), X.contiguous(), Y.contiguous(), products, weights, norms, numbers, columns)
 
 
-def _inverse_root(square):
-    """1/sqrt, 0 where there is nothing to divide by."""
-    return torch.where(square > 0, square, torch.inf).rsqrt()
+def _inverse_root(square, dtype):
+    """1/sqrt; 0 where that is too small for its inverse to stay in the dtype."""
+    return torch.where(square >= torch.finfo(dtype).tiny, square, torch.inf).rsqrt().to(dtype)
 
 
 def _squares(v):
@@ -147,9 +149,8 @@ def _torch_fwd(X, Y, columns):
         plain, normed = products[:3], products[3:]
         own = torch.stack([_gram(X, plain[0]), _gram(Y, plain[-1])])
         # rows of length one or so: no product of two sums leaves float32
-        mean = own.mean(-1)
-        scale = torch.where(mean > 0, mean, 1).rsqrt()
-        weights = _squares(_inverse_root(own * scale.square()[..., None]))
+        scale = _inverse_root(own.mean(-1, dtype=torch.float64), X.dtype)
+        weights = _squares(_inverse_root(own * scale.square()[..., None], X.dtype))
         if columns:
             torch.matmul(X, Y.mT, out=plain[1])
             plain *= _squares(scale)[..., None, None]
@@ -160,7 +161,7 @@ def _torch_fwd(X, Y, columns):
         sums = (rows * weights).double().sum(-1, keepdim=True).movedim(-1, 1)
         norms = X.new_empty(0)
         if columns:
-            norms = _inverse_root(torch.stack([side.square().sum(-2) for side in (X, Y)]))
+            norms = _inverse_root(torch.stack([side.square().sum(-2) for side in (X, Y)]), X.dtype)
             Xn, Yn = X * norms[0, ..., None, :], Y * norms[1, ..., None, :]
             _gram(Xn, normed[0]), _gram(Yn, normed[2])
             torch.matmul(Xn, Yn.mT, out=normed[1])
