@@ -7,6 +7,8 @@ No value of a CUDA tensor is read on the host unless `debug_checks()` is on; val
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
 
 import torch
 
@@ -34,6 +36,18 @@ def may_read(tensor) -> bool:
 
 def debugging() -> bool:
     return _debug and not torch.compiler.is_compiling()
+
+
+# whose frames lie between a caller and the line that warns: this package, modules, compilers, wrappers
+_BETWEEN = {__package__, "torch", "torchmetrics", "contextlib", "functools"}
+
+
+def warn(message: str):
+    """A warning that points at the line that called the package, however deep below it this is."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def is_tensor(value, name: str):

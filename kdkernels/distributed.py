@@ -31,6 +31,8 @@ import torch
 
 from . import checks
 
+__all__ = ["gather"]
+
 _REFUSED = -2
 _MOST_DIMS = 6  # a rank tells the others so many sizes of a tensor
 _WIDTH = 1 + _MOST_DIMS
@@ -50,7 +52,8 @@ def gather(x: torch.Tensor, group=None) -> torch.Tensor:
     rank's), backward the same as a reduce-scatter; 224 bytes a rank to agree on sizes, which the host reads:
     one synchronisation on a GPU, and a graph break under `torch.compile`.
 
-    group: None here means all ranks, as in torch.distributed. Raises RuntimeError without a process group.
+    x: the rows of this rank. group: None here means all ranks, as in torch.distributed.
+    Raises RuntimeError without a process group.
     """
     handle = handle_of("world" if group is None else group)
     return gather_rows([x], agree([x], ["x"], handle, lambda: checks.is_tensor(x, "x"), "gather"), handle)[0]

@@ -184,7 +184,9 @@ def test_nothing_committed_speaks_of_the_machine_it_was_written_on():
 
 def public():
     yield from ((f"kd.{name}", getattr(kd, name)) for name in kd.__all__)
-    yield from ((f"kd.losses.{name}", getattr(kd.losses, name)) for name in kd.losses.__all__)
+    for part in ("losses", "distributed"):
+        module = getattr(kd, part)
+        yield from ((f"kd.{part}.{name}", getattr(module, name)) for name in module.__all__)
 
 
 def test_every_public_name_is_documented():

@@ -4,6 +4,7 @@
 import copy
 import doctest
 import inspect
+import linecache
 import pickle
 import warnings
 from typing import NamedTuple
@@ -229,6 +230,11 @@ def test_autocast_changes_nothing(case):
         assert loss(student, teacher).equal(plain)
 
 
+def line(warning) -> str:
+    """What a warning points at."""
+    return linecache.getline(warning.filename, warning.lineno).strip()
+
+
 def test_a_batch_below_the_estimators_minimum_gives_a_differentiable_zero_and_warns_once(case):
     loss = case.make()
     for n in range(case.least):
@@ -239,6 +245,8 @@ def test_a_batch_below_the_estimators_minimum_gives_a_differentiable_zero_and_wa
         value.backward()
         assert value == 0 and student.grad.shape == (n, 10) and (student.grad == 0).all()
         assert [f"a batch of {n} rows and needs {case.least}" in str(w.message) for w in caught] == [True] * (n == 0)
+        for warning in caught:  # it points at the caller, for some of these a subclass
+            assert "loss(student, teacher)" in line(warning) or "super().forward(" in line(warning)
     student, teacher = sides(case, case.least)
     assert loss(student, teacher).isfinite()
 
@@ -301,8 +309,9 @@ def test_a_compiled_loss_survives_a_last_batch_that_is_too_small(case):
     torch._dynamo.reset()
     compiled = torch.compile(case.make(), fullgraph=True, backend="aot_eager")
     student, teacher = sides(case, case.least - 1)
-    with pytest.warns(UserWarning, match="drop_last"):
+    with pytest.warns(UserWarning, match="drop_last") as caught:
         value = compiled(student, teacher)
+    assert [line(w) for w in caught] == ["value = compiled(student, teacher)"]
     assert value == 0 and (torch.autograd.grad(value, student)[0] == 0).all()
 
 

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
+from .. import checks
 from ..autograd import device_type, without_autocast
 from ..gram.kernels import spec_of
 from ..gram.problem import minimum_rows
@@ -80,7 +79,7 @@ def compare_models(
         model_a.to(device), model_b.to(device)
     for name, model in dict.fromkeys((("model_a", model_a), ("model_b", model_b))):
         if model.training:
-            warnings.warn(f"{name} is in training mode, and left in it: call {name}.eval() first", stacklevel=2)
+            checks.warn(f"{name} is in training mode, and left in it: call {name}.eval() first")
     run = _Run(a, b, kernels, unbiased, backend, dtype_of(model_a, model_b))
     for batch in _bar(loader, progress):
         run.add(batch if inputs is None else inputs(batch))
@@ -157,10 +156,9 @@ class _Run:
             )
         self.left_out += 1
         if self.left_out == 1:
-            warnings.warn(
+            checks.warn(
                 f"loader's batch {self.seen} gives {n} rows and {self.minimum} are needed: it is left out, as are "
-                "others like it (drop_last=True in the data loader avoids it)",
-                stacklevel=4,
+                "others like it (drop_last=True in the data loader avoids it)"
             )
 
     def result(self, kernel) -> Comparison:

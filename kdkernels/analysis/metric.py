@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import warnings
 from functools import cache
 
 import torch
@@ -166,10 +165,9 @@ class CKAMetric(Accumulator):
     def _left_out(self, n: int):
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            checks.warn(
                 f"CKAMetric got a batch of {n} rows and needs {self.minimum}: it is left out, as are others like it "
-                "(drop_last=True in the data loader avoids it)",
-                stacklevel=4,
+                "(drop_last=True in the data loader avoids it)"
             )
 
     def _result(self, state, return_error: bool):

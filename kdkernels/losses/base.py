@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import operator
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -193,7 +192,7 @@ _warned = set()
 def _warn_once(token: int, message: str) -> int:
     if token not in _warned:
         _warned.add(token)
-        warnings.warn(message, stacklevel=2)
+        checks.warn(message)
     return 0
 
 
