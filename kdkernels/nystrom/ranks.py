@@ -53,25 +53,33 @@ def _fingerprint(z):
     return (z * torch.linspace(1, 2, len(z), dtype=z.dtype, device=z.device)).sum()
 
 
-class StatisticOverRanks(Statistic):
-    """Each rank holds the value; the gradient of its rows is that of the sum of what all ranks make of it."""
+def of_all_ranks(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """`function` with a group as its last argument; a subclass gives it a `forward` over that group.
 
-    generate_vmap_rule = False
+    Each rank holds the value; the gradient of its rows is that of the sum of what all ranks make of it.
+    """
 
+    class OfAllRanks(function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *inputs, ctx.group = inputs
+            function.setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, grad, *unused):
+            grad = None if grad is None else ctx.group.sum(grad)
+            return *function.backward(ctx, grad, *unused), None
+
+    return OfAllRanks
+
+
+class StatisticOverRanks(of_all_ranks(Statistic)):
     @staticmethod
     def forward(x, y, mask, zx, zy, sigma_x, sigma_y, problem, need, group):
         with without_autocast(device_type(x)):
             return statistics.forward(x, y, mask, zx, zy, sigma_x, sigma_y, decode(problem), group.sum)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *inputs, ctx.group = inputs
-        Statistic.setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, grad, *unused):
-        grad = None if grad is None else ctx.group.sum(grad)
-        return *Statistic.backward(ctx, grad, *unused), None
 
 
 def statistic(x, y, mask, zx, zy, sigma_x, sigma_y, problem: str, group):

@@ -7,6 +7,7 @@ import torch
 
 from ...autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from ...backend import implementation
+from ..ranks import of_all_ranks
 from . import torch_impl
 
 
@@ -50,26 +51,14 @@ def differentiable(s, t, s_centers, t_centers, backend):
     return apply(LandmarkSimilarity, s, t, s_centers, t_centers, backend, True)[0]
 
 
-class LandmarkSimilarityOverRanks(LandmarkSimilarity):
-    """Of the rows of all ranks: both sums travel, and backward one number."""
-
-    generate_vmap_rule = False
+class LandmarkSimilarityOverRanks(of_all_ranks(LandmarkSimilarity)):
+    """Both sums travel, and backward one number."""
 
     @staticmethod
     def forward(s, t, s_centers, t_centers, backend, need, group):
         with without_autocast(device_type(s)):
             sums, kept = implementation(__package__, backend).sums(s, t, s_centers, t_centers, need)
             return torch_impl.finished(group.sum(sums), torch_impl.compute_dtype(s, t), kept)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *inputs, ctx.group = inputs
-        LandmarkSimilarity.setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, grad, *unused):
-        grad = None if grad is None else ctx.group.sum(grad)
-        return *LandmarkSimilarity.backward(ctx, grad, *unused), None
 
 
 def over_ranks(s, t, s_centers, t_centers, backend, need, group):
