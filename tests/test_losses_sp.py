@@ -113,6 +113,19 @@ def test_rows_of_any_scale_keep_their_accuracy_in_float32(scale):
     assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("small", [0, 1])
+def test_a_side_whose_products_underflow_counts_as_zero(small):
+    found = []
+    for factor in (1e-22, 0):
+        sides = [side.detach().float() for side in maps(32, 12)]
+        sides[small] *= factor
+        x, y = sides[0].requires_grad_(), sides[1]
+        value = SPLoss()(x, y)
+        found.append((value.item(), torch.autograd.grad(value, x)[0]))
+    assert found[0][0] == found[1][0] > 0
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @BOTH
 def test_the_backend_asked_for_is_the_one_that_runs(make, formula):
     student, teacher = maps(6, 5)

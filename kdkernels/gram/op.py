@@ -98,7 +98,8 @@ def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, b
     arXiv 1907.09682); a zero row stays zero. reduction: "mean" divides by n^2, "sum" does not. Shapes, dtypes, masks
     and group as in `cka`; n >= 1. The float32 error is 1e-6 (|K|^2 + |L|^2), and where p = q < 2/3 n or so the plain
     form on the backends torch and cpp keeps its relative accuracy even as the student nears the teacher. With "row" in
-    float32, a row of K or L whose norm is 1e-18 of the mean K_ii counts as zero.
+    float32, a row of K or L whose norm is 1e-18 of the mean K_ii counts as zero, as does, up to 1024 rows, a side whose
+    mean K_ii is below 1e-38.
 
     >>> x = torch.randn(32, 16)
     >>> kd.gram_mse(x, x).item()

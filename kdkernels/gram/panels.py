@@ -173,9 +173,13 @@ def row_stats(pairs: Pairs):
 
 
 def _scaled(t):
-    """Powers of two that bring the mean diagonal of K and of L to about 1; both are multiplied in place."""
+    """Powers of two that bring the mean diagonal of K and of L to about 1; both are multiplied in place.
+
+    0 where the products have underflowed: what is left of them has no direction, and no power would bring it to 1.
+    """
     mean = torch.stack([K.diagonal(dim1=-2, dim2=-1).mean(-1) for K in t])
-    scale = torch.exp2(torch.log2(torch.where(mean > 0, mean, 1)).round_().neg_())
+    lost = mean < torch.finfo(mean.dtype).tiny
+    scale = torch.exp2(torch.log2(torch.where(lost, 1, mean)).round_().neg_()).masked_fill_(lost, 0)
     for K, factor in zip(t, scale, strict=True):
         K.mul_(factor[:, None, None])
     return scale
