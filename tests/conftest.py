@@ -16,18 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # a graph compiled from an older state of these sources would run in place of what is tested
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+
+def needs_native(*operators: str):
+    """Marks: of the compiled CPU library, and skipped where it, or one of these operators, is not there."""
+    why = native.lack("cpu", operators)
+    return [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+
+
 # the library's own backends on the CPU; triton runs in a process of its own, under TRITON_INTERPRET=1
-BACKENDS = [
-    "reference",
-    "torch",
-    pytest.param(
-        "cpp",
-        marks=[
-            pytest.mark.native,
-            pytest.mark.skipif(not native.has("cpu"), reason=native.status().cpu_reason or "loaded"),
-        ],
-    ),
-]
+BACKENDS = ["reference", "torch", pytest.param("cpp", marks=needs_native())]
 
 
 def pytest_configure(config):
@@ -46,6 +43,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; after the test it is what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nothing_compiled_before():
+    torch._dynamo.reset()
 
 
 @pytest.fixture

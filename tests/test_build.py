@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from kdkernels import native
 
-ROOT = Path(__file__).resolve().parent.parent
 TREE = ("csrc", "tools", "kdkernels", ".ci", "Makefile", "CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in")
 TREE += ("constraints.txt", "LICENSE")
 

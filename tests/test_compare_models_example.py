@@ -5,7 +5,6 @@ import csv
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
 
 pytest.importorskip("sklearn")
@@ -17,13 +16,10 @@ import compare_models
 
 
 @pytest.mark.demo
+@pytest.mark.usefixtures("threads")  # the example sets its own
 def test_the_example_draws_teacher_and_students_before_and_after_distillation(tmp_path, capsys):
     out = tmp_path / "new" / "picture.png"
-    threads = torch.get_num_threads()
-    try:
-        assert compare_models.main(["--epochs", "2", "--losses", "cka", "--out", str(out)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert compare_models.main(["--epochs", "2", "--losses", "cka", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "630 test images" in lines[1]
     rows = [line for line in lines if " +- " in line]

@@ -14,10 +14,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from kdkernels import native
 
-ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = Path(__file__).with_name("budgets_cuda.json")
 LIBRARY = native._FOLDER / "libkdkernels_cuda.so"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")

@@ -5,7 +5,6 @@ import re
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
 from ranked import needs_distributed
 
@@ -31,10 +30,7 @@ def test_two_ranks_train_what_one_process_trains(python):
     assert float(after[1]) < 1e-12 and float(after[2]) < 1e-9
 
 
+@pytest.mark.usefixtures("threads")  # the example sets its own
 def test_it_also_runs_as_one_process(capsys):
-    threads = torch.get_num_threads()
-    try:
-        assert ddp_distill.main(["--epochs", "1"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert ddp_distill.main(["--epochs", "1"]) == 0
     assert re.search(r"student, 1 process +test", capsys.readouterr().out)

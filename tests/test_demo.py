@@ -31,11 +31,8 @@ COLUMNS = ("method", "weight", "test accuracy, %", "gain over CE", "ms a step", 
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread(threads):
+    threads(1)
 
 
 @pytest.fixture(scope="module")

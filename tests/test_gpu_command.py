@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("kdkernels_gpu_command", ROOT / "bench" / "gpu.py")
 gpu = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(gpu)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_native
 
 import kdkernels as kd
 from kdkernels import native
@@ -17,10 +17,7 @@ from kdkernels.registry import OPS
 from kdkernels.testing.case import evaluate, rounded
 
 NOTHING = -(2**31)  # a diagonal outside every panel: nothing is left out
-needs_library = [
-    pytest.mark.native,
-    pytest.mark.skipif(not native.has("cpu"), reason=native.status().cpu_reason or "loaded"),
-]
+needs_library = needs_native()
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -114,16 +111,12 @@ class TestMoments:
         rows, _ = native_moments(k[:, 1:2], l[:, 2:3])
         assert_sums(rows, terms(k[:, 1:2], l[:, 2:3]), 2)
 
-    def test_the_bits_do_not_depend_on_the_run_or_the_number_of_threads(self, panels):
+    def test_the_bits_do_not_depend_on_the_run_or_the_number_of_threads(self, panels, threads):
         k, l = panels(300, 1100)
-        threads = torch.get_num_threads()
         results = []
-        try:
-            for count in (1, 1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(native_moments(k, l, 7))
-        finally:
-            torch.set_num_threads(threads)
+        for count in (1, 1, 2, 3):
+            threads(count)
+            results.append(native_moments(k, l, 7))
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
     @pytest.mark.parametrize(

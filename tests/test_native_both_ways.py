@@ -3,14 +3,13 @@
 
 import pytest
 import torch
+from conftest import needs_native
 
-from kdkernels import native
 from kdkernels.losses import RCKALoss, both_ways
 from kdkernels.losses.both_ways import cka_both_ways
 from kdkernels.registry import OPS
 
-why = native.lack("cpu", OPS["cka"].native)
-pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+pytestmark = needs_native(*OPS["cka"].native)
 
 
 def pair(*shape, size=1.0):
@@ -58,13 +57,6 @@ def test_every_edge_of_blocks_and_tiles_is_the_textbook(n, columns):
 @pytest.mark.parametrize("C", [33, 127, 128, 129, 255, 257])
 def test_every_edge_of_the_strips_is_the_textbook(C):
     assert_exact(*pair(17, C))
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -3,17 +3,15 @@
 
 import pytest
 import torch
+from conftest import needs_native
 
-from kdkernels import native
 from kdkernels.gram import prepare, torch_impl
 from kdkernels.gram.combine import RowStats, combine
 from kdkernels.gram.kernels import spec_of
 from kdkernels.gram.problem import decode, encode
+from kdkernels.registry import OPS
 
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(not native.has("cpu"), reason=native.status().cpu_reason or "loaded"),
-]
+pytestmark = needs_native(*OPS["cka"].native)
 LINEAR = spec_of("linear")[0]
 
 
@@ -106,14 +104,11 @@ def test_rows_may_lie_apart_and_the_gap_is_never_read():
     assert all(torch.equal(a, b) for a, b in zip(centre_rows(inside), centre_rows(inside.contiguous()), strict=True))
 
 
-def test_the_bits_do_not_depend_on_the_threads():
-    x, threads, seen = torch.randn(2, 700, 1100) + 3, torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            seen.append(centre_rows(x))
-    finally:
-        torch.set_num_threads(threads)
+def test_the_bits_do_not_depend_on_the_threads(threads):
+    x, seen = torch.randn(2, 700, 1100) + 3, []
+    for count in (1, 1, 2, 3):
+        threads(count)
+        seen.append(centre_rows(x))
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 

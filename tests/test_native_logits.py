@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import needs_native
 
 import kdkernels as kd
-from kdkernels import native
 from kdkernels.registry import OPS
 
-why = native.lack("cpu", OPS["distillation_kl"].native)
-pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+pytestmark = needs_native(*OPS["distillation_kl"].native)
 
 
 def both_gradients(student, teacher, tau, backend):
@@ -20,15 +19,12 @@ def both_gradients(student, teacher, tau, backend):
     return rows.detach(), *torch.autograd.grad(rows.sum(), sides)
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads():
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
     student, teacher = (4 * torch.randn(301, 1037) for _ in range(2))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(both_gradients(student, teacher, 4.0, "cpp"))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 1, 2, 3):
+        threads(count)
+        results.append(both_gradients(student, teacher, 4.0, "cpp"))
     assert all(a.equal(b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 

@@ -4,16 +4,15 @@
 import pytest
 import torch
 from broken import half_when_alone, rejects, unwritten
+from conftest import needs_native
 
 import kdkernels as kd
-from kdkernels import native
 from kdkernels.gram import fused, panels
 from kdkernels.gram.kernels import spec_of
 from kdkernels.gram.problem import decode, encode
 from kdkernels.registry import OPS
 
-why = native.lack("cpu", OPS["hsic"].native)
-pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+pytestmark = needs_native(*OPS["hsic"].native)
 
 ESTIMATORS = {"unbiased": {}, "biased": {"unbiased": False}, "uncentred": {"unbiased": False, "center": False}}
 
@@ -136,14 +135,11 @@ def test_rows_may_lie_apart_and_half_precision_is_read_as_float32():
 # one part of the columns and several, rows cut for many threads, groups shared out
 @pytest.mark.parametrize("shape", [(1, 300, 700), (1, 70, 5000), (5, 40, 300)], ids=str)
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
-def test_the_bits_do_not_depend_on_the_number_of_threads(shape, kernel):
-    x, y, threads, seen = torch.randn(shape) + 1, torch.randn(shape), torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3, 9):
-            torch.set_num_threads(count)
-            seen.append(step(kd.cka, x, y, "cpp", kernel=kernel))
-    finally:
-        torch.set_num_threads(threads)
+def test_the_bits_do_not_depend_on_the_number_of_threads(shape, kernel, threads):
+    x, y, seen = torch.randn(shape) + 1, torch.randn(shape), []
+    for count in (1, 1, 2, 3, 9):
+        threads(count)
+        seen.append(step(kd.cka, x, y, "cpp", kernel=kernel))
     assert all(a.equal(b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 

@@ -3,14 +3,13 @@
 
 import pytest
 import torch
+from conftest import needs_native
 
 import kdkernels as kd
-from kdkernels import native
 from kdkernels.nystrom.kda import torch_impl as landmarks
 from kdkernels.registry import OPS
 
-why = native.lack("cpu", (*OPS["projected_mse"].native, *OPS["landmark_similarity_loss"].native))
-pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+pytestmark = needs_native(*OPS["projected_mse"].native, *OPS["landmark_similarity_loss"].native)
 
 CHANNELS_LAST = {"memory_format": torch.channels_last}
 
@@ -61,19 +60,16 @@ def test_each_side_may_have_its_own_layout_dtype_and_mask(layouts, reduction):
     assert (ds[1, :, 2, 3] == 0).all()
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads():
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
     s, t, basis = torch.randn(9, 33, 21, 13), torch.randn(9, 33, 21, 13), torch.randn(33, 10)
     rows, centers = (torch.randn(301, 40), torch.randn(301, 60)), (torch.randn(333, 40), torch.randn(333, 60))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            last = (x.contiguous(**CHANNELS_LAST) for x in (s, t))
-            parts = [*projected(s, t, basis, "cpp"), *projected(*last, basis, "cpp")]
-            S = rows[0] @ centers[0].mT  # the products are the BLAS's own business
-            results.append((S, [*parts, *similarity(*rows, centers, "cpp")]))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 1, 2, 3):
+        threads(count)
+        last = (x.contiguous(**CHANNELS_LAST) for x in (s, t))
+        parts = [*projected(s, t, basis, "cpp"), *projected(*last, basis, "cpp")]
+        S = rows[0] @ centers[0].mT  # the products are the BLAS's own business
+        results.append((S, [*parts, *similarity(*rows, centers, "cpp")]))
     for S, other in results[1:]:
         same = len(other) if S.equal(results[0][0]) else 6
         assert all(a.equal(b) for a, b in zip(results[0][1][:same], other[:same], strict=True))

@@ -227,13 +227,6 @@ class TestSoftSort:
             assert t[1].isnan().all() and t[[0, 2]].isfinite().all()
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 class TestThreads:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("kl", [False, True], ids=["l2", "kl"])

@@ -3,14 +3,13 @@
 
 import pytest
 import torch
+from conftest import needs_native
 
 import kdkernels as kd
-from kdkernels import native
 from kdkernels.registry import OPS
 from kdkernels.relation import pairs, torch_impl
 
-why = native.lack("cpu", OPS["rkd_angle"].native)
-pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+pytestmark = needs_native(*OPS["rkd_angle"].native)
 
 
 def squares(n, p=6, G=1):
@@ -38,15 +37,12 @@ def test_every_length_of_a_row_gives_what_pytorch_gives(n):
         assert alone.equal(got) and nothing.numel() == 0
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads():
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
     x, y = torch.randn(131, 20), torch.randn(131, 30)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(torch.ops.kdkernels.angle_triplets(squares_of(x), squares_of(y), True))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 1, 2, 3):
+        threads(count)
+        results.append(torch.ops.kdkernels.angle_triplets(squares_of(x), squares_of(y), True))
     assert all(a.equal(b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -148,15 +144,12 @@ def test_norms_of_any_size_beside_each_other_keep_their_similarities():
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_pairs_do_not_depend_on_the_number_of_threads(kind):
+def test_pairs_do_not_depend_on_the_number_of_threads(kind, threads):
     x, y = torch.randn(2, 61, 50), torch.randn(2, 61, 20)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(value_and_gradients(kind, x, y, "cpp"))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 1, 2, 3):
+        threads(count)
+        results.append(value_and_gradients(kind, x, y, "cpp"))
     assert all(a.equal(b) for a, b in zip(results[0], results[1], strict=True))
     for other in results[2:]:  # a product's own bits may depend on its threads
         assert_near(other, [r.double() for r in results[0]], 1e-6)

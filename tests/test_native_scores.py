@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import needs_native
 
-from kdkernels import native
 from kdkernels.losses import CMKDLoss, scores
 
 OPS = torch.ops.kdkernels
-why = native.lack("cpu", tuple(scores.NATIVE))
-pytestmark = [pytest.mark.native, pytest.mark.skipif(why is not None, reason=why or "loaded")]
+pytestmark = needs_native(*scores.NATIVE)
 
 
 def rows(*shape, dtype=torch.float64):
@@ -102,15 +101,12 @@ def test_rows_may_lie_apart_and_leading_dimensions_are_rows():
         assert got.flatten(0, 1).equal(want)
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads():
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
     x, y = rows(301, 137, dtype=torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(everything(x, y, 4.0, "cpp"))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(everything(x, y, 4.0, "cpp"))
     assert all(a.equal(b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
