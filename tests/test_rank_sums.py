@@ -75,3 +75,33 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype, regulariz
             torch.set_num_threads(before)
         torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(outcomes[2], outcomes[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_kl_row_alone_has_the_bits_it_has_among_others():
+    x = rows(65).double()
+    u = torch.linspace(-1, 1, x.shape[-1], dtype=torch.float64)
+    for strength in (0.0, 0.07, 3.0, ("auto", 1.7)):
+
+        def ranked(part, strength=strength):
+            part = part.clone().requires_grad_()
+            r = kd.soft_rank(part, "kl", strength, backend="torch")
+            return r.detach(), torch.autograd.grad(r, part, u.expand_as(r))[0]
+
+        together = ranked(x)
+        for k in range(len(x)):
+            torch.testing.assert_close(ranked(x[k : k + 1]), tuple(t[k : k + 1] for t in together), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hard_target", [False, True])
+def test_spearman_of_full_rows_is_that_of_rows_with_pairs_to_drop(hard_target):
+    x, y = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y[2], x[4] = 1.0, torch.arange(40.0)  # a constant side
+    sides = [t.requires_grad_() for t in (x, y)]
+    found = []
+    for absent in (0, 3):
+        padded = [torch.cat([t, t.new_full((6, absent), -torch.inf)], -1) for t in sides]
+        for need in (sides, sides[:1], sides[1:]):
+            rho = kd.spearman(*padded, regularization_strength=2.0, hard_target=hard_target, backend="torch")
+            found.append((rho, *torch.autograd.grad(rho, need, torch.arange(1.0, 7.0, dtype=torch.float64))))
+    for full, masked in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(full, masked, rtol=1e-12, atol=1e-12)

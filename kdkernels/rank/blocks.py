@@ -16,7 +16,12 @@ HARDEST = 1e290  # a strength beyond it is as good: positions times strength sta
 
 def weights(first, length):
     """The sum of first, first - 1, ..., `length` of them."""
-    return (2 * first + 1 - length) * (length / 2)
+    total = first * 2.0
+    total += 1
+    total -= length
+    total *= length
+    total *= 0.5
+    return total
 
 
 def geometric(length, rate):

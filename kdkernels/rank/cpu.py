@@ -22,11 +22,57 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def poisoned_rows(rows):
-    """Which rows [R, n] hold NaN or +inf."""
+    """Which rows [R, n] hold NaN or +inf, None if none does."""
     largest = rows.numpy().max() if rows.dtype.itemsize > 2 else rows.max()
-    if largest < math.inf:
-        return torch.zeros(len(rows), dtype=torch.bool)
-    return ~(rows.amax(-1) < math.inf)
+    return None if largest < math.inf else ~(rows.amax(-1) < math.inf)
+
+
+def strengths_of_rows(rows, poisoned, how):
+    """As `strength.of_rows` of rows [R, n]; absent entries are looked for only if the strength is relative."""
+    if not how.relative:
+        return strength.of_rows(rows, None, poisoned, how)
+    if rows.dtype == torch.bfloat16:
+        rows = rows.float()
+    if rows.numpy().min() > -math.inf:
+        return strength.of_rows(rows, None, poisoned, how, spread(rows))
+    return strength.of_rows(rows, rows != -math.inf, poisoned, how)
+
+
+def spread(rows):
+    """As `strength.spread` where no entry is absent."""
+    R, n = rows.shape
+
+    def of_part(part):
+        d = rows[part].numpy().astype(np.float64)
+        d -= d.max(-1, keepdims=True)
+        d -= d.sum(-1, keepdims=True) / n
+        found = np.sqrt(np.einsum("rn,rn->r", d, d) * (12 / n)) / n
+        found[found < strength.SMALLEST_SPREAD] = 1.0
+        return found
+
+    return torch.from_numpy(np.concatenate(over_rows(of_part, R, n)))
+
+
+def rank_gradients(ranks, wanted):
+    """As `metrics.rank_gradients` where no entry is absent: small rows cost what the calls do."""
+    ranks = ranks.numpy()
+    _, R, n = ranks.shape
+
+    def of_part(part):
+        c = ranks[:, part] - (n + 1) / 2
+        inverse = np.einsum("srn,srn->sr", c, c)[..., None] ** -0.5
+        inverse[np.isinf(inverse)] = 0.0
+        both = inverse[0] * inverse[1]
+        rho = np.einsum("rn,rn->r", *c)[:, None] * both
+        for k, gradient in zip(wanted, gradients[:, part], strict=True):
+            np.multiply(c[1 - k], both, out=gradient)
+            gradient -= c[k] * (rho * inverse[k] * inverse[k])
+        return rho[:, 0]
+
+    gradients = np.empty((len(wanted), R, n))
+    with np.errstate(**QUIET):
+        rho = np.concatenate(over_rows(of_part, R, n))
+    return torch.from_numpy(rho), torch.from_numpy(gradients)
 
 
 def rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
@@ -42,13 +88,13 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
         rows = negated(rows)
     poisoned = poisoned_rows(rows)
     how = strength.Strength(number, strengths, relative)
-    eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned, how)
-    bad = bool(poisoned.any())
-    if bad:
-        rows = rows.masked_fill(poisoned[:, None], 0.0)  # a constant, for now
+    eps = strengths_of_rows(rows, poisoned, how)
     e = number
     if relative or strengths is not None:
-        e = eps.detach().masked_fill(poisoned, 1.0)[:, None].numpy()
+        e = eps.detach()[:, None].numpy()
+    if poisoned is not None:  # a constant, for now
+        rows = rows.masked_fill(poisoned[:, None], 0.0)
+        e = e if np.ndim(e) == 0 else np.where(poisoned[:, None].numpy(), 1.0, e)
 
     if rows.dtype.itemsize == 2 and n >= counted.LENGTH:
         found = over_rows(
@@ -59,7 +105,7 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
     if found is None or any(part is None for part in found):
         return None
     rank, ids = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
-    if bad:
+    if poisoned is not None:
         rank[poisoned], ids[poisoned] = math.nan, -1
     rank, eps = rank.to(dtype).reshape(shape), eps.reshape(shape[:-1])
     if not need:
@@ -133,7 +179,7 @@ def _sort_forward(s, strengths, number, relative, kl):
     R = len(rows)
     poisoned = ~(rows[:, 0] < math.inf)
     how = strength.Strength(number, strengths, relative)
-    eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned, how)
+    eps = strengths_of_rows(rows, poisoned, how)
     given = s
     s = np.full((R, n + 1), math.nan)
     torch.from_numpy(s)[:, :n] = rows

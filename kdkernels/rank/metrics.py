@@ -30,27 +30,20 @@ def correlation(a, b, valid):
     return ab.masked_fill(constant, 0.0) / norms
 
 
-def rank_gradients(r, t, valid, of_r, of_t):
-    """Spearman's correlation of float64 ranks [R, n], all valid if None, and its gradients to those asked for.
-
-    0, with zero gradient, where a side is constant.
+def rank_gradients(ranks, valid, wanted):
+    """Spearman's correlation [R] of float64 ranks [2, R, n] of two sides, and the gradients to the sides `wanted`
+    (a range), [sides, R, n]. 0, with zero gradient, where a side is constant.
     """
-    if valid is None:
-        m = (r.shape[-1] + 1) / 2
-        a, b = r - m, t - m
-    else:
-        m = (valid.sum(-1, keepdim=True) + 1) / 2
-        a, b = ((s - m).masked_fill_(~valid, 0.0) for s in (r, t))
-    aa, bb, ab = (torch.linalg.vecdot(*pair)[..., None] for pair in ((a, a), (b, b), (a, b)))
-    constant = (aa == 0) | (bb == 0)
-    ia, ib = (torch.where(constant, 0.0, s.rsqrt()) for s in (aa, bb))
-    rho = ab * ia * ib
-    of_both = ia * ib
-
-    def gradient(own, other, inverse):
-        return other * of_both - own * (rho * inverse * inverse)
-
-    return rho[..., 0], gradient(a, b, ia) if of_r else None, gradient(b, a, ib) if of_t else None
+    c = (ranks - (valid.sum(-1, keepdim=True) + 1) / 2).masked_fill_(~valid, 0.0)
+    inverse = torch.linalg.vecdot(c, c).rsqrt_()[..., None]
+    inverse.masked_fill_(inverse == math.inf, 0.0)
+    both = inverse[0] * inverse[1]
+    rho = torch.linalg.vecdot(c[0], c[1])[:, None] * both
+    share = rho * inverse.square_()
+    gradients = ranks.new_empty(len(wanted), *ranks.shape[1:])
+    for k, gradient in zip(wanted, gradients, strict=True):
+        torch.mul(c[1 - k], both, out=gradient).addcmul_(c[k], share[k], value=-1)
+    return rho[:, 0], gradients
 
 
 def of_ranks(r, t, valid, dtype):

@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
-from . import metrics, native_impl, torch_impl
+from . import cpu, metrics, native_impl, torch_impl
 
 X, Y = 1, 2  # bits of `need`
 
@@ -93,22 +93,30 @@ def _spearman_rows(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
     if hard_target:
         rank, ids, eps = torch_impl.rank_forward(sides[0], *how, grad_x, torch.float64)
         target = torch_impl.rank_forward(sides[1], None, 0.0, False, kl, False, False, torch.float64)[0]
+        ranks = torch.cat([rank, target])
     else:
-        rank, ids, eps = torch_impl.rank_forward(torch.cat(sides), *how, grad_x or grad_y, torch.float64)
-        rank, target = rank[:R], rank[R:]
-    rho, *gradients = metrics.rank_gradients(rank, target, valid, grad_x, grad_y)
-    out = [rho.to(dtype).reshape(x.shape[:-1])]
-    like = torch.empty_like(rank[:R], dtype=dtype)
-    for k, (r, g) in enumerate(zip((rank, target), gradients, strict=True)):
-        if g is None:
-            out.append(x.new_empty(0, dtype=dtype))
-        elif k and hard_target:
-            out.append(x.new_zeros(x.shape, dtype=dtype))
-        else:
-            part = slice(k * R, k * R + R)
-            g = torch_impl.rank_backward(g, like, r, ids[part], eps[part], kl, False)
-            out.append(g.reshape(x.shape))
-    return tuple(out)
+        ranks, ids, eps = torch_impl.rank_forward(torch.cat(sides), *how, grad_x or grad_y, torch.float64)
+    wanted = range(0 if grad_x else 1, 2 if grad_y and not hard_target else 1)
+    ranks = ranks.view(2, R, -1)
+    if valid is None:
+        rho, gradients = cpu.rank_gradients(ranks, wanted)
+    else:
+        rho, gradients = metrics.rank_gradients(ranks, valid, wanted)
+    if wanted:
+        part = slice(wanted.start * R, wanted.stop * R)
+        r = ranks[wanted.start : wanted.stop]
+        like = torch.empty_like(r, dtype=dtype)
+        gradients = torch_impl.rank_backward(gradients, like, r, ids[part], eps[part], kl, False)
+
+    def gradient(k, asked):
+        if not asked:
+            return x.new_empty(0, dtype=dtype)
+        if k not in wanted:  # of hard ranks
+            return x.new_zeros(x.shape, dtype=dtype)
+        found = gradients[k - wanted.start].reshape(x.shape)
+        return found.clone() if len(wanted) == 2 else found  # outputs share no memory
+
+    return rho.to(dtype).reshape(x.shape[:-1]), gradient(0, grad_x), gradient(1, grad_y)
 
 
 def _spearman_fwd_fake(x, y, strength, relative, kl, hard_target, need, backend):

@@ -151,5 +151,5 @@ def first_blocks(s, some_absent, eps, start):
     nothing = np.isnan(flat).nonzero()[0] if some_absent else np.arange(width - 1, s.size, width)
     eps = np.minimum(eps, HARDEST)
     if np.ndim(eps):
-        eps = eps.reshape(-1).take(rounds.numbered(start.searchsorted(np.arange(0, s.size, width)), len(start)))
+        eps = np.repeat(eps.reshape(-1), rounds.lengths(start.searchsorted(np.arange(0, s.size, width)), len(start)))
     return Prefixes(q, c, eps, start.searchsorted(nothing))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -11,9 +10,9 @@ import torch
 
 from . import blocks, prefix, rounds
 from .ordering import absent, sorted_rows, unsorted
-from .threads import groups, over_rows
+from .threads import over_rows
 
-GROUP = 2**16  # elements
+LONG = 8  # elements a block on average, from which NumPy repeats a number for each faster than it looks them up
 
 
 def first_runs(s, n_valid, eps, kl, sort):
@@ -38,6 +37,14 @@ def first_runs(s, n_valid, eps, kl, sort):
     return rounds.runs(joins.reshape(-1)[:-1])
 
 
+def places(n_valid, shape):
+    """What hard ranks are without ties: n_valid, n_valid - 1, ..., 1 in each row, then 0."""
+    place = np.maximum((n_valid[:1] if (n_valid == n_valid[0]).all() else n_valid) - np.arange(float(shape[1])), 0.0)
+    found = np.empty(shape)
+    found[...] = place
+    return found
+
+
 def first_blocks(s, n_valid, eps, kl, sort, start, length):
     """The list of blocks that these runs are."""
     width = s.shape[1]
@@ -58,22 +65,22 @@ def first_blocks(s, n_valid, eps, kl, sort, start, length):
         V += middle
         return (blocks.Rising if sort else blocks.Means)(V, length.astype(np.float64))
     t = flat.take(start)
-    if sort:  # few entries pool
+    k = (length > 1).nonzero()[0]
+    index, begin = blocks.ranges(start[k], length[k])
+    over = flat.take(index)
+    over -= np.repeat(t[k], length[k])
+    if sort:
         rate = of_blocks(rate)
         z = (start % width) * -rate
-        k = (length > 1).nonzero()[0]
-        index, begin = blocks.ranges(start[k], length[k])
-        over = flat.take(index)
-        over -= np.repeat(t[k], length[k])
         t[k] += np.log(np.add.reduceat(np.exp(over, out=over), begin))
         z[k] += np.log(blocks.geometric(length[k], rate if np.ndim(rate) == 0 else rate[k]))
         return blocks.Exponentials(z, t)
-    over = t.take(rounds.numbered(start, flat.size))
-    np.subtract(flat, over, out=over)
-    over.reshape(s.shape)[...] *= rate
-    Z = np.add.reduceat(np.exp(over, out=over), start)
-    first = (n_valid - np.arange(width)).reshape(-1).take(start)
-    return blocks.Ratios(t, Z, blocks.weights(first, length), np.broadcast_to(of_blocks(rate), t.shape))
+    over *= rate if np.ndim(rate) == 0 else np.repeat(rate.reshape(-1).take(start[k] // width), length[k])
+    Z = np.ones(len(start))
+    Z[k] = np.add.reduceat(np.exp(over, out=over), begin)
+    W = places(n_valid, s.shape).reshape(-1).take(start)
+    W[k] = blocks.weights(W[k], length[k])
+    return blocks.Ratios(t, Z, W, np.broadcast_to(of_blocks(rate), t.shape))
 
 
 def first_positions(s, n_valid, eps, kl, sort):
@@ -103,63 +110,85 @@ class Part:
 
     def ranks(self, first, found, dtype, need):
         """Ranks in `dtype` and block ids [R, n] for the blocks that begin at positions `first`, `found` if l2."""
-        s, e = self.s, self.e
+        s = self.s
         R, width = s.shape
-        flat, rows = s.reshape(-1), np.arange(0, s.size, width)
         length = rounds.lengths(first, s.size)
-        of_row = first.searchsorted(rows)  # each begins a block
-        weight = (rows + self.n_valid.reshape(-1)).take(rounds.numbered(of_row, len(first))) - first
-        own = rounds.numbered(first, s.size)
-        if self.hard:
-            r = (weight - (length - 1) / 2).take(own)
-            r[np.isnan(flat)] = math.nan
-        elif self.kl:
-            r = flat.take(first).take(own)
-            np.subtract(flat, r, out=r)
-            r.reshape(s.shape)[...] /= e
-            np.exp(r, out=r)
-            share = blocks.weights(weight, length)
-            share /= np.add.reduceat(r, first)  # not what pooling found: its rounding depends on the other rows
-            r *= share.take(own)
+        if self.hard or self.kl:
+            r, ids = self._sparse(first, length, need)
         else:
-            if self.sums:
-                r = flat
-                mean = found.means()
-            else:
-                r = flat.take(first).take(own)
-                np.subtract(flat, r, out=r)
-                mean = np.add.reduceat(r, first)
-                mean /= length
-            mean /= e if np.ndim(e) == 0 else e.reshape(-1).take(rounds.numbered(of_row, len(first)))
-            level = (1 - length) * 0.5
-            level += weight
-            level -= mean
-            r.reshape(s.shape)[...] /= e
-            r += level.take(own)
+            r, ids = self._dense(first, length, found, need)
         if self.some_absent:
             r[np.isnan(r)] = 0.0
         order = torch.from_numpy(self.order.reshape(-1))
         rank = unsorted(torch.from_numpy(r).to(dtype), order, R, width - 1)
         if not need:
             return rank, torch.empty_like(rank, dtype=torch.int32)
-        ids = rounds.numbers(length > 1, of_row).take(own)
         return rank, unsorted(torch.from_numpy(ids), order, R, width - 1)
+
+    def _sparse(self, first, length, need):
+        """Only blocks of several elements are visited: those alone keep their place, as most do under kl."""
+        s, e = self.s, self.e
+        R, width = s.shape
+        r = places(self.n_valid, s.shape).reshape(-1)
+        many = (length > 1).nonzero()[0]
+        first, length = first.take(many), length.take(many)
+        index, begin = blocks.ranges(first, length)
+        place = r.take(first)
+        if self.hard:
+            r[index] = np.repeat(place - (length - 1) / 2, length)
+        else:
+            t = s.reshape(-1).take(index)
+            t -= np.repeat(s.reshape(-1).take(first), length)
+            t /= e if np.ndim(e) == 0 else np.repeat(e.reshape(-1).take(first // width), length)
+            share = blocks.weights(place, length)
+            # not what pooling found: its rounding depends on the other rows
+            share /= np.add.reduceat(np.exp(t, out=t), begin)
+            t *= np.repeat(share, length)
+            r[index] = t
+        if not need:
+            return r, None
+        ids = np.full(s.size, -1, dtype=np.int32)
+        of_row = first.searchsorted(np.arange(0, s.size, width))
+        numbers = np.arange(len(first)) - np.repeat(of_row, rounds.lengths(of_row, len(first)))
+        ids[index] = np.repeat(numbers, length)
+        return r, ids
+
+    def _dense(self, first, length, found, need):
+        """l2: every element is shifted by the level of its block, `found` where running sums were taken."""
+        s, e = self.s, self.e
+        of_row = first.searchsorted(np.arange(0, s.size, s.shape[1]))  # each begins a block
+        blocks_of_row = rounds.lengths(of_row, len(first))
+        own = None if s.size > LONG * len(first) else rounds.numbered(first, s.size)
+
+        def of_elements(t):
+            return np.repeat(t, length) if own is None else t.take(own)
+
+        flat = s.reshape(-1)
+        if self.sums:
+            r = flat
+            mean = found.means()
+        else:
+            r = of_elements(flat.take(first))
+            np.subtract(flat, r, out=r)
+            mean = np.add.reduceat(r, first)
+            mean /= length
+        mean /= e if np.ndim(e) == 0 else np.repeat(e.reshape(-1), blocks_of_row)
+        level = (1 - length) * 0.5
+        level += np.repeat(np.arange(0, s.size, s.shape[1]) + self.n_valid.reshape(-1), blocks_of_row)
+        level -= first
+        level -= mean
+        r.reshape(s.shape)[...] /= e
+        r += of_elements(level)
+        return r, of_elements(rounds.numbers(length > 1, of_row)) if need else None
 
 
 def ranks(rows, e, number, kl, need, dtype):
     """Ranks in `dtype` and block ids int32 of parts of rows [R, n] without NaN, a list in order; None where pooling
     takes too many rounds. e is the strength, a number, or one a row [R, 1]; `number` 0 gives hard ranks."""
-    R, n = rows.shape
 
     def whole(share):
-        out = []
-        for rows_of_one in groups(share, n, GROUP if kl else R * n):
-            part = Part(rows[rows_of_one], e if np.ndim(e) == 0 else e[rows_of_one], number, kl)
-            found = (part.start, None) if part.hard else rounds.pooled(part.list, part.start)
-            if found is None:
-                return None
-            out.append(part.ranks(*found, dtype, need))
-        return out
+        part = Part(rows[share], e if np.ndim(e) == 0 else e[share], number, kl)
+        found = (part.start, None) if part.hard else rounds.pooled(part.list, part.start)
+        return found and part.ranks(*found, dtype, need)
 
-    found = over_rows(whole, R, n)
-    return None if any(part is None for part in found) else list(itertools.chain(*found))
+    return over_rows(whole, *rows.shape)
