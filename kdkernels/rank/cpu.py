@@ -28,27 +28,26 @@ def poisoned_rows(rows):
 
 
 def strengths_of_rows(rows, poisoned, how):
-    """As `strength.of_rows` of rows [R, n]; absent entries are looked for only if the strength is relative."""
-    if not how.relative:
-        return strength.of_rows(rows, None, poisoned, how)
-    if rows.dtype == torch.bfloat16:
-        rows = rows.float()
-    if rows.numpy().min() > -math.inf:
-        return strength.of_rows(rows, None, poisoned, how, spread(rows))
-    return strength.of_rows(rows, rows != -math.inf, poisoned, how)
+    """As `strength.of_rows` of rows [R, n]."""
+    return strength.of_rows(rows, None, poisoned, how, spread(rows) if how.relative else None)
 
 
 def spread(rows):
-    """As `strength.spread` where no entry is absent."""
+    """As `strength.spread`; what is absent is looked for, and a row's bits do not depend on the others."""
     R, n = rows.shape
+    rows = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
 
     def of_part(part):
-        d = rows[part].numpy().astype(np.float64)
+        d = rows[part].astype(np.float64)
+        gone = d == -math.inf
+        count = np.maximum(n - np.count_nonzero(gone, axis=-1, keepdims=True), 1)
         d -= d.max(-1, keepdims=True)
-        d -= d.sum(-1, keepdims=True) / n
-        found = np.sqrt(np.einsum("rn,rn->r", d, d) * (12 / n)) / n
+        d[gone] = 0.0
+        d -= d.sum(-1, keepdims=True) / count
+        d[gone] = 0.0
+        found = np.sqrt(np.einsum("rn,rn->r", d, d)[:, None] * (12 / count)) / count
         found[found < strength.SMALLEST_SPREAD] = 1.0
-        return found
+        return found[:, 0]
 
     return torch.from_numpy(np.concatenate(over_rows(of_part, R, n)))
 
