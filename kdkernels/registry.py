@@ -44,7 +44,7 @@ OPS = {
         Op("nystrom_transfer", "nystrom", _NYSTROM),
         Op("select_landmarks", "nystrom", ("torch", "reference")),
         Op("transfer_quality", "nystrom", ("torch", "reference")),
-        Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION, ("landmark_block",)),
+        Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION, ("landmark_rows", "landmark_rows_backward")),
         Op("projected_mse", "projection", _PROJECTION, ("project_rows", "spread_rows")),
         Op("soft_rank", "rank", _RANK, _RANKS),
         Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward"), _SORTS),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled projection and landmark kernels: every tile edge, the same bits for any number of threads, refusals."""
+"""The compiled projection and landmark kernels: every tile edge, rows shared out over threads, refusals."""
 
 import pytest
 import torch
@@ -60,19 +60,15 @@ def test_each_side_may_have_its_own_layout_dtype_and_mask(layouts, reduction):
     assert (ds[1, :, 2, 3] == 0).all()
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads(threads):
+def test_the_bits_of_a_projection_do_not_depend_on_the_number_of_threads(threads):
     s, t, basis = torch.randn(9, 33, 21, 13), torch.randn(9, 33, 21, 13), torch.randn(33, 10)
-    rows, centers = (torch.randn(301, 40), torch.randn(301, 60)), (torch.randn(333, 40), torch.randn(333, 60))
     results = []
     for count in (1, 1, 2, 3):
         threads(count)
         last = (x.contiguous(**CHANNELS_LAST) for x in (s, t))
-        parts = [*projected(s, t, basis, "cpp"), *projected(*last, basis, "cpp")]
-        S = rows[0] @ centers[0].mT  # the products are the BLAS's own business
-        results.append((S, [*parts, *similarity(*rows, centers, "cpp")]))
-    for S, other in results[1:]:
-        same = len(other) if S.equal(results[0][0]) else 6
-        assert all(a.equal(b) for a, b in zip(results[0][1][:same], other[:same], strict=True))
+        results.append([*projected(s, t, basis, "cpp"), *projected(*last, basis, "cpp")])
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_float64_and_float16_run_in_pytorch_with_the_same_answer():
@@ -90,16 +86,39 @@ def test_float64_and_float16_run_in_pytorch_with_the_same_answer():
 # landmarks fewer than features, as many, more; one block and several
 @pytest.mark.parametrize("C", [1, 7, 16, 17, 63])
 @pytest.mark.parametrize("block", [1 << 20, 40])
-def test_the_landmark_loss_keeps_no_matrix_of_similarities_and_is_the_textbook(C, block, monkeypatch):
+def test_the_landmark_loss_keeps_no_more_than_its_gradient_and_is_the_textbook(C, block, monkeypatch):
     monkeypatch.setitem(landmarks.BLOCK, "cpu", block)
     s, t = torch.randn(37, 16), torch.randn(37, 24).bfloat16()
     centers = torch.randn(C, 16), torch.randn(C, 24)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         got = similarity(s, t, centers, "cpp")
-    assert [tuple(x.shape) for x in saved[4:]] == [(37, 16), ()]
+    assert [tuple(x.shape) for x in saved[4:]] == [(37, min(C, 16)), ()]
     exact = similarity(s.double(), t.double(), [c.double() for c in centers], "reference")
     assert_near(got, exact, eps=5e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("C, d, block", [(100, 160, 1 << 20), (100, 160, 1300), (290, 160, 1 << 20), (290, 100, 1300)])
+def test_the_rows_of_the_landmark_loss_are_shared_out_over_threads(count, C, d, block, threads, monkeypatch):
+    """V by columns and by rows, kept and multiplied at once; shares that no tile and no block divides."""
+    monkeypatch.setitem(landmarks.BLOCK, "cpu", block)
+    s, t, centers = torch.randn(333, d) / 50, torch.randn(333, 70) / 50, (torch.randn(C, d), torch.randn(C, 70))
+    threads(count)
+    got, again = (similarity(s, t, centers, "cpp") for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(got, again, strict=True))
+    assert_near(got, similarity(s.double(), t.double(), [c.double() for c in centers], "reference"))
+
+
+@pytest.mark.parametrize("C", [3, 9])  # fewer landmarks than features, and more
+def test_an_upstream_gradient_of_zero_hides_no_nan_from_the_product_with_the_landmarks(C):
+    s, t, centers = torch.randn(6, 5), torch.randn(6, 4), (torch.randn(C, 5), torch.randn(C, 4))
+    s[2, 1] = float("nan")
+    s.requires_grad_()
+    for backend in ("cpp", "torch"):
+        value = kd.landmark_similarity_loss(s, t, *centers, backend=backend)
+        grad = torch.autograd.grad(0 * value, s)[0]
+        assert grad[2].isnan().all()
 
 
 @pytest.mark.parametrize("C", [3, 9])
@@ -150,12 +169,23 @@ def test_the_operators_refuse_what_they_would_misread():
     ):
         with pytest.raises(ValueError, match=message):
             run.spread_rows(*arguments)
-    rows, centers = torch.randn(6, 4), torch.randn(3, 4)
+    rows, centers, how = torch.randn(6, 4), torch.randn(3, 4), (6, True, None)
     for arguments, message in (
-        ((rows, rows[1:], centers, centers, None), r"t must be float32 on the CPU, \[6, 4\]"),
-        ((rows, rows, centers[:, 1:], centers, None), r"s_centers must be float32 on the CPU, \[3, 4\]"),
-        ((rows, rows, centers, centers[1:], None), r"t_centers must be float32 on the CPU, \[3, 4\]"),
-        ((rows, rows, centers, centers, torch.zeros(2)), r"sums must be float64 \[2\]"),
+        ((rows, rows[1:], centers, centers, *how), r"t must be float32 on the CPU, \[6, 4\]"),
+        ((rows, rows, centers[:, 1:], centers, *how), r"s_centers must be float32 on the CPU, \[3, 4\]"),
+        ((rows, rows, centers, centers[1:], *how), r"t_centers must be float32 on the CPU, \[3, 4\]"),
+        ((rows, rows, centers, centers, 0, True, None), "block must be a positive number of rows"),
+        ((rows, rows, centers, centers, 6, True, torch.zeros(2)), r"sums must be float64 \[2\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            run.landmark_block(*arguments)
+            run.landmark_rows(*arguments)
+    kept, one = torch.randn(6, 3), torch.ones(())
+    for arguments, message in (
+        ((rows[0], centers, kept, one), "grad and inverse must be one float32 number each"),
+        ((one.double(), centers, kept, one), "grad and inverse must be one float32 number each"),
+        ((one, centers, rows, one), r"kept must be float32 on the CPU, \[6, 3\]"),
+        ((one, centers, kept.mT.contiguous().mT, one), "kept must be what landmark_rows gave"),
+        ((one, centers[0], kept, one), "kept and s_centers must be matrices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.landmark_rows_backward(*arguments)

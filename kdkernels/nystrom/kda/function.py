@@ -47,7 +47,43 @@ class LandmarkSimilarityGradient(NoSecondDerivative):
     forward = staticmethod(backward)
 
 
+class CompiledRows(torch.autograd.Function):
+    """`LandmarkSimilarity` of what most calls on a CPU are, through operators of fewer arguments."""
+
+    @staticmethod
+    def forward(ctx, s, t, s_centers, t_centers):
+        rows = torch_impl.block_rows(s, s_centers)
+        value, *kept = torch.ops.kdkernels.landmark_rows.default(s, t, s_centers, t_centers, rows, True, None)
+        ctx.save_for_backward(s, s_centers, *kept)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        run = CompiledRowsGradient.apply if torch.is_grad_enabled() else _compiled_gradient
+        return run(grad, *ctx.saved_tensors), None, None, None
+
+
+def _compiled_gradient(grad, s, s_centers, kept, inverse):
+    return torch.ops.kdkernels.landmark_rows_backward.default(grad, s_centers, kept, inverse)
+
+
+class CompiledRowsGradient(NoSecondDerivative):
+    """Of s as well, which is there for the graph that refuses."""
+
+    forward = staticmethod(_compiled_gradient)
+
+
+def _direct(*tensors) -> bool:
+    """Whether the compiled rows read these as they are, and nobody watches."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            return False
+    return plain(*tensors)
+
+
 def differentiable(s, t, s_centers, t_centers, backend):
+    if backend == "cpp" and _direct(s, t, s_centers, t_centers):
+        return apply(CompiledRows, s, t, s_centers, t_centers)
     return apply(LandmarkSimilarity, s, t, s_centers, t_centers, backend, True)[0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KDA's landmark similarity loss: two thin products, smooth L1 and a norm, fused; the [B, C] matrices never stored.
+"""KDA's landmark similarity loss: two thin products, smooth L1 and a norm, fused; what is kept is no more than [B, d].
 
 Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch) and `triton_impl.py` (how, on a GPU).
 """

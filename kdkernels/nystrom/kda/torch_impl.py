@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The landmark similarity loss in PyTorch: rows in blocks, value and gradient in one pass, [B, C] never stored.
+"""The landmark similarity loss in PyTorch: rows in blocks, V = clamp(S - T, -1, 1) is all that outlives a block.
 
-A block of both similarity matrices stays in cache between the products, the smooth L1 and the product that turns it
-into the gradient; saved for backward: the gradient up to its scale, [B, d], and that scale.
+Saved for backward beside the scale 1 / |T|_F: V [B, C] where landmarks are no more than features, else V S_c [B, d],
+multiplied while its block is in cache.
 """
 
 from __future__ import annotations
@@ -19,26 +19,33 @@ def compute_dtype(s, t) -> torch.dtype:
     return torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
 
 
+def keeps_similarities(s, s_centers) -> bool:
+    """Whether V is kept rather than its product with the landmarks: no more numbers, and a pass over [B, d] less."""
+    return s_centers.shape[0] <= s.shape[1]
+
+
 def forward(s, t, s_centers, t_centers, need: bool):
-    """(value, slope [B, d] or empty, 1 / |T|_F): dL/ds = slope / |T|_F."""
-    total, slope = sums(s, t, s_centers, t_centers, need)
-    return finished(total, compute_dtype(s, t), slope)
+    """(value, what `backward` needs, 1 / |T|_F)."""
+    total, kept = sums(s, t, s_centers, t_centers, need)
+    return finished(total, compute_dtype(s, t), kept)
 
 
 def sums(s, t, s_centers, t_centers, need: bool):
-    """([sum of smooth L1, sum of T^2] float64, slope)."""
+    """([sum of smooth L1, sum of T^2] float64, what `backward` needs: V [B, C], V S_c [B, d], or nothing)."""
     dtype = compute_dtype(s, t)
     s_centers, t_centers = s_centers.to(dtype), t_centers.to(dtype)
-    slope = s.new_empty(s.shape if need else (0,), dtype=dtype)
+    kept = s.new_empty(kept_shape(s, t, s_centers, need), dtype=dtype)
     total = torch.zeros((2,), dtype=torch.float64, device=s.device)
     loss, square = total
-    rows = block_rows(s, s_centers)
+    rows, stays = block_rows(s, s_centers), keeps_similarities(s, s_centers)
     for first in range(0, len(s), rows):
         at = slice(first, first + rows)
         V = _block(s[at].to(dtype), t[at].to(dtype), s_centers, t_centers, loss, square)
-        if need:
-            torch.mm(V, s_centers, out=slope[at])
-    return total, slope
+        if need and not stays:
+            torch.mm(V, s_centers, out=kept[at])
+        elif need:
+            kept[at] = V
+    return total, kept
 
 
 def finished(total, dtype, kept):
@@ -67,15 +74,20 @@ def inverse_norm(square):
     return torch.where(nothing, 0, torch.where(nothing, 1, square).rsqrt())
 
 
-def backward(grad, s, t, s_centers, t_centers, slope, inverse):
-    return (slope * (grad * inverse)).to(s.dtype)
+def backward(grad, s, t, s_centers, t_centers, kept, inverse):
+    ds = kept * (grad * inverse)  # no scale inside the product: a BLAS may skip what it would multiply by 0, NaN or not
+    if keeps_similarities(s, s_centers):
+        ds = torch.mm(ds, s_centers.to(ds.dtype))
+    return ds.to(s.dtype)
 
 
 def gradient(grad, s, t, s_centers, t_centers, inverse):
-    """The gradient of s from nothing but the inputs: what a backend needs that saved no slope."""
-    _, slope, _ = forward(s, t, s_centers, t_centers, True)
-    return backward(grad, s, t, s_centers, t_centers, slope, inverse)
+    """The gradient of s from nothing but the inputs: what a backend needs that kept no more."""
+    _, kept, _ = forward(s, t, s_centers, t_centers, True)
+    return backward(grad, s, t, s_centers, t_centers, kept, inverse)
 
 
 def kept_shape(s, t, s_centers, need: bool) -> tuple[int, ...]:
-    return tuple(s.shape) if need else (0,)
+    if not need:
+        return (0,)
+    return (s.shape[0], s_centers.shape[0]) if keeps_similarities(s, s_centers) else tuple(s.shape)
