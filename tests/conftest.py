@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+# before torch reads it: a graph compiled from an older state of these sources would run in place of what is tested
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
 import pytest
 import torch
 
 from kdkernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# a graph compiled from an older state of these sources would run in place of what is tested
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 
 def needs_native(*operators: str):

@@ -10,6 +10,7 @@ import kdkernels as kd
 from kdkernels.gram.kernels import spec_of
 from kdkernels.gram.problem import encode
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 FAST = [backend for backend in BACKENDS if backend != "reference"]
 KERNELS = {
     "linear": lambda s: "linear",
@@ -26,11 +27,6 @@ ESTIMATORS = {
     "row": {"unbiased": False, "center": False, "row_normalize": True},
     "centred row": {"unbiased": False, "row_normalize": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before():
-    torch._dynamo.reset()
 
 
 # the calls that compile and torch.func are tried with: every statistic, feature and Gram space, a rule, a mask, groups
@@ -140,6 +136,10 @@ def test_compiled_whole_it_equals_eager_forward_and_backward(name, groups):
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for got, want in zip(value_and_gradients(compiled, *inputs), value_and_gradients(f, *inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_no_graph_of_an_older_state_of_the_sources_is_read():
+    assert torch._inductor.config.force_disable_caches
 
 
 def test_inductor_compiles_a_loss_around_the_op():
