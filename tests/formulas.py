@@ -10,6 +10,19 @@ def maps(student, teacher, dtype=torch.float64):
     return torch.randn(*student, dtype=dtype).requires_grad_(), torch.randn(*teacher, dtype=dtype)
 
 
+def logits(*shape, scale=3.0):
+    """Both sides alike, the student's with a gradient."""
+    torch.manual_seed(0)
+    student, teacher = (scale * torch.randn(*shape, dtype=torch.float64) for _ in range(2))
+    return student.requires_grad_(), teacher
+
+
+def value_and_gradient(f, student, teacher):
+    student = student.detach().requires_grad_()
+    value = f(student, teacher)
+    return value.detach(), torch.autograd.grad(value, student)[0]
+
+
 def same_value_and_gradient(value, expected, students, rtol=1e-9):
     """Gradients relative to their largest element; `students` is a tensor or a list of them."""
     torch.testing.assert_close(value, expected, rtol=rtol, atol=0)

@@ -1,13 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What RepDistiller and mdistiller compute, in loops over their formulas with their constants: oracles of compat tests.
 
-Every function takes the student first and gives one number a pair of tensors, or says what else."""
+Every formula takes the student first and gives one number a pair of tensors, or says what else. Inputs come first."""
 
 import itertools
 import math
 
 import torch
 import torch.nn.functional as F
+
+
+def logits(dtype):
+    return torch.randn(5, 7, dtype=dtype), 3 * torch.randn(5, 7, dtype=dtype)
+
+
+def features(dtype):
+    """The teacher's are the student's and more."""
+    student = torch.randn(6, 4, dtype=dtype)
+    return student, torch.cat([student, torch.randn(6, 5, dtype=dtype)], 1)
+
+
+def every(side):
+    """The levels of a side that may be one tensor."""
+    return side if isinstance(side, list) else [side]
 
 
 def kl(student, teacher, tau):

@@ -8,6 +8,7 @@ import warnings
 import originals
 import pytest
 import torch
+from originals import every, features, logits
 
 from kdkernels.compat import mdistiller, shared
 
@@ -19,15 +20,6 @@ def maps(channels, side, dtype, batch=5):
 def pairs_of_maps(dtype):
     """Two levels; other channels on the two sides, and at the second level a higher student."""
     return [maps(4, 6, dtype), maps(3, 8, dtype)], [maps(5, 6, dtype), maps(6, 4, dtype)]
-
-
-def logits(dtype):
-    return torch.randn(5, 7, dtype=dtype), 3 * torch.randn(5, 7, dtype=dtype)
-
-
-def features(dtype):
-    student = torch.randn(6, 4, dtype=dtype)
-    return student, torch.cat([student, torch.randn(6, 5, dtype=dtype)], 1)
 
 
 LABELS = torch.tensor([0, 6, 3, 3, 1])
@@ -70,10 +62,6 @@ def test_the_names_and_signatures_are_the_originals():
 @pytest.fixture(params=CASES)
 def name(request):
     return request.param
-
-
-def every(side):
-    return side if isinstance(side, list) else [side]
 
 
 def test_a_function_has_the_value_and_the_gradient_of_the_original(name):

@@ -7,6 +7,7 @@ import warnings
 import originals
 import pytest
 import torch
+from originals import every, features, logits
 
 from kdkernels.compat import repdistiller
 
@@ -21,15 +22,6 @@ def maps(dtype, channels=((4, 5), (3, 6), (2, 2)), sides=((6, 6), (8, 4), (2, 4)
 def stages(dtype):
     """For FSP: the same channels on both sides, sizes that fall and rise."""
     return maps(dtype, channels=((4, 4), (3, 3), (2, 2)))
-
-
-def logits(dtype):
-    return torch.randn(5, 7, dtype=dtype), 3 * torch.randn(5, 7, dtype=dtype)
-
-
-def features(dtype):
-    student = torch.randn(6, 4, dtype=dtype)
-    return student, torch.cat([student, torch.randn(6, 5, dtype=dtype)], 1)
 
 
 def per_level(formula):
@@ -78,10 +70,6 @@ def name(request):
 
 def made(name):
     return getattr(repdistiller, name)(*CASES[name][0])
-
-
-def every(side):
-    return side if isinstance(side, list) else [side]
 
 
 def total(value):

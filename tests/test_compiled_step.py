@@ -3,6 +3,7 @@
 
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdkernels import losses
 
@@ -77,19 +78,14 @@ def test_a_compiled_step_leaves_the_parameters_that_an_eager_one_leaves():
     torch._dynamo.reset()
     eager, compiled = Step(), Step()
     compiled.load_state_dict(eager.state_dict())
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
+    counter = CompileCounterWithBackend("aot_eager")
     batches = [batch() for _ in range(3)]
     before = [p.detach().clone() for p in eager.student.parameters()]
     expected = run(eager, eager, batches)
-    values = run(torch.compile(compiled, fullgraph=True, backend=backend), compiled, batches)
+    values = run(torch.compile(compiled, fullgraph=True, backend=counter), compiled, batches)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
     parameters = list(eager.student.parameters())
     torch.testing.assert_close(list(compiled.student.parameters()), parameters, rtol=1e-4, atol=1e-5)
     assert all((p - old).abs().max() > 1e-3 for p, old in zip(parameters, before, strict=True))
-    assert len(graphs) == 1  # three steps, each with other weights
+    assert counter.frame_count == 1  # three steps, each with other weights
     assert expected[0] != expected[1]

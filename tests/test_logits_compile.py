@@ -8,13 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 FAST = [backend for backend in BACKENDS if backend != "reference"]
 every_backend = pytest.mark.parametrize("backend", FAST)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before():
-    torch._dynamo.reset()
 
 
 def pair(*shape, dtype=torch.float32):

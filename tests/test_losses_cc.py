@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from formulas import value_and_gradient
 
 from kdkernels import losses, native
 from kdkernels.losses import cc
@@ -23,12 +24,6 @@ def taylor(student, teacher, gamma=0.4, order=2):
         for x in (student, teacher)
     )
     return torch.dist(K, L, 2) / len(student) ** 2
-
-
-def value_and_gradient(f, student, teacher):
-    student = student.detach().requires_grad_()
-    value = f(student, teacher)
-    return value.detach(), torch.autograd.grad(value, student)[0]
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from formulas import logits
 
 from kdkernels.losses import DISTLoss
-
-
-def logits(*shape, scale=3.0):
-    torch.manual_seed(0)
-    student, teacher = (scale * torch.randn(*shape, dtype=torch.float64) for _ in range(2))
-    return student.requires_grad_(), teacher
 
 
 def original(z_s, z_t, beta, gamma, tau):

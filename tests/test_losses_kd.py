@@ -4,14 +4,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import logits
 
 from kdkernels.losses import KDLoss
-
-
-def logits(*shape, scale=3.0):
-    torch.manual_seed(0)
-    student, teacher = (scale * torch.randn(*shape, dtype=torch.float64) for _ in range(2))
-    return student.requires_grad_(), teacher
 
 
 def by_the_book(student, teacher, tau, divergence):

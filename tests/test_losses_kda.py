@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import kdkernels as kd
 from kdkernels import losses
@@ -133,19 +134,14 @@ def test_a_resumed_training_goes_on_where_it_was():
 def test_training_with_labels_compiles_to_one_graph_and_counts_as_eager_does():
     torch._dynamo.reset()
     eager, loss = (losses.KDALoss(C, D, E, start_epoch=1) for _ in range(2))
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    counter = CompileCounter()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for _ in range(3):
         for batch in epoch():
             torch.testing.assert_close(compiled(*batch), eager(*batch))
         for one in (eager, loss):
             one.end_epoch()
-    assert len(graphs) == 1
+    assert counter.frame_count == 1
     assert loss.centers.student_centers.equal(eager.centers.student_centers)
 
 

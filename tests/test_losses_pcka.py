@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 from kdkernels.losses import PCKALoss, patches
@@ -275,17 +276,11 @@ def test_backward_keeps_the_maps_and_small_matrices_but_no_patches():
 
 def test_compiled_once_it_takes_maps_of_every_size():
     torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    loss = PCKALoss(transposed=1)
-    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
+    loss, counter = PCKALoss(transposed=1), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter, dynamic=True)
     for size in ((40, 30), (50, 70), (20, 100)):
         student, teacher = maps(2, 3, *size)
         value, expected = compiled(student, teacher), loss(student, teacher)
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(*(torch.autograd.grad(v, student)[0] for v in (value, expected)))
-    assert len(graphs) == 1
+    assert counter.frame_count == 1

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from formulas import value_and_gradient
 
 import kdkernels as kd
 from kdkernels import losses
@@ -17,12 +18,6 @@ def published(student, teacher, eps=1e-7):
         shares.append(similarity / similarity.sum(1, keepdim=True))
     p, t = shares
     return torch.mean(t * torch.log((t + eps) / (p + eps)))
-
-
-def value_and_gradient(f, student, teacher):
-    student = student.detach().requires_grad_()
-    value = f(student, teacher)
-    return value.detach(), torch.autograd.grad(value, student)[0]
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (9, 3, 4, 4)])

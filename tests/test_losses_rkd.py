@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import value_and_gradient
 
 import kdkernels as kd
 from kdkernels import losses
@@ -27,12 +28,6 @@ def published(student, teacher, of):
 
 FORMULAS = {losses.RKDDistanceLoss: published_distances, losses.RKDAngleLoss: published_angles}
 both = pytest.mark.parametrize("module", FORMULAS, ids=lambda module: module.__name__)
-
-
-def value_and_gradient(f, student, teacher):
-    student = student.detach().requires_grad_()
-    value = f(student, teacher)
-    return value.detach(), torch.autograd.grad(value, student)[0]
 
 
 @both

@@ -10,12 +10,7 @@ from kdkernels.gram.kernels import spec_of
 from kdkernels.nystrom import function, select
 from kdkernels.nystrom.problem import encode
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before():
-    torch._dynamo.reset()
-
-
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 CALLS = {
     "features": lambda x, y, m: kd.nystrom_features(x, y[:4], kernel="rbf"),
     "features sqrt": lambda x, y, m: kd.nystrom_features(x, y[:4], kernel=kd.Laplacian(2.0), whiten="sqrt"),
