@@ -141,6 +141,7 @@ def cpu_cases() -> list[DistributedCase]:
     return [
         DistributedCase("linear CKA, 512 rows a rank", "cka", 512, 256, ("moments",), quick=True),
         DistributedCase("linear CKA, 4096 rows a rank", "cka", 4096, 256, ("moments",)),
+        DistributedCase("Gram-MSE, 512 rows a rank", "gram_mse", 512, 256, ("moments",)),
         DistributedCase("rbf CKA, 512 rows a rank", "cka", 512, 4096, both, "rbf", quick=True),
         DistributedCase("SP, 512 rows a rank", "gram_mse", 512, 4096, both, options={"normalize": "row"}),
         DistributedCase("MMD, 512 rows a rank of each side", "mmd", 512, 4096, both, "rbf"),
