@@ -27,7 +27,7 @@ SMALL = 512  # rows of the shorter side up to which its products are the cheaper
 def worth_it(backend: str, x, columns: bool = True) -> bool:
     """Whether the products of the shorter side are the cheap ones; kernels of a GPU have two calls of their own."""
     n, C = x.shape[-2:]
-    short, long = sorted((n, C)) if columns else (n, C)
+    short, long = (min(n, C), max(n, C)) if columns else (n, C)  # a compiler has no `sorted` for symbolic sizes
     return backend in ("torch", "cpp") and (short <= SMALL or 2 * short <= long)
 
 
