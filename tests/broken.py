@@ -49,6 +49,18 @@ def noisy(t):
     return t * (1 + 1e-7 * torch.randn(()))
 
 
+def one_gradient(backward, change, which=0):
+    """A backward pass with one changed gradient, where that gradient is asked for; `need` is its last argument."""
+
+    def broken(*a):
+        out = list(backward(*a))
+        if a[-1] >> which & 1:
+            out[which] = change(out[which])
+        return tuple(out)
+
+    return broken
+
+
 def half_when_alone(backward):
     """A backward pass that is wrong where one gradient alone is asked for; `need` is its last argument."""
 

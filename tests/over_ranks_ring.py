@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from largest import LargestTensor
 from over_ranks import SPLITS, device, differs, run, worst
 
 import kdkernels as kd
@@ -138,17 +139,6 @@ def second_derivatives(out):
     x, y = (t.requires_grad_() for t in pair([8]))
     (first,) = torch.autograd.grad(OPS["cka rbf"](x, y, group="world"), x, create_graph=True)
     out["second derivative"] = refused(lambda: first.sum().backward())
-
-
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(tensor, torch.Tensor):
-                self.bytes = max(self.bytes, tensor.nbytes)
-        return found
 
 
 def gradient(x, y):

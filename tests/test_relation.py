@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import BACKENDS
+from largest import LargestTensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
@@ -173,19 +174,6 @@ def test_integers_are_refused(kind):
         getattr(kd, kind)(torch.randn(4, 3), torch.ones(4, 3).long())
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers how many numbers the largest tensor had that any operation made."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_n_n_p_or_n_n_n_numbers_is_made(kind, monkeypatch):
     n, p = 48, 400
@@ -194,7 +182,7 @@ def test_nothing_of_n_n_p_or_n_n_n_numbers_is_made(kind, monkeypatch):
     with LargestTensor() as seen:
         _, W, _ = torch_impl.forward(x, y, None, kind, 1)
         torch_impl.backward(torch.ones(1), x, None, W, kind)
-    assert 0 < seen.numbers <= max(n * p, 4 * n * n)
+    assert 0 < seen.elements <= max(n * p, 4 * n * n)
 
 
 # ---- compilers and transforms

@@ -8,7 +8,7 @@ import contextlib
 
 import pytest
 import torch
-from broken import half_when_alone, noisy, packed, rejects, unwritten, without_last
+from broken import half_when_alone, noisy, one_gradient, packed, rejects, unwritten, without_last
 
 from kdkernels import testing
 from kdkernels.gram import function, torch_impl
@@ -25,15 +25,7 @@ def value(change):
 
 
 def gradient(change, which=DX):
-    """A backward pass with one changed gradient, where that gradient is asked for."""
-
-    def backward(*a):
-        out = list(BACKWARD(*a))
-        if a[-1] >> which & 1:
-            out[which] = change(out[which])
-        return tuple(out)
-
-    return {"backward": backward}
+    return {"backward": one_gradient(BACKWARD, change, which)}
 
 
 def saved(row):
