@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test shares: one thread, fixed seeds, and which backends and devices can run here."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,6 +26,15 @@ def needs_native(*operators: str):
 
 # the library's own backends on the CPU; triton runs in a process of its own, under TRITON_INTERPRET=1
 BACKENDS = ["reference", "torch", pytest.param("cpp", marks=needs_native())]
+FAST = BACKENDS[1:]
+
+
+def load_by_path(path):
+    """A script as a module: what is no part of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_configure(config):

@@ -23,6 +23,12 @@ def value_and_gradient(f, student, teacher):
     return value.detach(), torch.autograd.grad(value, student)[0]
 
 
+def assert_near(got, want, eps=2e-6):
+    """Tensor by tensor, relative to the largest number of each."""
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b.double()).abs().max() <= eps * b.double().abs().max()
+
+
 def same_value_and_gradient(value, expected, students, rtol=1e-9):
     """Gradients relative to their largest element; `students` is a tensor or a list of them."""
     torch.testing.assert_close(value, expected, rtol=rtol, atol=0)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was built is loaded, what was not is explained, and make works with and without a compiler or a network."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,19 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_by_path
 
 from kdkernels import native
 
 TREE = ("csrc", "tools", "kdkernels", ".ci", "Makefile", "CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in")
 TREE += ("constraints.txt", "LICENSE")
-
-
-def load_by_path(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 native_build = load_by_path(ROOT / "csrc" / "build.py")

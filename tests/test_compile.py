@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, FAST
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
@@ -11,7 +11,6 @@ from kdkernels.gram.kernels import spec_of
 from kdkernels.gram.problem import encode
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
-FAST = [backend for backend in BACKENDS if backend != "reference"]
 KERNELS = {
     "linear": lambda s: "linear",
     "polynomial": lambda s: kd.Polynomial(3, 0.5, 1.0),

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_by_path
 
 from kdkernels import native
 
@@ -30,10 +30,7 @@ pytestmark = pytest.mark.compile_only
 
 
 def _build_tools():
-    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_by_path(ROOT / "csrc" / "build.py")
 
 
 def _cuobjdump() -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """make gpu refuses at once without a device, keeps what passed, ends what hangs, and never calls a failure a pass."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_by_path
 
-_spec = importlib.util.spec_from_file_location("kdkernels_gpu_command", ROOT / "bench" / "gpu.py")
-gpu = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gpu)
+gpu = load_by_path(ROOT / "bench" / "gpu.py")
 
 MACHINE = {"device": "a device", "torch": "2.13"}
 SOURCE = {"commit": "c", "dirty": False, "sources": "s"}

@@ -3,13 +3,12 @@
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import FAST
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
-FAST = [backend for backend in BACKENDS if backend != "reference"]
 every_backend = pytest.mark.parametrize("backend", FAST)
 
 

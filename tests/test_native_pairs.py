@@ -5,6 +5,7 @@ import pytest
 import torch
 from broken import half_when_alone, rejects, unwritten
 from conftest import needs_native
+from formulas import assert_near
 
 import kdkernels as kd
 from kdkernels.gram import fused, panels
@@ -32,11 +33,6 @@ def alike(n, p, q):
     """Both sides with a signal in common: an unbiased CKA near 0 is all cancellation."""
     signal = torch.randn(n, min(p, q))
     return tuple(torch.randn(n, width).add_(3).index_add(1, torch.arange(signal.shape[1]), signal) for width in (p, q))
-
-
-def assert_near(got, want, eps):
-    for a, b in zip(got, want, strict=True):
-        assert (a.double() - b.double()).abs().max() <= eps * b.double().abs().max()
 
 
 # tiles of 4 and 8 rows, panels of 12, 24 and 48, vectors of 4 to 16; strips of 64 and 128 columns

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from conftest import needs_native
+from formulas import assert_near
 
 import kdkernels as kd
 from kdkernels.nystrom.kda import torch_impl as landmarks
@@ -24,11 +25,6 @@ def similarity(s, t, centers, backend):
     s = s.detach().requires_grad_()
     value = kd.landmark_similarity_loss(s, t, *centers, backend=backend)
     return value.detach(), torch.autograd.grad(value, s)[0]
-
-
-def assert_near(got, want, eps=2e-6):
-    for a, b in zip(got, want, strict=True):
-        assert (a.double() - b.double()).abs().max() <= eps * b.double().abs().max()
 
 
 # tiles of 48 rows, 128 positions, 96 channels of a gradient; vectors of 16; registers of 6 rows

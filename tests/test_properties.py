@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, FAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest import LargestTensor
 
 import kdkernels as kd
 
-FAST = [backend for backend in BACKENDS if backend != "reference"]
 KERNELS = ["linear", "polynomial", "cosine", "rbf", "laplacian"]
 # the polynomial kernel knows where the origin is, and the cosine kernel how far away it is
 TRANSLATED = ["linear", "rbf", "laplacian"]

@@ -2,7 +2,6 @@
 """The CUDA kernels, compiled for the host with an OS thread for each CUDA thread, agree with NumPy and are clean under
 AddressSanitizer, UBSan and ThreadSanitizer; planted faults are caught."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -13,21 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_by_path
 
 import kdkernels as kd
 
 SIMT = Path(__file__).resolve().parent / "simt"
 sys.path.insert(0, str(SIMT))
 
-
-def _simt_build():
-    spec = importlib.util.spec_from_file_location("simt_build", SIMT / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-simt_build = _simt_build()
+simt_build = load_by_path(SIMT / "build.py")
 import compare  # noqa: E402
 import drive  # noqa: E402
 import rows  # noqa: E402
