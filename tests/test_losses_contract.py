@@ -307,7 +307,8 @@ def test_a_compiled_loss_survives_a_last_batch_that_is_too_small(case):
     student, teacher = sides(case, case.least - 1)
     with pytest.warns(UserWarning, match="drop_last") as caught:
         value = compiled(student, teacher)
-    assert [line(w) for w in caught] == ["value = compiled(student, teacher)"]
+    (own,) = (w for w in caught if "drop_last" in str(w.message))  # the compiler has warnings of its own
+    assert line(own) == "value = compiled(student, teacher)"
     assert value == 0 and (torch.autograd.grad(value, student)[0] == 0).all()
 
 
