@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from . import blocks, prefix, rounds
 from .ordering import absent, sorted_rows, unsorted
-from .threads import over_rows
+from .threads import groups, over_rows
 
+GROUP = 2**16  # elements of kl rows ranked together: what is made of more is given back to the system and fetched anew
 LONG = 8  # elements a block on average, from which NumPy repeats a number for each faster than it looks them up
 
 
@@ -186,9 +188,17 @@ def ranks(rows, e, number, kl, need, dtype):
     """Ranks in `dtype` and block ids int32 of parts of rows [R, n] without NaN, a list in order; None where pooling
     takes too many rounds. e is the strength, a number, or one a row [R, 1]; `number` 0 gives hard ranks."""
 
-    def whole(share):
-        part = Part(rows[share], e if np.ndim(e) == 0 else e[share], number, kl)
-        found = (part.start, None) if part.hard else rounds.pooled(part.list, part.start)
-        return found and part.ranks(*found, dtype, need)
+    R, n = rows.shape
 
-    return over_rows(whole, *rows.shape)
+    def of_share(share):
+        out = []
+        for some in groups(share, n, GROUP if kl else R * n):
+            part = Part(rows[some], e if np.ndim(e) == 0 else e[some], number, kl)
+            found = (part.start, None) if part.hard else rounds.pooled(part.list, part.start)
+            if found is None:
+                return None
+            out.append(part.ranks(*found, dtype, need))
+        return out
+
+    found = over_rows(of_share, R, n)
+    return None if any(part is None for part in found) else list(itertools.chain(*found))
