@@ -139,7 +139,7 @@ class Agreed(NamedTuple):
 
     def rows_at(self, places, *tensors) -> list[torch.Tensor | None]:
         """The rows at `places`, ascending and on the host, among those of all ranks; without a gradient."""
-        starts = torch.tensor([0, *self.rows]).cumsum(0)
+        starts = torch.tensor([0, *self.rows], device=places.device).cumsum(0)
         cuts, rank = torch.searchsorted(places, starts).tolist(), torch.distributed.get_rank(self.handle)
         own = places[cuts[rank] : cuts[rank + 1]] - starts[rank]
         mine = [None if t is None else t.detach()[own.to(t.device)] for t in tensors]

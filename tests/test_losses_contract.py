@@ -278,6 +278,14 @@ def test_bad_input_is_refused_with_the_callers_argument_in_the_message(case):
         loss(student, teacher, mask=kept_rows()[:12])
 
 
+def test_the_devices_of_the_arguments_count_and_not_torchs_default(case):
+    loss, (student, teacher) = case.make().eval(), sides(case)
+    expected = loss(student, teacher), gradient(loss, student, teacher)
+    with torch.device("meta"):
+        found = loss(student, teacher), gradient(loss, student, teacher)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_loss_compiles_to_one_graph_and_a_new_weight_does_not_recompile_it(case):
     torch._dynamo.reset()
     loss, counter = case.make().eval(), CompileCounter()

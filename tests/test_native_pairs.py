@@ -139,6 +139,14 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(shape, kernel, threads)
     assert all(a.equal(b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
+def test_numbers_of_a_bandwidth_are_where_the_features_are():
+    x, y, kernel = torch.randn(30, 60), torch.randn(30, 80), kd.RBF((5.0, 9.0))
+    fused._numbers.cache_clear()
+    with torch.device("meta"):
+        value = kd.cka(x, y, kernel=kernel, backend="cpp")
+    torch.testing.assert_close(value, kd.cka(x, y, kernel=kernel, backend="torch"), rtol=1e-5, atol=0)
+
+
 def test_one_matrix_a_side_that_asks_is_kept():
     x, y, saved = torch.randn(30, 60), torch.randn(30, 80), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

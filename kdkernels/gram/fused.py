@@ -97,4 +97,4 @@ def _kernel(spec, sigma):
 
 @functools.lru_cache(maxsize=1024)
 def _numbers(sigmas: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor([sigmas], dtype=torch.float64)
+    return torch.tensor([sigmas], dtype=torch.float64, device="cpu")

@@ -88,7 +88,7 @@ def _compiled_weights(problem: Problem, stats, u, units, mask, count, eps, need,
     """`combine` and `pack_rows` in one call."""
     count = None if mask is None else count
     how = (problem.stat == "cka", problem.unbiased, problem.center, need, problem.minimum, eps)
-    like = torch.empty(0, dtype=dtype)
+    like = torch.empty(0, dtype=dtype, device="cpu")
     return torch.ops.kdkernels.weigh_rows(torch.stack(stats[:5]), count, *units, *u, like, *how)
 
 
