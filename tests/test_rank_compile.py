@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 EVERY, FAST = backends(), backends(reference=False)
 every = pytest.mark.parametrize("backend", EVERY)
 fast = pytest.mark.parametrize("backend", FAST)
@@ -24,11 +25,6 @@ CALLS = {
     "pearson": lambda x, y, e, b: kd.pearson(x, y, backend="auto" if b == "cpp" else b),
 }
 calls = pytest.mark.parametrize("name", CALLS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before():
-    torch._dynamo.reset()
 
 
 def arguments(n=9, rows=(4,), dtype=torch.float32):

@@ -7,7 +7,8 @@ from ranking import adversarial
 from test_rank_rounds import deep
 
 import kdkernels as kd
-from kdkernels.rank import prefix, threads
+from kdkernels.rank import prefix
+from kdkernels.rank import threads as threads_of_rows
 
 
 def rows(n):
@@ -40,39 +41,31 @@ def seen(monkeypatch):
     return found
 
 
-def test_rows_too_wide_for_their_strength_are_pooled_without_sums_beside_others(monkeypatch):
+def test_rows_too_wide_for_their_strength_are_pooled_without_sums_beside_others(monkeypatch, threads):
     fit = seen(monkeypatch)
     x = rows(300)[:11]
     x = torch.cat([x.clamp(-100, 100), x])  # the second half has outliers, and powers
     want = kd.soft_rank(x.double(), "l2", 1e-2, backend="torch")
     assert ulps(kd.soft_rank(x[:11], "l2", 1e-2, backend="torch"), want[:11]) <= 1 and fit == [True]
-    monkeypatch.setattr(threads, "LEAST", 300 * 11)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:  # one part has sums, the other has not
-        assert ulps(kd.soft_rank(x, "l2", 1e-2, backend="torch"), want) <= 1 and sorted(fit[1:]) == [False, True]
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(threads_of_rows, "LEAST", 300 * 11)
+    threads(2)  # one part has sums, the other has not
+    assert ulps(kd.soft_rank(x, "l2", 1e-2, backend="torch"), want) <= 1 and sorted(fit[1:]) == [False, True]
 
 
 @pytest.mark.parametrize("regularization", ["l2", "kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype, regularization):
-    monkeypatch.setattr(threads, "LEAST", 2**14)
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch, threads, dtype, regularization):
+    monkeypatch.setattr(threads_of_rows, "LEAST", 2**14)
     x = torch.cat([rows(2000)] * 4).to(dtype)
     x[5, 3], x[40, 7], x[61] = torch.nan, torch.inf, -torch.inf
     x.requires_grad_()
     u = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape)
-    before = torch.get_num_threads()
     for strength in (0.0, 0.5, "auto", torch.linspace(0.1, 9, len(x)).double()):
         outcomes = []
-        try:
-            for number in (1, 2, 3):
-                torch.set_num_threads(number)
-                r = kd.soft_rank(x, regularization, strength, backend="torch")
-                outcomes.append((r, *torch.autograd.grad(r, x, u.to(r.dtype))))
-        finally:
-            torch.set_num_threads(before)
+        for number in (1, 2, 3):
+            threads(number)
+            r = kd.soft_rank(x, regularization, strength, backend="torch")
+            outcomes.append((r, *torch.autograd.grad(r, x, u.to(r.dtype))))
         torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(outcomes[2], outcomes[0], rtol=0, atol=0, equal_nan=True)
 
