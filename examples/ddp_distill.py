@@ -111,6 +111,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--check", action="store_true", help="in float64; rank 0 then trains alone")
     options = parser.parse_args(arguments)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if options.check and world == 1:
+        parser.error("--check compares several ranks with one process: start it with torchrun, as its first lines show")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # one input channel
     if world > 1:

@@ -34,3 +34,9 @@ def test_two_ranks_train_what_one_process_trains(python):
 def test_it_also_runs_as_one_process(capsys):
     assert ddp_distill.main(["--epochs", "1"]) == 0
     assert re.search(r"student, 1 process +test", capsys.readouterr().out)
+
+
+def test_a_check_of_one_process_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ddp_distill.main(["--check", "--epochs", "1"])
+    assert "start it with torchrun" in capsys.readouterr().err
