@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from formulas import logits
 
+import kdkernels as kd
 from kdkernels.losses import KDLoss
 
 
@@ -147,3 +148,17 @@ def test_every_backend_gives_the_same_loss_and_masks_what_is_nan(divergence):
 def test_the_reference_gives_a_second_derivative():
     student, teacher = logits(3, 5)
     assert torch.autograd.gradgradcheck(lambda s: KDLoss(backend="reference")(s, teacher), student)
+
+
+def test_logits_without_classes_are_refused():
+    with pytest.raises(ValueError, match="student_logits is empty"):
+        KDLoss()(torch.zeros(0), torch.zeros(0))
+    with pytest.raises(ValueError, match="student_logits has shape"):
+        KDLoss()(torch.zeros(3, 0), torch.zeros(3, 0))
+
+
+def test_values_are_looked_at_under_debug_checks_before_the_op_runs():
+    student, teacher = torch.zeros(3, 4), torch.tensor([[0.0, float("nan"), 0, 0]]).expand(3, 4)
+    assert KDLoss()(student, teacher).isnan()
+    with kd.debug_checks(), pytest.raises(ValueError, match="teacher_logits holds NaN or infinity"):
+        KDLoss()(student, teacher)

@@ -129,10 +129,34 @@ def test_the_reduced_divergence_is_that_of_its_rows(reduction, dtypes):
 
 def test_the_reduced_divergence_refuses_what_it_cannot_read():
     z = torch.randn(3, 4)
-    statistics = torch.ops.kdkernels.kl_rows(z, z, 4.0, True)[1]
+    statistics = torch.ops.kdkernels.kl_rows(z, z, None, 4.0, True)[1]
     with pytest.raises(ValueError, match="teacher must be CPU logits"):
-        torch.ops.kdkernels.kl_rows(z, z[:2], 4.0, True)
+        torch.ops.kdkernels.kl_rows(z, z[:2], None, 4.0, True)
     with pytest.raises(ValueError, match="grad must be one float32 number"):
-        torch.ops.kdkernels.kl_rows_backward(torch.ones(2), z, z, statistics, 4.0, True)
+        torch.ops.kdkernels.kl_rows_backward(torch.ones(2), z, z, None, statistics, 4.0, True)
     with pytest.raises(ValueError, match="statistics must be what logits_rows gave"):
-        torch.ops.kdkernels.kl_rows_backward(torch.ones(()), z, z, statistics[:4], 4.0, True)
+        torch.ops.kdkernels.kl_rows_backward(torch.ones(()), z, z, None, statistics[:4], 4.0, True)
+    for weight in (torch.ones(2), torch.ones((), dtype=torch.float64)):
+        with pytest.raises(ValueError, match="weight must be one float32 number"):
+            torch.ops.kdkernels.kl_rows(z, z, weight, 4.0, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of the loss and its weight
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_the_weight_of_the_loss_is_multiplied_in_the_compiled_call(dtype, divergence):
+    student, teacher = torch.randn(2, 9, 5).unbind()
+    student.requires_grad_()
+    loss = kd.losses.KDLoss(divergence=divergence, weight=0.75, backend="cpp").to(dtype)
+    total, parts = loss(student, teacher, return_parts=True)
+    direct = divergence == "forward"
+    assert (type(total.grad_fn).__name__ == "DivergenceBackward") == direct and parts["kd"].equal(total)
+    pair = (student, teacher) if divergence == "forward" else (teacher, student)
+    want = 0.75 * kd.distillation_kl(*pair, backend="reference")
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * v, student)[0] for v in (total, want)))
+    total = loss(student, teacher)
+    loss.weight.fill_(2.0)
+    if direct and dtype == torch.float32:  # as PyTorch's own product does
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+    torch.testing.assert_close(loss(student, teacher), want * (2 / 0.75))

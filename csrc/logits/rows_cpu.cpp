@@ -98,13 +98,11 @@ template <int W>
 KDK_INLINE void loss_row(const Call& c, int64_t r, Scratch& s, float* value, float* statistics) {
   const Terms& of = c.of;
   Side z{s.part[0], 0, 0}, y{s.part[1], 0, 0}, clean[2] = {{s.part[2], 0, 0}, {s.part[3], 0, 0}};
-  fetch(c.student, r, s.part[0], c.C, c.padded);
-  z.top = maximum<W>(z.x, c.padded);
   const bool together = of.soft && of.plain;
-  if (of.soft) {
-    fetch(c.teacher, r, s.part[1], c.C, c.padded);
-    if (together) y.top = maximum<W>(y.x, c.padded);
-  }
+  fetch(c.student, r, s.part[0], c.C, c.padded);
+  if (of.soft) fetch(c.teacher, r, s.part[1], c.C, c.padded);
+  z.top = maximum<W>(z.x, c.padded);
+  if (together) y.top = maximum<W>(y.x, c.padded);
   const Sums sums = both_sides<W>(z, y, c.padded, of, together);
   const double log_s = std::log(sums.s);
   z.log = static_cast<float>(log_s);
@@ -333,9 +331,17 @@ std::tuple<Tensor, Tensor> logits_rows_backward(Tensor grad, double factor, Tens
                    statistics, need_student, need_teacher);
 }
 
-// the plain divergence alone, reduced: few rows of few classes take less time than the arguments of `logits_rows`.
-// `mean`: of the rows, else their sum
-std::tuple<Tensor, Tensor> kl_rows(Tensor student, Tensor teacher, double tau, bool mean) {
+// 1 where there is none
+float weight_of(const OptionalTensor& weight) {
+  if (!weight) return 1;
+  KDK_CHECK(weight->is_cpu() && weight->numel() == 1 && weight->scalar_type() == ScalarType::Float,
+            "kl_rows: weight must be one float32 number");
+  return *static_cast<const float*>(weight->const_data_ptr());
+}
+
+// the plain divergence alone, reduced and weighted: few rows of few classes take less time than the arguments of
+// `logits_rows`. `mean`: of the rows, else their sum
+std::tuple<Tensor, Tensor> kl_rows(Tensor student, Tensor teacher, OptionalTensor weight, double tau, bool mean) {
   auto [rows, statistics] = logits_rows(student, teacher, {}, {}, {}, {}, {}, tau, 1, 1, 0, 0, 1, true);
   const int64_t R = student.size(0);
   const float* of = static_cast<const float*>(rows.const_data_ptr());
@@ -343,18 +349,20 @@ std::tuple<Tensor, Tensor> kl_rows(Tensor student, Tensor teacher, double tau, b
   for (int64_t r = 0; r < R; ++r) total += of[r];
   const torch::headeronly::IntHeaderOnlyArrayRef scalar(&R, size_t{0});
   Tensor value = torch::stable::new_empty(rows, scalar);
-  *static_cast<float*>(value.mutable_data_ptr()) = static_cast<float>(mean ? total / static_cast<double>(R) : total);
+  const float reduced = static_cast<float>(mean ? total / static_cast<double>(R) : total);
+  *static_cast<float*>(value.mutable_data_ptr()) = reduced * weight_of(weight);
   return {value, statistics};
 }
 
 // its gradient; `grad` is one number
-Tensor kl_rows_backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, double tau, bool mean) {
+Tensor kl_rows_backward(Tensor grad, Tensor student, Tensor teacher, OptionalTensor weight, Tensor statistics,
+                        double tau, bool mean) {
   KDK_CHECK(grad.is_cpu() && grad.numel() == 1 && grad.scalar_type() == ScalarType::Float,
             "kl_rows_backward: grad must be one float32 number");
   const Call c = call_of(student, teacher, {}, {}, {}, {}, {}, tau, 1, 1, 0, 0, 1);
-  return std::get<0>(gradients(static_cast<const float*>(grad.const_data_ptr()), 0,
-                               mean ? 1.0 / static_cast<double>(c.R) : 1.0, c, student, teacher, statistics, true,
-                               false));
+  const float above = *static_cast<const float*>(grad.const_data_ptr()) * weight_of(weight);
+  return std::get<0>(gradients(&above, 0, mean ? 1.0 / static_cast<double>(c.R) : 1.0, c, student, teacher, statistics,
+                               true, false));
 }
 
 }  // namespace
@@ -368,9 +376,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("logits_rows(" KDK_LOGITS KDK_NUMBERS "bool need) -> (Tensor value, Tensor statistics)");
   m.def("logits_rows_backward(Tensor grad, float factor, " KDK_LOGITS "Tensor statistics, " KDK_NUMBERS
         "bool need_student, bool need_teacher) -> (Tensor, Tensor)");
-  m.def("kl_rows(Tensor student, Tensor teacher, float tau, bool mean) -> (Tensor value, Tensor statistics)");
-  m.def("kl_rows_backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, float tau, bool mean) "
-        "-> Tensor");
+  m.def("kl_rows(Tensor student, Tensor teacher, Tensor? weight, float tau, bool mean) "
+        "-> (Tensor value, Tensor statistics)");
+  m.def("kl_rows_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor statistics, float tau, "
+        "bool mean) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {

@@ -19,16 +19,22 @@ def check_logits(student, teacher, name: str = "teacher"):
     checks.same_device(student, teacher, "student", name)
     if student.dim() == 0:
         raise ValueError("student is 0-d: give logits [..., C]")
-    checks.not_empty(student, "student")
     if student.shape != teacher.shape:
         raise ValueError(
             f"{name} has shape {tuple(teacher.shape)}, student has {tuple(student.shape)}: "
             "both sides need the same rows and classes"
         )
+    check_rows(student, teacher, "student", name)
+
+
+def check_rows(student, teacher, *names: str):
+    """What is left to require of logits of one shape."""
+    checks.not_empty(student, names[0])
     if student.shape[-1] > MOST_CLASSES:
-        raise ValueError(f"student has {student.shape[-1]} classes: a row may have {MOST_CLASSES}")
-    checks.finite(student, "student")
-    checks.finite(teacher, name)
+        raise ValueError(f"{names[0]} has {student.shape[-1]} classes: a row may have {MOST_CLASSES}")
+    if checks.debugging():
+        checks.finite(student, names[0])
+        checks.finite(teacher, names[1])
 
 
 def is_number(value) -> bool:

@@ -16,40 +16,51 @@ from ..backend import implementation
 from .problem import STUDENT, TEACHER, Extras, Problem, compute_dtype
 
 
+def divergence(student, teacher, tau: float, reduction: str, backend: str, weight=None):
+    """`row_loss` of the plain divergence, times a weight (a tensor of one number, a constant)."""
+    if backend == "cpp" and reduction != "none" and student.requires_grad and _direct(student, teacher, weight):
+        weight = weight if weight is None or weight.dtype == torch.float32 else weight.float()
+        return apply(Divergence, student, teacher, weight, tau, reduction == "mean")
+    problem = Problem(tau, 1.0, (1.0, 0.0, 0.0), 1.0, False)
+    value = row_loss(student, teacher, problem, Extras(), reduction, backend)
+    return value if weight is None else value * weight.to(value.dtype)
+
+
 def row_loss(student, teacher, problem: Problem, extras: Extras, reduction: str, backend: str):
     """The reduced loss, with gradient where one is needed."""
     need = 0
     if torch.is_grad_enabled():
         need = STUDENT * student.requires_grad | TEACHER * (teacher.requires_grad and not problem.mixed)
-    if need == STUDENT and backend == "cpp" and not problem.mixed and reduction != "none" and _direct(student, teacher):
-        return apply(Divergence, student, teacher, problem.tau, reduction == "mean")
     tau, alpha, mix, lam, mixed = problem
     arguments = (student, teacher, *extras, tau, alpha, list(mix), lam, mixed, reduction, need, backend)
     return (apply(RowLoss, *arguments) if need else forward(*arguments))[0]
 
 
-def _direct(student, teacher) -> bool:
-    """Whether the compiled divergence reads these as they are, and nobody watches."""
+def _direct(student, teacher, weight) -> bool:
+    """Whether the gradient is the student's alone, the compiled rows read all as it is, and nobody watches."""
+    if student.dim() != 2 or teacher.requires_grad or not torch.is_grad_enabled():
+        return False
     for side in (student, teacher):
-        if side.dim() != 2 or side.stride(1) != 1 or side.dtype == torch.float64:
+        if side.stride(1) != 1 or side.dtype == torch.float64:
             return False
-    return plain(student, teacher)
+    return (weight is None or weight.is_cpu) and plain(student, teacher, weight)
 
 
 class Divergence(torch.autograd.Function):
     """`RowLoss` of what most calls on a CPU are: one number, through operators of fewer arguments."""
 
     @staticmethod
-    def forward(ctx, student, teacher, tau, mean):
-        value, statistics = torch.ops.kdkernels.kl_rows(student, teacher, tau, mean)
+    def forward(ctx, student, teacher, weight, tau, mean):
+        value, statistics = torch.ops.kdkernels.kl_rows.default(student, teacher, weight, tau, mean)
         ctx.how = tau, mean
-        ctx.save_for_backward(student, teacher, statistics)
+        ctx.save_for_backward(student, teacher, weight, statistics)
         return value
 
     @staticmethod
     def backward(ctx, grad):
-        run = DivergenceGradient.apply if torch.is_grad_enabled() else torch.ops.kdkernels.kl_rows_backward
-        return run(grad, *ctx.saved_tensors, *ctx.how), None, None, None
+        run = torch.ops.kdkernels.kl_rows_backward.default
+        run = DivergenceGradient.apply if torch.is_grad_enabled() else run
+        return run(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
 class DivergenceGradient(NoSecondDerivative):

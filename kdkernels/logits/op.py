@@ -109,13 +109,18 @@ def distillation_kl(student, teacher, *, tau=4.0, reduction="mean", backend="aut
     """
     check_logits(student, teacher)
     check_reduction(reduction)
-    problem = Problem(check_tau(tau), 1.0, (1.0, 0.0, 0.0), 1.0, False)
+    return divergence(student, teacher, check_tau(tau), reduction, backend)
+
+
+def divergence(student, teacher, tau: float, reduction: str, backend: str, weight=None):
+    """`distillation_kl` of checked arguments, times a weight (a tensor of one number, a constant)."""
     chosen = backends.resolve("distillation_kl", backend, device_type(student), (student.dtype, teacher.dtype))
-    if chosen == "reference":
-        dtype = compute_dtype(student, teacher)
-        with without_autocast(device_type(student)):
-            return _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), problem.tau), reduction)
-    return function.row_loss(student, teacher, problem, Extras(), reduction, chosen)
+    if chosen != "reference":
+        return function.divergence(student, teacher, tau, reduction, chosen, weight)
+    dtype = compute_dtype(student, teacher)
+    with without_autocast(device_type(student)):
+        value = _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), tau), reduction)
+        return value if weight is None else value * weight.to(dtype)
 
 
 def mixed_distillation(

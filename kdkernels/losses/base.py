@@ -75,7 +75,8 @@ class Loss(nn.Module):
         return ready, [distributed.Agreed(handle, n) for n in list(rows.values())[::3]]
 
     def _total(self, parts: dict[str, torch.Tensor], return_parts: bool):
-        parts = {name: value * self.weight.to(value.dtype) for name, value in parts.items()}
+        weight = self.weight
+        parts = {n: v * (weight if v.dtype == weight.dtype else weight.to(v.dtype)) for n, v in parts.items()}
         total = functools.reduce(operator.add, parts.values())  # sum() would begin with 0 + value: a node for nothing
         return (total, parts) if return_parts else total
 
@@ -215,9 +216,9 @@ def check_pair(student, teacher, what: str, index: int | None = None):
     """Both sides are float tensors of one device with the same number of samples; each may have its own dtype."""
     level = "" if index is None else f"[{index}]"
     names = f"student_{what}{level}", f"teacher_{what}{level}"
-    for tensor, name in zip((student, teacher), names, strict=True):
+    for tensor, name in ((student, names[0]), (teacher, names[1])):
         checks.floating(tensor, name)
-        if tensor.dim() == 0 or 0 in tensor.shape[1:]:
+        if tensor.dim() == 0 or (tensor.numel() == 0 and 0 in tensor.shape[1:]):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it needs a batch dimension and features")
     checks.same_device(student, teacher, *names)
     if student.shape[0] != teacher.shape[0]:
@@ -326,6 +327,8 @@ def zero_where_masked(x, mask):
 
 def row_mask(mask, labels, ignore_index: int, like, name: str):
     """The mask of a loss over rows, like [..., C]: `mask`, or labels != ignore_index, or both; None if neither."""
+    if mask is None and labels is None:
+        return None
     shape = tuple(like.shape[:-1])
     for given, what in ((mask, "mask"), (labels, "labels")):
         if given is not None:

@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from ..logits.checks import check_tau
-from ..logits.op import distillation_kl
+from ..logits.checks import check_rows, check_tau
+from ..logits.op import divergence
 from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
 from .base import at_least_float32 as dtype_of
 from .means import mean_of_rows
@@ -70,25 +70,26 @@ class KDLoss(Loss):
         return_parts: bool = False,
     ):
         check_classes(student_logits, teacher_logits)
-        counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
-        if self._too_small(math.prod(student_logits.shape[:-1]), 1):
+        if mask is None and labels is None:
+            counted = None
+        else:
+            counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+        if student_logits.numel() == 0 and self._too_small(math.prod(student_logits.shape[:-1]), 1):
             return self._nothing(["kd"], student_logits, return_parts)
-        student, teacher = student_logits, teacher_logits.detach()
+        student, teacher = student_logits, teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
         if self.divergence == "jsd":
             value = self._jensen_shannon(student, teacher, counted, normalizer)
         else:
             # the op treats its second argument as the fixed side of the divergence, and differentiates in both
             pair = (student, teacher) if self.divergence == "forward" else (teacher, student)
-            value = self._of_rows(*pair, counted, normalizer)
+            check_rows(student, teacher, "student_logits", "teacher_logits")
+            if counted is None and normalizer is None:
+                value = divergence(*pair, self.tau, self.reduction, self.backend, self.weight)
+                return (value, {"kd": value}) if return_parts else value
+            pair = (hidden(side, counted, self.backend) for side in pair)
+            rows = divergence(*pair, self.tau, "none", self.backend)
+            value = mean_of_rows(rows, counted, normalizer, self.reduction)
         return self._total({"kd": value}, return_parts)
-
-    def _of_rows(self, student, teacher, counted, normalizer):
-        how = {"tau": self.tau, "backend": self.backend}
-        if counted is None and normalizer is None:
-            return distillation_kl(student, teacher, reduction=self.reduction, **how)
-        student, teacher = hidden(student, counted, self.backend), hidden(teacher, counted, self.backend)
-        rows = distillation_kl(student, teacher, reduction="none", **how)
-        return mean_of_rows(rows, counted, normalizer, self.reduction)
 
     def _jensen_shannon(self, student, teacher, counted, normalizer):
         with full_precision(student):
