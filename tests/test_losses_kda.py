@@ -108,6 +108,30 @@ def test_rows_that_do_not_count_reach_neither_the_value_nor_the_centres():
     torch.testing.assert_close(loss.centers.student_sums, kept_only.centers.student_sums)
 
 
+@pytest.mark.parametrize("name", ["KDALoss", "NystromTransferLoss"])
+def test_a_batch_that_another_rank_refuses_is_not_counted(name, monkeypatch):
+    centers = kd.ClassCenters(C, D, E)
+    loss = losses.KDALoss(C, D, E) if name == "KDALoss" else losses.NystromTransferLoss(C, centers=centers)
+
+    def refused(prepare, call):
+        prepare()
+        raise ValueError("on rank 1: labels holds 9")
+
+    monkeypatch.setattr(loss, "_over_ranks", refused)
+    with pytest.raises(ValueError, match="rank 1"):
+        loss(torch.randn(8, D), torch.randn(8, E), torch.arange(8) % C)
+    assert not loss.centers.counts.any() and not loss.centers.student_sums.any()
+    monkeypatch.undo()
+    loss(torch.randn(8, D), torch.randn(8, E), torch.arange(8) % C)
+    assert loss.centers.counts.sum() == 8
+
+
+def test_a_class_that_is_ignored_does_not_count():
+    centers = kd.ClassCenters(2, 1, 1, ignore_index=0)
+    centers.update(torch.ones(3, 1), torch.ones(3, 1), torch.tensor([0, 1, 1]))
+    assert centers.counts.tolist() == [0, 2]
+
+
 def test_a_resumed_training_goes_on_where_it_was():
     torch.manual_seed(3)
     straight, first = (losses.KDALoss(C, D, E, start_epoch=1) for _ in range(2))

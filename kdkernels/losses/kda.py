@@ -85,7 +85,10 @@ class KDALoss(Loss):
         ignore_index: int = -100,
         return_parts: bool = False,
     ):
+        batch = None
+
         def prepare():
+            nonlocal batch
             names = check_pair(student_features, teacher_features, "features")
             s, t = student_features.flatten(1), teacher_features.detach().flatten(1)
             for x, name, width in (
@@ -96,12 +99,13 @@ class KDALoss(Loss):
                     raise ValueError(f"{name} has {x.shape[1]} features a sample, this loss was made for {width}")
             counted = row_mask(mask, labels, ignore_index, s, names[0])
             if self.training and labels is not None:
-                given = labels if ignore_index == -100 else torch.where(labels == ignore_index, -100, labels)
-                with full_precision(s):
-                    self.centers.update(s.detach(), t, given, mask=mask)
+                batch = self.centers._batch(s, t, labels, mask, ignore_index)
             return {"features": (s, t, counted)}
 
         ((s, t, counted),), (group,) = self._over_ranks(prepare, f" of {self.centers.num_classes} classes")
+        if batch is not None:
+            with full_precision(s):
+                self.centers._add(*batch)
         if self._too_small(len(s) if group is None else group.total, 1):
             return self._nothing(["landmarks"], s, return_parts)
         with full_precision(s):

@@ -93,12 +93,17 @@ class NystromTransferLoss(Loss):
         ignore_index: int = -100,
         return_parts: bool = False,
     ):
-        rows = self.rows if rows is None else rows
+        rows, batch = self.rows if rows is None else rows, None
 
         def prepare():
-            return {"features": self._prepared(student_features, teacher_features, labels, mask, rows, ignore_index)}
+            nonlocal batch
+            features, batch = self._prepared(student_features, teacher_features, labels, mask, rows, ignore_index)
+            return {"features": features}
 
         ((s, t, kept),), (group,) = self._over_ranks(prepare, f" with rows={rows!r}")
+        if batch is not None:
+            with full_precision(s):
+                self.centers._add(*batch)
         total = len(s) if group is None else group.total
         if self._too_small(total, 1):
             return self._nothing(["transfer"], student_features, return_parts)
@@ -113,7 +118,7 @@ class NystromTransferLoss(Loss):
         return self._total({"transfer": value}, return_parts)
 
     def _prepared(self, student_features, teacher_features, labels, mask, rows, ignore_index):
-        """Rows of both sides, 0 where masked, and their mask; the class means learn of them."""
+        """Rows of both sides, 0 where masked, and their mask; the batch that the class means are to learn of."""
         if check_rows(rows) == "groups":
             raise ValueError(
                 "rows is 'groups': the transfer compares one kernel matrix a batch, give 'tokens' or 'mean'"
@@ -121,13 +126,12 @@ class NystromTransferLoss(Loss):
         s, t, kept = rows_of_pair(student_features, teacher_features, rows, mask, "features")
         kept = row_mask(kept, labels, ignore_index, s, "the rows of student_features")
         s, t = zero_where_masked(s, kept), zero_where_masked(t, kept)
+        batch = None
         if self.centers is not None and self.training:
             if labels is None:
                 raise ValueError("labels is None: with centers, training collects class means and needs the labels")
-            given = labels if ignore_index == -100 else torch.where(labels == ignore_index, -100, labels)
-            with full_precision(s):
-                self.centers.update(s.detach(), t, given, mask=kept)
-        return s, t, kept
+            batch = self.centers._batch(s, t, labels, kept, ignore_index)
+        return (s, t, kept), batch
 
     def _landmarks(self, s, t, kept, m: int, group):
         if self.centers is not None:

@@ -70,21 +70,29 @@ class ClassCenters(Accumulator):
         self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))  # classes that have a centre
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
     def update(self, s, t, labels, *, mask=None) -> None:
         """Adds the rows of one batch to the sums of their classes."""
+        self._add(*self._batch(s, t, labels, mask, self.ignore_index))
+
+    @torch.no_grad()
+    def _batch(self, s, t, labels, mask, ignore_index: int):
+        """What `_add` takes, checked: a loss over ranks adds it when no rank has refused its own."""
         self._check(s, t, labels, mask)
-        counted = (labels >= 0) & (labels < self.num_classes)
+        valid = (labels >= 0) & (labels < self.num_classes)
+        ignored = (labels == self.ignore_index) | (labels == ignore_index)
         if checks.may_read(labels):
             # numbers first: a message built eagerly would cost a reduction each call
-            bad = ~counted & (labels != self.ignore_index)
+            bad = ~(valid | ignored)
             if bool(bad.any()):
                 raise ValueError(
                     f"labels holds {int(labels[bad][0])}: give class indices from 0 to {self.num_classes - 1}, or "
-                    f"{self.ignore_index} for a row that does not count"
+                    f"{ignore_index} for a row that does not count"
                 )
-        if mask is not None:
-            counted = counted & mask
+        counted = valid & ~ignored
+        return s, t, labels, counted if mask is None else counted & mask
+
+    @torch.no_grad()
+    def _add(self, s, t, labels, counted) -> None:
         if s.is_cuda and backends.obstacle("triton", "cuda", (s.dtype, t.dtype)) is None:
             from .triton_centers import add_rows
 
