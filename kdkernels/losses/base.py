@@ -94,6 +94,8 @@ class Loss(nn.Module):
     def _level_too_small(self, x, least: int, group) -> bool:
         """Whether a level is 0, on every rank, for want of rows."""
         if group is None:
+            if x.dim() == 3 and len(x) == 0:
+                return self._too_small(0, 1, "samples")
             return self._too_small(x.shape[-2], least)
         if x.dim() != 3:
             return self._too_small(group.total, least, "rows on all ranks")

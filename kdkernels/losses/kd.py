@@ -70,10 +70,7 @@ class KDLoss(Loss):
         return_parts: bool = False,
     ):
         check_classes(student_logits, teacher_logits)
-        if mask is None and labels is None:
-            counted = None
-        else:
-            counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+        counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
         if student_logits.numel() == 0 and self._too_small(math.prod(student_logits.shape[:-1]), 1):
             return self._nothing(["kd"], student_logits, return_parts)
         student, teacher = student_logits, teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits

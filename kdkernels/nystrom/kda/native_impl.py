@@ -21,7 +21,7 @@ def sums(s, t, s_centers, t_centers, need: bool):
     """As `torch_impl.sums`."""
     if torch_impl.compute_dtype(s, t) != torch.float32:
         return torch_impl.sums(s, t, s_centers, t_centers, need)
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=s.device)
     return total, _rows(s, t, s_centers, t_centers, need, total)[1]
 
 
