@@ -36,20 +36,30 @@ def spread(rows):
     """As `strength.spread`; what is absent is looked for, and a row's bits do not depend on the others."""
     R, n = rows.shape
     rows = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+    found = np.empty((R, 1))
+
+    def of_some(part):
+        d = rows[part].astype(np.float64)
+        top, gone, count = d.max(-1, keepdims=True), None, n
+        if not rows[part].min() > -math.inf:  # or NaN
+            gone = d == -math.inf
+            count = np.maximum(n - np.count_nonzero(gone, axis=-1, keepdims=True), 1)
+        d -= top
+        if gone is not None:
+            d[gone] = 0.0
+        # the mean is sqrt(n) standard deviations from the maximum at most: n units in the last place are lost
+        mean = d.sum(-1, keepdims=True) / count
+        variance = np.maximum(np.einsum("rn,rn->r", d, d)[:, None] / count - mean * mean, 0.0)
+        np.divide(np.sqrt(12 * variance), count, out=found[part])
 
     def of_part(part):
-        d = rows[part].astype(np.float64)
-        gone = d == -math.inf
-        count = np.maximum(n - np.count_nonzero(gone, axis=-1, keepdims=True), 1)
-        d -= d.max(-1, keepdims=True)
-        d[gone] = 0.0
-        d -= d.sum(-1, keepdims=True) / count
-        d[gone] = 0.0
-        found = np.sqrt(np.einsum("rn,rn->r", d, d)[:, None] * (12 / count)) / count
-        found[found < strength.SMALLEST_SPREAD] = 1.0
-        return found[:, 0]
+        with np.errstate(**QUIET):
+            for some in groups(part, n, GROUP):
+                of_some(some)
 
-    return torch.from_numpy(np.concatenate(over_rows(of_part, R, n)))
+    over_rows(of_part, R, n)
+    found[found < strength.SMALLEST_SPREAD] = 1.0
+    return torch.from_numpy(found[:, 0])
 
 
 def rank_gradients(ranks, wanted):
@@ -128,16 +138,13 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
         own = ids[part]
         at = np.add(own, first[: len(own)], dtype=np.int64).reshape(-1)
         u = grad[part].double().numpy()
-        both = np.ones((at.size, 2))  # what is summed, and the weights, in one pass
         if kl:
             r = rank[part].double().numpy()
-            both[:, 1] = r.reshape(-1)
-            np.multiply(u.reshape(-1), both[:, 1], out=both[:, 0])
+            weight = np.bincount(at, r.reshape(-1), len(own) * table)
+            total = np.bincount(at, (u * r).reshape(-1), len(own) * table)
         else:
-            both[:, 0] = u.reshape(-1)
-        sums = torch.zeros(len(own) * table, dtype=torch.complex128)
-        sums.index_add_(0, torch.from_numpy(at), torch.view_as_complex(torch.from_numpy(both)))
-        total, weight = torch.view_as_real(sums).numpy().T
+            weight = np.bincount(at, minlength=len(own) * table)
+            total = np.bincount(at, u.reshape(-1), len(own) * table)
         mean = total / np.maximum(weight, 0.5)
         d = mean.take(at).reshape(u.shape)
         np.subtract(u, d, out=d)

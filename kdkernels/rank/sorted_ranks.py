@@ -18,7 +18,7 @@ LONG = 8  # elements a block on average, from which NumPy repeats a number for e
 
 
 def first_runs(s, n_valid, eps, kl, sort):
-    """First position and length of the runs of neighbours that pool, in rows s [R, n + 1] as one list.
+    """First position of each run of neighbours that pool, in rows s [R, n + 1] as one list.
 
     eps is a number, or one a row, [R, 1].
     """
@@ -36,7 +36,7 @@ def first_runs(s, n_valid, eps, kl, sort):
         joins = fall <= eps * step
     else:
         joins = fall <= eps
-    return rounds.runs(joins.reshape(-1)[:-1])
+    return rounds.starts(joins.reshape(-1)[:-1])
 
 
 def places(n_valid, shape):
@@ -47,8 +47,9 @@ def places(n_valid, shape):
     return found
 
 
-def first_blocks(s, n_valid, eps, kl, sort, start, length):
+def first_blocks(s, n_valid, eps, kl, sort, start):
     """The list of blocks that these runs are."""
+    length = rounds.lengths(start, s.size)
     width = s.shape[1]
     flat = s.reshape(-1)
     eps = np.minimum(eps, blocks.HARDEST)
@@ -87,10 +88,10 @@ def first_blocks(s, n_valid, eps, kl, sort, start, length):
 
 def first_positions(s, n_valid, eps, kl, sort):
     """Where the blocks of rows s begin; None where that takes too long."""
-    start, length = first_runs(s, n_valid, eps, kl, sort)
+    start = first_runs(s, n_valid, eps, kl, sort)
     if len(start) == s.size:
         return start
-    found = rounds.pooled(first_blocks(s, n_valid, eps, kl, sort, start, length), start)
+    found = rounds.pooled(first_blocks(s, n_valid, eps, kl, sort, start), start)
     return found and found[0]
 
 
@@ -101,14 +102,18 @@ class Part:
         self.e, self.kl, self.hard, self.list = e, kl and number > 0, number == 0, None
         self.s, self.order = sorted_rows(rows)
         self.some_absent, self.n_valid = absent(self.s)
-        self.sums = not (self.hard or self.kl or rows.dtype == torch.float64)
-        self.sums = self.sums and prefix.centred(self.s, self.some_absent, self.n_valid, e)
-        self.start, length = first_runs(self.s, self.n_valid, e, self.kl, False)
+        largest = None
+        if not (self.hard or self.kl or rows.dtype == torch.float64):
+            largest = prefix.centred(self.s, self.some_absent, self.n_valid, e)
+        self.sums = largest is not None
+        self.fold = self.sums and prefix.folded(largest, self.s.shape[1])
+        self.start = first_runs(self.s, self.n_valid, e, self.kl, False)
         if self.sums:
-            first = prefix.first_blocks(self.s, self.some_absent, e, self.start)
+            self.e = np.minimum(e, blocks.HARDEST)
+            first = prefix.first_blocks(self.s, self.some_absent, self.e, self.start, self.fold)
             self.list, self.start = rounds.thinned(first, self.start)
         elif not self.hard:
-            self.list = first_blocks(self.s, self.n_valid, e, self.kl, False, self.start, length)
+            self.list = first_blocks(self.s, self.n_valid, e, self.kl, False, self.start)
 
     def ranks(self, first, found, dtype, need):
         """Ranks in `dtype` and block ids [R, n] for the blocks that begin at positions `first`, `found` if l2."""
@@ -166,18 +171,21 @@ class Part:
             return np.repeat(t, length) if own is None else t.take(own)
 
         flat = s.reshape(-1)
-        if self.sums:
-            r = flat
-            mean = found.means()
+        level = np.repeat(self.n_valid.reshape(-1) + 0.5, blocks_of_row)
+        if self.fold:  # the values have the positions in them
+            r, mean = flat, found.V
         else:
-            r = of_elements(flat.take(first))
-            np.subtract(flat, r, out=r)
-            mean = np.add.reduceat(r, first)
-            mean /= length
+            level += np.repeat(np.arange(0, s.size, s.shape[1]), blocks_of_row)
+            level -= first
+            level -= length * 0.5
+            if self.sums:
+                r, mean = flat, found.means()
+            else:
+                r = of_elements(flat.take(first))
+                np.subtract(flat, r, out=r)
+                mean = np.add.reduceat(r, first)
+                mean /= length
         mean /= e if np.ndim(e) == 0 else np.repeat(e.reshape(-1), blocks_of_row)
-        level = (1 - length) * 0.5
-        level += np.repeat(np.arange(0, s.size, s.shape[1]) + self.n_valid.reshape(-1), blocks_of_row)
-        level -= first
         level -= mean
         r.reshape(s.shape)[...] /= e
         r += of_elements(level)
