@@ -306,9 +306,10 @@ void check_features(const Tensor& x, const char* name) {
 void check_sigma(int64_t rule, const std::optional<Tensor>& sigma, int64_t G, const char* name) {
   KDK_CHECK(rule >= kLinear && rule <= kMedian, "pair_statistic: rule_", name, " is ", rule, ": give 0 to 3");
   if (rule != kNumbers) return;
-  KDK_CHECK(sigma && sigma->is_contiguous() && sigma->dim() == 2 && sigma->scalar_type() == ScalarType::Double &&
-                (sigma->size(0) == 1 || sigma->size(0) == G) && sigma->size(1) >= 1,
-            "pair_statistic: sigma_", name, " must be contiguous float64 [1, S] or [", G, ", S]");
+  KDK_CHECK(sigma && sigma->is_cpu() && sigma->is_contiguous() && sigma->dim() == 2 &&
+                sigma->scalar_type() == ScalarType::Double && (sigma->size(0) == 1 || sigma->size(0) == G) &&
+                sigma->size(1) >= 1,
+            "pair_statistic: sigma_", name, " must be contiguous float64 on the CPU, [1, S] or [", G, ", S]");
 }
 
 // rule: 0 linear, 1 the numbers of sigma, 2 factor times the mean distance, 3 times the median. need: bits of x, y,

@@ -95,13 +95,7 @@ KDK_INLINE typename Wide<W>::F load_columns(const float* p, int64_t count) {
   return load<W>(copy);
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define KDK_SHUFFLES 1
-#endif
-#endif
-
-#if KDK_SHUFFLES
+#ifdef KDK_SHUFFLE
 // lanes with bit D change places between two rows
 template <int W, int D, int... L>
 KDK_INLINE void exchange(typename Wide<W>::F& a, typename Wide<W>::F& b, std::integer_sequence<int, L...>) {

@@ -18,6 +18,7 @@ from .base import (
     zero_where_masked,
 )
 from .base import at_least_float32 as dtype_of
+from .dist import centred
 from .means import check_normalizer, mean_of_rows, number_of_rows
 from .scores import score
 
@@ -208,7 +209,7 @@ def classes_apart(x, y, mask, group=None):
     """mean_c (1 - pearson over the rows that count of x[:, c], y[:, c]), x, y [n, C]; 0 with fewer than two rows."""
     mask = None if mask is None else mask.flatten()
     n = number_of_rows(x, mask, group)
-    x, y = centred(x, mask, n, group), centred(y, mask, n, group)
+    x, y = varying(x, mask, n, group), varying(y, mask, n, group)
     sums = x.square().sum(0), y.square().sum(0), (x * y).sum(0)
     own_x, own_y, dot = sums if group is None else group.sum(torch.stack(sums)).unbind()
     square = own_x * own_y
@@ -217,11 +218,9 @@ def classes_apart(x, y, mask, group=None):
     return torch.where(n > 1, (1 - torch.where(constant, 0, pearson)).mean(), 0)
 
 
-def centred(x, mask, n, group=None):
-    """x [n, C] minus its mean over the rows that count, of all ranks; the others are 0, and so is a constant column."""
-    total = zero_where_masked(x, mask).sum(0)
-    mean = (total if group is None else group.sum(total)) / n.clamp_min(1)
-    x = zero_where_masked(x - mean, mask)
+def varying(x, mask, n, group=None):
+    """The columns of x [n, C] centred over the rows that count; a constant one is 0."""
+    x, mean = centred(x, mask, n, group)
     square = x.detach().square().sum(0)
     square = square if group is None else group.sum(square)
     return torch.where(square <= n * (4 * torch.finfo(x.dtype).eps * mean).square(), 0, x)

@@ -98,7 +98,7 @@ class DISTLoss(Loss):
                 parts["rows"] = self.beta * self.tau**2 * mean
             if self.gamma:
                 n = number_of_rows(s, counted, group)
-                apart = 1 - cosine(*(centred(side, counted, n, group) for side in (s, t)), 0, group).mean()
+                apart = 1 - cosine(*(centred(side, counted, n, group)[0] for side in (s, t)), 0, group).mean()
                 parts["columns"] = self.gamma * self.tau**2 * torch.where(n > 1, apart, 0)
             return self._total(parts, return_parts)
 
@@ -107,10 +107,10 @@ class DISTLoss(Loss):
 
 
 def centred(x, mask, n, group=None):
-    """x [n, C] minus the mean over the rows that count, of all ranks; the others are 0."""
+    """x [n, C] minus the mean over the rows that count, of all ranks, the others 0; and that mean."""
     total = zero_where_masked(x, mask).sum(0)
     mean = (total if group is None else group.sum(total)) / n.clamp_min(1)
-    return zero_where_masked(x - mean, mask)
+    return zero_where_masked(x - mean, mask), mean
 
 
 def cosine(a, b, dim: int, group=None):
