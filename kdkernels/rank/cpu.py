@@ -57,7 +57,7 @@ def spread(rows):
             for some in groups(part, n, GROUP):
                 of_some(some)
 
-    over_rows(of_part, R, n)
+    over_rows(of_part, R, n, light=True)
     found[found < strength.SMALLEST_SPREAD] = 1.0
     return torch.from_numpy(found[:, 0])
 
@@ -80,7 +80,7 @@ def rank_gradients(ranks, wanted):
 
     gradients = np.empty((len(wanted), R, n))
     with np.errstate(**QUIET):
-        rho = np.concatenate(over_rows(of_part, R, n))
+        rho = np.concatenate(over_rows(of_part, R, n, light=True))
     return torch.from_numpy(rho), torch.from_numpy(gradients)
 
 
@@ -107,7 +107,9 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
 
     if rows.dtype.itemsize == 2 and n >= counted.LENGTH:
         found = over_rows(
-            lambda part: counted.ranks(rows[part], e if np.ndim(e) == 0 else e[part], number, kl, dtype), *rows.shape
+            lambda part: counted.ranks(rows[part], e if np.ndim(e) == 0 else e[part], number, kl, dtype),
+            *rows.shape,
+            light=True,
         )
     else:
         found = sorted_ranks.ranks(rows, e, number, kl, need, dtype)
@@ -160,7 +162,7 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
             for part in groups(rows, n, GROUP):
                 pull(part)
 
-    over_rows(pull_groups, *ids.shape)
+    over_rows(pull_groups, *ids.shape, light=True)
     if np.isnan(e).any():
         g[torch.from_numpy(np.isnan(e[:, 0]))] = math.nan
     return g.reshape(x.shape)

@@ -8,20 +8,23 @@ import threading
 import numpy as np
 import torch
 
-LEAST = 2**18  # elements that are worth a thread: below, the interpreter goes to and fro for longer than is gained
+# elements that are worth a thread: below, the interpreter goes to and fro for longer than is gained
+LEAST = 2**18  # where they are sorted
+LIGHT = 2**20  # where they are passed over a few times
 QUIET = {"invalid": "ignore", "over": "ignore", "divide": "ignore", "under": "ignore"}
 
 _here = threading.local()  # a part is not shared out again
 
 
-def over_rows(run, R: int, n: int) -> list:
+def over_rows(run, R: int, n: int, light: bool = False) -> list:
     """run(slice) of all of R rows of n, in as many parts as PyTorch has threads; the results, in order.
 
-    A part has `LEAST` elements or more; a single one runs as the caller does.
+    A part has `LEAST` elements or more, `LIGHT` if the work is; a single one runs as the caller does.
 
     Threads of their own, not a pool: a process that forks keeps none.
     """
-    workers = 1 if getattr(_here, "shared_out", False) else max(1, min(torch.get_num_threads(), R, R * n // LEAST))
+    workers = min(torch.get_num_threads(), R, R * n // (LIGHT if light else LEAST))
+    workers = 1 if getattr(_here, "shared_out", False) else max(1, workers)
     if workers == 1:
         return [run(slice(0, R))]
     parts = [slice(R * k // workers, R * (k + 1) // workers) for k in range(workers)]
