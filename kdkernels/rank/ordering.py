@@ -18,16 +18,16 @@ from .threads import over_rows
 
 def packed_sort(rows):
     """Float32 and half rows [R, n] without NaN in descending order, stable, as float32 [R, n + 1], and where each
-    stood, int64.
+    stood in its row, int64; column n holds NaN.
 
     NumPy sorts integers with vector instructions, so a value and its position are packed into one: 64 bits for float32,
-    32 for halves and their places in a row. Positions count through all rows; column n holds NaN, which stands behind.
+    32 for halves.
     """
     R, n = rows.shape
     rows = rows.detach().add(0.0)  # -0.0 is 0.0
-    values = rows.float().numpy()
+    values = rows.float()
     half = rows.dtype.itemsize == 2 and n < 2**16
-    bits = rows.view(torch.int16).numpy() if half else values.view(np.int32)
+    bits = rows.view(torch.int16).numpy() if half else values.numpy().view(np.int32)
     top = np.iinfo(bits.dtype).max
     s, order = np.empty((R, n + 1), dtype=np.float32), np.empty((R, n + 1), dtype=np.int64)
 
@@ -42,18 +42,12 @@ def packed_sort(rows):
         high, low = halves[:: -1 if sys.byteorder == "little" else 1]
         np.invert(key, out=high[:, :n])
         high[:, n] = top
-        if half:
-            low[:] = np.arange(n + 1).astype(np.uint16).view(np.int16)
-        else:
-            low[:, :n] = np.arange(part.start * n, part.stop * n, dtype=np.int32).reshape(-1, n)
+        low[:] = np.arange(n + 1, dtype=np.uint16 if half else np.int32).view(low.dtype)
         packed.sort(axis=1)
+        packed &= 0xFFFF if half else 0xFFFFFFFF
         if half:
-            packed &= 0xFFFF
-            np.add(packed, np.arange(part.start * n, part.stop * n, n)[:, None], out=at)
-        else:
-            at &= 0xFFFFFFFF
-        at[:, n] = np.arange(R * n + part.start, R * n + part.stop)
-        values.take(at, out=s[part], mode="clip")
+            at[...] = packed
+        torch.gather(values[part], 1, torch.from_numpy(at)[:, :n], out=torch.from_numpy(s)[part, :n])
         s[part, n] = math.nan
 
     over_rows(sort, R, n)
@@ -61,7 +55,7 @@ def packed_sort(rows):
 
 
 def sorted_rows(rows):
-    """Rows [R, n] without NaN sorted descending, float64 [R, n + 1], the last column NaN, and where each stood."""
+    """Rows [R, n] without NaN sorted descending, float64 [R, n + 1], the last column NaN; where each stood."""
     R, n = rows.shape
     if rows.dtype != torch.float64 or bool((rows.float().double() == rows).all()):
         s, order = packed_sort(rows.float() if rows.dtype == torch.float64 else rows)
@@ -69,8 +63,7 @@ def sorted_rows(rows):
     s, order = np.full((R, n + 1), math.nan), np.empty((R, n + 1), dtype=np.int64)
     found = torch.sort(rows, dim=-1, descending=True, stable=True)
     s[:, :n] = found.values.numpy()
-    np.add(found.indices.numpy(), np.arange(0, R * n, n)[:, None], out=order[:, :n])
-    order[:, n] = np.arange(R * n, R * (n + 1))
+    order[:, :n], order[:, n] = found.indices.numpy(), n
     return s, order
 
 
@@ -83,8 +76,7 @@ def sort_descending(theta):
     n = theta.shape[-1]
     s, order = packed_sort(single.reshape(-1, n))
     s, order = torch.from_numpy(s)[:, :n], torch.from_numpy(order)[:, :n]
-    order = order - torch.arange(0, len(s) * n, n)[:, None]
-    return s.to(theta.dtype, copy=True).reshape(theta.shape), order.reshape(theta.shape)
+    return s.to(theta.dtype, copy=True).reshape(theta.shape), order.reshape(theta.shape).contiguous()
 
 
 def absent(s):
@@ -97,6 +89,7 @@ def absent(s):
     return True, n - gone.sum(-1, keepdims=True)
 
 
-def unsorted(t, order, R, n):
-    """t [R (n + 1)] at the places it came from, [R, n]."""
-    return torch.empty_like(t).scatter_(0, order, t)[: R * n].reshape(R, n)
+def unsorted(t, order):
+    """t of sorted rows, [R (n + 1)], at the places order [R, n + 1] that it came from, [R, n]."""
+    t, n = t.reshape(order.shape), order.shape[1] - 1
+    return t.new_empty(len(t), n).scatter_(1, order[:, :n], t[:, :n])

@@ -126,11 +126,11 @@ class Part:
             r, ids = self._dense(first, length, found, need)
         if self.some_absent:
             r[np.isnan(r)] = 0.0
-        order = torch.from_numpy(self.order.reshape(-1))
-        rank = unsorted(torch.from_numpy(r).to(dtype), order, R, width - 1)
+        order = torch.from_numpy(self.order)
+        rank = unsorted(torch.from_numpy(r).to(dtype), order)
         if not need:
             return rank, torch.empty_like(rank, dtype=torch.int32)
-        return rank, unsorted(torch.from_numpy(ids), order, R, width - 1)
+        return rank, unsorted(torch.from_numpy(ids), order)
 
     def _sparse(self, first, length, need):
         """Only blocks of several elements are visited: those alone keep their place, as most do under kl."""
