@@ -53,9 +53,8 @@ def spread(rows):
         np.divide(np.sqrt(12 * variance), count, out=found[part])
 
     def of_part(part):
-        with np.errstate(**QUIET):
-            for some in groups(part, n, GROUP):
-                of_some(some)
+        for some in groups(part, n, GROUP):
+            of_some(some)
 
     over_rows(of_part, R, n, light=True)
     found[found < strength.SMALLEST_SPREAD] = 1.0

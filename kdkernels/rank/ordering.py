@@ -90,6 +90,6 @@ def absent(s):
 
 
 def unsorted(t, order):
-    """t of sorted rows, [R (n + 1)], at the places order [R, n + 1] that it came from, [R, n]."""
-    t, n = t.reshape(order.shape), order.shape[1] - 1
-    return t.new_empty(len(t), n).scatter_(1, order[:, :n], t[:, :n])
+    """t of sorted rows, [R (n + 1)], at the places order [R, n] that it came from."""
+    R, n = order.shape
+    return t.new_empty(R, n).scatter_(1, order, t.view(R, n + 1)[:, :n])

@@ -83,19 +83,18 @@ def _spearman_rows(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
     Ranks stay float64: under a large strength all are near their mean, and float32 would lose their differences.
     """
     dtype = metrics.value_dtype(x, y)
-    R = x.shape[:-1].numel()
-    valid = None
-    if not (torch_impl.may_wait(x) and math.isfinite(x.sum(dtype=dtype) + y.sum(dtype=dtype))):
-        x, y, valid = metrics.drop_pairs(x, y)
-        valid = valid.reshape(R, -1)
-    sides = [t.reshape(R, t.shape[-1]) for t in (x, y)]
+    R, n = x.shape[:-1].numel(), x.shape[-1]
+    sides, valid = torch.cat([x.reshape(R, n), y.reshape(R, n)]), None
+    if not (torch_impl.may_wait(x) and math.isfinite(sides.sum(dtype=dtype))):
+        *pair, valid = (t.reshape(R, n) for t in metrics.drop_pairs(x, y))
+        sides = torch.cat(pair)
     how = None, strength, relative, kl, False
     if hard_target:
-        rank, ids, eps = torch_impl.rank_forward(sides[0], *how, grad_x, torch.float64)
-        target = torch_impl.rank_forward(sides[1], None, 0.0, False, kl, False, False, torch.float64)[0]
+        rank, ids, eps = torch_impl.rank_forward(sides[:R], *how, grad_x, torch.float64)
+        target = torch_impl.rank_forward(sides[R:], None, 0.0, False, kl, False, False, torch.float64)[0]
         ranks = torch.cat([rank, target])
     else:
-        ranks, ids, eps = torch_impl.rank_forward(torch.cat(sides), *how, grad_x or grad_y, torch.float64)
+        ranks, ids, eps = torch_impl.rank_forward(sides, *how, grad_x or grad_y, torch.float64)
     wanted = range(0 if grad_x else 1, 2 if grad_y and not hard_target else 1)
     ranks = ranks.view(2, R, -1)
     if valid is None:

@@ -126,7 +126,7 @@ class Part:
             r, ids = self._dense(first, length, found, need)
         if self.some_absent:
             r[np.isnan(r)] = 0.0
-        order = torch.from_numpy(self.order)
+        order = torch.from_numpy(self.order)[:, :-1]
         rank = unsorted(torch.from_numpy(r).to(dtype), order)
         if not need:
             return rank, torch.empty_like(rank, dtype=torch.int32)

@@ -23,9 +23,10 @@ def over_rows(run, R: int, n: int, light: bool = False) -> list:
 
     Threads of their own, not a pool: a process that forks keeps none.
     """
-    workers = min(torch.get_num_threads(), R, R * n // (LIGHT if light else LEAST))
-    workers = 1 if getattr(_here, "shared_out", False) else max(1, workers)
-    if workers == 1:
+    workers = min(R, R * n // (LIGHT if light else LEAST))
+    if workers > 1:
+        workers = 1 if getattr(_here, "shared_out", False) else min(workers, torch.get_num_threads())
+    if workers <= 1:
         return [run(slice(0, R))]
     parts = [slice(R * k // workers, R * (k + 1) // workers) for k in range(workers)]
     results: list = [None] * workers
