@@ -85,13 +85,18 @@ def rank_gradients(ranks, wanted):
 
 def rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
     """As `torch_impl.rank_forward`; None where pooling takes too many rounds."""
-    with np.errstate(**QUIET):
-        return _rank_forward(x.detach(), strengths, number, relative, kl, descending, need, dtype)
+    if x.dim() == 2:
+        with np.errstate(**QUIET):
+            return _rank_forward(x.detach(), strengths, number, relative, kl, descending, need, dtype)
+    found = rank_forward(x.reshape(-1, x.shape[-1]), strengths, number, relative, kl, descending, need, dtype)
+    if found is None:
+        return None
+    rank, ids, eps = found
+    return rank.reshape(x.shape), ids.reshape(x.shape) if need else ids, eps.reshape(x.shape[:-1])
 
 
-def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
-    shape, n = x.shape, x.shape[-1]
-    rows = x.reshape(-1, n)
+def _rank_forward(rows, strengths, number, relative, kl, descending, need, dtype):
+    shape, n = rows.shape, rows.shape[-1]
     if descending:
         rows = negated(rows)
     poisoned = poisoned_rows(rows)
@@ -117,20 +122,21 @@ def _rank_forward(x, strengths, number, relative, kl, descending, need, dtype):
     rank, ids = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     if poisoned is not None:
         rank[poisoned], ids[poisoned] = math.nan, -1
-    rank, eps = rank.to(dtype).reshape(shape), eps.reshape(shape[:-1])
     if not need:
-        return rank, x.new_empty(0, dtype=torch.int32), eps
-    ids = torch.full(shape, -1, dtype=torch.int32) if number == 0 else ids.reshape(shape)
-    return rank, ids, eps
+        ids = ids.new_empty(0)
+    elif number == 0:
+        ids = torch.full(shape, -1, dtype=torch.int32)
+    return rank.to(dtype), ids, eps
 
 
 def rank_backward(grad, x, rank, ids, eps, kl, descending):
     """As `torch_impl.rank_backward`."""
     n = x.shape[-1]
-    grad, rank, ids, e = grad.reshape(-1, n), rank.reshape(-1, n), ids.reshape(-1, n).numpy(), eps.reshape(-1, 1)
-    g = torch.empty(ids.shape, dtype=x.dtype)
-    bits = g.view(BITS[x.dtype.itemsize]).numpy()
-    e = e.numpy()
+    if x.dim() != 2:
+        rows = (t.reshape(-1, n) for t in (grad, x, rank, ids))
+        return rank_backward(*rows, eps.reshape(-1), kl, descending).reshape(x.shape)
+    g = torch.empty(x.shape, dtype=x.dtype)
+    bits, ids, e = g.view(BITS[x.dtype.itemsize]).numpy(), ids.numpy(), eps.numpy()[:, None]
     e = np.where(e == 0, math.inf, -e if descending else e)
     table = int(ids.max()) + 2  # those alone in their block share a sum that nobody reads
     first = np.arange(1, 1 + min(len(ids), max(1, GROUP // n)) * table, table)[:, None]
@@ -164,7 +170,7 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
     over_rows(pull_groups, *ids.shape, light=True)
     if np.isnan(e).any():
         g[torch.from_numpy(np.isnan(e[:, 0]))] = math.nan
-    return g.reshape(x.shape)
+    return g
 
 
 def negated(x):

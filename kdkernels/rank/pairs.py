@@ -96,16 +96,15 @@ def _spearman_rows(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
     else:
         ranks, ids, eps = torch_impl.rank_forward(sides, *how, grad_x or grad_y, torch.float64)
     wanted = range(0 if grad_x else 1, 2 if grad_y and not hard_target else 1)
-    ranks = ranks.view(2, R, -1)
     if valid is None:
-        rho, gradients = cpu.rank_gradients(ranks, wanted)
+        rho, gradients = cpu.rank_gradients(ranks.view(2, R, n), wanted)
     else:
-        rho, gradients = metrics.rank_gradients(ranks, valid, wanted)
+        rho, gradients = metrics.rank_gradients(ranks.view(2, R, n), valid, wanted)
     if wanted:
         part = slice(wanted.start * R, wanted.stop * R)
-        r = ranks[wanted.start : wanted.stop]
-        like = torch.empty_like(r, dtype=dtype)
-        gradients = torch_impl.rank_backward(gradients, like, r, ids[part], eps[part], kl, False)
+        like = torch.empty_like(ranks[part], dtype=dtype)
+        g = torch_impl.rank_backward(gradients.view(-1, n), like, ranks[part], ids[part], eps[part], kl, False)
+        gradients = g.view(-1, R, n)
 
     def gradient(k, asked):
         if not asked:
