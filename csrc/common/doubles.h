@@ -59,14 +59,6 @@ KDK_INLINE double sum_of(const typename Register<W>::Doubles& v) {
   return lanes[0];
 }
 
-// NaN is neither below nor above: it stays
-template <class V>
-KDK_INLINE V clamped(const V& e) {
-  const V one = V{} + 1.0;
-  const V low = e < -one ? -one : e;
-  return low > one ? one : low;
-}
-
 // exp(x) for x <= 0 to 1e-15, about 0 below -700, NaN for NaN
 template <int W>
 KDK_INLINE typename Register<W>::Doubles exp_of(typename Register<W>::Doubles x) {

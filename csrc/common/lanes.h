@@ -86,6 +86,14 @@ struct Lanes {
   }
 };
 
+// a vector of either precision between -1 and 1; NaN is neither below nor above: it stays
+template <class V>
+KDK_INLINE V clamped(const V& e) {
+  const V one = V{} + 1;
+  const V low = e < -one ? -one : e;
+  return low > one ? one : low;
+}
+
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 inline Isa detect_isa() {

@@ -33,15 +33,6 @@ struct Sums {
   double loss, square;
 };
 
-// comparisons keep NaN
-template <int W>
-KDK_INLINE typename Wide<W>::F clamped(const typename Wide<W>::F& d) {
-  using F = typename Wide<W>::F;
-  const F one = splat<W>(1.0f);
-  const F low = d < -one ? -one : d;
-  return low > one ? one : low;
-}
-
 template <int W>
 KDK_INLINE Sums smooth_block(float* s, const float* t, int64_t n) {
   using F = typename Wide<W>::F;
@@ -51,7 +42,7 @@ KDK_INLINE Sums smooth_block(float* s, const float* t, int64_t n) {
     const int64_t end = std::min(n, j + kPiece);
     F loss{}, square{};
     for (; j + W <= end; j += W) {
-      const F y = load<W>(t + j), d = load<W>(s + j) - y, v = clamped<W>(d);
+      const F y = load<W>(t + j), d = load<W>(s + j) - y, v = clamped(d);
       loss += v * (d - 0.5f * v);  // smooth L1
       square += y * y;
       store<W>(s + j, v);

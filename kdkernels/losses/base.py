@@ -75,8 +75,7 @@ class Loss(nn.Module):
         return ready, [distributed.Agreed(handle, n) for n in list(rows.values())[::3]]
 
     def _total(self, parts: dict[str, torch.Tensor], return_parts: bool):
-        weight = self.weight
-        parts = {n: v * (weight if v.dtype == weight.dtype else weight.to(v.dtype)) for n, v in parts.items()}
+        parts = {name: value * self.weight.to(value.dtype) for name, value in parts.items()}
         total = functools.reduce(operator.add, parts.values())  # sum() would begin with 0 + value: a node for nothing
         return (total, parts) if return_parts else total
 

@@ -33,7 +33,7 @@ def strengths_of_rows(rows, poisoned, how):
 
 
 def spread(rows):
-    """As `strength.spread`; what is absent is looked for, and a row's bits do not depend on the others."""
+    """As `strength.spread`, in a third of its time; a row's bits do not depend on the others."""
     R, n = rows.shape
     rows = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
     found = np.empty((R, 1))

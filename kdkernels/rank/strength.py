@@ -61,21 +61,17 @@ def _checked(value, x, name, relative):
 
 
 def spread(x, valid) -> torch.Tensor:
-    """sqrt(12) std / n_valid of each row of x [..., n] over its valid elements (None: all), float64 [...]; 1 for a
-    constant row.
+    """sqrt(12) std / n_valid of each row of x [..., n] over its valid elements, float64 [...]; 1 for a constant row.
 
     The row is centred at its maximum first: a constant row then has a spread of exactly 0 in any dtype.
     """
-    x = x.detach().double()
+    x, count = x.detach().double(), valid.sum(-1)
     if x.shape[-1] == 0:
         return x.new_ones(x.shape[:-1])
-
-    def kept(t, else_):
-        return t if valid is None else t.masked_fill(~valid, else_)
-
-    some = x.shape[-1] if valid is None else valid.sum(-1).clamp(min=1)
-    d = kept(x - kept(x, -math.inf).amax(-1, keepdim=True), 0.0)
-    d = kept(d - (d.sum(-1) / some)[..., None], 0.0)
+    top = x.masked_fill(~valid, -math.inf).amax(-1, keepdim=True)
+    d = (x - top).masked_fill(~valid, 0.0)
+    some = count.clamp(min=1)
+    d = (d - (d.sum(-1) / some)[..., None]).masked_fill(~valid, 0.0)
     found = (12 * d.square().sum(-1) / some).sqrt() / some
     return torch.where(found < SMALLEST_SPREAD, 1.0, found)
 
@@ -83,8 +79,8 @@ def spread(x, valid) -> torch.Tensor:
 def of_rows(x, valid, poisoned, strength: Strength, spreads=None) -> torch.Tensor:
     """eps of each row of x [..., n], float64 [...], with the graph of a tensor strength; NaN for a poisoned row.
 
-    `valid` says which elements are present if the strength is relative, `poisoned` which rows are; None: all, none.
-    `spreads` is `spread(x, valid)`, if that is known.
+    A relative strength needs `valid`, which elements are present, or `spreads`, each row's spread, where that is known.
+    poisoned: None if no row is.
     """
     if strength.relative:
         eps = (spread(x, valid) if spreads is None else spreads) * strength.number

@@ -78,17 +78,20 @@ class ClassCenters(Accumulator):
     def _batch(self, s, t, labels, mask, ignore_index: int):
         """What `_add` takes, checked: a loss over ranks adds it when no rank has refused its own."""
         self._check(s, t, labels, mask)
-        valid = (labels >= 0) & (labels < self.num_classes)
-        ignored = (labels == self.ignore_index) | (labels == ignore_index)
+        counted, ignored = (labels >= 0) & (labels < self.num_classes), (self.ignore_index, ignore_index)
         if checks.may_read(labels):
+            bad = ~counted
+            for index in ignored:
+                bad &= labels != index
             # numbers first: a message built eagerly would cost a reduction each call
-            bad = ~(valid | ignored)
             if bool(bad.any()):
                 raise ValueError(
                     f"labels holds {int(labels[bad][0])}: give class indices from 0 to {self.num_classes - 1}, or "
                     f"{ignore_index} for a row that does not count"
                 )
-        counted = valid & ~ignored
+        for index in ignored:
+            if 0 <= index < self.num_classes:  # others do not count as it is
+                counted &= labels != index
         return s, t, labels, counted if mask is None else counted & mask
 
     @torch.no_grad()
