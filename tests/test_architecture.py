@@ -16,12 +16,13 @@ from kdkernels.registry import OPS
 
 PACKAGE = ROOT / "kdkernels"
 FAMILIES = sorted({op.family for op in OPS.values()})
-FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "native"}
+FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "dtypes", "native"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
     "accumulator": {"distributed"},
     "autograd": set(),
     "checks": set(),
+    "dtypes": set(),
     "registry": set(),
     "native": set(),
     "backend": {"native", "registry"},
@@ -135,6 +136,13 @@ def test_a_module_gives_a_constant_one_value(path):
     targets = (node.targets for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign))
     names = [target.id for one in targets for target in one if isinstance(target, ast.Name)]
     assert len(names) == len(set(names)), f"set twice: {sorted(n for n in set(names) if names.count(n) > 1)}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_float32_or_wider_is_said_once(path):
+    said = re.search(r"promote_types\(.*float32", path.read_text())
+    allowed = path.name in ("dtypes.py", "reference.py") or part_of(path) == "testing"  # a textbook imports only torch
+    assert not said or allowed, f"{path.relative_to(ROOT)} has its own: use dtypes.at_least_float32"
 
 
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}

@@ -9,6 +9,7 @@ import torch
 
 from .. import checks
 from ..autograd import device_type, without_autocast
+from ..dtypes import at_least_float32
 from ..gram.checks import check_bandwidths
 from ..gram.kernels import spec_of
 from ..gram.op import cka
@@ -52,7 +53,7 @@ def cka_matrix(xs, ys, *, kernel="linear", unbiased=True, backend="auto") -> tor
     check_together(xs, ys, unbiased)
     for x in (*xs, *ys):
         check_bandwidths(kernels, x)
-    dtype = compute_dtype(*xs, *ys)
+    dtype = at_least_float32(*xs, *ys)
     chosen = sums.choose_backend(backend, xs[0])
     if chosen == "reference":
         how = {"kernel": kernels, "unbiased": unbiased, "backend": chosen}
@@ -80,13 +81,6 @@ def ratio(h: Hsics) -> torch.Tensor:
     """h(K, L) / sqrt(h(K, K) h(L, L)), 0 where a side is constant."""
     kk, ll = (torch.where(side == 0, torch.ones_like(side), side).sqrt() for side in (h.kk, h.ll))
     return h.kl / kk[:, None] / ll
-
-
-def compute_dtype(*tensors) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def check_layers(layers, name: str) -> list[torch.Tensor]:

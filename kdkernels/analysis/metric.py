@@ -18,6 +18,7 @@ import torch.distributed as dist
 from .. import checks, distributed
 from ..accumulator import Accumulator, summed, without_rounding
 from ..autograd import device_type, without_autocast
+from ..dtypes import at_least_float32
 from ..gram.checks import check_bandwidths
 from ..gram.kernels import spec_of
 from ..gram.problem import minimum_rows
@@ -154,7 +155,7 @@ class CKAMetric(Accumulator):
             self._left_out(x.shape[0])
             return None
         check_bandwidths(self._kernels, x)
-        dtype = matrix.compute_dtype(x, y)
+        dtype = at_least_float32(x, y)
         with without_autocast(device_type(x)):
             h = matrix.hsics([x], [y], self._kernels, self.unbiased, sums.choose_backend("auto", x), dtype)
         batch = stream.terms(h.kl[0, 0], h.kk[0], h.ll[0])

@@ -23,6 +23,7 @@ import math
 import torch
 
 from .. import checks
+from ..dtypes import at_least_float32
 from ..rank import op
 
 __all__ = ["soft_rank", "soft_sort"]
@@ -91,7 +92,7 @@ def _without_infinities(values, strength, kl: bool):
         return values, None
     beyond = seen.isinf()
     # half precision has no room to move out
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    wide = values.to(at_least_float32(values))
     rest = torch.where(beyond, 0, wide.detach())
     n = values.shape[1]
     largest = rest.abs().amax(1, keepdim=True)

@@ -10,6 +10,7 @@ An operator of its own, `kdkernels::gram_bandwidth`: traced, its index arithmeti
 import torch
 
 from ..autograd import register
+from ..dtypes import at_least_float32
 
 EXACT = 1024
 
@@ -27,7 +28,7 @@ def sampled(n: int, device=None) -> torch.Tensor:
 
 def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
     """over: from a sum over these rows to the one over all rows, for a "mean" where x is a part of them."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(at_least_float32(x))
     if rule == "median" and x.shape[1] > EXACT:
         rows = sampled(x.shape[1], x.device)
         x, mask = x[:, rows], None if mask is None else mask[:, rows]
@@ -91,7 +92,7 @@ def _place(position, count):
 
 
 def _fake(x, mask, rule, factor):
-    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape[0], dtype=at_least_float32(x))
 
 
 register("gram_bandwidth", "(Tensor x, Tensor? mask, str rule, float factor) -> Tensor", _bandwidth, _fake)

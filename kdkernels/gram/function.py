@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ..dtypes import at_least_float32
 from . import torch_impl
 from .problem import decode
 
@@ -100,7 +101,7 @@ def _gram_fwd_fake(x, y, mask, sigma_x, sigma_y, problem, need):
     implementation = _implementation(problem)
     saved = implementation.saved_dtype(problem, x, y)
     rows, kept = implementation.saved_shapes(problem, G, n, p, q, need, saved)
-    value = x.new_empty(x.shape[:-2], dtype=torch_impl.compute_dtype(x, y))
+    value = x.new_empty(x.shape[:-2], dtype=at_least_float32(x, y))
     return value, x.new_empty(rows, dtype=saved), x.new_empty(kept, dtype=saved)
 
 

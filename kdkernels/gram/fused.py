@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import panels
 from .problem import Problem
 
@@ -32,8 +33,7 @@ def follows_rules(stat: str, kernel_x, kernel_y, row_normalize: bool, x, y) -> b
         return False
     if torch.compiler.is_compiling():
         return False
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return _serves(stat, kernel_x, kernel_y, row_normalize, x.shape[-2], dtype)
+    return _serves(stat, kernel_x, kernel_y, row_normalize, x.shape[-2], at_least_float32(x, y))
 
 
 def _serves(stat, kernel_x, kernel_y, row_normalize, n, dtype) -> bool:

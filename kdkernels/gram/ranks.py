@@ -14,6 +14,7 @@ from .. import backend as backends
 from .. import distributed
 from ..autograd import device_type, without_autocast
 from ..distributed import rows_first
+from ..dtypes import at_least_float32
 from . import ring
 from .checks import check_features, check_mask
 from .prepare import unit_rows
@@ -89,7 +90,7 @@ def _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle):
     if x.dim() == 2:
         mask = None if mask is None else mask[None]
         return _from_moments(stat, x[None], y[None], kernels, unbiased, mean, mask, total, handle)[0]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    dtype = at_least_float32(x, y)
     with without_autocast(device_type(x)):
         X, Y = (
             unit_rows(side, mask, dtype) if kernel.name == "cosine" else _masked(side.to(dtype), mask)

@@ -16,6 +16,7 @@ import torch
 
 from .. import distributed, rounds
 from ..autograd import NoSecondDerivative, device_type, without_autocast
+from ..dtypes import at_least_float32
 from . import bandwidth as rules
 from . import maps, panels, two_sample
 from .checks import check_bandwidths
@@ -24,7 +25,7 @@ from .kernels import spec_of
 from .panels import Pairs
 from .prepare import prepare, unprepare_gradient
 from .problem import Problem, stated
-from .torch_impl import SIDE_ROWS, compute_dtype, pack_rows, saved_dtype, sigma_gradient, unpack_weights
+from .torch_impl import SIDE_ROWS, pack_rows, saved_dtype, sigma_gradient, unpack_weights
 
 # Bytes of all ranks' features from which the ring is taken. There gathering needs three to six times as much on every
 # rank (bench/distributed_rows.py), and from there on that grows with the ranks; so do the pairs, N^2 / 2 on every rank,
@@ -251,7 +252,7 @@ class Ring(NamedTuple):
         units = [side.P.unit for side in sides]
         value, weights = combine(problem, RowStats(*total), count, eps, units, rho, (True, True), over)
         value, rows = pack_rows(value, weights, u, count, problem, 0b11, self.dtype)
-        return value.to(compute_dtype(x, y)), rows, sums
+        return value.to(at_least_float32(x, y)), rows, sums
 
     def backward(self, grad, x, y, mask, sigmas, rows, sums, need: int):
         """dx, dy, dsigma_x, dsigma_y (None where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import feature, fused, panels
 from .combine import Weights, combine
 from .panels import Pairs
@@ -45,14 +46,10 @@ def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int, dt
     return (G, 2 * SIDE_ROWS, n), ((2, G, n, n) if kept else (0,))
 
 
-def compute_dtype(x, y):
-    return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-
-
 def saved_dtype(problem: Problem, x, y):
     """The dtype of the work and of what is saved: float64 where row norms meet centring, as `prepare` may then not
     centre the features and float32 sums would cancel down to nothing under a large mean."""
-    return torch.float64 if problem.row_normalize and problem.center else compute_dtype(x, y)
+    return torch.float64 if problem.row_normalize and problem.center else at_least_float32(x, y)
 
 
 def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
@@ -81,7 +78,7 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
             sides = [side._replace(p=side.p * factor, q=side.q * factor) for side, factor in pairs_of]
         value, rows = pack_rows(value, sides, u, count, problem, need, dtype)
     kept = rows.new_empty(0) if kept is None or not need else torch.stack(kept)
-    return value.to(compute_dtype(x, y)), rows, kept
+    return value.to(at_least_float32(x, y)), rows, kept
 
 
 def _compiled_weights(problem: Problem, stats, u, units, mask, count, eps, need, dtype):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import reference
 
 
@@ -37,14 +38,15 @@ def labels(x, y, masks, unbiased, least, over=lambda own: own):
     second = torch.stack([-c / a.sqrt(), (b - c * c / a).clamp(min=0).sqrt()], -1)
     shape = x.shape[:-2]
     rows = [row[..., None, :].expand(*shape, features.shape[-2], 2) for row, features in ((first, x), (second, y))]
-    return torch.cat(rows, -2).to(torch.promote_types(promoted(x, y)[0].dtype, torch.float32)), keep
+    return torch.cat(rows, -2).to(at_least_float32(x, y)), keep
 
 
 def reference_mmd(x, y, kernel, unbiased, masks, least):
     if x.dim() == 2:
         group = [None if mask is None else mask[None] for mask in masks]
         return reference_mmd(x[None], y[None], kernel, unbiased, group, least)[0]
-    x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in promoted(x, y))
+    dtype = at_least_float32(x, y)
+    x, y = x.to(dtype), y.to(dtype)
     values = []
     for g in range(x.shape[0]):
         xg, yg = (t[g] if mask is None else t[g][mask[g]] for t, mask in zip((x, y), masks, strict=True))

@@ -13,7 +13,8 @@ import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from ..backend import implementation
-from .problem import STUDENT, TEACHER, Extras, Problem, compute_dtype
+from ..dtypes import at_least_float32
+from .problem import STUDENT, TEACHER, Extras, Problem
 
 
 def divergence(student, teacher, tau: float, reduction: str, backend: str, weight=None):
@@ -133,7 +134,7 @@ def _logits_fwd_fake(
     student, teacher, labels, permuted, lam, clean, permutation, tau, alpha, mix, number, mixed,
     reduction, need, backend,
 ):  # fmt: skip
-    dtype = compute_dtype(student, teacher, clean)
+    dtype = at_least_float32(student, teacher, clean)
     rows = student.shape[:-1]
     problem = Problem(tau, alpha, tuple(mix), number, mixed)
     value = student.new_empty(rows if reduction == "none" else (), dtype=dtype)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import torch_impl
-from .problem import STUDENT, TEACHER, Extras, Problem, compute_dtype
+from .problem import STUDENT, TEACHER, Extras, Problem
 
 
 def _dense(t):
@@ -25,7 +26,7 @@ def _arguments(student, teacher, problem: Problem, extras: Extras):
 
 
 def forward(student, teacher, problem: Problem, extras: Extras, need: int):
-    if compute_dtype(student, teacher, extras.clean) == torch.float64:
+    if at_least_float32(student, teacher, extras.clean) == torch.float64:
         return torch_impl.forward(student, teacher, problem, extras, need)
     arguments = _arguments(student, teacher, problem, extras)
     numbers = (problem.tau, problem.alpha, *problem.mix, problem.lam)

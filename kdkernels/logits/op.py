@@ -12,6 +12,7 @@ import torch
 from .. import backend as backends
 from .. import checks
 from ..autograd import device_type, without_autocast
+from ..dtypes import at_least_float32
 from . import function, lerp, reference
 from .checks import (
     check_fraction,
@@ -24,7 +25,7 @@ from .checks import (
     check_tau,
 )
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
-from .problem import Extras, Problem, compute_dtype
+from .problem import Extras, Problem
 
 __all__ = ["distillation_kl", "mixed_distillation", "mixup"]
 
@@ -60,7 +61,7 @@ def mixup(x, labels, *, alpha=1.0, lam=None, per_sample=False, generator=None, b
     checks.floating(x, "x")
     if x.dim() == 0:
         raise ValueError("x is 0-d: give a batch [B, ...]")
-    B, dtype = x.shape[0], compute_dtype(x)
+    B, dtype = x.shape[0], at_least_float32(x)
     check_labels(labels, B, None, x, "labels", "x")
     if lam is None:
         lam = draw_lam(check_alpha(alpha), (B,) if per_sample else (), x.device, dtype, generator)
@@ -117,7 +118,7 @@ def divergence(student, teacher, tau: float, reduction: str, backend: str, weigh
     chosen = backends.resolve("distillation_kl", backend, device_type(student), (student.dtype, teacher.dtype))
     if chosen != "reference":
         return function.divergence(student, teacher, tau, reduction, chosen, weight)
-    dtype = compute_dtype(student, teacher)
+    dtype = at_least_float32(student, teacher)
     with without_autocast(device_type(student)):
         value = _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), tau), reduction)
         return value if weight is None else value * weight.to(dtype)
@@ -205,7 +206,7 @@ def mixed_distillation(
 
 
 def _reference(student, teacher, problem, extras):
-    dtype = compute_dtype(student, teacher, extras.clean)
+    dtype = at_least_float32(student, teacher, extras.clean)
     lam = student.new_full((), problem.lam, dtype=dtype) if extras.lam is None else extras.lam.to(dtype)
     clean = None if extras.clean is None else extras.clean.to(dtype)
     rows, how = len(student), (problem.tau, problem.alpha, clean, extras.permutation, problem.mix)

@@ -58,11 +58,3 @@ class Extras(NamedTuple):
     lam: torch.Tensor | None = None  # [] or [R]
     clean: torch.Tensor | None = None  # [R, C], its own dtype
     permutation: torch.Tensor | None = None  # int64 [R]
-
-
-def compute_dtype(*tensors) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype

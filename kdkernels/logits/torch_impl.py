@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .problem import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem, compute_dtype
+from ..dtypes import at_least_float32
+from .problem import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem
 
 CPU_CHUNK, CUDA_CHUNK = 1 << 16, 1 << 25  # elements: a few temporaries fit the second-level cache; the launches count
 
@@ -59,7 +60,7 @@ def _clean_rows(extras, rows):
 
 def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     """The loss of each row [R], and the statistics [statistics, R] that backward needs ([0] without `need`)."""
-    dtype = compute_dtype(student, teacher, extras.clean)
+    dtype = at_least_float32(student, teacher, extras.clean)
     R, C = student.shape
     values = student.new_empty(R, dtype=dtype)
     statistics = student.new_empty((problem.statistics, R) if need else (0,), dtype=dtype)
@@ -149,7 +150,7 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
 
 def lerp_rows(x, weight, other, index):
     """weight_i x_i + other_i x_index(i) along the first dimension, in at least float32, rounded once."""
-    dtype = compute_dtype(x)
+    dtype = at_least_float32(x)
     R = x.shape[0]
     shape = (-1, *[1] * (x.dim() - 1))
     weight, other = (w.to(dtype).expand(R).reshape(shape) for w in (weight, other))

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from .. import checks, distributed
-from .means import at_least_float32, has_samples, mean_of_groups, nothing_of
+from ..dtypes import at_least_float32
+from .means import has_samples, mean_of_groups, nothing_of
 from .weights import level_weights, weight_tensor, weight_text
 
 TOKENS = ("tokens", "mean", "groups")  # how [B, T, d] becomes rows

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ..dtypes import at_least_float32
 
 HALVES = 64  # rows of a block below which two products are dearer than their symmetry saves
 SMALL = 512  # rows of the shorter side up to which its products are the cheaper way whatever the longer side is
@@ -95,17 +96,13 @@ def _bwd(grad, x, y, products, weights, norms, numbers, columns, native):
 
 def _sides(x, y, columns):
     """Both sides in the dtype of the products, and whether they are turned: rows are never more than columns then."""
-    dtype, turned = _dtype(x, y), _turned(x, columns)
+    dtype, turned = at_least_float32(x, y), _turned(x, columns)
     X, Y = (side.detach().to(dtype) for side in (x, y))
     return (X.mT, Y.mT, True) if turned else (X, Y, False)
 
 
 def _turned(x, columns):
     return columns and x.shape[-1] < x.shape[-2]
-
-
-def _dtype(x, y):
-    return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
 
 
 def _fits(X, native):
@@ -200,7 +197,7 @@ def _torch_bwd(grad, X, Y, products, weights, norms, numbers, columns):
 
 
 def _fwd_fake(x, y, columns, need, native):
-    dtype, lead, ways = _dtype(x, y), x.shape[:-2], 2 if columns else 1
+    dtype, lead, ways = at_least_float32(x, y), x.shape[:-2], 2 if columns else 1
     n, C = reversed(x.shape[-2:]) if _turned(x, columns) else x.shape[-2:]
     new = lambda *shape: x.new_empty(shape, dtype=dtype)  # noqa: E731
     products = new((6 if columns else 2) if need else 0, *lead, n, n)

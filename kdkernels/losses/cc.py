@@ -10,7 +10,8 @@ import torch
 
 from .. import native
 from ..autograd import apply, plain
-from .base import FeatureLoss, at_least_float32, rows_of_pair, zero_where_masked
+from ..dtypes import at_least_float32
+from .base import FeatureLoss, rows_of_pair, zero_where_masked
 
 VARIANTS = ("neighbour", "taylor")
 

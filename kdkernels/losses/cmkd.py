@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from ..dtypes import at_least_float32
 from ..rank.op import spearman
 from .base import (
     Loss,
@@ -17,7 +18,6 @@ from .base import (
     weight_text,
     zero_where_masked,
 )
-from .base import at_least_float32 as dtype_of
 from .dist import centred
 from .means import check_normalizer, mean_of_rows, number_of_rows
 from .scores import score
@@ -126,7 +126,7 @@ class CMKDLoss(Loss):
         if self._too_small(n, 2 if "classes" in terms else 1):
             return self._nothing(terms, student_logits, return_parts)
         with full_precision(student):
-            dtype = dtype_of(student, teacher)
+            dtype = at_least_float32(student, teacher)
             x, y = (zero_where_masked(side, counted).to(dtype) for side in (student, teacher))
             by_entropy = self.spearman_share == "entropy"
             z_x, z_y, share, pearson = score(x, y, self.weight_tau if by_entropy else 0.0, self.backend)

@@ -7,9 +7,9 @@ import math
 
 import torch
 
+from ..dtypes import at_least_float32
 from ..logits.checks import check_tau
 from .base import Loss, full_precision, row_mask, zero_where_masked
-from .base import at_least_float32 as dtype_of
 from .kd import check_classes
 from .means import check_normalizer, mean_of_rows, number_of_rows
 
@@ -89,7 +89,7 @@ class DISTLoss(Loss):
         if self._level_too_small(x, 2 if self.gamma else 1, group):
             return self._nothing(terms, student_logits, return_parts)
         with full_precision(x):
-            dtype = dtype_of(x, y)
+            dtype = at_least_float32(x, y)
             s, t = ((zero_where_masked(side, counted).to(dtype) / self.tau).softmax(-1) for side in (x, y))
             parts = {}
             if self.beta:

@@ -8,10 +8,10 @@ import math
 import torch
 from torch.nn.functional import softplus
 
+from ..dtypes import at_least_float32
 from ..logits.checks import check_tau
 from ..logits.op import distillation_kl
 from .base import Loss, full_precision, row_mask, zero_where_masked
-from .base import at_least_float32 as dtype_of
 from .kd import check_classes
 from .means import mean_of_rows
 
@@ -101,7 +101,7 @@ class DKDLoss(Loss):
         ):
             raise ValueError(f"labels holds a value outside 0 to {C - 1}, which are the classes")
         with full_precision(student_logits):
-            dtype = dtype_of(student_logits, teacher_logits)
+            dtype = at_least_float32(student_logits, teacher_logits)
             sides = [zero_where_masked(side, counted).to(dtype) for side in (student_logits, teacher_logits.detach())]
             others = [side.scatter(-1, label, -math.inf) for side in sides]
             rows = {}

@@ -7,10 +7,10 @@ import math
 
 import torch
 
+from ..dtypes import at_least_float32
 from ..logits.checks import check_rows, check_tau
 from ..logits.op import divergence
 from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
-from .base import at_least_float32 as dtype_of
 from .means import mean_of_rows
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -90,7 +90,7 @@ class KDLoss(Loss):
 
     def _jensen_shannon(self, student, teacher, counted, normalizer):
         with full_precision(student):
-            dtype = dtype_of(student, teacher)
+            dtype = at_least_float32(student, teacher)
             log_s, log_t = (
                 (zero_where_masked(side, counted).to(dtype) / self.tau).log_softmax(-1) for side in (student, teacher)
             )

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from .base import FeatureLoss, at_least_float32, check_pair, zero_of
+from ..dtypes import at_least_float32
+from .base import FeatureLoss, check_pair, zero_of
 
 
 class MapLoss(FeatureLoss):

@@ -5,12 +5,7 @@ from __future__ import annotations
 
 import torch
 
-
-def at_least_float32(*tensors) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+from ..dtypes import at_least_float32
 
 
 def check_normalizer(normalizer, reduction: str):

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import torch
 
+from ..dtypes import at_least_float32
 from ..gram.bandwidth import bandwidth
 from ..gram.kernels import RBF, spec_of
 from ..gram.op import mmd
-from .base import FeatureLoss, at_least_float32, rows_of_pair, zero_where_masked
+from .base import FeatureLoss, rows_of_pair, zero_where_masked
 
 # five kernels exp(-d2 / (f m)), f = 1/4 to 4: the usual bandwidths of the transfer-learning libraries
 PRESETS = {"transfer": {"factors": (0.25, 0.5, 1.0, 2.0, 4.0), "unbiased": False}}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
-from .base import at_least_float32
+from ..dtypes import at_least_float32
 
 PATCH = 16
 BLOCK = 2**19  # numbers of one side in a block of channels on a CPU: 2 MB
@@ -102,13 +102,9 @@ def _blocks(student, size):
     return [slice(c, min(c + step, C)) for c in range(0, C, step)]
 
 
-def _dtype(student, teacher):
-    return at_least_float32(student, teacher)
-
-
 def _fwd(student, teacher, kept, height, width, transposed, need):
     """Values [ways, C]; products K, L (and M) [2 or 3, C, n, n]; a, 1/S_KK, values and scales [5 or 6, C]."""
-    size, dtype, C = (height, width), _dtype(student, teacher), student.shape[1]
+    size, dtype, C = (height, width), at_least_float32(student, teacher), student.shape[1]
     n = height * width // PATCH**2
     with without_autocast(device_type(student)):
         products = student.new_empty(3 if transposed else 2, C, n, n, dtype=dtype)
@@ -133,7 +129,7 @@ def _fwd(student, teacher, kept, height, width, transposed, need):
 
 
 def _bwd(grad, student, teacher, kept, products, numbers, height, width, transposed):
-    size, dtype = (height, width), _dtype(student, teacher)
+    size, dtype = (height, width), at_least_float32(student, teacher)
     a, inverse, scale_x, scale_y = numbers[:4]
     with without_autocast(device_type(student)):
         own = 2 * scale_x.square() * inverse * (grad * numbers[4:]).sum(0)
@@ -152,7 +148,7 @@ def _bwd(grad, student, teacher, kept, products, numbers, height, width, transpo
 
 
 def _fwd_fake(student, teacher, kept, height, width, transposed, need):
-    dtype, C, n = _dtype(student, teacher), student.shape[1], height * width // PATCH**2
+    dtype, C, n = at_least_float32(student, teacher), student.shape[1], height * width // PATCH**2
     ways = 2 if transposed else 1
     products = student.new_empty(ways + 1 if need else 0, C, n, n, dtype=dtype)
     return student.new_empty(ways, C, dtype=dtype), products, student.new_empty(4 + ways, C, dtype=dtype)

@@ -7,6 +7,7 @@ import torch
 
 from ..autograd import device_type
 from ..backend import resolve
+from ..dtypes import at_least_float32
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
@@ -263,7 +264,7 @@ def term_weight(weight, name: str, per_stage: bool = False):
 def relations(features, mask):
     """G = F F', F the rows of `features` over their L2 norm; a zero or masked row stays zero."""
     F = zero_where_masked(features, mask)
-    F = F.to(torch.promote_types(F.dtype, torch.float32))
+    F = F.to(at_least_float32(F))
     norm2 = F.square().sum(-1, keepdim=True)
     F = F / torch.where(norm2 > 0, norm2, 1).sqrt()
     return F @ F.mT

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ..dtypes import at_least_float32
 from . import side, statistics, torch_impl
 from .problem import decode
 
@@ -169,7 +170,7 @@ def _features_bwd_fake(grad, x, z, sigma, factor, spectrum, problem, need):
 
 def _stat_fwd_fake(x, y, mask, zx, zy, sigma_x, sigma_y, problem, need):
     problem = decode(problem)
-    value = x.new_empty((), dtype=side.work_dtype(x, y, zx, zy))
+    value = x.new_empty((), dtype=at_least_float32(x, y, zx, zy))
     shape = statistics.moment_shape(problem, zx.shape[0], zy.shape[0])
     moments = x.new_empty(shape, dtype=torch.float64)
     return value, *_factors(zx, problem.whiten), *_factors(zy, problem.whiten), moments

@@ -11,10 +11,11 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
+from ..dtypes import at_least_float32
 from ..gram.bandwidth import bandwidth, bandwidth_of_all
 from ..gram.kernels import Kernel, spec_of
 from ..gram.op import gram_mse, hsic
-from . import function, ranks, reference, side
+from . import function, ranks, reference
 from . import select as selection
 from .checks import (
     check_bandwidths,
@@ -230,7 +231,7 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     kernels = spec_of(kernel)
     check_bandwidths(kernels)
     chosen = backends.resolve("transfer_quality", backend, device_type(s), (s.dtype, t.dtype))
-    dtype = side.work_dtype(s, t)
+    dtype = at_least_float32(s, t)
     if chosen == "reference":
         with without_autocast(device_type(s)):
             return _reference_quality(s.to(dtype), t.to(dtype), kernels)
@@ -320,14 +321,14 @@ def _parameters(kernel: Kernel, sigma, dtype):
 
 
 def _reference_features(x, z, kernel, sigma, whiten, jitter):
-    dtype = side.work_dtype(x, z)
+    dtype = at_least_float32(x, z)
     params = _parameters(kernel, sigma, dtype)
     return reference.features(x.to(dtype), z.to(dtype), kernel.name, params, whiten, jitter)
 
 
 def _reference_statistic(stat, tensors, kernels, sigmas, unbiased, normalize, mask, whiten, jitter):
     x, y, zx, zy = tensors
-    dtype = side.work_dtype(*tensors)
+    dtype = at_least_float32(*tensors)
     if mask is not None:
         x, y = x[mask], y[mask]
     if x.shape[0] == 0:
@@ -350,7 +351,7 @@ def _reference_quality(s, t, kernels):
 
 
 def _reference_selection(x, m, method, kernel, sigma, u, mask):
-    x = x.to(side.work_dtype(x))
+    x = x.to(at_least_float32(x))
     keep = torch.ones_like(x[:, 0], dtype=torch.bool) if mask is None else mask
     x = torch.where(keep[:, None], x, torch.zeros_like(x))
     if method == "kmeans++":

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 
 from ..autograd import device_type, register, without_autocast
+from ..dtypes import at_least_float32
 from . import maps
 from .problem import kernel_spec
-from .side import bandwidths, work_dtype
+from .side import bandwidths
 
 
 def draws(x, m: int, method: str, generator):
@@ -33,7 +34,7 @@ def _select(x, mask, sigma, u, m, method, kernel):
     if method == "uniform":
         return (u + ~keep).topk(m, largest=False).indices
     with without_autocast(device_type(x)):
-        x = x.to(work_dtype(x))
+        x = x.to(at_least_float32(x))
         x = x if mask is None else torch.where(mask[:, None], x, torch.zeros_like(x))
         spec = kernel_spec("rbf:1.0" if method == "kmeans++" else kernel)
         rows = maps.prepared_rows(spec, x, x.mean(0), x.dtype)

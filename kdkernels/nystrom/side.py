@@ -25,13 +25,6 @@ class Side(NamedTuple):
     whitener: torch.Tensor  # [m, m]: R, or the inverse root
 
 
-def work_dtype(*tensors) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def factor_shapes(whiten: str, m: int):
     return (m, m), ((2, m) if whiten == "sqrt" else (2, 0))
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import maps, side
 from .problem import Problem
 from .torch_impl import Puller, chunks, tiles_of
@@ -58,7 +59,7 @@ class Pair:
 
     def __init__(self, x, y, mask, zx, zy, sigmas, problem: Problem, factors=((), ())):
         self.x, self.y, self.mask, self.problem = x, y, mask, problem
-        self.dtype = side.work_dtype(x, y, zx, zy)
+        self.dtype = at_least_float32(x, y, zx, zy)
         self.sides = tuple(
             side.prepare(z, sigma, spec, problem, self.dtype, *factor)
             for z, sigma, spec, factor in zip((zx, zy), sigmas, (problem.kx, problem.ky), factors, strict=True)

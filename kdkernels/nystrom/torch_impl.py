@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..autograd import device_type
+from ..dtypes import at_least_float32
 from . import maps, side
 from .problem import Problem
 from .side import Side
@@ -134,7 +135,7 @@ class Puller:
 
 def features_forward(x, z, sigma, problem: Problem):
     """Phi [n, m] in x's dtype (the promoted one of x and the landmarks), and the factor of W."""
-    dtype = side.work_dtype(x, z)
+    dtype = at_least_float32(x, z)
     s = side.prepare(z, sigma, problem.kx, problem, dtype)
     make = tiles_of(problem)[0]
     phi = x.new_empty((x.shape[0], z.shape[0]), dtype=torch.promote_types(x.dtype, z.dtype))
@@ -144,7 +145,7 @@ def features_forward(x, z, sigma, problem: Problem):
 
 
 def features_backward(grad, x, z, sigma, factor, spectrum, problem: Problem, need: int):
-    dtype = side.work_dtype(x, z)
+    dtype = at_least_float32(x, z)
     s = side.prepare(z, sigma, problem.kx, problem, dtype, factor, spectrum)
     puller = Puller(s, problem, x, z, need)
     for rows in chunks(x, z.shape[0]):

@@ -10,6 +10,7 @@ import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from ..backend import implementation
+from ..dtypes import at_least_float32
 from . import torch_impl
 
 
@@ -67,7 +68,7 @@ def _bwd(grad, s, t, basis, mask, projected, channel_dim, reduction, backend, ne
 
 
 def _fwd_fake(s, t, basis, mask, channel_dim, reduction, backend, need):
-    dtype = torch_impl.compute_dtype(s, t)
+    dtype = at_least_float32(s, t)
     value = s.new_empty((s.shape[0],) if reduction == "none" else (), dtype=dtype)
     return value, s.new_empty(torch_impl.saved_size(s, basis, channel_dim, bool(need)), dtype=dtype)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import torch_impl
 from .layout import by_rows, planes, write
-from .torch_impl import compute_dtype, divisors
+from .torch_impl import divisors
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -55,4 +56,4 @@ def backward(grad, s, t, basis, mask, projected, channel_dim: int, reduction: st
     if not need & 4:
         return ds, dt, empty
     Q = torch_impl.shaped(projected, S, k, rows)
-    return ds, dt, torch_impl.basis_gradient(Q, S, T, mask, factor * weight, basis, compute_dtype(s, t), rows)
+    return ds, dt, torch_impl.basis_gradient(Q, S, T, mask, factor * weight, basis, at_least_float32(s, t), rows)

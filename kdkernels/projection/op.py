@@ -10,11 +10,11 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
+from ..dtypes import at_least_float32
 from . import reference
 from .checks import check_call, mask_of_positions
 from .function import differentiable, forward
 from .layout import planes
-from .torch_impl import compute_dtype
 
 __all__ = ["projected_mse"]
 
@@ -55,7 +55,7 @@ def projected_mse(s, t, basis, *, channel_dim=1, reduction="mean", mask=None, ba
     chosen = backends.resolve("projected_mse", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
         with without_autocast(device_type(s)):
-            dtype = compute_dtype(s, t)
+            dtype = at_least_float32(s, t)
             rows = (planes(x, dim).mT.to(dtype) for x in (s, t))
             return reference.projected_mse(*rows, basis.to(dtype), mask, reduction)
     need = 0

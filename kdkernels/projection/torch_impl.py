@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..autograd import device_type
+from ..dtypes import at_least_float32
 from .layout import by_rows, planes, positions, write
 
 # elements of a difference: 16 MiB on a CPU. Smaller ones fit a core's own cache and take the same time, but each block
@@ -25,10 +26,6 @@ class Block(NamedTuple):
     last: int
     start: int
     end: int
-
-
-def compute_dtype(s, t) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
 
 
 def blocks(x) -> Iterator[Block]:
@@ -98,7 +95,7 @@ def divisors(mask, S, k: int, reduction: str):
 
 def forward(s, t, basis, mask, channel_dim: int, reduction: str, keep: bool):
     """(value, Q): Q [rows * k] as backward wants it, empty unless `keep`."""
-    dtype = compute_dtype(s, t)
+    dtype = at_least_float32(s, t)
     S, T, P = planes(s, channel_dim), planes(t, channel_dim), basis.to(dtype)
     (B, _, p), k, rows = S.shape, basis.shape[1], by_rows(S)
     projected = s.new_empty(B * p * k if keep else 0, dtype=dtype)
@@ -124,7 +121,7 @@ def forward(s, t, basis, mask, channel_dim: int, reduction: str, keep: bool):
 
 def backward(grad, s, t, basis, mask, projected, channel_dim: int, reduction: str, need: int):
     """Gradients (ds, dt, dbasis); need has a bit for each, the others are empty."""
-    dtype = compute_dtype(s, t)
+    dtype = at_least_float32(s, t)
     S, T = planes(s, channel_dim), planes(t, channel_dim)
     k, rows = basis.shape[1], by_rows(S)
     # value = sum of w_b |Q_b|^2: 2 w [] or [B]

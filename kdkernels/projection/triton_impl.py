@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..dtypes import at_least_float32
 from . import torch_impl
 from .layout import planes, write
-from .torch_impl import compute_dtype, divisors
+from .torch_impl import divisors
 from .triton_kernels import project, spread
 
 
@@ -76,7 +77,7 @@ def forward(s, t, basis, mask, channel_dim: int, reduction: str, keep: bool):
                 PRECISION=_precision(_half(s, t)), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         total = squares.sum((0, 2) if reduction == "none" else None, dtype=torch.float64)
-        return (total / divisors(mask, S, k, reduction)).to(compute_dtype(s, t)), projected
+        return (total / divisors(mask, S, k, reduction)).to(at_least_float32(s, t)), projected
 
 
 def backward(grad, s, t, basis, mask, projected, channel_dim: int, reduction: str, need: int):

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 
+from ..dtypes import at_least_float32
 from . import blocks, counted, rounds, sorted_ranks, strength
 from .ordering import absent
 from .sorted_ranks import first_positions
@@ -175,7 +176,7 @@ def rank_backward(grad, x, rank, ids, eps, kl, descending):
 
 def negated(x):
     """-x, where absent entries (-inf) stay so and +inf, which poisons a row, becomes NaN."""
-    if x.is_cpu and math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))):
+    if x.is_cpu and math.isfinite(x.sum(dtype=at_least_float32(x))):
         return -x
     return torch.where(x == -math.inf, x, torch.where(x == math.inf, math.nan, -x))
 
@@ -212,7 +213,7 @@ def _sort_forward(s, strengths, number, relative, kl):
         k = (length > 1).nonzero()[0]
         if len(k):  # an element alone keeps its value
             _fill_blocks(value.reshape(-1), start.reshape(-1), first[k], length[k], e, kl, n + 1)
-    value = torch.from_numpy(value)[:, :n].to(torch.promote_types(given.dtype, torch.float32))
+    value = torch.from_numpy(value)[:, :n].to(at_least_float32(given))
     if some_absent:
         value = value.masked_fill(torch.from_numpy(np.isnan(s))[:, :n], -math.inf)
     value = value.masked_fill(poisoned[:, None], math.nan).contiguous()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ..dtypes import at_least_float32
 from . import native_impl, torch_impl
 
 X, STRENGTH = 1, 2  # bits of `need`
@@ -138,7 +139,7 @@ def _rank_fwd(x, strengths, strength, relative, kl, descending, need, backend):
 def _rank_fwd_fake(x, strengths, strength, relative, kl, descending, need, backend):
     blocks = x.new_empty(x.shape if need else 0, dtype=torch.int32)
     eps = x.new_empty(x.shape[:-1], dtype=torch.float64)
-    return x.new_empty(x.shape, dtype=torch_impl.compute_dtype(x)), blocks, eps.fill_(1.0)
+    return x.new_empty(x.shape, dtype=at_least_float32(x)), blocks, eps.fill_(1.0)
 
 
 def _rank_bwd(grad, x, strengths, rank, blocks, eps, kl, descending, need, backend):
@@ -172,7 +173,7 @@ def _sort_fwd(x, strengths, strength, relative, kl, descending, need, backend):
 
 
 def _sort_fwd_fake(x, strengths, strength, relative, kl, descending, need, backend):
-    value = x.new_empty(x.shape, dtype=torch_impl.compute_dtype(x))
+    value = x.new_empty(x.shape, dtype=at_least_float32(x))
     order, start = x.new_empty(x.shape, dtype=torch.int64), x.new_empty(x.shape, dtype=torch.int32)
     return value, x.new_empty(x.shape), order, start, x.new_empty(x.shape[:-1], dtype=torch.float64)
 

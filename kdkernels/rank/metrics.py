@@ -7,8 +7,6 @@ import math
 
 import torch
 
-from .torch_impl import compute_dtype
-
 
 def drop_pairs(x, y):
     """An entry absent (-inf) on either side is absent on both, whatever the other side holds; NaN or +inf elsewhere
@@ -85,10 +83,6 @@ def pearson_gradient(grad, x, y, moments, need_x, need_y):
         return ((other - rho * own) * (grad * inverse)).masked_fill_(~keep, 0.0).to(like.dtype).contiguous()
 
     return of(a, b, inverse_x, x, need_x), of(b, a, inverse_y, y, need_y)
-
-
-def value_dtype(x, y) -> torch.dtype:
-    return torch.promote_types(compute_dtype(x), compute_dtype(y))
 
 
 def diagnose(x, ids):

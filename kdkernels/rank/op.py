@@ -13,6 +13,7 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
+from ..dtypes import at_least_float32
 from . import function, metrics, pairs, reference
 from .checks import check_pair, check_regularization, check_rows
 from .strength import Strength, of_rows, parse
@@ -162,7 +163,7 @@ def spearman(
     chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
     if chosen != "reference" and strength.tensor is None:
         return pairs.spearman(x, y, strength, kl, bool(hard_target), chosen)
-    dtype = metrics.value_dtype(x, y)
+    dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     if chosen != "reference":
         # soft ranks may all lie near their mean: rounded to float32, their differences would be lost
@@ -188,7 +189,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
     chosen = backends.resolve("pearson", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
-        valid, dtype = (x != -torch.inf) & (y != -torch.inf), metrics.value_dtype(x, y)
+        valid, dtype = (x != -torch.inf) & (y != -torch.inf), at_least_float32(x, y)
         return reference.correlation(x.to(dtype), y.to(dtype), valid)
     return pairs.pearson(x, y)
 
@@ -204,7 +205,7 @@ def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     dim = check_pair(x, y, dim)
     x, y = x.detach().movedim(dim, -1), y.detach().movedim(dim, -1)
     chosen = backends.resolve("spearman_corr", backend, device_type(x), (x.dtype, y.dtype))
-    dtype = metrics.value_dtype(x, y)
+    dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     hard = Strength(0.0, None, False)
     r, t = (_soft_rank(side, hard, False, False, chosen) for side in (x, y))

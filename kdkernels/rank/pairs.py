@@ -12,6 +12,7 @@ import math
 import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ..dtypes import at_least_float32
 from . import cpu, metrics, native_impl, torch_impl
 
 X, Y = 1, 2  # bits of `need`
@@ -82,7 +83,7 @@ def _spearman_rows(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
 
     Ranks stay float64: under a large strength all are near their mean, and float32 would lose their differences.
     """
-    dtype = metrics.value_dtype(x, y)
+    dtype = at_least_float32(x, y)
     R, n = x.shape[:-1].numel(), x.shape[-1]
     sides, valid = torch.cat([x.reshape(R, n), y.reshape(R, n)]), None
     if not (torch_impl.may_wait(x) and math.isfinite(sides.sum(dtype=dtype))):
@@ -118,7 +119,7 @@ def _spearman_rows(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
 
 
 def _spearman_fwd_fake(x, y, strength, relative, kl, hard_target, need, backend):
-    dtype = metrics.value_dtype(x, y)
+    dtype = at_least_float32(x, y)
     shapes = x.shape[:-1], x.shape if need & X else 0, y.shape if need & Y else 0
     return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -173,12 +174,12 @@ def _pearson_fwd(x, y, need):
         return tuple(t.zero_() for t in _pearson_fwd_fake(x, y, need))
     with without_autocast(device_type(x)):
         value, moments = metrics.pearson(x, y)
-    return value.to(metrics.value_dtype(x, y)), moments
+    return value.to(at_least_float32(x, y)), moments
 
 
 def _pearson_fwd_fake(x, y, need):
     rows = x.shape[:-1]
-    return x.new_empty(rows, dtype=metrics.value_dtype(x, y)), x.new_empty((5, *rows), dtype=torch.float64)
+    return x.new_empty(rows, dtype=at_least_float32(x, y)), x.new_empty((5, *rows), dtype=torch.float64)
 
 
 def _pearson_bwd(grad, x, y, moments, need):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import cpu, isotonic, ordering, strength
 from .cpu import negated
 
@@ -19,10 +20,6 @@ from .cpu import negated
 def may_wait(t) -> bool:
     """Whether sizes may be read and sums run in order: on the CPU. Elsewhere nothing waits for the device."""
     return t.device.type == "cpu"
-
-
-def compute_dtype(x) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Blocks(NamedTuple):
@@ -102,7 +99,7 @@ def _sorted_rows(theta):
 
 def rank_forward(x, strengths, number, relative, kl, descending, need, dtype=None):
     """rank in `dtype`, or x's compute dtype, blocks int32 like x or [0], eps float64, of x [..., n]."""
-    dtype = dtype or compute_dtype(x)
+    dtype = dtype or at_least_float32(x)
     if may_wait(x):
         found = cpu.rank_forward(x, strengths, number, relative, kl, descending, need, dtype)
         if found is not None:
@@ -206,7 +203,7 @@ def sort_forward(s, strengths, number, relative, kl):
             mean = block_sum_of(d / span, start, 60 - _length_bits(n)) / c * span
             value = top + mean + ((2 * start + c - 1).double() / 2 - i) / e
         value = torch.where(gone, -math.inf, value)
-    value = value.masked_fill(poisoned, math.nan).to(compute_dtype(s))
+    value = value.masked_fill(poisoned, math.nan).to(at_least_float32(s))
     return value.reshape(shape), start.to(torch.int32).reshape(shape), eps.reshape(shape[:-1])
 
 

@@ -12,7 +12,8 @@ import torch
 
 from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from ..backend import implementation
-from .problem import STUDENT, TEACHER, compute_dtype, sides
+from ..dtypes import at_least_float32
+from .problem import STUDENT, TEACHER, sides
 
 
 def relation(x, y, mask, kind: str, backend: str):
@@ -82,7 +83,7 @@ def _relation_fwd_fake(x, y, mask, kind, need, backend):
     both = [_grouped(side, None)[0] for side in (x, y)]
     shapes, dtype = implementation(__package__, backend).kept_of(*both, kind)
     kept = [x.new_empty(shape if need >> k & 1 else (0,), dtype=dtype) for k, shape in enumerate(shapes)]
-    return x.new_empty(x.shape[:-2], dtype=compute_dtype(x, y)), *kept
+    return x.new_empty(x.shape[:-2], dtype=at_least_float32(x, y)), *kept
 
 
 def _relation_bwd(grad, x, mask, kept, kind, backend):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import torch_impl
-from .problem import compute_dtype
 
 
 def _in_pytorch(x, y, kind: str) -> bool:
-    return kind == "rkd_angle" or compute_dtype(x, y) == torch.float64
+    return kind == "rkd_angle" or at_least_float32(x, y) == torch.float64
 
 
 def _rows(x):

@@ -12,9 +12,10 @@ import torch
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
 from ..distributed import agreed, rows_first
+from ..dtypes import at_least_float32
 from ..gram.checks import check_features, check_mask
 from . import function, reference
-from .problem import EPS, MINIMUM, compute_dtype
+from .problem import EPS, MINIMUM
 
 __all__ = ["pkt", "rkd_angle", "rkd_distance"]
 
@@ -117,7 +118,7 @@ def _relation(kind, x, y, mask, group, backend):
 
 
 def _reference(kind, x, y, mask):
-    dtype = compute_dtype(x, y)
+    dtype = at_least_float32(x, y)
     if x.dim() == 3:
         masks = [None] * len(x) if mask is None else mask
         return torch.stack([_reference(kind, a, b, m) for a, b, m in zip(x, y, masks, strict=True)])

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import torch
-
 STUDENT, TEACHER = 1, 2  # bits of `need`: x, y
 EPS = 1e-7  # of PKT, as in its reference implementation
 
@@ -15,10 +13,3 @@ MINIMUM = {"rkd_distance": 2, "rkd_angle": 3, "pkt": 2}
 def sides(need: int) -> list[int]:
     """Which of (x, y) get a gradient."""
     return [k for k in (0, 1) if need >> k & 1]
-
-
-def compute_dtype(*tensors) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from ..dtypes import at_least_float32
 from . import pairs
 from .pairs import Distances, distances, inverse, laplacian, rows_kept
-from .problem import EPS, compute_dtype, sides
+from .problem import EPS, sides
 
 # numbers of a chunk of triplets: the few temporaries stay in cache; the launches count
 TRIPLETS = {"cpu": 1 << 16, "cuda": 1 << 25}
@@ -36,7 +37,7 @@ def forward(x, y, mask, kind: str, need: int, triplets=None):
     kept = [x.new_empty(0, dtype=torch.float64) for _ in (x, y)]
     for W, k in zip(weights, sides(need), strict=True):
         kept[k] = W
-    return value.to(compute_dtype(x, y)), *kept
+    return value.to(at_least_float32(x, y)), *kept
 
 
 def kept_of(x, y, kind: str):

@@ -7,6 +7,7 @@ import torch
 
 from ...autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from ...backend import implementation
+from ...dtypes import at_least_float32
 from ..ranks import of_all_ranks
 from . import torch_impl
 
@@ -94,7 +95,7 @@ class LandmarkSimilarityOverRanks(of_all_ranks(LandmarkSimilarity)):
     def forward(s, t, s_centers, t_centers, backend, need, group):
         with without_autocast(device_type(s)):
             sums, kept = implementation(__package__, backend).sums(s, t, s_centers, t_centers, need)
-            return torch_impl.finished(group.sum(sums), torch_impl.compute_dtype(s, t), kept)
+            return torch_impl.finished(group.sum(sums), at_least_float32(s, t), kept)
 
 
 def over_ranks(s, t, s_centers, t_centers, backend, need, group):
@@ -113,7 +114,7 @@ def _bwd(grad, s, t, s_centers, t_centers, kept, inverse, backend):
 
 
 def _fwd_fake(s, t, s_centers, t_centers, backend, need):
-    dtype = torch_impl.compute_dtype(s, t)
+    dtype = at_least_float32(s, t)
     kept = s.new_empty(implementation(__package__, backend).kept_shape(s, t, s_centers, need), dtype=dtype)
     return s.new_empty((), dtype=dtype), kept, s.new_empty((), dtype=dtype)
 

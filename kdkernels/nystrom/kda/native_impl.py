@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ...dtypes import at_least_float32
 from . import torch_impl
 
 __all__ = ["backward", "forward", "kept_shape", "sums"]
@@ -12,14 +13,14 @@ __all__ = ["backward", "forward", "kept_shape", "sums"]
 
 def forward(s, t, s_centers, t_centers, need: bool):
     """As `torch_impl.forward`, but V may lie in memory by columns."""
-    if torch_impl.compute_dtype(s, t) != torch.float32:
+    if at_least_float32(s, t) != torch.float32:
         return torch_impl.forward(s, t, s_centers, t_centers, need)
     return _rows(s, t, s_centers, t_centers, need, None)
 
 
 def sums(s, t, s_centers, t_centers, need: bool):
     """As `torch_impl.sums`."""
-    if torch_impl.compute_dtype(s, t) != torch.float32:
+    if at_least_float32(s, t) != torch.float32:
         return torch_impl.sums(s, t, s_centers, t_centers, need)
     total = torch.zeros(2, dtype=torch.float64, device=s.device)
     return total, _rows(s, t, s_centers, t_centers, need, total)[1]

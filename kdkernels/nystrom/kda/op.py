@@ -11,10 +11,10 @@ import torch
 from ... import backend as backends
 from ... import checks
 from ...autograd import device_type, without_autocast
+from ...dtypes import at_least_float32
 from .. import ranks
 from . import reference
 from .function import differentiable, forward, over_ranks
-from .torch_impl import compute_dtype
 
 __all__ = ["landmark_similarity_loss"]
 
@@ -62,7 +62,7 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend=
         if group is not None:  # the textbook sees rows: all of them travel
             s, t = group.gather(s, t)
         with without_autocast(device_type(s)):
-            dtype = compute_dtype(s, t)
+            dtype = at_least_float32(s, t)
             return reference.landmark_similarity(*(x.to(dtype) for x in (s, t, s_centers, t_centers)))
     need = torch.is_grad_enabled() and s.requires_grad
     if group is not None:

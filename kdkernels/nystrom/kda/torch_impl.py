@@ -10,13 +10,10 @@ from __future__ import annotations
 import torch
 
 from ...autograd import device_type
+from ...dtypes import at_least_float32
 
 # elements of a block of a similarity matrix
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
-
-
-def compute_dtype(s, t) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
 
 
 def keeps_similarities(s, s_centers) -> bool:
@@ -27,12 +24,12 @@ def keeps_similarities(s, s_centers) -> bool:
 def forward(s, t, s_centers, t_centers, need: bool):
     """(value, what `backward` needs, 1 / |T|_F)."""
     total, kept = sums(s, t, s_centers, t_centers, need)
-    return finished(total, compute_dtype(s, t), kept)
+    return finished(total, at_least_float32(s, t), kept)
 
 
 def sums(s, t, s_centers, t_centers, need: bool):
     """([sum of smooth L1, sum of T^2] float64, what `backward` needs: V [B, C], V S_c [B, d], or nothing)."""
-    dtype = compute_dtype(s, t)
+    dtype = at_least_float32(s, t)
     s_centers, t_centers = s_centers.to(dtype), t_centers.to(dtype)
     kept = s.new_empty(kept_shape(s, t, s_centers, need), dtype=dtype)
     total = torch.zeros((2,), dtype=torch.float64, device=s.device)
