@@ -18,7 +18,7 @@ from torch import nn
 
 import kdkernels as kd
 
-from .cases import Target
+from .case import Target
 
 LAYERS = 20
 

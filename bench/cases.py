@@ -7,20 +7,8 @@ from typing import NamedTuple
 
 from kdkernels.gram import spec
 
-
-class Target(NamedTuple):
-    """`figure` of contender `ours` against `against`, at least (speed, roof) or at most (all others) `bound`."""
-
-    # speed: ms of against / ms of ours; memory: peak bytes of ours / of against; overhead, microseconds: of host, of
-    # device; launches; graph: ms of the replayed step / of an empty graph; ms; bytes: at the peak; roof: percent of it
-    figure: str
-    against: str
-    bound: float
-    phase: str = "step"
-    backend: str | None = None  # the one that has to reach it; None: each
-
-    def holds(self, value: float) -> bool:
-        return value >= self.bound if self.figure in ("speed", "roof") else value <= self.bound
+from . import analysis_rows, distributed_rows, logit_rows, loss_rows, nystrom_rows, projecting, ranking
+from .case import Target
 
 
 class Case(NamedTuple):
@@ -145,8 +133,6 @@ def cuda_cases() -> list[Case]:
 
 def cases(device: str) -> list:
     """All cases of a device: the Gram family, ranking, Nystrom, projections and KDA, logits, losses, ranks."""
-    from . import analysis_rows, distributed_rows, logit_rows, loss_rows, nystrom_rows, projecting, ranking
-
     modules = (ranking, nystrom_rows, projecting, logit_rows, analysis_rows, loss_rows, distributed_rows)
     if device == "cuda":
         return [*cuda_cases(), *(case for module in modules for case in module.cuda_cases())]

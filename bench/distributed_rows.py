@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from . import memory, traffic
-from .cases import Target
+from .case import Target
 from .measure import step
 
 WAYS = {"moments": None, "gather": 2**62, "ring": 0}  # the bytes of features from which the ring is taken
@@ -130,10 +130,7 @@ def _peak(call) -> int | None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    memory.CLEAR.write_text("5")
-    before = memory.resident("VmRSS")
-    call()
-    return max(0, memory.resident("VmHWM") - before)
+    return memory.above(call)
 
 
 def cpu_cases() -> list[DistributedCase]:

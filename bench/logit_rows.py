@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import kdkernels as kd
 from kdkernels.logits import spec
 
-from .cases import Target
+from .case import Target
 
 TAU, ALPHA, FULL = 4.0, 0.9, (0.5, 0.25, 0.25)
 

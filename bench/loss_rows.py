@@ -18,7 +18,7 @@ import kdkernels as kd
 from kdkernels import losses
 
 from . import naive_losses
-from .cases import Target
+from .case import Target
 
 LEVELS = tuple((2, 256, *size) for size in ((100, 168), (50, 84), (25, 42), (13, 21)))  # P2 to P5 of 400 x 672 pixels
 

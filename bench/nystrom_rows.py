@@ -19,7 +19,7 @@ import torch
 import kdkernels as kd
 from kdkernels.nystrom import spec
 
-from .cases import Target
+from .case import Target
 
 JITTER = 1e-6
 MOST_ROWS = 16384  # of an n x n contender

@@ -20,7 +20,7 @@ import kdkernels as kd
 from kdkernels.nystrom.kda import spec as kda_spec
 from kdkernels.projection import spec
 
-from .cases import Target
+from .case import Target
 
 
 class FeatureCase(NamedTuple):

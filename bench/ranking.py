@@ -21,7 +21,7 @@ import torch
 import kdkernels as kd
 
 from . import data
-from .cases import Target
+from .case import Target
 
 SPREAD = 4.0  # standard deviation of the regime "logits"
 MOST_PAIRS = {"cpu": 2**27, "cuda": 2**31}  # entries of the n x n form

@@ -15,6 +15,7 @@ import torch
 import kdkernels as kd
 from bench import __main__ as command
 from bench import accuracy, cases, contenders, data, drive, machine, measure, memory, overhead, report, roof
+from bench.case import Target
 from kdkernels import testing
 from kdkernels.testing import Result
 
@@ -28,7 +29,7 @@ TIMED = PROVENANCE | {
     *("roof", "roof_percent", "ratios", "targets"),
 }
 TINY = [
-    cases.Case("linear tiny", "cka", 12, 6, 6, targets=(cases.Target("speed", "eager", 1e9),)),
+    cases.Case("linear tiny", "cka", 12, 6, 6, targets=(Target("speed", "eager", 1e9),)),
     cases.Case("rbf tiny", "cka", 12, 6, 6, "rbf"),
     cases.Case("mse tiny", "gram_mse", 12, 6, 6),
 ]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bench import cases, drive, nystrom_rows
+from bench.case import Target
 
 
 def small():
@@ -57,7 +58,7 @@ def test_limits_become_targets_with_what_was_measured():
     assert {(t["figure"], t["value"], t["holds"]) for t in found} == {
         ("ms", 2500.0, True), ("bytes", 10**9, False), ("speed", 2, True),
     }  # fmt: skip
-    roof = case._replace(targets=(cases.Target("roof", "the ceiling", 60.0),))
+    roof = case._replace(targets=(Target("roof", "the ceiling", 60.0),))
     (found,) = drive._targets(roof, runner, "step", 2500.0, {}, extras, [], 1000.0)
     assert found["value"] == 40 and not found["holds"]
 

@@ -9,7 +9,7 @@ import torch
 import kdkernels as kd
 from bench import __main__ as command
 from bench import cases, drive, measure, rank_accuracy, rank_schedules, ranking, report, roof
-from bench.cases import Target
+from bench.case import Target
 from kdkernels import testing
 from kdkernels.testing import Result
 
