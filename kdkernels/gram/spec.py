@@ -176,6 +176,8 @@ def _pair_case(function, backend, kernel, estimator, label, inputs, **fields):
         return numerator / (norms(t) if function is ops.cka else 1.0)
 
     masks = {"mask": ("x", "y")} if "mask" in inputs else {}
+    # cosines of columns that are alike are +-1: a constant side
+    fields["alike"] = 0 if kernel == "cosine" else -1
     name = f"{kernel} {estimator} {label} {_shape_of(inputs)}"
     return Case(name, inputs, call, caps(kernel, backend, _size(inputs)), scale, terms, masks=masks, **fields)
 

@@ -143,7 +143,7 @@ def _kl_case(student, teacher, tau, reduction, label, **fields):
 
     inputs = {"student": student, "teacher": teacher}
     name = f"tau {tau:g} {reduction} {label} {'x'.join(map(str, student.shape))}"
-    return Case(name, inputs, call, caps, scale, terms, **fields)
+    return Case(name, inputs, call, caps, scale, terms, alike=0, **fields)
 
 
 # ---- mixed_distillation
@@ -217,7 +217,7 @@ def _mixed_case(regime, shape, tau, alpha, mix, reduction, lam, label, generator
 
     fields.setdefault("constants", ("teacher", "clean", "lam"))
     name = f"tau {tau:g} alpha {alpha:g} mix {mix} {reduction} lam {lam} {label} {R}x{C}"
-    return Case(name, inputs, call, caps, scale, terms, **fields)
+    return Case(name, inputs, call, caps, scale, terms, alike=0, **fields)
 
 
 # ---- mixup

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case of an op: inputs in a data regime, how to call it, and the float64 oracle that its errors are measured by."""
+"""A case of an op: inputs in a data regime, how to call it, what its errors are measured by, and one run of it."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ class Case(NamedTuple):
     gradient: bool = True  # False where only the value is specified (NaN)
     probe: bool = False  # the structural checks run on probes only
     constants: tuple[str, ...] = ()  # floating inputs that the op gives no gradient to
+    alike: int | None = -1  # the dimension along which a probe stays well conditioned where all entries are alike
     context: Callable = contextlib.nullcontext  # forces a path of the implementation, for instance small tiles
 
     @property
@@ -50,16 +50,6 @@ class Case(NamedTuple):
 class Outcome(NamedTuple):
     value: torch.Tensor
     grads: dict[str, torch.Tensor]
-
-
-class Oracle(NamedTuple):
-    """The float64 reference on the CPU, the upstream gradient used, and what its errors are measured by."""
-
-    upstream: Callable
-    value: torch.Tensor
-    grads: dict[str, torch.Tensor]
-    scale: float
-    terms: dict[str, torch.Tensor]
 
 
 def sample(regime: str, shape, generator: torch.Generator) -> torch.Tensor:
@@ -107,27 +97,3 @@ def evaluate(case: Case, inputs, backend: str, upstream, needs=None) -> Outcome:
             return Outcome(value.detach(), {})
         grads = torch.autograd.grad(value, [inputs[name] for name in needs], upstream(value))
     return Outcome(value.detach(), dict(zip(needs, grads, strict=True)))
-
-
-def _largest(grads) -> float:
-    return max((float(g.abs().nan_to_num(0.0, 0.0, 0.0).max()) for g in grads.values() if g.numel()), default=0.0)
-
-
-def oracle_of(case: Case, inputs) -> Oracle:
-    """Powers of two bring the upstream gradient, and so every gradient, near 1: a loss scale for half inputs."""
-
-    def weights(value, scale=1.0):
-        pattern = torch.tensor([1.25, -0.75, 1.5, -2.0], device=value.device, dtype=value.dtype)
-        return (pattern.repeat(value.numel() // 4 + 1)[: value.numel()] * scale).reshape(value.shape)
-
-    double = {name: t.detach().cpu() for name, t in inputs.items()}
-    double |= {name: double[name].double() for name in case.floats}
-    plain = evaluate(case, double, "reference", weights)
-    terms = plain.grads
-    if case.terms and case.gradient:
-        terms = evaluate(case._replace(call=lambda t, _: case.terms(t)), double, "", weights).grads
-    # a gradient that is rounding noise of its terms must not be blown up to 1
-    largest = max(_largest(plain.grads), 1e-9 * _largest(terms))
-    scale = 2.0 ** -round(math.log2(largest)) if 0 < largest < math.inf else 1.0
-    grads, terms = ({name: g * scale for name, g in part.items()} for part in (plain.grads, terms))
-    return Oracle(lambda value: weights(value, scale), plain.value, grads, float(case.scale(double)), terms)

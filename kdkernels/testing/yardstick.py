@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is measured by: the float64 oracle of its inputs, and a budget that follows from their conditioning.
+
+One rule for every op. A run may be off the oracle by twice what the reference of the same dtype is, at worst on inputs
+one rounding apart, beside a few eps, and never by more than the cap of the spec; two runs of one backend may be apart
+by what both may be off. The reference's error is measured where the test runs: another CPU or BLAS, or an
+ill-conditioned case, moves the budget with the error. The textbook itself has no cap but the one below.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from .case import Caps, Case, Outcome, evaluate
+
+FLOOR = 32  # eps granted beside the reference's error
+TEXTBOOK = Caps(0.05, 0.05)  # in float32 it cancels where an implementation may not, but it has to be right
+DRAWS = 6  # inputs one rounding apart on which the reference is tried: on one its error may be small by luck
+
+
+class Oracle(NamedTuple):
+    """The float64 reference on the CPU, the upstream gradient used, and what its errors are measured by."""
+
+    upstream: Callable
+    value: torch.Tensor
+    grads: dict[str, torch.Tensor]
+    scale: float
+    terms: dict[str, torch.Tensor]
+
+
+class Verdict(NamedTuple):
+    """Of the value or of one gradient; error and budget are relative."""
+
+    part: str
+    error: float
+    budget: float
+    ok: bool
+    note: str
+
+
+def alternating(value: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """An upstream gradient of four weights in turn."""
+    weights = factor * torch.tensor([1.25, -0.75, 1.5, -2.0], device=value.device, dtype=value.dtype)
+    return weights.repeat(value.numel() // 4 + 1)[: value.numel()].reshape(value.shape)
+
+
+def expanded(value: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """The same for every row, with stride 0; one weight for all where the value has no rows."""
+    if value.dim() > 1:
+        return alternating(value[0], factor).expand(value.shape)
+    return value.new_full((), 1.5 * factor).expand(value.shape)
+
+
+def doubled(case: Case, inputs) -> dict[str, torch.Tensor]:
+    """The inputs as the oracle takes them: float64, on the CPU."""
+    double = {name: t.detach().cpu() for name, t in inputs.items()}
+    return double | {name: double[name].double() for name in case.floats}
+
+
+def moved(case: Case, inputs, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The floating inputs with each number as it is or one eps of its dtype up or down; 0 and infinity stay."""
+
+    def one(t):
+        way = torch.randint(3, t.shape, generator=generator).to(t.device) - 1
+        return (t.double() * (1 + torch.finfo(t.dtype).eps * way)).to(t.dtype)
+
+    return inputs | {name: one(inputs[name]) for name in case.floats}
+
+
+def _largest(grads) -> float:
+    return max((float(g.abs().nan_to_num(0.0, 0.0, 0.0).max()) for g in grads.values() if g.numel()), default=0.0)
+
+
+def oracle_of(case: Case, inputs, weights=alternating) -> Oracle:
+    """Powers of two bring the upstream gradient, and so every gradient, near 1: a loss scale for half inputs."""
+    double = doubled(case, inputs)
+    plain = evaluate(case, double, "reference", weights)
+    terms = plain.grads
+    if case.terms and case.gradient:
+        terms = evaluate(case._replace(call=lambda t, _: case.terms(t)), double, "", weights).grads
+    # a gradient that is rounding noise of its terms must not be blown up to 1
+    largest = max(_largest(plain.grads), 1e-9 * _largest(terms))
+    factor = 2.0 ** -round(math.log2(largest)) if 0 < largest < math.inf else 1.0
+    grads, terms = ({name: g * factor for name, g in part.items()} for part in (plain.grads, terms))
+    return Oracle(lambda value: weights(value, factor), plain.value, grads, float(case.scale(double)), terms)
+
+
+def deviation(got: torch.Tensor, want: torch.Tensor, size: float | torch.Tensor) -> tuple[float, float]:
+    """Maximum and L2 error relative to `size`, a number for each entry or a tensor of terms; rounding `got` is free.
+
+    NaN where NaN is wanted is no error; NaN elsewhere is an infinite one.
+    """
+    got, limits, want = got.detach().cpu(), torch.finfo(got.dtype), want.cpu().double()
+    free = limits.eps / 2 * want.abs() + limits.tiny * limits.eps / 2
+    error = ((got.double() - want).abs() - free).clamp(min=0).masked_fill(want.isnan() & got.isnan(), 0.0)
+    if isinstance(size, torch.Tensor):
+        want, size = want.nan_to_num(), size.cpu().double().nan_to_num(0.0, 0.0, 0.0)
+        sizes = [max(want.abs().max(), size.abs().max()), max(want.norm(), size.norm())]
+    else:
+        sizes = [size, size * math.sqrt(max(1, want.numel()))]
+    found = (error.max(), error.norm())
+    return tuple(_ratio(float(e), float(s)) for e, s in zip(found, sizes, strict=True))
+
+
+def _ratio(error: float, size: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / size if size > 0 and math.isfinite(error) else math.inf
+
+
+class Yardstick:
+    """The oracle of some inputs, and the budgets of what runs on them."""
+
+    def __init__(self, case: Case, inputs, backend: str, weights=alternating, coarsest: torch.dtype = torch.float32):
+        self.case, self.inputs, self.oracle = case, inputs, oracle_of(case, inputs, weights)
+        self.own = evaluate(case, inputs, "reference", self.oracle.upstream)
+        self.caps = TEXTBOOK if backend == "reference" else case.caps(coarsest)
+        self.eps = torch.finfo(coarsest).eps
+
+    def _parts(self, run: Outcome, want: Outcome | Oracle) -> Iterator[tuple]:
+        """(name, of the run, what is wanted, the size of its terms, its cap) of the value and of each gradient."""
+        yield "value", run.value, want.value, self.oracle.scale, self.caps.value
+        for name, g in run.grads.items():
+            yield f"gradient {name}", g, want.grads[name], self.oracle.terms[name], self.caps.gradient
+
+    def errors(self, run: Outcome, want: Outcome | Oracle) -> Iterator[tuple[str, tuple[float, float], float]]:
+        """(name, error as a maximum and in L2, cap) of each part."""
+        return ((part, deviation(got, right, size), cap) for part, got, right, size, cap in self._parts(run, want))
+
+    @functools.cached_property
+    def _here(self) -> dict[str, tuple[float, float]]:
+        """The errors of the reference on these inputs."""
+        return {part: error for part, error, _ in self.errors(self.own, self.oracle)}
+
+    @functools.cached_property
+    def _around(self) -> dict[str, tuple[float, float]]:
+        """The largest of them on inputs one rounding apart."""
+        generator, worst = torch.Generator().manual_seed(0), dict(self._here)
+        for _ in range(DRAWS):
+            inputs = moved(self.case, self.inputs, generator)
+            own = evaluate(self.case, inputs, "reference", self.oracle.upstream)
+            want = evaluate(self.case, doubled(self.case, inputs), "reference", self.oracle.upstream)
+            for part, error, _ in self.errors(own, want):
+                worst[part] = tuple(map(max, worst[part], error))
+        return worst
+
+    def judge(self, run: Outcome, other: Outcome | None = None) -> Iterator[Verdict]:
+        """Each part of a run against the oracle, or against another run of the same backend."""
+        dtypes = {part: own.dtype for part, own, *_ in self._parts(self.own, self.oracle)}
+        for part, got, want, size, cap in self._parts(run, self.oracle if other is None else other):
+            runs = 1 if other is None else 2
+            if got.shape != want.shape or got.dtype != dtypes[part]:
+                note = f"is {got.dtype} {tuple(got.shape)}, not {dtypes[part]} {tuple(want.shape)}"
+                yield Verdict(part, math.inf, runs * cap, False, note)
+                continue
+            errors = deviation(got, want, size)
+            verdict = self._verdict(part, errors, self._here[part], runs, cap)
+            # the largest error around takes a dozen runs, and most need no more than the error here grants
+            yield verdict if verdict.ok else self._verdict(part, errors, self._around[part], runs, cap)
+
+    def _verdict(self, part, errors, own, runs, cap) -> Verdict:
+        """Of the worse of the two norms."""
+        # in float64 the oracle errs as much as what it judges: only the cap stands
+        exact = self.eps <= torch.finfo(torch.float64).eps
+        granted = [runs * (cap if exact else min(2 * o + FLOOR * self.eps, cap)) for o in own]
+        error, budget = max(zip(errors, granted, strict=True), key=lambda pair: pair[0] / pair[1])
+        return Verdict(part, error, budget, error <= budget, f"reference {max(own):.1e}")
