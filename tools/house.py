@@ -166,7 +166,7 @@ def _names_backend(node: ast.Compare) -> bool:
     listed = [s.elts if isinstance(s, ast.Tuple | ast.List | ast.Set) else [s] for s in sides]
     names = {constant.value for side in listed for constant in side if isinstance(constant, ast.Constant)}
     # "cuda" is a type of device as well
-    devices = "cpu" in names or any(word in ast.unparse(node) for word in ("device", ".type", "kind", "library"))
+    devices = "cpu" in names or any(word in ast.unparse(node) for word in ("device", "kind", "library"))
     return bool(names & BACKENDS) and not devices
 
 
