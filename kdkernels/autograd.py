@@ -9,17 +9,21 @@ directly when `plain` says that nobody is watching.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # private names: where one is missing, the answer is the one that takes the general way
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _profiling = getattr(torch._C._autograd, "_profiler_enabled", lambda: True)
+_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """Eager; no functorch transform, dispatch mode, profiler or tensor subclass: the operator may be left out."""
+    """Eager; no transform, tangent, dispatch mode, profiler or tensor subclass: the operator may be left out."""
     if torch.compiler.is_compiling() or _transforms_active() or _modes() or _profiling():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     for tensor in tensors:  # `all` of a generator takes twice the time
         if tensor is not None and type(tensor) not in _PLAIN:
@@ -31,12 +35,67 @@ def apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply`, which binds a signature anew in each call; only torch.func needs that."""
     if torch.compiler.is_compiling() or _transforms_active():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)
+    return applied(function)(*arguments)
+
+
+def applied(function: type[torch.autograd.Function]):
+    """`apply` of a function, for calls that are `plain`."""
+    return super(torch.autograd.Function, function).apply
 
 
 def in_transform() -> bool:
     """Eager, inside torch.func or torch.vmap; the compiler takes transforms apart before it runs anything."""
     return not torch.compiler.is_compiling() and _transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether a tensor may have a tangent: inside `torch.func.jvp` or `forward_ad.dual_level`."""
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_in_forward_mode()
+    return forward_ad._current_level >= 0
+
+
+# as a constant: a guard on the level would be checked outside of it, and fail
+@torch.compiler.assume_constant_result
+def _traced_in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether this is an upstream gradient of `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return _legacy_batched(tensor)
+
+
+def ordinary(tensors):
+    """Tensors that autograd can save: copies of those made under `torch.inference_mode()`, all others as they are."""
+    if torch.compiler.is_compiling():
+        return tuple(map(_copied_in_graph, tensors)) if _traced_from_inference() else tensors
+    for t in tensors:
+        if t is not None and t.is_inference():
+            return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    return tensors
+
+
+def _copied_in_graph(t):
+    """By an operator: a compiler makes a plain copy again in backward, from the tensor that cannot be saved."""
+    return t if t is None or t.requires_grad else torch.ops.kdkernels.ordinary(t)
+
+
+@torch.compiler.assume_constant_result
+def _traced_from_inference() -> bool:
+    """While Dynamo traces: whether a tensor that goes into the graph was made under inference mode; guards see to it
+    that one which differs is traced anew. The tensors in between cannot be asked."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        nodes = InstructionTranslator.current_tx().output.root_tracer.graph.nodes
+        given = [node.meta["grapharg"].example for node in nodes if "grapharg" in node.meta]
+    except (ImportError, AttributeError):  # private names
+        return False
+    return any(isinstance(t, torch.Tensor) and t.is_inference() for t in given)
+
+
+SECOND = "the second derivative of this op is not written out: pass backend='reference' for it"
 
 
 class NoSecondDerivative(torch.autograd.Function):
@@ -54,7 +113,7 @@ class NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("the second derivative of this op is not written out: pass backend='reference' for it")
+        raise RuntimeError(SECOND)
 
 
 def register(name: str, schema: str, function, fake):
@@ -64,6 +123,9 @@ def register(name: str, schema: str, function, fake):
     for device in ("CPU", "CUDA"):
         torch.library.impl(name, device)(function)
     torch.library.register_fake(name)(fake)
+
+
+register("ordinary", "(Tensor x) -> Tensor", torch.clone, torch.empty_like)
 
 
 class _Nothing:

@@ -16,13 +16,14 @@ from kdkernels.registry import OPS
 
 PACKAGE = ROOT / "kdkernels"
 FAMILIES = sorted({op.family for op in OPS.values()})
-FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "dtypes", "native"}
+FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "dtypes", "native"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
     "accumulator": {"distributed"},
     "autograd": set(),
     "checks": set(),
     "dtypes": set(),
+    "differentiable": {"autograd"},
     "registry": set(),
     "native": set(),
     "backend": {"native", "registry"},

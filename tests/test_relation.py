@@ -193,10 +193,12 @@ def test_nothing_of_n_n_p_or_n_n_n_numbers_is_made(kind, monkeypatch):
 def test_opcheck(kind, backend, shape):
     x, y = torch.randn(shape), torch.randn(shape).mT.contiguous().mT
     mask = torch.rand(shape[:-1]) > 0.2
-    torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, mask, kind, 3, backend))
-    torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, None, kind, 0, backend))
-    value, _, kept = torch.ops.kdkernels.relation_fwd(x, y, mask, kind, 3, backend)
-    torch.library.opcheck(torch.ops.kdkernels.relation_bwd, (torch.ones_like(value), y, mask, kept, kind, backend))
+    torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, mask, kind, backend, 3))
+    torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, None, kind, backend, 0))
+    value, *kept = torch.ops.kdkernels.relation_fwd(x, y, mask, kind, backend, 3)
+    for need, sides in ((3, (x, y)), (2, (None, y))):
+        arguments = (torch.ones_like(value), *sides, mask, *kept, kind, backend, need)
+        torch.library.opcheck(torch.ops.kdkernels.relation_bwd, arguments)
 
 
 @on_every_backend

@@ -7,7 +7,7 @@ from broken import noisy, packed, rejects, unwritten, without_last
 
 from kdkernels import native, testing
 from kdkernels.registry import OPS
-from kdkernels.relation import function, native_impl, pairs, torch_impl
+from kdkernels.relation import native_impl, operator, pairs, torch_impl
 
 FORWARD, BACKWARD, DISTANCES = torch_impl.forward, torch_impl.backward, torch_impl.distances
 TRIPLETS, PAIRS = torch_impl._triplets, torch_impl._distances
@@ -143,8 +143,8 @@ def test_the_contract_rejects(name, monkeypatch):
 
 
 def test_the_contract_rejects_strides_that_are_not_read(monkeypatch):
-    right = function._grouped
-    monkeypatch.setattr(function, "_grouped", lambda x, mask: right(packed(x), mask))
+    right = operator._grouped
+    monkeypatch.setattr(operator, "_grouped", lambda x, mask: right(packed(x), mask))
     assert any(not result.ok for result in testing.measure(A, "torch", quick=True, checks=["layouts"]))
 
 

@@ -14,7 +14,8 @@ from ..autograd import device_type, without_autocast
 from ..distributed import agreed, rows_first
 from ..dtypes import at_least_float32
 from ..gram.checks import check_features, check_mask
-from . import function, reference
+from . import reference
+from .operator import relation
 from .problem import EPS, MINIMUM
 
 __all__ = ["pkt", "rkd_angle", "rkd_distance"]
@@ -114,7 +115,7 @@ def _relation(kind, x, y, mask, group, backend):
     if chosen == "reference":
         with without_autocast(device_type(x)):
             return _reference(kind, x, y, mask)
-    return function.relation(x, y, mask, kind, chosen)
+    return relation(x, y, mask, kind, chosen)
 
 
 def _reference(kind, x, y, mask):
