@@ -5,7 +5,7 @@
 #   ARGS=...       passed on: make demo ARGS="--epochs 5", make test ARGS="-k cka -x"
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick lint bench gpu clean
+.PHONY: help demo test test-quick lint resolve bench gpu clean
 
 export PYTHON KDK_BUILD
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -23,6 +23,7 @@ help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
 	@echo "make test         the whole test suite      make test-quick   the part that takes under three minutes"
 	@echo "make lint         ruff                      make bench        measure this machine"
+	@echo "make resolve      whether what make installs exists for every Python; needs the network, installs nothing"
 	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"
 	@echo "make clean        remove build products and .venv"
 
@@ -37,6 +38,9 @@ test-quick:
 
 lint:
 	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check .
+
+resolve:
+	@$(ENV) && sh tools/resolve.sh "$$python"
 
 bench:
 	@$(ENV) && exec "$$python" -m bench run $(ARGS)

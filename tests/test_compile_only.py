@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Triton kernel x default configuration compiles for three architectures inside its budget, without a GPU.
 
-`tests/budgets.json` holds registers and shared memory as last seen; spills are always 0. After a deliberate change:
-`python tests/test_compile_only.py` compiles everything and writes the file anew.
+`tests/budgets.json` holds registers, spilled bytes and shared memory as last seen with the pinned Triton. After a
+deliberate change, or with another Triton: `python tests/test_compile_only.py` compiles everything and writes it anew.
+With the oldest Triton that pyproject.toml allows, which `make test` keeps beside the pinned one, each kernel compiles
+once per set of argument types, for one architecture: `python tests/test_compile_only.py each` in its process.
 """
 
 import importlib
@@ -10,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +24,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed: there is
 BUDGETS = Path(__file__).with_name("budgets.json")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use
 SLACK = 1.1  # registers and shared memory may grow by a tenth before someone has to look
+# the assembler of Triton 3.7 gives up this many bytes a thread, mostly far below 255 registers, to fit one block more
+SPILLS_AT_MOST = 64
+ROOT = Path(__file__).resolve().parent.parent
+FLOOR = re.search(r'"triton>=([\d.]+);', (ROOT / "pyproject.toml").read_text())[1]
+OLDEST = Path(sys.prefix) / f"triton-{FLOOR}"
 
 pytestmark = pytest.mark.compile_only
 
@@ -28,7 +36,7 @@ pytestmark = pytest.mark.compile_only
 def _cases():
     from kdkernels.registry import OPS
 
-    folder = Path(__file__).resolve().parent.parent / "kdkernels"
+    folder = ROOT / "kdkernels"
     families = sorted({op.family for op in OPS.values() if "triton" in op.backends})
     cases = {}
     for family in families:
@@ -45,14 +53,18 @@ def _ptxas(architecture: int) -> str:
     return get_ptxas(architecture).path
 
 
-def resources(case, architecture: int) -> dict:
-    """Registers, spill bytes, shared memory and whether the products use wgmma."""
+def compiled_for(case, architecture: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constants, attrs=case.attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(case, architecture: int) -> dict:
+    """Registers, spill bytes, shared memory and whether the products use wgmma."""
+    compiled = compiled_for(case, architecture)
     suffix = "a" if architecture >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
@@ -102,7 +114,7 @@ def test_the_kernel_compiles_inside_its_budget(name, cases):
     budget = json.loads(BUDGETS.read_text())[name]
     for architecture in cases[name].architectures:
         seen, allowed = resources(cases[name], architecture), budget[f"sm_{architecture}"]
-        assert seen["spills"] == 0, f"sm_{architecture}: {seen}"
+        assert seen["spills"] <= allowed["spills"] <= SPILLS_AT_MOST, f"sm_{architecture}: {seen}"
         assert seen["registers"] <= min(255, SLACK * allowed["registers"]), f"sm_{architecture}: {seen}"
         assert seen["shared"] <= min(SHARED_LIMIT[architecture], SLACK * allowed["shared"]), (
             f"sm_{architecture}: {seen}"
@@ -111,9 +123,32 @@ def test_the_kernel_compiles_inside_its_budget(name, cases):
             assert seen["wgmma"], f"the half-precision products of {name} do not use wgmma on sm_90"
 
 
-if __name__ == "__main__":
+def compile_each() -> None:
+    """Each kernel once for each set of argument types, on the newest architecture of its first configuration."""
+    first = {}
+    for case in _cases().values():
+        first.setdefault((case.kernel.__name__, *case.signature.items()), case)
+    for case in first.values():
+        compiled_for(case, case.architectures[-1])
+    print(f"{len({name for name, *_ in first})} kernels, {len(first)} sets of types, Triton {triton.__version__}")
+
+
+def test_the_oldest_triton_compiles_every_kernel(python, cases):
+    if not OLDEST.is_dir():
+        pytest.skip(f"no Triton {FLOOR} in {OLDEST}: tools/env.sh puts it there where make test makes .venv")
+    done = python("tests/test_compile_only.py", "each", PYTHONPATH=f"{OLDEST}{os.pathsep}{ROOT}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = {case.kernel.__name__ for case in cases.values()}
+    assert done.stdout.startswith(f"{len(kernels)} kernels,") and f"Triton {FLOOR}" in done.stdout, done.stdout
+
+
+def write_budgets() -> None:
     table = {}
     for case_name, compile_case in sorted(_cases().items()):
         table[case_name] = {f"sm_{a}": resources(compile_case, a) for a in compile_case.architectures}
         print(case_name, table[case_name], flush=True)
     BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    compile_each() if sys.argv[1:] == ["each"] else write_budgets()

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Prints the Python that make should use, after setting it up: sh tools/env.sh demo|test|lint|bench
+# (build-tools and oldest-triton print those requirements of pyproject.toml, one a line, and set up nothing)
 #
 # PYTHON=... names an environment that already has torch: it is used as it is, nothing is installed, no network needed.
 # Otherwise .venv is made and filled, with the first working Python >= 3.10 (or PYTHON, if that has no torch).
@@ -32,12 +33,8 @@ tools_found() { # what could compile, with versions: a new compiler means a new 
   done
 }
 
-has_compiler() {
-  for tool in ${CXX:-c++ g++ clang++}; do
-    command -v "$tool" >/dev/null 2>&1 && return 0
-  done
-  return 1
-}
+build_tools() { sed -n 's/^requires = \[\(.*\)\]$/\1/p' pyproject.toml | tr -d '" ' | tr ',' '\n'; }
+oldest_triton() { sed -n 's/^triton = \["triton>=\([^;]*\)\(;.*\)"\]$/triton==\1.*\2/p' pyproject.toml; }
 
 key() {
   echo "mode ${KDK_BUILD:-auto}"
@@ -66,6 +63,7 @@ use_existing() {
     # tests of lightning, transformers and accelerate are skipped where these are missing
     test*) needs="pytest hypothesis pybind11 sklearn matplotlib tqdm" ;;
     lint) needs="ruff" ;;
+    resolve) needs="uv" ;;
     *) needs="" ;;
   esac
   missing=$(lacks "$1" numpy $needs)
@@ -107,21 +105,33 @@ use_venv() {
   # make's PYTHONPATH would show pip this folder's own metadata as an installed package
   unset PYTHONPATH
   install="$venv_python -m pip --disable-pip-version-check install -q -c constraints.txt"
-  build_tools="setuptools>=77"
-  if has_compiler && [ "${KDK_BUILD:-auto}" != none ]; then build_tools="$build_tools cmake>=3.22 ninja"; fi
   # torch comes first: the build finds its headers here, which pip's isolated build could not be sure of
-  $install $build_tools torch >&2
+  $install $(build_tools) torch >&2
   # editable, so that tests run from this folder see the compiled library
   $install --no-build-isolation -e ".[$extras]" >&2
   key "$venv_python" > "$stamp"
 }
 
+use_oldest_triton() { # beside the pinned one, where tests/test_compile_only.py looks for it
+  folder=.venv/triton-$(oldest_triton | sed 's/triton==\(.*\)\.\*;.*/\1/')
+  [ ! -d "$folder" ] || return 0
+  rm -rf "$folder.part"
+  "$venv_python" -m pip --disable-pip-version-check install -q --no-deps --target "$folder.part" "$(oldest_triton)" >&2
+  # nothing is installed where the requirement's marker excludes this machine
+  [ ! -d "$folder.part" ] || mv "$folder.part" "$folder"
+}
+
+case $purpose in
+  build-tools) build_tools; exit ;;
+  oldest-triton) oldest_triton; exit ;;
+esac
 if [ -n "${PYTHON:-}" ] && "$PYTHON" -c 'import sys; from importlib.util import find_spec
 sys.exit(sys.version_info < (3, 10) or find_spec("torch") is None)' >/dev/null 2>&1; then
   python=$(command -v "$PYTHON")
   use_existing "$python"
 else
   use_venv
+  if [ "$purpose" = test ]; then use_oldest_triton; fi
   python=$venv_python
 fi
 pure_python_note "$python"

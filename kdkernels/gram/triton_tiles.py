@@ -31,7 +31,7 @@ class TileConfig(NamedTuple):
     stages: int
 
 
-# (half inputs on sm_80 and sm_90, float32 inputs, half inputs on sm_100); unmeasured: the largest without spills there
+# (half inputs on sm_80 and sm_90, float32 inputs, half inputs on sm_100); unmeasured: largest that spill <= 64 bytes
 SUMS = (TileConfig(128, 128, 64, 8, 3), TileConfig(64, 64, 16, 8, 2), TileConfig(64, 64, 64, 4, 3))
 PANEL = (TileConfig(128, 64, 64, 8, 3), TileConfig(64, 32, 32, 8, 2), TileConfig(64, 64, 64, 8, 3))
 # (widest feature, half, float32)

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (most directions, half inputs, float32 inputs); unmeasured: the largest without spills
+# (most directions, half inputs, float32 inputs); unmeasured: the largest that spill 64 bytes at most
 PROJECT = (
     (16, Tile(128, 32, 16, 4, 3), Tile(64, 32, 16, 4, 2)),
     (32, Tile(128, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2)),

@@ -25,19 +25,18 @@ def clamped(b_e):
 
 @triton.jit
 def load_side(side, row_a, row_b, step, o_bc, o_c, m_bc, m_c):
-    """Half the squared distances (two floats) and the inverse distances of rows a and b: [1, BC] and [BB, BC]."""
+    """Half the squared distances (two floats) and the inverse distances of row a, [1, BC], then of rows b, [BB, BC].
+
+    Flat: Triton 3.6 and 3.7 cannot take nested tuples apart.
+    """
     high, low, inverse = side, side + step, side + 2 * step
-    a = (
-        tl.load(high + row_a + o_c, mask=m_c, other=0.0)[None, :],
-        tl.load(low + row_a + o_c, mask=m_c, other=0.0)[None, :],
-        tl.load(inverse + row_a + o_c, mask=m_c, other=0.0)[None, :],
-    )
-    b = (
-        tl.load(high + row_b + o_bc, mask=m_bc, other=0.0),
-        tl.load(low + row_b + o_bc, mask=m_bc, other=0.0),
-        tl.load(inverse + row_b + o_bc, mask=m_bc, other=0.0),
-    )
-    return a, b
+    b_a = tl.load(high + row_a + o_c, mask=m_c, other=0.0)[None, :]
+    b_a_low = tl.load(low + row_a + o_c, mask=m_c, other=0.0)[None, :]
+    b_a_inverse = tl.load(inverse + row_a + o_c, mask=m_c, other=0.0)[None, :]
+    b_b = tl.load(high + row_b + o_bc, mask=m_bc, other=0.0)
+    b_b_low = tl.load(low + row_b + o_bc, mask=m_bc, other=0.0)
+    b_b_inverse = tl.load(inverse + row_b + o_bc, mask=m_bc, other=0.0)
+    return b_a, b_a_low, b_a_inverse, b_b, b_b_low, b_b_inverse
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -73,8 +72,8 @@ def triangles(
         m_c = o_c < n
         o_bc = o_b[:, None] * n + o_c[None, :]
         m_bc = m_b[:, None] & m_c[None, :]
-        (b_h, b_l, b_r), (b_k, b_j, b_i) = load_side(x_ptr, row_a, row_b, step, o_bc, o_c, m_bc, m_c)
-        (b_hy, b_ly, b_ry), (b_ky, b_jy, b_iy) = load_side(y_ptr, row_a, row_b, step, o_bc, o_c, m_bc, m_c)
+        b_h, b_l, b_r, b_k, b_j, b_i = load_side(x_ptr, row_a, row_b, step, o_bc, o_c, m_bc, m_c)
+        b_hy, b_ly, b_ry, b_ky, b_jy, b_iy = load_side(y_ptr, row_a, row_b, step, o_bc, o_c, m_bc, m_c)
         b_across = b_r * b_i
         b_e = numerator(b_h, b_l, b_k, b_j, s, s_low) * b_across
         b_e -= numerator(b_hy, b_ly, b_ky, b_jy, t, t_low) * (b_ry * b_iy)
