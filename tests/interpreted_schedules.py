@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 import kdkernels as kd
-from kdkernels.gram import panels, torch_impl, triton_impl, triton_launch, triton_tile_kernels, triton_tiles
+from kdkernels.gram import panels, torch_impl
+from kdkernels.gram.triton_impl import schedule, small, tile_kernels, tiles
 
-TINY = triton_tiles.TileConfig(16, 16, 16, 4, 1)
+TINY = tiles.TileConfig(16, 16, 16, 4, 1)
 OPTIONS = (  # unbiased, center, row_normalize
     (True, True, False),
     (False, True, False),
@@ -107,10 +108,10 @@ def broken_weights(K, L, p_i, q_i, e_i, p_j, q_j, e_j, ROWWISE: tl.constexpr):
 
 
 def shrink(flash_width: int, band_bytes: int):
-    panels.SMALL = triton_impl.SMALL = 8
-    triton_tiles.SUMS = triton_tiles.PANEL = (TINY, TINY)
-    triton_tiles.FLASH = ((1 << 20, TINY, TINY),)
-    triton_tiles.FLASH_WIDTH, triton_tiles.BAND_BYTES = flash_width, band_bytes
+    panels.SMALL = schedule.SMALL = 8
+    tiles.SUMS = tiles.PANEL = (TINY, TINY)
+    tiles.FLASH = ((1 << 20, TINY, TINY),)
+    tiles.FLASH_WIDTH, tiles.BAND_BYTES = flash_width, band_bytes
     torch_impl.in_feature_space = lambda *_: False
 
 
@@ -118,7 +119,7 @@ def main():
     torch.manual_seed(0)
     if "--break" in sys.argv:
         shrink(256, 64 << 20)
-        triton_tile_kernels.pair_weights = broken_weights
+        tile_kernels.pair_weights = broken_weights
         x, y, _ = data(41, 5, 18)
         compare("broken", kd.cka, x, y)
     elif "--large" in sys.argv:
@@ -132,7 +133,7 @@ def main():
         unscaled_rows("panels", *data(37, 5, 18)[:2])
     else:
         family("one program", ("linear", "polynomial", ("rbf", "cosine"), ("laplacian", "linear")), *data(17, 5, 7, 2))
-        family("two launches", ("linear", "rbf"), *data(triton_launch.FUSED_ROWS + 5, 10, 40))
+        family("two launches", ("linear", "rbf"), *data(small.FUSED_ROWS + 5, 10, 40))
     print(*failures, f"{checks} comparisons, {len(failures)} failed", sep="\n")
     sys.exit(bool(failures))
 

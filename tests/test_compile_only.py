@@ -40,9 +40,10 @@ def _cases():
     families = sorted({op.family for op in OPS.values() if "triton" in op.backends})
     cases = {}
     for family in families:
-        if folder.joinpath(*family.split("."), "signatures.py").is_file():
-            module = importlib.import_module(f"kdkernels.{family}.signatures")
-            cases |= {case.name: case for case in module.compile_cases()}
+        for place in (family, f"{family}.triton_impl"):
+            if folder.joinpath(*place.split("."), "signatures.py").is_file():
+                module = importlib.import_module(f"kdkernels.{place}.signatures")
+                cases |= {case.name: case for case in module.compile_cases()}
     return cases
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CKA, HSIC, MMD and Gram-matrix distances as differentiable ops that read the features and never store n x n.
 
-Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch) and `triton_impl.py` (how, on a GPU).
+Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch) and `triton_impl/` (how, on a GPU).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..gram.triton_maps import KINDS
+from ..gram.triton_impl.maps import KINDS
 from ..testing.compiling import compile_case
 from .triton_impl import FEATURES, PULL, ROOTS
 from .triton_kernels import PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows

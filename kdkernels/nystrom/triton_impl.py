@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..gram.triton_maps import KINDS
+from ..gram.triton_impl.maps import KINDS
 from . import torch_impl
 from .side import Side
 from .torch_impl import SIGMA, Pulled, X, Z

@@ -12,7 +12,7 @@ whole blocks by the identity, inverse [M, BN] its inverted diagonal blocks; all 
 import triton
 import triton.language as tl
 
-from ..gram.triton_maps import LAPLACIAN, LINEAR, POLYNOMIAL, RBF, ROUNDING, power, sigma_slope
+from ..gram.triton_impl.maps import LAPLACIAN, LINEAR, POLYNOMIAL, RBF, ROUNDING, power, sigma_slope
 
 # what happens to the tiles of C: nothing, substitution by a triangle, a product with a square root
 PANEL, TRIANGLE, ROOT = (tl.constexpr(k) for k in range(3))

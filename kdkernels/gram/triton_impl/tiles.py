@@ -8,16 +8,15 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import panels
-from .combine import RowStats, combine
-from .maps import Side
-from .panels import Gradient, Pairs
-from .prepare import unprepare_gradient
-from .problem import Problem
-from .torch_impl import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
-from .triton_launch import precision
-from .triton_maps import KINDS
-from .triton_tile_kernels import gradient_rows, tile_sums, weight_panel
+from .. import panels
+from ..combine import RowStats, combine
+from ..maps import Side
+from ..panels import Gradient, Pairs
+from ..prepare import unprepare_gradient
+from ..problem import Problem
+from ..torch_impl import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
+from .maps import KINDS, precision
+from .tile_kernels import gradient_rows, tile_sums, weight_panel
 
 BAND_BYTES = 64 << 20  # workspace of one launch of tile_sums, and of one panel of V
 FLASH_WIDTH = 256  # widest feature whose gradient tile stays in registers

@@ -13,7 +13,7 @@ rows [G, 14, n] = u, p, q, e, f of x, the same of y, then of x and y the scale o
 import triton
 import triton.language as tl
 
-from .triton_maps import RBF, kernel_slope, kernel_value, pair_weights, sigma_slope, tile_product
+from .maps import RBF, kernel_slope, kernel_value, pair_weights, sigma_slope, tile_product
 
 CKA, HSIC, MSE, ROW_MSE, SUM = (tl.constexpr(k) for k in range(5))
 STATS = {"cka": 0, "hsic": 1, "mse": 2, "row_mse": 3, "sum": 4}

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Gram family on a GPU: three schedules by n and p, ordered reductions, nothing n x n above 1024 samples.
 
-n <= 1024: `triton_small.py` (2 or 3 launches forward, 1 backward). Above: `triton_tiles.py`, whose backward pass keeps
-the gradient in registers (p <= 256) or writes row panels of pair weights for a matrix product. Linear kernels with
-n > p + q stay in feature space, where cuBLAS is the kernel.
+n <= 1024: `small.py` (2 or 3 launches forward, 1 backward). Above: `tiles.py`, whose backward pass keeps the gradient
+in registers (p <= 256) or writes row panels of pair weights for a matrix product. Linear kernels with n > p + q stay
+in feature space, where cuBLAS is the kernel.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import torch_impl, triton_tiles
-from . import triton_launch as triton_small_launch
-from .panels import SMALL
-from .problem import Problem
+from .. import torch_impl
+from ..panels import SMALL
+from ..problem import Problem
+from . import small, tiles
 
-SMALL_ROWS = 14  # vectors a group that the small schedule saves, see `triton_small.py`
+SMALL_ROWS = 14  # vectors a group that the small schedule saves, see `small_kernels.py`
 
 
 saved_dtype = torch_impl.saved_dtype
@@ -38,7 +38,7 @@ def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int):
 def _schedule(problem: Problem, x, y):
     if _in_pytorch(problem, x.shape[1], x.shape[2], y.shape[2]):
         return torch_impl
-    return triton_small_launch if x.shape[1] <= SMALL else triton_tiles
+    return small if x.shape[1] <= SMALL else tiles
 
 
 def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):

@@ -11,7 +11,7 @@ e in float32.
 import triton
 import triton.language as tl
 
-from .triton_maps import RBF, kernel_slope, kernel_value, pair_weights, sigma_slope, tile_product
+from .maps import RBF, kernel_slope, kernel_value, pair_weights, sigma_slope, tile_product
 
 
 @triton.jit

@@ -6,12 +6,12 @@ Used by the compile-only test leg, which has no GPU: kernel, argument types, com
 
 from __future__ import annotations
 
-from ..testing.compiling import ALL, CompileCase, compile_case
-from .triton_launch import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
-from .triton_maps import KINDS
-from .triton_small import finish, row_sums, split_gram, weighted_rows
-from .triton_tile_kernels import gradient_rows, tile_sums, weight_panel
-from .triton_tiles import FLASH, PANEL, SUMS
+from ...testing.compiling import ALL, CompileCase, compile_case
+from .maps import KINDS
+from .small import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
+from .small_kernels import finish, row_sums, split_gram, weighted_rows
+from .tile_kernels import gradient_rows, tile_sums, weight_panel
+from .tiles import FLASH, PANEL, SUMS
 
 DTYPES = ("float32", "float16", "bfloat16")
 ALIGNED = ("n", "p", "q", "x_g", "x_n", "y_g", "y_n", "per_x", "per_y")

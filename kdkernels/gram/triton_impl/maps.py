@@ -5,6 +5,7 @@ Letters as there; tiles are [BM, BN] float32. A side's bandwidths come from `par
 scalar `sigma`: a temperature never recompiles.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -12,6 +13,13 @@ LINEAR, POLYNOMIAL, RBF, LAPLACIAN = (tl.constexpr(k) for k in range(4))
 KINDS = {"linear": 0, "cosine": 0, "polynomial": 1, "rbf": 2, "laplacian": 3}
 # in units of |z_i|^2 + |z_j|^2: 16 eps, the rounding of a zero distance
 ROUNDING = tl.constexpr(16 * 2.0**-23)
+
+
+def precision(*tensors) -> str:
+    """float32 products as the user set them for matmul: "ieee" (default) or "tf32"."""
+    if any(t.dtype == torch.float32 for t in tensors) and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 @triton.jit

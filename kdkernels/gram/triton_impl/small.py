@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .kernels import KernelSpec
-from .prepare import bandwidths, prepare, unprepare_gradient
-from .problem import Problem
-from .torch_impl import sigma_gradient
-from .triton_maps import KINDS
-from .triton_small import STATS, finish, row_sums, split_gram, weighted_rows
+from ..kernels import KernelSpec
+from ..prepare import bandwidths, prepare, unprepare_gradient
+from ..problem import Problem
+from ..torch_impl import sigma_gradient
+from .maps import KINDS, precision
+from .small_kernels import STATS, finish, row_sums, split_gram, weighted_rows
 
 
 class Config(NamedTuple):
@@ -48,13 +48,6 @@ def machine(index: int | None) -> tuple[int, int]:
     """How many there are, and the bytes of shared memory that a block may use."""
     device = torch.cuda.get_device_properties(index)
     return device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", LARGE_SHARED)
-
-
-def precision(*tensors) -> str:
-    """float32 products as the user set them for matmul: "ieee" (default) or "tf32"."""
-    if any(t.dtype == torch.float32 for t in tensors) and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
 
 
 class SideArguments(NamedTuple):
