@@ -64,10 +64,10 @@ def operator(
     "str kind, bool mean". kept: names of the tensors that forward makes for backward. wanted: the tensors that may get
     a gradient, bit by bit of `need`, the last argument of all functions. read: the tensors that backward reads, by
     default all; "x~": only where its own gradient is asked for. like: what each gradient has the shape and dtype of,
-    a name among `read` and `kept`; by default that of the tensor itself.
+    a name among `read` and `kept`, by default that of the tensor itself; "x=": and its layout, else it is contiguous.
 
         forward(*tensors, *how, need) -> (value, *kept)
-        backward(grad, *read, *kept, *how, need) -> a gradient or None for each of `wanted`
+        backward(grad, *read, *kept, *how, need) -> a gradient for each of `wanted`; not looked at where not asked for
         fake(*tensors, *how, need) -> (value, *kept), of the right shapes, dtypes and strides
         tangent(run, tangents, read, kept, how) -> the value's tangent, or None where there is no rule
 
@@ -88,7 +88,7 @@ def operator(
     outputs_kept = not {place for _, place in places} & {place for place, _ in reads}
     given = [r.rstrip("?~") for r in read.split()] + kept_names
     held = 1 + len(given)
-    alike = tuple(given.index(n) for n in (like or wanted).split())
+    alike = tuple((given.index(n.rstrip("=")), n.endswith("=")) for n in (like or wanted).split())
     fwd, bwd = f"{name}_fwd", f"{name}_bwd"
 
     def fwd_here(*a):
@@ -100,14 +100,17 @@ def operator(
             return tuple(backward(*a))
 
     def bwd_registered(*a):
-        return tuple(a[0].new_empty(0) if g is None else g for g in bwd_here(*a))
+        return tuple(
+            g if a[-1] >> bit & 1 and g is not None else a[0].new_empty(0) for bit, g in enumerate(bwd_here(*a))
+        )
 
     def bwd_fake(*a):
         need, out = a[-1], []
-        for bit, place in enumerate(alike):
+        for bit, (place, layout) in enumerate(alike):
             t = a[1 + place]
             asked = t is not None and need >> bit & 1
-            out.append(t.new_empty(t.shape) if asked else a[0].new_empty(0))
+            made = torch.empty_like if layout else lambda t: t.new_empty(t.shape)
+            out.append(made(t) if asked else a[0].new_empty(0))
         return tuple(out)
 
     def spelled(words):

@@ -13,8 +13,8 @@ from ..autograd import device_type, without_autocast
 from ..dtypes import at_least_float32
 from . import reference
 from .checks import check_call, mask_of_positions
-from .function import differentiable, forward
 from .layout import planes
+from .operator import projected
 
 __all__ = ["projected_mse"]
 
@@ -58,9 +58,4 @@ def projected_mse(s, t, basis, *, channel_dim=1, reduction="mean", mask=None, ba
             dtype = at_least_float32(s, t)
             rows = (planes(x, dim).mT.to(dtype) for x in (s, t))
             return reference.projected_mse(*rows, basis.to(dtype), mask, reduction)
-    need = 0
-    if torch.is_grad_enabled():
-        for bit, tensor in enumerate((s, t, basis)):
-            need |= tensor.requires_grad << bit
-    run = differentiable if need else lambda *a: forward(*a)[0]
-    return run(s, t, basis, mask, dim, reduction, chosen, need)
+    return projected(s, t, basis, mask, dim, reduction, chosen)
