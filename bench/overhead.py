@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 
 import kdkernels as kd
-from kdkernels.gram import function
+from kdkernels.backend import implementation
+from kdkernels.gram import operator
 from kdkernels.gram.kernels import spec_of
 from kdkernels.gram.problem import decode, encode
 
@@ -45,20 +46,20 @@ class Ready(NamedTuple):
         return value.clone(), rows.view_as(rows), kept.view_as(kept)
 
     def backward(self, *_):
-        return tuple(g.view_as(g) for g in self.gradients)
+        return tuple(None if g is None else g.view_as(g) for g in self.gradients)
 
 
 def measure(backend: str, device: str, reps: int) -> dict:
     """One row: what the call costs above bare and above floor."""
     problem = decode(encode("cka", *spec_of("linear"), True, True, False, True, backend))
-    implementation = function._implementation(problem)
+    run = implementation(operator.__package__, backend)
     x, y = (t.float() for t in data.features(N, P, P, "relu:3:1", 0, device))
-    answers = implementation.forward(x[None], y[None], None, None, None, problem, NEED_X)
+    answers = run.forward(x[None], y[None], None, None, None, problem, NEED_X)
     one = torch.ones(1, device=device)
-    gradients = implementation.backward(one, x[None], y[None], None, None, None, *answers[1:], problem, NEED_X)
+    gradients = run.backward(one, x[None], y[None], None, None, None, *answers[1:], problem, NEED_X)
     ready = Ready(answers, gradients)
     x.requires_grad_()
-    real = _rounds(_calls(implementation, problem, backend, x, y), device, max(reps // 10, 5))
+    real = _rounds(_calls(run, problem, backend, x, y), device, max(reps // 10, 5))
     with _instead(ready):
         alone = _rounds(_calls(ready, problem, backend, x, y), device, reps)
     row = {
@@ -103,25 +104,24 @@ def _rounds(calls: dict, device: str, reps: int) -> dict[str, list[float]]:
 @contextlib.contextmanager
 def _instead(ready: Ready):
     """The operator calls `ready` in place of its implementation."""
-    chosen = function._implementation
-    function._implementation = lambda problem: ready
+    operator.implementation = lambda family, backend: ready
     try:
         yield
     finally:
-        function._implementation = chosen
+        operator.implementation = implementation
 
 
-def _calls(implementation, problem, backend, x, y) -> dict:
+def _calls(run, problem, backend, x, y) -> dict:
     x1, y1, one = x.detach()[None], y[None], torch.ones(1, device=x.device)
 
     def bare():
-        _, rows, kept = implementation.forward(x1, y1, None, None, None, problem, NEED_X)
-        return implementation.backward(one, x1, y1, None, None, None, rows, kept, problem, NEED_X)[0]
+        _, rows, kept = run.forward(x1, y1, None, None, None, problem, NEED_X)
+        return run.backward(one, x1, y1, None, None, None, rows, kept, problem, NEED_X)[0]
 
     class Smallest(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, y):
-            value, rows, kept = implementation.forward(x[None], y[None], None, None, None, problem, NEED_X)
+            value, rows, kept = run.forward(x[None], y[None], None, None, None, problem, NEED_X)
             ctx.save_for_backward(x, y, rows, kept)
             return value[0]
 
@@ -129,7 +129,7 @@ def _calls(implementation, problem, backend, x, y) -> dict:
         def backward(ctx, grad):
             x, y, rows, kept = ctx.saved_tensors
             x, y, grad = x[None], y[None], grad[None]
-            return implementation.backward(grad, x, y, None, None, None, rows, kept, problem, NEED_X)[0][0], None
+            return run.backward(grad, x, y, None, None, None, rows, kept, problem, NEED_X)[0][0], None
 
     def floor():
         x.grad = None
@@ -140,7 +140,7 @@ def _calls(implementation, problem, backend, x, y) -> dict:
         kd.cka(x, y, backend=backend).backward()
 
     def bare_forward():
-        return implementation.forward(x1, y1, None, None, None, problem, NEED_X)[0]
+        return run.forward(x1, y1, None, None, None, problem, NEED_X)[0]
 
     def forward():
         return kd.cka(x, y, backend=backend)

@@ -66,6 +66,6 @@ def half_when_alone(backward):
 
     def broken(*a):
         out = backward(*a)
-        return tuple(g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
+        return tuple(g if g is None else g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
 
     return broken

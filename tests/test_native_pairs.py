@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from broken import half_when_alone, rejects, unwritten
+from broken import half_when_alone, one_gradient, rejects, unwritten
 from conftest import needs_native
 from formulas import assert_near
 
 import kdkernels as kd
-from kdkernels.gram import fused, panels
+from kdkernels.gram import native_impl, panels
 from kdkernels.gram.kernels import spec_of
 from kdkernels.gram.problem import decode, encode
 from kdkernels.registry import OPS
@@ -41,7 +41,7 @@ def alike(n, p, q):
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_every_edge_of_the_tiles_is_the_textbook(n, p, kernel):
     p, q = n + p, 2 * n + p  # wider than long, or linear kernels would meet in feature space
-    assert fused.serves(served(kernel), n, torch.float32)
+    assert native_impl.in_one_call(served(kernel), n, p, q, torch.float32)
     x, y = alike(n, p, q)
     how = {"kernel": kernel, "unbiased": n > 8}  # HSIC_1 of a handful of rows is all cancellation
     exact = step(kd.cka, x.double(), y.double(), "reference", **how)
@@ -88,7 +88,7 @@ def test_a_rule_left_to_the_compiled_call_is_the_rule(n, rule, monkeypatch):
     x, y, mask = torch.randn(2, n + 2, 40), torch.randn(2, n + 2, 50), torch.ones(2, n + 2, dtype=torch.bool)
     mask[1, -2:] = False
     got = step(kd.cka, x, y, "cpp", kernel=kd.RBF((rule, 1.3)), mask=mask)
-    monkeypatch.setattr(fused, "follows_rules", lambda *a: False)
+    monkeypatch.setattr(native_impl, "follows_rules", lambda *a: False)
     assert_near(got, step(kd.cka, x, y, "cpp", kernel=kd.RBF((rule, 1.3)), mask=mask), 5e-6)
 
 
@@ -141,7 +141,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(shape, kernel, threads)
 
 def test_numbers_of_a_bandwidth_are_where_the_features_are():
     x, y, kernel = torch.randn(30, 60), torch.randn(30, 80), kd.RBF((5.0, 9.0))
-    fused._numbers.cache_clear()
+    native_impl._numbers.cache_clear()
     with torch.device("meta"):
         value = kd.cka(x, y, kernel=kernel, backend="cpp")
     torch.testing.assert_close(value, kd.cka(x, y, kernel=kernel, backend="torch"), rtol=1e-5, atol=0)
@@ -154,11 +154,16 @@ def test_one_matrix_a_side_that_asks_is_kept():
     assert sorted(t.numel() for t in saved) == sorted([x.numel(), y.numel(), 6, 900])
 
 
-def test_what_it_does_not_serve_stays_where_it_was(monkeypatch):
-    assert not fused.serves(served("cosine"), 8, torch.float32)
-    assert not fused.serves(served("linear", "torch"), 8, torch.float32)
-    assert not fused.serves(served("linear"), 8, torch.float64)
-    assert not fused.serves(served("linear"), panels.SMALL + 1, torch.float32)
+def test_what_it_does_not_serve_stays_where_it_was():
+    wide = 4 * panels.SMALL
+    assert native_impl.in_one_call(served("linear"), panels.SMALL, wide, wide, torch.float32)
+    for kernel, n, p, dtype in (
+        ("cosine", 8, wide, torch.float32),
+        ("linear", 8, 2, torch.float32),  # feature space is cheaper
+        ("linear", 8, wide, torch.float64),
+        ("linear", panels.SMALL + 1, wide, torch.float32),
+    ):
+        assert not native_impl.in_one_call(served(kernel), n, p, p, dtype)
 
 
 def test_the_operators_refuse_what_they_would_misread():
@@ -197,7 +202,7 @@ def test_the_fakes_tell_the_truth():
     torch.library.opcheck(run.pair_gradient, (torch.ones(2), x, None, rows[:, 1], V[1], True), test_utils=tests)
 
 
-FORWARD, BACKWARD = fused.forward, fused.backward
+FORWARD, BACKWARD = native_impl.forward, native_impl.backward
 
 
 def of_kept(change):
@@ -223,7 +228,7 @@ SABOTAGE = {
     ),
     "unwritten tail": (
         "poison",
-        {"backward": lambda *a: tuple(unwritten(g) if g.numel() > 3 else g for g in BACKWARD(*a))},
+        {"backward": one_gradient(BACKWARD, unwritten)},
     ),
     "wrong where one gradient is asked for": ("needs", {"backward": half_when_alone(BACKWARD)}),
     "ignored mask": ("value", {"forward": lambda x, y, mask, *a: FORWARD(x, y, None, *a)}),
@@ -232,4 +237,4 @@ SABOTAGE = {
 
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_the_contract_rejects(name, monkeypatch):
-    assert rejects(monkeypatch, "hsic", *SABOTAGE[name], fused, backend="cpp")
+    assert rejects(monkeypatch, "hsic", *SABOTAGE[name], native_impl, backend="cpp")

@@ -229,14 +229,14 @@ class LargestInside(LargestTensor):
     """Inside the package's operators too."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        from kdkernels.gram import function as operator
+        from kdkernels.gram import operator
 
-        inner = {"gram_fwd": operator._gram_fwd, "gram_bwd": operator._gram_bwd}.get(
+        inner = {"gram_fwd": operator._forward, "gram_bwd": operator._backward}.get(
             function._schema.name.split("::")[1]
         )
         if inner is not None:
             with self:
-                return inner(*args, **(kwargs or {}))
+                return tuple(args[0].new_empty(0) if t is None else t for t in inner(*args, **(kwargs or {})))
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from broken import half_when_alone, noisy, one_gradient, packed, rejects, unwritten, without_last
 
-from kdkernels import testing
-from kdkernels.gram import function, torch_impl
+from kdkernels import differentiable, testing
+from kdkernels.gram import torch_impl
 
 FORWARD, BACKWARD = torch_impl.forward, torch_impl.backward
 # rows of one side in what forward saves: u, p, q, e, f, h (torch_impl.SIDE_ROWS)
@@ -108,7 +108,7 @@ def test_the_contract_rejects(name, monkeypatch):
 
 
 def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
-    monkeypatch.setattr(function, "without_autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(differentiable, "without_autocast", lambda device: contextlib.nullcontext())
     results = testing.contract("cka", "torch", quick=True)
     assert {result.check for result in results if not result.ok} == {"autocast"}
 

@@ -10,11 +10,11 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
-from . import fused, ranks, reference, two_sample
+from . import native_impl, ranks, reference, two_sample
 from .bandwidth import bandwidth
 from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
-from .function import differentiable, forward
 from .kernels import Kernel, spec_of
+from .operator import statistic
 from .problem import encode, minimum_rows
 
 __all__ = ["cka", "gram_mse", "hsic", "mmd"]
@@ -217,19 +217,13 @@ def _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask,
 
 def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen):
     """Resolve bandwidth rules, then the operator: with its gradient where one is needed."""
-    ruled = chosen == "cpp" and fused.follows_rules(stat, *kernels, row_normalize, x, y)
+    ruled = chosen == "cpp" and native_impl.follows_rules(stat, *kernels, row_normalize, x, y)
     sigma_x, sigma_y = (
         None if ruled and kernel.ruled_code != kernel.code else sigma_of(kernel, features, mask)
         for kernel, features in zip(kernels, (x, y), strict=True)
     )
     problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, chosen, ruled)
-    need = 0
-    if torch.is_grad_enabled():
-        for bit, tensor in enumerate((x, y, sigma_x, sigma_y)):
-            need |= (tensor is not None and tensor.requires_grad) << bit
-    if need:
-        return differentiable(x, y, mask, sigma_x, sigma_y, problem, need)
-    return forward(x, y, mask, sigma_x, sigma_y, problem, 0)[0]
+    return statistic.value(x, y, mask, sigma_x, sigma_y, problem)
 
 
 def sigma_of(kernel: Kernel, x, mask):

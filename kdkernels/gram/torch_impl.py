@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Portable PyTorch with the good algebra: feature space or tiles, whichever is cheaper; memory linear in n. Any device.
 
-Also the backend `cpp`: `fused` serves what it can in one compiled call a pass; for the rest the row moments of a tile,
-centred rows and the weights are compiled steps.
+Also what `native_impl` leaves to it: there the row moments of a tile, centred rows and the weights are compiled steps.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..dtypes import at_least_float32
-from . import feature, fused, panels
+from . import feature, panels
 from .combine import Weights, combine
 from .panels import Pairs
 from .prepare import unprepare_gradient
@@ -32,16 +31,10 @@ def in_feature_space(problem: Problem, n: int, p: int, q: int) -> bool:
     return p * p + q * q + p * q < n * (p + q + 40)
 
 
-def in_one_call(problem: Problem, n: int, p: int, q: int, dtype: torch.dtype) -> bool:
-    return fused.serves(problem, n, dtype) and not in_feature_space(problem, n, p, q)
-
-
 def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int, dtype: torch.dtype = torch.float32):
     """Shapes of what `forward` returns for the backward pass: row vectors, and the kept products of each side."""
     if not need:
         return (0,), (0,)
-    if in_one_call(problem, n, p, q, dtype):
-        return fused.saved_shapes(G, n, need)
     kept = n <= panels.SMALL and not in_feature_space(problem, n, p, q)
     return (G, 2 * SIDE_ROWS, n), ((2, G, n, n) if kept else (0,))
 
@@ -56,8 +49,6 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
     """value [G], row vectors and products for `backward` (shapes: `saved_shapes`)."""
     dtype = saved_dtype(problem, x, y)
     G, n, p = x.shape
-    if in_one_call(problem, n, p, y.shape[2], dtype):
-        return fused.forward(x, y, mask, sigma_x, sigma_y, problem, need)
     pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, dtype)
     kept, u, scale = None, [None, None], None
     if in_feature_space(problem, n, p, y.shape[2]):
@@ -108,10 +99,8 @@ def pack_rows(value, sides, u, count, problem: Problem, need: int, dtype):
 
 
 def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    """dx, dy, dsigma_x, dsigma_y (empty where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
+    """dx, dy, dsigma_x, dsigma_y (None where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
     dtype = saved_dtype(problem, x, y)
-    if in_one_call(problem, x.shape[1], x.shape[2], y.shape[2], dtype):
-        return fused.backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
     in_features = in_feature_space(problem, x.shape[1], x.shape[2], y.shape[2])
     products = kept.unbind(0) if kept.dim() == 4 else None
     skip = [products is not None and spec.linear and not need & (0b101 << k) for k, spec in enumerate(problem[1:3])]
@@ -119,7 +108,7 @@ def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, n
     if problem.stable and not in_features:
         u = [None if spec.linear else rows[:, SIDE_ROWS * k] for k, spec in enumerate(problem[1:3])]
         pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))
-    out = [x.new_empty(0) for _ in range(4)]  # an operator's outputs may not alias
+    out = [None] * 4
     for k, features in enumerate((x, y)):
         if not need & (0b101 << k):
             continue

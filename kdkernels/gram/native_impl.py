@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CKA and HSIC on a CPU, up to `panels.SMALL` rows, linear and Gaussian kernels, float32: one compiled call a pass.
+"""The Gram family in the compiled CPU library: one call a pass where it serves the problem, else compiled steps.
 
-`csrc/gram/pair_statistic_cpu.cpp` computes the value and, where a gradient is asked for, the matrix V that it is one
-product with; `pair_gradient_cpu.cpp` is that product. Everything else is `torch_impl`'s.
+CKA and HSIC up to `panels.SMALL` rows, linear and Gaussian kernels, float32: `csrc/gram/pair_statistic_cpu.cpp`
+computes the value and, where a gradient is asked for, the matrix V that it is one product with; `pair_gradient_cpu.cpp`
+is that product. Everything else is `torch_impl`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import torch
 
 from ..dtypes import at_least_float32
-from . import panels
+from . import panels, torch_impl
 from .problem import Problem
 
 _KERNELS = ("linear", "rbf")
@@ -20,9 +21,10 @@ _RULES = {"mean": 2, "median": 3}  # 0 is linear, 1 a number or several
 SAVED = 3  # numbers a side: scale of the rows, factor of V z, dL/dsigma
 
 
-def serves(problem: Problem, n: int, dtype: torch.dtype) -> bool:
-    """Whether this is the way to go, where feature space is not cheaper."""
-    return problem.backend == "cpp" and _serves(problem.stat, *problem[1:3], problem.row_normalize, n, dtype)
+def in_one_call(problem: Problem, n: int, p: int, q: int, dtype: torch.dtype) -> bool:
+    """Whether one compiled call serves the problem, and feature space is not cheaper."""
+    served = _serves(problem.stat, *problem[1:3], problem.row_normalize, n, dtype)
+    return served and not torch_impl.in_feature_space(problem, n, p, q)
 
 
 def follows_rules(stat: str, kernel_x, kernel_y, row_normalize: bool, x, y) -> bool:
@@ -47,12 +49,19 @@ def _serves(stat, kernel_x, kernel_y, row_normalize, n, dtype) -> bool:
     )
 
 
-def saved_shapes(G: int, n: int, need: int):
+saved_dtype = torch_impl.saved_dtype
+
+
+def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int, dtype: torch.dtype):
+    if not need or not in_one_call(problem, n, p, q, dtype):
+        return torch_impl.saved_shapes(problem, G, n, p, q, need, dtype)
     sides = bool(need & 0b101) + bool(need & 0b1010)
     return (G, 2, SAVED), (sides, G, n, n)
 
 
 def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+    if not in_one_call(problem, *x.shape[1:], y.shape[2], saved_dtype(problem, x, y)):
+        return torch_impl.forward(x, y, mask, sigma_x, sigma_y, problem, need)
     how = (problem.stat == "cka", problem.unbiased, problem.center, need, problem.minimum)
     mask = None if mask is None else mask.contiguous()
     kernels = (*_kernel(problem.kx, sigma_x), *_kernel(problem.ky, sigma_y))
@@ -60,7 +69,9 @@ def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
 
 
 def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    out = [x.new_empty(0) for _ in range(4)]
+    if not in_one_call(problem, *x.shape[1:], y.shape[2], saved_dtype(problem, x, y)):
+        return torch_impl.backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+    out = [None] * 4
     mask = None if mask is None else mask.contiguous()
     slot = 0
     for k, (features, spec) in enumerate(((x, problem.kx), (y, problem.ky))):
