@@ -20,13 +20,13 @@ _legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """Eager; no transform, tangent, dispatch mode, profiler or tensor subclass: the operator may be left out."""
+    """Eager; no transform, tangent, mode, profiler, subclass or meta tensor: the operator may be left out."""
     if torch.compiler.is_compiling() or _transforms_active() or _modes() or _profiling():
         return False
     if forward_ad._current_level >= 0:
         return False
     for tensor in tensors:  # `all` of a generator takes twice the time
-        if tensor is not None and type(tensor) not in _PLAIN:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
             return False
     return True
 

@@ -2,11 +2,11 @@
 """One maker of differentiable operators: from three functions to a pair `kdkernels::NAME_fwd`, `kdkernels::NAME_bwd`.
 
 A family writes what is computed: `forward`, `backward` and the shapes of a `fake`. The maker adds what is the same for
-all: schemas, fakes, autograd, dispatch, no autocast inside, vmap, forward mode, teachers made under inference mode, and
-the refusal of second derivatives. Values, never silence: a derivative is right or an error.
+all: schemas, autograd, dispatch, no autocast inside, vmap, forward mode, teachers made under inference mode, and the
+refusal of second derivatives. A derivative is right or an error, never silently 0.
 
-In a plain eager call nobody watches (`plain`): the operator is left out, whose dispatch costs 7 us forward and 10 us
-backward on two slow cores, and so is all that only a transform or a compiler needs.
+In a plain eager call nobody watches (`autograd.plain`): then the operator is left out, whose dispatch costs 7 us
+forward and 10 us backward on two slow cores, and with it all that only a transform or a compiler needs.
 """
 
 from __future__ import annotations
@@ -69,75 +69,192 @@ def operator(
         forward(*tensors, *how, need) -> (value, *kept)
         backward(grad, *read, *kept, *how, need) -> a gradient for each of `wanted`; not looked at where not asked for
         fake(*tensors, *how, need) -> (value, *kept), of the right shapes, dtypes and strides
-        tangent(run, tangents, read, kept, how) -> the value's tangent, or None where there is no rule
+        tangent(run, tangents, value, saved, how) -> the value's tangent, or None where there is no rule; tangents (or
+            None) of `wanted`, run(upstream, *saved, *how) -> gradients
 
     Without `tangent`, the rule of forward mode is that of one number: the sum of each gradient times its tangent.
     """
-    names = [t.removesuffix("?") for t in tensors.split()]
-    read = tensors if read is None else read
-    kept_names = kept.split()
-    count = len(names)
-    wants = wanted.split()
-    places = tuple((bit, names.index(w)) for bit, w in enumerate(wants))
-    # with the bit of `need` that a tensor's being read depends on, or -1
-    reads = tuple(
-        (names.index(r.rstrip("?~")), wants.index(r.rstrip("?~")) if r.endswith("~") else -1) for r in read.split()
-    )
-    conditional = any(bit >= 0 for _, bit in reads)
-    # a second derivative finds its way to the refusal through an input that is saved, or else through what is kept
-    outputs_kept = not {place for _, place in places} & {place for place, _ in reads}
-    given = [r.rstrip("?~") for r in read.split()] + kept_names
-    held = 1 + len(given)
-    alike = tuple((given.index(n.rstrip("=")), n.endswith("=")) for n in (like or wanted).split())
-    fwd, bwd = f"{name}_fwd", f"{name}_bwd"
+    words = _words(tensors, how, kept, wanted, tensors if read is None else read, like or wanted)
+    halves = _registered(name, words, forward, backward, fake)
+    Function, Dual, Eager = _functions(name, words, halves, tangent or of_rows())
+    count, places, forward_here, run_forward = words.count, words.places, halves.forward_here, halves.run_forward
+    eager = applied(Eager)
 
-    def fwd_here(*a):
+    def asked(a):
+        need = 0
+        if torch.is_grad_enabled():
+            for bit, place in places:
+                t = a[place]
+                need |= (t is not None and t.requires_grad) << bit
+        return need
+
+    def value(*a):
+        if plain(*a[:count]):
+            need = asked(a)
+            if not need:
+                return forward_here(*a, 0)[0]
+            return eager(*ordinary(a[:count]), *a[count:], need)[0]
+        if not in_forward_mode():
+            need = asked(a)
+            if not need:
+                return run_forward(*a, 0)[0]
+            return apply(Function, *ordinary(a[:count]), *a[count:], need)[0]
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(f"forward-mode differentiation of {name}")
+        need = 0  # a tensor with a tangent asks for no gradient
+        for bit, place in places:
+            need |= (a[place] is not None) << bit
+        return apply(Dual, *ordinary(a[:count]), *a[count:], need)[0]
+
+    def over_ranks(forward):
+        """`value` by forward(*tensors, *how, need, group), which speaks to the other ranks of the group."""
+        OverRanks = _over_ranks(Function, forward)
+
+        def value(*a):
+            *a, group = a
+            if in_forward_mode():
+                raise RuntimeError(f"{name}: with group= there is no forward-mode differentiation")
+            need = asked(a)
+            run = OverRanks.apply if need else OverRanks.forward
+            return run(*ordinary(a[:count]), *a[count:], need, group)[0]
+
+        return value
+
+    return Operator(value, run_forward, halves.run_backward, over_ranks)
+
+
+def of_rows(*bits: int) -> Callable:
+    """The rule of forward mode where entry i of the value depends on entry i, along the first dimensions, of tensors.
+
+    bits: which of the tensors that get a gradient these are; the others may move only where the value is one number.
+    """
+
+    def tangent(run, tangents, value, saved, how):
+        for bit, t in enumerate(tangents):
+            if t is not None and value.dim() and (bit not in bits or t.shape[: value.dim()] != value.shape):
+                return None
+        dtype, total = value.dtype, torch.zeros_like(value)
+        for g, t in zip(run(torch.ones_like(value), *saved, *how), tangents, strict=True):
+            if t is not None:
+                total = total + (g.to(dtype) * t.to(dtype)).reshape(*value.shape, -1).sum(-1)
+        return total
+
+    return tangent
+
+
+class _Words(NamedTuple):
+    """Where everything stands that `operator` is told of by name."""
+
+    names: tuple  # of the tensors that go in
+    count: int  # of them
+    places: tuple  # (bit of `need`, place) of each that may get a gradient
+    reads: tuple  # (place, the bit of `need` that its being read depends on, or -1) of each that backward reads
+    held: int  # tensors among backward's arguments
+    alike: tuple  # (the place among them of what each gradient has the shape of, whether it has its layout too)
+    schema_fwd: str
+    schema_bwd: str
+
+
+def _words(tensors: str, how: str, kept: str, wanted: str, read: str, like: str) -> _Words:
+    inputs, kept, wants = tensors.split(), kept.split(), wanted.split()
+    reads = [f"{r}?" if f"{r}?" in inputs else r for r in read.split()]
+    names, read_names = _bare(inputs), _bare(reads)
+    given = [*read_names, *kept]
+    rest = [*filter(None, [how]), "int need"]
+    return _Words(
+        names=tuple(names),
+        count=len(names),
+        places=tuple((bit, names.index(w)) for bit, w in enumerate(wants)),
+        reads=tuple(
+            (names.index(r), wants.index(r) if mark.endswith("~") else -1)
+            for r, mark in zip(read_names, reads, strict=True)
+        ),
+        held=1 + len(given),
+        alike=tuple((1 + given.index(n.rstrip("=")), n.endswith("=")) for n in like.split()),
+        schema_fwd=f"({_spelled(inputs, rest)}) -> ({_spelled(['value', *kept])})",
+        schema_bwd=f"({_spelled(['grad', *reads, *kept], rest)}) -> ({_spelled([f'd_{w}' for w in wants])})",
+    )
+
+
+def _bare(words) -> list[str]:
+    return [word.rstrip("?~") for word in words]
+
+
+def _spelled(words, rest=()) -> str:
+    """Tensors, those that may be None with a mark, in the words of a schema."""
+    marked = [f"Tensor{'?' if word[-1] in '?~' else ''} {name}" for word, name in zip(words, _bare(words), strict=True)]
+    return ", ".join([*marked, *rest])
+
+
+class _Halves(NamedTuple):
+    """Both directions below autograd: `here` runs them, `run` does so by way of the operator where somebody watches."""
+
+    forward_here: Callable
+    run_forward: Callable
+    run_backward: Callable
+    run_backward_of_plain: Callable  # for tensors that were `plain` in the forward pass
+
+
+def _registered(name: str, words: _Words, forward, backward, fake) -> _Halves:
+    fwd, bwd = f"{name}_fwd", f"{name}_bwd"
+    count, held, alike = words.count, words.held, words.alike
+
+    def forward_here(*a):
         with without_autocast(device_type(a[0])):
             return forward(*a)
 
-    def bwd_here(*a):
+    def backward_here(*a):
         with without_autocast(device_type(a[0])):
             return tuple(backward(*a))
 
-    def bwd_registered(*a):
-        return tuple(
-            g if a[-1] >> bit & 1 and g is not None else a[0].new_empty(0) for bit, g in enumerate(bwd_here(*a))
-        )
+    def backward_registered(*a):  # an operator has no None to give
+        need, found = a[-1], backward_here(*a)
+        return tuple(g if need >> bit & 1 and g is not None else a[0].new_empty(0) for bit, g in enumerate(found))
 
-    def bwd_fake(*a):
-        need, out = a[-1], []
+    def backward_fake(*a):
+        need, found = a[-1], []
         for bit, (place, layout) in enumerate(alike):
-            t = a[1 + place]
-            asked = t is not None and need >> bit & 1
+            t = a[place]
             made = torch.empty_like if layout else lambda t: t.new_empty(t.shape)
-            out.append(made(t) if asked else a[0].new_empty(0))
-        return tuple(out)
+            found.append(made(t) if t is not None and need >> bit & 1 else a[0].new_empty(0))
+        return tuple(found)
 
-    def spelled(words):
-        return ", ".join(f"Tensor{'?' if w[-1] in '?~' else ''} {w.rstrip('?~')}" for w in words.split())
-
-    optional = {t.removesuffix("?") for t in tensors.split() if t.endswith("?")}
-    read_schema = " ".join(r if r[-1] in "?~" or r not in optional else f"{r}?" for r in read.split())
-    rest = f"{how}, int need" if how else "int need"
-    inner = ", ".join(part for part in (spelled(read_schema), spelled(kept), rest) if part)
-    outputs = ", ".join(["Tensor value", *(f"Tensor {k}" for k in kept_names)])
-    gradients = ", ".join(f"Tensor d_{w}" for w in wants)
-    register(fwd, f"({spelled(tensors)}, {rest}) -> ({outputs})", fwd_here, fake)
-    register(bwd, f"(Tensor grad, {inner}) -> ({gradients})", bwd_registered, bwd_fake)
+    forward_watched = _registered_one(fwd, words.schema_fwd, forward_here, fake)
+    backward_watched = _registered_one(bwd, words.schema_bwd, backward_registered, backward_fake)
 
     def run_forward(*a):
-        return (fwd_here if plain(*a[:count]) else getattr(torch.ops.kdkernels, fwd))(*a)
+        return (forward_here if plain(*a[:count]) else forward_watched)(*a)
 
     def run_backward(*a):
         direct = plain(*a[:held]) and not is_batched(a[0])
-        return (bwd_here if direct else getattr(torch.ops.kdkernels, bwd))(*a)
+        return (backward_here if direct else backward_watched)(*a)
 
-    def eager_backward(*a):  # what is saved is as it was in the forward pass
+    def run_backward_of_plain(*a):
         direct = plain(a[0]) and not is_batched(a[0])
-        return (bwd_here if direct else getattr(torch.ops.kdkernels, bwd))(*a)
+        return (backward_here if direct else backward_watched)(*a)
+
+    return _Halves(forward_here, run_forward, run_backward, run_backward_of_plain)
+
+
+def _registered_one(name: str, schema: str, function, fake):
+    """The operator `name`, giving a tuple as its function does: a schema of one result has none."""
+    if schema.split("->")[1].count("Tensor ") > 1:
+        register(name, schema, function, fake)
+        return lambda *a: getattr(torch.ops.kdkernels, name)(*a)
+    register(name, schema, lambda *a: function(*a)[0], lambda *a: fake(*a)[0])
+    return lambda *a: (getattr(torch.ops.kdkernels, name)(*a),)
+
+
+def _functions(name: str, words: _Words, halves: _Halves, tangent):
+    """Three faces of one Function: what transforms and compilers see, that of forward mode, that of a plain call."""
+    names, count, places, reads = words.names, words.count, words.places, words.reads
+    forward_here, run_forward, run_backward, run_backward_of_plain = halves
+    conditional = any(bit >= 0 for _, bit in reads)
+    learns = {place for _, place in places}
+    # a second derivative finds its way to the refusal through an input that is saved, or else through what is kept
+    kept_shown = not learns & {place for place, _ in reads}
 
     def to_read(inputs, need):
-        """What backward reads of the inputs."""
         if conditional:
             return [inputs[place] if bit < 0 or need >> bit & 1 else None for place, bit in reads]
         return [inputs[place] for place, _ in reads]
@@ -155,9 +272,7 @@ def operator(
         def forward(*a):
             return run_backward(*a)
 
-    class DualGradient(Gradient):
-        """The same inside forward mode; a compiler takes no Function with a `jvp`."""
-
+    class DualGradient(Gradient):  # apart, as Dynamo takes no Function that has a jvp
         generate_vmap_rule = True
 
         @staticmethod
@@ -165,8 +280,6 @@ def operator(
             raise RuntimeError(SECOND)
 
     class Function(torch.autograd.Function):
-        """What transforms and compilers see."""
-
         generate_vmap_rule = True
 
         @staticmethod
@@ -181,17 +294,15 @@ def operator(
 
         @staticmethod
         def backward(ctx, grad, *_):
-            size = count + len(ctx.how)
+            how, size = ctx.how, count + len(ctx.how)
             if grad is None:  # the value was not used
                 return (None,) * size
             run = run_backward
             if torch.is_grad_enabled():
                 run = (DualGradient if in_forward_mode() else Gradient).apply
-            return spread(run(grad, *ctx.saved_tensors, *ctx.how), ctx.how[-1], size)
+            return spread(run(grad, *ctx.saved_tensors, *how), how[-1], size)
 
     class Dual(Function):
-        """Inside forward mode."""
-
         generate_vmap_rule = True
 
         @staticmethod
@@ -200,136 +311,65 @@ def operator(
             ctx.save_for_forward(*to_read(inputs, inputs[-1]), *output)
 
         @staticmethod
+        @torch.compiler.disable
         def jvp(ctx, *tangents):
-            *saved, how = *ctx.saved_tensors, ctx.how
-            value, saved = saved[len(reads)], (*saved[: len(reads)], *saved[len(reads) + 1 :])
-            moved, learns = [tangents[place] for _, place in places], dict(places).values()
-            for place in range(count):
-                if place not in learns and tangents[place] is not None:
+            for place, t in enumerate(tangents[:count]):
+                if t is not None and place not in learns:
                     raise RuntimeError(f"{name}: {names[place]} has a tangent, and the op no derivative for it")
-            found = (tangent or _of_one_number)(DualGradient.apply, moved, value, saved, how)
+            saved, moved = ctx.saved_tensors, [tangents[place] for _, place in places]
+            read, (value, *kept) = saved[: len(reads)], saved[len(reads) :]
+            found = tangent(DualGradient.apply, moved, value, (*read, *kept), ctx.how)
             if found is None:
                 raise RuntimeError(
-                    f"forward-mode differentiation of {name} is not written out for this call: pass "
-                    "backend='reference' for it"
+                    f"{name}: forward-mode differentiation of this call is not written out: pass backend='reference'"
                 )
-            # of zeros, so that what is kept shows in a derivative of the gradient that it moves
-            return found, *(torch.zeros_like(k) if k.is_floating_point() else None for k in saved[len(reads) :])
+            # zeros: what is kept moves with the inputs, and a derivative of the gradient in forward mode has to know
+            return found, *(torch.zeros_like(k) if k.is_floating_point() else None for k in kept)
 
     class Eager(torch.autograd.Function):
-        """The same where nobody watches: one output if that will do, and no question asked twice."""
-
         @staticmethod
         def forward(ctx, *a):
-            value, *saved = fwd_here(*a)
+            value, *kept = forward_here(*a)
             ctx.how = a[count:]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*to_read(a, a[-1]), *saved)
-            return (value, *saved) if outputs_kept else (value,)
+            ctx.save_for_backward(*to_read(a, a[-1]), *kept)
+            return (value, *kept) if kept_shown else (value,)
 
         @staticmethod
         def backward(ctx, grad, *_):
             how, size = ctx.how, count + len(ctx.how)
             if grad is None:
                 return (None,) * size
-            run = Gradient.apply if torch.is_grad_enabled() else eager_backward
+            run = Gradient.apply if torch.is_grad_enabled() else run_backward_of_plain
             return spread(run(grad, *ctx.saved_tensors, *how), how[-1], size)
 
     for one in (Gradient, DualGradient, Function, Dual, Eager):
         one.__name__ = one.__qualname__ = f"{name}_{one.__name__}"
-
-    eager = applied(Eager)
-
-    def asked(a):
-        need = 0
-        if torch.is_grad_enabled():
-            for bit, place in places:
-                t = a[place]
-                need |= (t is not None and t.requires_grad) << bit
-        return need
-
-    def value(*a):
-        if plain(*a[:count]):
-            need = asked(a)
-            if not need:
-                return fwd_here(*a, 0)[0]
-            return eager(*ordinary(a[:count]), *a[count:], need)[0]
-        if not in_forward_mode():
-            need = asked(a)
-            if not need:
-                return getattr(torch.ops.kdkernels, fwd)(*a, 0)[0]
-            return apply(Function, *ordinary(a[:count]), *a[count:], need)[0]
-        if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(f"forward-mode differentiation of {name}")
-        need = 0
-        for bit, place in places:
-            need |= (a[place] is not None) << bit
-        return apply(Dual, *a, need)[0]
-
-    def over_ranks(forward):
-        """value(*tensors, *how, group): as `value`, by forward(*tensors, *how, need, group) over the ranks of a group.
-
-        Each rank holds the value; the gradient of its rows is that of the sum of what all ranks make of it.
-        """
-
-        class OverRanks(Function):
-            generate_vmap_rule = False
-
-            @staticmethod
-            def forward(*a):
-                with without_autocast(device_type(a[0])):
-                    return forward(*a)
-
-            @staticmethod
-            def setup_context(ctx, inputs, output):
-                *inputs, ctx.group = inputs
-                Function.setup_context(ctx, inputs, output)
-
-            @staticmethod
-            def backward(ctx, grad, *unused):
-                grad = None if grad is None else ctx.group.sum(grad)
-                return *Function.backward(ctx, grad, *unused), None
-
-        OverRanks.__name__ = OverRanks.__qualname__ = f"{name}_over_ranks"
-
-        def value(*a):
-            *a, group = a
-            if in_forward_mode():
-                raise RuntimeError(f"{name}: with group= there is no forward-mode differentiation")
-            need = asked(a)
-            a = *ordinary(a[:count]), *a[count:]
-            return (OverRanks.apply if need else OverRanks.forward)(*a, need, group)[0]
-
-        return value
-
-    return Operator(value, run_forward, run_backward, over_ranks)
+    return Function, Dual, Eager
 
 
-def _of_one_number(run, moved, value, saved, how):
-    """<gradient, tangent> summed over the tensors that move."""
-    if value.dim():
-        return None
-    return _sums(run(torch.ones_like(value), *saved, *how), moved, value)
+def _over_ranks(Function, forward):
+    """`Function` with a group as its last argument, and a forward over it.
 
-
-def of_rows(*bits):
-    """The rule of forward mode where entry i of the value depends on entry i, along the first dimensions, of tensors.
-
-    bits: which of the tensors that get a gradient these are; the others may move only where the value is one number.
+    Each rank holds the value; the gradient of its rows is that of the sum of what all ranks make of it.
     """
 
-    def tangent(run, moved, value, saved, how):
-        for bit, t in enumerate(moved):
-            if t is not None and value.dim() and (bit not in bits or t.shape[: value.dim()] != value.shape):
-                return None
-        return _sums(run(torch.ones_like(value), *saved, *how), moved, value)
+    class OverRanks(Function):
+        generate_vmap_rule = False
 
-    return tangent
+        @staticmethod
+        def forward(*a):
+            with without_autocast(device_type(a[0])):
+                return forward(*a)
 
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *inputs, ctx.group = inputs
+            Function.setup_context(ctx, inputs, output)
 
-def _sums(gradients, moved, value):
-    dtype, total = value.dtype, torch.zeros_like(value)
-    for g, t in zip(gradients, moved, strict=True):
-        if t is not None:
-            total = total + (g.to(dtype) * t.to(dtype)).reshape(*value.shape, -1).sum(-1)
-    return total
+        @staticmethod
+        def backward(ctx, grad, *unused):
+            grad = None if grad is None else ctx.group.sum(grad)
+            return *Function.backward(ctx, grad, *unused), None
+
+    return OverRanks
