@@ -63,13 +63,18 @@ def doubled(case: Case, inputs) -> dict[str, torch.Tensor]:
 
 
 def moved(case: Case, inputs, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The floating inputs with each number as it is or one eps of its dtype up or down; 0 and infinity stay."""
+    """The floating inputs with each number as it is or one eps of its dtype up or down.
 
-    def one(t):
-        way = torch.randint(3, t.shape, generator=generator).to(t.device) - 1
-        return (t.double() * (1 + torch.finfo(t.dtype).eps * way)).to(t.dtype)
-
-    return inputs | {name: one(inputs[name]) for name in case.floats}
+    Equal numbers move alike, 0 and infinity not at all: ties, constant sides and rows on landmarks stay what they are.
+    """
+    numbers = torch.cat([inputs[name].detach().cpu().double().flatten() for name in case.floats])
+    _, place = numbers.unique(return_inverse=True)
+    ways = (torch.randint(3, numbers.shape, generator=generator) - 1)[place]
+    out = dict(inputs)
+    for name, way in zip(case.floats, ways.split([inputs[name].numel() for name in case.floats]), strict=True):
+        t = inputs[name]
+        out[name] = (t.double() * (1 + torch.finfo(t.dtype).eps * way.reshape(t.shape).to(t.device))).to(t.dtype)
+    return out
 
 
 def _largest(grads) -> float:
