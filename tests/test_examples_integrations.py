@@ -47,8 +47,9 @@ def hf_trainer():
 
 def test_the_lightning_example_distils_a_student_that_beats_the_one_trained_on_labels(lightning_module):
     accuracies = lightning_module.main()
+    # four times over, nets started 1e-6 apart: 0.991 +- 0.001, and a gain of 0.108 +- 0.002 (standard deviation)
     assert accuracies["teacher"] > 0.97
-    assert accuracies["distilled"] > accuracies["cross-entropy"] + 0.02
+    assert accuracies["distilled"] > accuracies["cross-entropy"] + 0.05
 
 
 @pytest.fixture(scope="module")
