@@ -69,7 +69,8 @@ def is_batched(tensor: torch.Tensor) -> bool:
 def ordinary(tensors):
     """Tensors that autograd can save: copies of those made under `torch.inference_mode()`, all others as they are."""
     if torch.compiler.is_compiling():
-        return tuple(map(_copied_in_graph, tensors)) if _traced_from_inference() else tensors
+        frozen = [t is not None and not t.requires_grad for t in tensors]  # Dynamo knows what has been looked at
+        return tuple(map(_copied_in_graph, tensors)) if any(frozen) and _traced_from_inference() else tensors
     for t in tensors:
         if t is not None and t.is_inference():
             return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)

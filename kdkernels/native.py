@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,29 @@ def status() -> Status:
     cuda_reason = _load("cuda", build)
     if not cpu_reason:
         _register_cpu_fakes()
+        _register(*_FAKES)
     return Status(not cpu_reason, cpu_reason, not cuda_reason, cuda_reason, build)
+
+
+_FAKES: list[tuple[str, Callable]] = []  # a family is imported before the library is loaded that has its operators
+
+
+def fake(operator: str):
+    """Says what shapes an operator of the CPU library returns: to PyTorch as soon as that is loaded."""
+
+    def said(function):
+        _FAKES.append((operator, function))
+        if status.cache_info().currsize and status().cpu:
+            _register((operator, function))
+        return function
+
+    return said
+
+
+def _register(*fakes):
+    for operator, function in fakes:
+        if _implements("cpu", operator):
+            torch.library.register_fake(f"kdkernels::{operator}")(function)
 
 
 def _read_build_record() -> dict[str, Any]:
@@ -100,30 +123,6 @@ def _version(text: str) -> tuple[int, int]:
 
 
 def _register_cpu_fakes() -> None:
-    @torch.library.register_fake("kdkernels::panel_moments")
-    def panel_moments(k, l, diagonal, symmetric):
-        r, c = k.shape
-        rows = k.new_empty((5, r), dtype=torch.float64)
-        return rows, k.new_empty((5, c if symmetric else 0), dtype=torch.float64)
-
-    @torch.library.register_fake("kdkernels::centre_rows")
-    def centre_rows(x, mask, centre, rescale):
-        (G, n, p), one = x.shape, x.new_empty(x.shape[0])
-        shift = x.new_empty(G, 1, p if centre else 0)
-        return x.new_empty(G, n, p), x.new_empty(G, n), one, shift, one.double(), torch.empty_like(one)
-
-    @torch.library.register_fake("kdkernels::weigh_rows")
-    def weigh_rows(sums, count, unit_x, unit_y, u_x, u_y, like, cka, unbiased, centre, need, minimum, eps):
-        _, G, n = sums.shape
-        return like.new_empty(G), like.new_empty((G, 12, n) if need else 0)
-
-    @torch.library.register_fake("kdkernels::pair_statistic")
-    def pair_statistic(x, y, mask, *how):
-        need, (G, n, _) = how[-2], x.shape
-        sides = bool(need & 0b101) + bool(need & 0b1010)
-        rows, kept = ((G, 2, 3), (sides, G, n, n)) if need else ((0,), (0,))
-        return x.new_empty(G), x.new_empty(rows), x.new_empty(kept)
-
     @torch.library.register_fake("kdkernels::score_rows")
     def score_rows(x, y, tau):
         rows = x.new_empty(x.shape[0])
@@ -133,7 +132,3 @@ def _register_cpu_fakes() -> None:
     @torch.library.register_fake("kdkernels::score_rows_backward")
     def score_rows_backward(grad, grad_pearson, z_x, z_y, scale, count):
         return z_x.new_empty(z_x.shape)
-
-    @torch.library.register_fake("kdkernels::pair_gradient")
-    def pair_gradient(grad, x, mask, scales, V, centre):
-        return x.new_empty(x.shape)

@@ -50,6 +50,8 @@ INTERFACE = (
     ["triton_impl", "maps"],
     ["problem"],
     ["bandwidth"],
+    ["both_ways"],
+    ["patches"],
 )
 # all layers at once: sums over the same tiles, made from the same prepared rows
 REUSED = {"analysis": (["combine"], ["maps"], ["panels"], ["prepare"])}

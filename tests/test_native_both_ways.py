@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import needs_native
 
-from kdkernels.losses import RCKALoss, both_ways
-from kdkernels.losses.both_ways import cka_both_ways
+from kdkernels.gram import both_ways
+from kdkernels.gram.both_ways import cka_both_ways
+from kdkernels.losses import RCKALoss
 from kdkernels.registry import OPS
 
 pytestmark = needs_native(*OPS["cka"].native)
@@ -135,7 +136,7 @@ def test_a_call_repeats_its_bits_and_keeps_nothing_without_a_gradient():
     x, y = pair(150, 300)
     first, second = (value_and_gradient(x, y) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    value, products, *_ = both_ways._fwd(x, y, True, False, True)
+    value, products, *_ = both_ways._forward(x, y, True, True, 0)
     assert torch.equal(value, first[0]) and products.numel() == 0
 
 

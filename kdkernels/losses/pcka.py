@@ -9,11 +9,11 @@ from ..autograd import device_type
 from ..backend import resolve
 from ..gram.kernels import spec_of
 from ..gram.op import cka
+from ..gram.patches import PATCH, patch_cka, patch_rows
 from ..gram.problem import minimum_rows
 from .base import FeatureLoss, check_pair, weight_tensor, weight_text, zero_of
 from .cka import check_estimator
 from .maps import mask_of_positions, same_channels
-from .patches import PATCH, patch_cka, patch_rows
 
 PRESETS = {
     "detection": {"weight": 10.0},

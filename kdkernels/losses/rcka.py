@@ -8,10 +8,11 @@ import torch
 from ..autograd import device_type
 from ..backend import resolve
 from ..dtypes import at_least_float32
+from ..gram import both_ways
+from ..gram.both_ways import cka_both_ways
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.problem import minimum_rows
-from . import both_ways
 from .base import (
     Loss,
     check_rows,
@@ -25,7 +26,6 @@ from .base import (
     weight_text,
     zero_where_masked,
 )
-from .both_ways import cka_both_ways
 from .cka import check_estimator
 
 PRESETS = {

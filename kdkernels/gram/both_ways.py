@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
+from ..differentiable import operator
 from ..dtypes import at_least_float32
 
 HALVES = 64  # rows of a block below which two products are dearer than their symmetry saves
@@ -40,58 +40,22 @@ def cka_both_ways(x, y, columns: bool = True, native: bool = False):
     dtype: that of a side is its rows' mean, and those of its rows (its columns, where they are fewer) are in units of
     it. native: in the compiled library, where it can.
     """
-    need = torch.is_grad_enabled() and x.requires_grad
-    return (apply(BothWays, x, y, columns, need, native) if need else forward(x, y, columns, need, native))[0]
+    return _pair.value(x, y, columns, native)
 
 
-def forward(x, y, columns, need, native):
-    run = _fwd if plain(x, y) else torch.ops.kdkernels.both_ways_fwd
-    return run(x, y, columns, need, native)
-
-
-def backward(grad, x, y, products, weights, norms, numbers, columns, native):
-    run = _bwd if plain(grad, x, y) else torch.ops.kdkernels.both_ways_bwd
-    return run(grad, x, y, products, weights, norms, numbers, columns, native)
-
-
-class BothWays(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    forward = staticmethod(forward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, y, ctx.columns, _, ctx.native = inputs
-        _, products, weights, norms, numbers = output
-        ctx.mark_non_differentiable(products, weights, norms, numbers)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, y, products, weights, norms, numbers)
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 5
-        run = BothWaysGradient.apply if torch.is_grad_enabled() else backward
-        return run(grad, *ctx.saved_tensors, ctx.columns, ctx.native), None, None, None, None
-
-
-class BothWaysGradient(NoSecondDerivative):
-    forward = staticmethod(backward)
-
-
-def _fwd(x, y, columns, need, native):
+def _forward(x, y, columns, native, need):
     """Values; for backward products [2 or 6, ..., n, n], weights [3, ..., n], norms [2, ..., C] and numbers."""
     X, Y, turned = _sides(x, y, columns)
     value, products, *kept = (_native_fwd if _fits(X, native) else _torch_fwd)(X, Y, columns)
     return value.flip(0) if turned else value, products if need else products[:0].clone(), *kept
 
 
-def _bwd(grad, x, y, products, weights, norms, numbers, columns, native):
+def _backward(grad, x, y, products, weights, norms, numbers, columns, native, need):
     """dX; `numbers` are a and g of each way, and the scales of X and Y."""
     X, Y, turned = _sides(x, y, columns)
     run = _native_bwd if _fits(X, native) else _torch_bwd
     dx = run(grad.flip(0) if turned else grad, X, Y, products, weights, norms, numbers, columns)
-    return (dx.mT.contiguous() if turned else dx).to(x.dtype)
+    return [(dx.mT.contiguous() if turned else dx).to(x.dtype)]
 
 
 def _sides(x, y, columns):
@@ -141,62 +105,60 @@ def _gram(X, out):
 
 
 def _torch_fwd(X, Y, columns):
-    with without_autocast(device_type(X)):
-        products = X.new_empty(6 if columns else 2, *X.shape[:-1], X.shape[-2])
-        plain, normed = products[:3], products[3:]
-        own = torch.stack([_gram(X, plain[0]), _gram(Y, plain[-1])])
-        # rows of length one or so: no product of two sums leaves float32
-        scale = _inverse_root(own.mean(-1, dtype=torch.float64), X.dtype)
-        weights = _squares(_inverse_root(own * scale.square()[..., None], X.dtype))
-        if columns:
-            torch.matmul(X, Y.mT, out=plain[1])
-            plain *= _squares(scale)[..., None, None]
-        else:
-            plain *= scale.square()[..., None, None]
-        k, l = plain[0], plain[-1]
-        rows = torch.stack([(k * k).sum(-1), (k * l).sum(-1), (l * l).sum(-1)])
-        sums = (rows * weights).double().sum(-1, keepdim=True).movedim(-1, 1)
-        norms = X.new_empty(0)
-        if columns:
-            norms = _inverse_root(torch.stack([side.square().sum(-2) for side in (X, Y)]), X.dtype)
-            Xn, Yn = X * norms[0, ..., None, :], Y * norms[1, ..., None, :]
-            _gram(Xn, normed[0]), _gram(Yn, normed[2])
-            torch.matmul(Xn, Yn.mT, out=normed[1])
-            sums = torch.cat([sums, (normed * plain).sum(-1).double().sum(-1)[:, None]], dim=1)
-        kk, kl, ll = sums
-        undefined = (kk <= 0) | (ll <= 0)
-        a = torch.where(undefined, 0, (kk * ll).rsqrt())
-        value = a * kl
-        numbers = torch.cat([a, torch.where(undefined, 0, value / kk), scale.double()]).to(X.dtype)
+    products = X.new_empty(6 if columns else 2, *X.shape[:-1], X.shape[-2])
+    plain, normed = products[:3], products[3:]
+    own = torch.stack([_gram(X, plain[0]), _gram(Y, plain[-1])])
+    # rows of length one or so: no product of two sums leaves float32
+    scale = _inverse_root(own.mean(-1, dtype=torch.float64), X.dtype)
+    weights = _squares(_inverse_root(own * scale.square()[..., None], X.dtype))
+    if columns:
+        torch.matmul(X, Y.mT, out=plain[1])
+        plain *= _squares(scale)[..., None, None]
+    else:
+        plain *= scale.square()[..., None, None]
+    k, l = plain[0], plain[-1]
+    rows = torch.stack([(k * k).sum(-1), (k * l).sum(-1), (l * l).sum(-1)])
+    sums = (rows * weights).double().sum(-1, keepdim=True).movedim(-1, 1)
+    norms = X.new_empty(0)
+    if columns:
+        norms = _inverse_root(torch.stack([side.square().sum(-2) for side in (X, Y)]), X.dtype)
+        Xn, Yn = X * norms[0, ..., None, :], Y * norms[1, ..., None, :]
+        _gram(Xn, normed[0]), _gram(Yn, normed[2])
+        torch.matmul(Xn, Yn.mT, out=normed[1])
+        sums = torch.cat([sums, (normed * plain).sum(-1).double().sum(-1)[:, None]], dim=1)
+    kk, kl, ll = sums
+    undefined = (kk <= 0) | (ll <= 0)
+    a = torch.where(undefined, 0, (kk * ll).rsqrt())
+    value = a * kl
+    numbers = torch.cat([a, torch.where(undefined, 0, value / kk), scale.double()]).to(X.dtype)
     return value.to(X.dtype), products, weights, norms, numbers
 
 
 def _torch_bwd(grad, X, Y, products, weights, norms, numbers, columns):
-    with without_autocast(device_type(X)):
-        plain, normed, ways = products[:3], products[3:], len(grad)
-        k, l = plain[0], plain[-1]
-        a, g = (numbers[:ways] * grad)[..., None, None], (numbers[ways : 2 * ways] * grad)[..., None, None]
-        scale_x, scale_y = numbers[2 * ways :, ..., None, None]
-        W = a[0] * weights[1, ..., None] * l
-        W.addcmul_(g[0] * weights[0, ..., None], k, value=-1)
-        moved = (W * k).sum(-1) * weights[0]
-        W = W + W.mT
-        W.diagonal(dim1=-2, dim2=-1).sub_(moved)
-        if not columns:
-            return (W * scale_x.square()) @ X
-        W.addcmul_(g[1], normed[0], value=-1)
-        w, v = norms[..., None, :]
-        R = ((a[1] * plain[1]) @ Y).mul_(v)
-        R.addcmul_((g[1] * k) @ X, w, value=-1)
-        R.addcmul_(X, w.square() * (X * R).sum(-2, keepdim=True), value=-1)
-        dx = R.mul_(w)
-        # a product that adds into what is there saves a pass over [n, C] for each
-        for weights, side in ((W.mul_(scale_x.square()), X), (a[1] * scale_x * scale_y * normed[1], Y)):
-            dx = dx.addmm_(weights, side) if dx.dim() == 2 else dx.add_(weights @ side)
+    plain, normed, ways = products[:3], products[3:], len(grad)
+    k, l = plain[0], plain[-1]
+    a, g = (numbers[:ways] * grad)[..., None, None], (numbers[ways : 2 * ways] * grad)[..., None, None]
+    scale_x, scale_y = numbers[2 * ways :, ..., None, None]
+    W = a[0] * weights[1, ..., None] * l
+    W.addcmul_(g[0] * weights[0, ..., None], k, value=-1)
+    moved = (W * k).sum(-1) * weights[0]
+    W = W + W.mT
+    W.diagonal(dim1=-2, dim2=-1).sub_(moved)
+    if not columns:
+        return (W * scale_x.square()) @ X
+    W.addcmul_(g[1], normed[0], value=-1)
+    w, v = norms[..., None, :]
+    R = ((a[1] * plain[1]) @ Y).mul_(v)
+    R.addcmul_((g[1] * k) @ X, w, value=-1)
+    R.addcmul_(X, w.square() * (X * R).sum(-2, keepdim=True), value=-1)
+    dx = R.mul_(w)
+    # a product that adds into what is there saves a pass over [n, C] for each
+    for weights, side in ((W.mul_(scale_x.square()), X), (a[1] * scale_x * scale_y * normed[1], Y)):
+        dx = dx.addmm_(weights, side) if dx.dim() == 2 else dx.add_(weights @ side)
     return dx
 
 
-def _fwd_fake(x, y, columns, need, native):
+def _fake(x, y, columns, native, need):
     dtype, lead, ways = at_least_float32(x, y), x.shape[:-2], 2 if columns else 1
     n, C = reversed(x.shape[-2:]) if _turned(x, columns) else x.shape[-2:]
     new = lambda *shape: x.new_empty(shape, dtype=dtype)  # noqa: E731
@@ -205,20 +167,27 @@ def _fwd_fake(x, y, columns, need, native):
     return new(ways, *lead), products, new(3, *lead, n), norms, new(2 + 2 * ways, *lead)
 
 
-def _bwd_fake(grad, x, y, products, weights, norms, numbers, columns, native):
-    return x.new_empty(x.shape)
+def of_ways(*dims):
+    """The rule of forward mode of values [ways, ...] of groups: one backward pass a way, summed over `dims`."""
+
+    def tangent(run, moved, value, saved, how):
+        found = []
+        for way in torch.eye(len(value), dtype=value.dtype, device=value.device):
+            upstream = way.reshape(-1, *(1,) * (value.dim() - 1)).expand_as(value)
+            found.append((run(upstream, *saved, *how)[0].to(value.dtype) * moved[0].to(value.dtype)).sum(dims))
+        return torch.stack(found)
+
+    return tangent
 
 
-KEPT = "Tensor products, Tensor weights, Tensor norms, Tensor numbers"
-register(
-    "both_ways_fwd",
-    "(Tensor x, Tensor y, bool columns, bool need, bool native) -> (Tensor value, " + KEPT + ")",
-    _fwd,
-    _fwd_fake,
-)
-register(
-    "both_ways_bwd",
-    "(Tensor grad, Tensor x, Tensor y, " + KEPT + ", bool columns, bool native) -> Tensor dx",
-    _bwd,
-    _bwd_fake,
+_pair = operator(
+    "both_ways",
+    "x y",
+    "bool columns, bool native",
+    "products weights norms numbers",
+    wanted="x",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    tangent=of_ways(-2, -1),
 )
