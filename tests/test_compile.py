@@ -7,6 +7,7 @@ from conftest import BACKENDS, FAST
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
+from kdkernels.gram import kernels
 from kdkernels.gram.kernels import spec_of
 from kdkernels.gram.problem import encode
 
@@ -135,6 +136,19 @@ def test_compiled_whole_it_equals_eager_forward_and_backward(name, groups):
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for got, want in zip(value_and_gradients(compiled, *inputs), value_and_gradients(f, *inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+SILENT = (*kernels.names(), kd.RBF("mean"), kd.RBF(2.0), kd.RBF((1.0, 3.0)), kd.Laplacian(("mean", 0.7)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kernel", SILENT, ids=repr)
+def test_compiling_says_nothing(kernel):
+    x, y, mask = arguments()
+    for op, how in ((kd.cka, {"mask": mask}), (kd.hsic, {"unbiased": False}), (kd.mmd, {})):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, y, op=op, how=how: op(x, y, kernel=kernel, **how), backend="eager")
+        compiled(x, y).backward()
 
 
 def test_no_graph_of_an_older_state_of_the_sources_is_read():

@@ -66,13 +66,8 @@ def stated(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, back
 
 def encode(stat, kernel_x, kernel_y, unbiased, center, row_normalize, mean, backend, ruled=False) -> str:
     """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch; ruled: with the bandwidths' rules."""
-    # by their code: a cache of kernel objects would keep a sigma tensor's graph alive
-    codes = (kernel_x.ruled_code, kernel_y.ruled_code) if ruled else (kernel_x.code, kernel_y.code)
-    return _text(stat, *codes, unbiased, center, row_normalize, mean, backend)
-
-
-@lru_cache(maxsize=1024)
-def _text(stat, x, y, unbiased, center, row_normalize, mean, backend) -> str:
+    x, y = (kernel_x.ruled_code, kernel_y.ruled_code) if ruled else (kernel_x.code, kernel_y.code)
+    # without a cache: a compiler traces this, and says of a cache that it looks through it
     return f"{stat}|{x}|{y}|{unbiased:d}{center:d}{row_normalize:d}{mean:d}|{backend}"
 
 
