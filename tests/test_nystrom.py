@@ -8,16 +8,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import kdkernels as kd
-from kdkernels.gram.kernels import spec_of
-from kdkernels.nystrom import maps, op, reference, side, torch_impl
-from kdkernels.nystrom.problem import decode, encode
+from kdkernels.gram.kernels import KernelSpec, spec_of
+from kdkernels.nystrom import chunks, landmarks, maps, op, reference, torch_impl
+from kdkernels.nystrom.call import Question, Side, sigma_of
 
 KERNELS = ["linear", "polynomial", "cosine", "rbf", "laplacian", kd.RBF((1.0, 4.0)), kd.Laplacian(3.0)]
 
 
 def kernel_matrix(x, kernel):
     one = spec_of(kernel)[0]
-    return reference.kernel(x, x, one.name, op._parameters(one, op._sigma(one, x, None), x.dtype))
+    return reference.kernel(x, x, one.name, op._parameters(one, sigma_of(one, x), x.dtype))
 
 
 def data(n=60, p=12, q=9):
@@ -103,7 +103,7 @@ def test_the_gradient_of_repeated_eigenvalues_is_the_derivative():
 @pytest.mark.parametrize("name", ["nystrom_cka", "nystrom_hsic", "nystrom_transfer"])
 @pytest.mark.parametrize("m", [4, 6])
 def test_the_gradient_of_a_statistic_is_its_derivative_in_every_argument(name, m, monkeypatch):
-    monkeypatch.setattr(torch_impl, "CHUNK", 5)
+    monkeypatch.setattr(chunks, "CHUNK", 5)
     x, y = (t.double() for t in data(13, 4, 3))
     zx, zy = torch.randn(4, 4, dtype=torch.float64), torch.randn(m, 3, dtype=torch.float64)
     run = lambda *t: getattr(kd, name)(*t[:4], kernel=(kd.RBF(t[4]), "polynomial"), jitter=1e-3)  # noqa: E731
@@ -145,7 +145,7 @@ def test_cka_is_the_one_of_the_features_whatever_the_chunks(monkeypatch):
     x, y = x.double() + 5, y.double()
     phi, psi = kd.nystrom_features(x, x[:9]), kd.nystrom_features(y, y[:7])
     for chunk in (7, 64, 1000):
-        monkeypatch.setattr(torch_impl, "CHUNK", chunk)
+        monkeypatch.setattr(chunks, "CHUNK", chunk)
         near = kd.nystrom_cka(x, y, x[:9], y[:7])
         torch.testing.assert_close(near, kd.cka(phi, psi), rtol=1e-10, atol=0)
 
@@ -253,8 +253,9 @@ class Tf32(TorchFunctionMode):
 @pytest.mark.parametrize("whiten", ["cholesky", "sqrt"])
 def test_tf32_does_not_reach_what_the_whitener_amplifies(whiten, monkeypatch):
     x = torch.randn(60, 5) + 3
-    problem = decode(encode("features", spec_of(kd.RBF(2.0))[0], op.LINEAR, whiten, 1e-6, False, False, "torch"))
-    s = side.prepare(x[:30], None, problem.kx, problem, torch.float32)
+    spec = KernelSpec("rbf", (2.0,))
+    question = Question("features", (spec, spec), whiten, 1e-6, backend="torch")
+    s = landmarks.prepare(Side(x, x[:30], None, spec), question, torch.float32)
     rows = maps.prepared_rows(s.spec, x, s.shift, torch.float32)
 
     def error():
@@ -348,7 +349,7 @@ def test_bad_input_is_refused_with_the_argument_and_the_fix(name):
 
 
 def test_a_matrix_without_factor_is_nan_where_values_may_not_be_read(monkeypatch):
-    monkeypatch.setattr(side.checks, "may_read", lambda tensor: False)  # as for a CUDA tensor
+    monkeypatch.setattr(landmarks.checks, "may_read", lambda tensor: False)  # as for a CUDA tensor
     x = torch.randn(9, 3)
     assert kd.nystrom_features(x, x[:2].repeat(2, 1), jitter=0.0).isnan().all()
     assert kd.nystrom_features(x, x[:2].repeat(2, 1), jitter=0.0, whiten="sqrt").isfinite().all()

@@ -7,8 +7,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 from kdkernels.gram.kernels import spec_of
-from kdkernels.nystrom import function, select
-from kdkernels.nystrom.problem import encode
+from kdkernels.nystrom import select
+from kdkernels.nystrom.call import Question
+from kdkernels.nystrom.operator import encode
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 CALLS = {
@@ -61,7 +62,7 @@ def test_another_number_of_rows_does_not_recompile(name):
 
 
 def problem(stat, kernels, whiten, unbiased=True):
-    return encode(stat, *spec_of(kernels), whiten, 1e-3, unbiased, True, "torch")
+    return encode(Question(stat, spec_of(kernels), whiten, 1e-3, unbiased, True, "torch"))
 
 
 @pytest.mark.parametrize("permuted", [False, True])
@@ -75,13 +76,13 @@ def test_the_operators_pass_opcheck(kernel, whiten, permuted):
     ops, how = torch.ops.kdkernels, problem("features", kernel, whiten)
     features = (x, z, None, how, 3)
     torch.library.opcheck(ops.nystrom_features_fwd, features)
-    _, *saved = function._features_fwd(*features)
+    _, *saved = ops.nystrom_features_fwd(*features)
     torch.library.opcheck(ops.nystrom_features_bwd, (torch.randn(12, 4), x, z, None, *saved, how, 3))
     for stat in ("cka", "transfer"):
         how = problem(stat, kernel, whiten)
-        sides = (x, y, mask, z, w, None, None)
+        sides = (x, z, None, y, w, None, mask)
         torch.library.opcheck(ops.nystrom_stat_fwd, (*sides, how, 27))
-        _, *saved = function._stat_fwd(*sides, how, 27)
+        _, *saved = ops.nystrom_stat_fwd(*sides, how, 27)
         torch.library.opcheck(ops.nystrom_stat_bwd, (torch.ones(()), *sides, *saved, how, 27))
 
 

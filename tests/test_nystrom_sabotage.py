@@ -8,28 +8,28 @@ import torch
 from broken import half_when_alone, one_gradient, packed, rejects, unwritten, without_last
 
 import kdkernels as kd
-from kdkernels import testing
-from kdkernels.nystrom import function, maps, select, side, statistics, torch_impl
+from kdkernels import differentiable, testing
+from kdkernels.nystrom import chunks, landmarks, maps, select, statistics, torch_impl
 
-FORWARD, BACKWARD = torch_impl.features_forward, torch_impl.features_backward
+FORWARD, BACKWARD = chunks.features_forward, chunks.features_backward
 DX, DZ, DSIGMA = 0, 1, 2
 
 
 def value(change):
-    return {(torch_impl, "features_forward"): lambda *a: (change(FORWARD(*a)[0]), *FORWARD(*a)[1:])}
+    return {(chunks, "features_forward"): lambda *a: (change(FORWARD(*a)[0]), *FORWARD(*a)[1:])}
 
 
 def gradient(change, which=DX):
-    return {(torch_impl, "features_backward"): one_gradient(BACKWARD, change, which)}
+    return {(chunks, "features_backward"): one_gradient(BACKWARD, change, which)}
 
 
-def strides_not_read(x, *rest):
-    return FORWARD(packed(x), *rest)
+def strides_not_read(side, *rest):
+    return FORWARD(side._replace(rows=packed(side.rows)), *rest)
 
 
-def single_factor(W, problem):
+def single_factor(W, *how):
     """W formed in float64, but factored in float32."""
-    factor, spectrum = FACTORED(W.float(), problem)
+    factor, spectrum = FACTORED(W.float(), *how)
     return factor.double(), spectrum.double()
 
 
@@ -41,7 +41,7 @@ def explicit_inverse(s, C):
     return C @ torch.linalg.inv(s.whitener.to(torch.float16).to(s.whitener.dtype)).mT
 
 
-FACTORED, ROWS, W_GRADIENT = side._factored, maps.prepared_rows, side.factor_gradient
+FACTORED, ROWS, W_GRADIENT = landmarks._factored, maps.prepared_rows, landmarks.factor_gradient
 PULL = torch_impl.pull
 
 FEATURES = {
@@ -62,16 +62,16 @@ FEATURES = {
     "gradient of sigma, 5 % scale": ("gradient sigma", gradient(lambda g: g * 1.05, DSIGMA)),
     "gradient without the path through W": (
         "gradient landmarks",
-        {(side, "factor_gradient"): lambda *a: 0 * W_GRADIENT(*a)},
+        {(landmarks, "factor_gradient"): lambda *a: 0 * W_GRADIENT(*a)},
     ),
     "gradient through W transposed in the product": (
         "gradient landmarks",
-        {(side, "factor_gradient"): lambda s, product, problem: W_GRADIENT(s, product.mT, problem)},
+        {(landmarks, "factor_gradient"): lambda s, product: W_GRADIENT(s, product.mT)},
     ),
     "unwritten tail": ("poison", gradient(unwritten)),
-    "wrong where one gradient is asked for": ("needs", {(torch_impl, "features_backward"): half_when_alone(BACKWARD)}),
+    "wrong where one gradient is asked for": ("needs", {(chunks, "features_backward"): half_when_alone(BACKWARD)}),
     "not the same twice": ("twice", value(lambda v: v * (1 + 1e-7 * torch.randn(())))),
-    "strides not read": ("layouts", {(torch_impl, "features_forward"): strides_not_read}),
+    "strides not read": ("layouts", {(chunks, "features_forward"): strides_not_read}),
 }
 
 LAWS, MOVED, ONLY = statistics._centred_laws, statistics._moved, statistics.only
@@ -135,7 +135,7 @@ def test_the_contract_rejects_a_selection_that_forgets_what_was_chosen(monkeypat
 
 
 def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
-    monkeypatch.setattr(function, "without_autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(differentiable, "without_autocast", lambda device: contextlib.nullcontext())
     results = testing.contract("nystrom_features", "torch", quick=True)
     assert {result.check for result in results if not result.ok} == {"autocast"}
 
@@ -143,7 +143,7 @@ def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
 def test_a_factor_in_float32_does_not_survive_a_jitter_that_one_in_float64_does(monkeypatch):
     x = torch.randn(200, 3)
     assert kd.nystrom_features(x, x, kernel=kd.RBF(3.0), jitter=1e-8).isfinite().all()
-    monkeypatch.setattr(side, "_factored", single_factor)
+    monkeypatch.setattr(landmarks, "_factored", single_factor)
     with pytest.raises(ValueError, match="no Cholesky factor"):
         kd.nystrom_features(x, x, kernel=kd.RBF(3.0), jitter=1e-8)
 

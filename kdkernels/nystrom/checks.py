@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from .. import checks
-from .problem import WHITENINGS
 
+WHITENINGS = ("cholesky", "sqrt")
 METHODS = ("rpcholesky", "uniform", "kmeans++", "greedy")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nystrom features, landmark selection, and kernel statistics in O(n m) that never store an n x n or an n x m matrix.
 
-Read on in `reference.py` (what is computed), `side.py`, `torch_impl.py` and `statistics.py` (how, in PyTorch) and
-`triton_impl.py` (how, on a GPU).
+Read on in `reference.py` (what is computed), `landmarks.py`, `chunks.py`, `torch_impl.py` and `statistics.py` (how, in
+PyTorch) and `triton_impl.py` (how, on a GPU).
 """
 
 from __future__ import annotations
@@ -12,22 +12,13 @@ import torch
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
 from ..dtypes import at_least_float32
-from ..gram.bandwidth import bandwidth, bandwidth_of_all
 from ..gram.kernels import Kernel, spec_of
 from ..gram.op import gram_mse, hsic
-from . import function, ranks, reference
+from . import distributed, reference
 from . import select as selection
-from .checks import (
-    check_bandwidths,
-    check_mask,
-    check_rows,
-    check_same_rows,
-    check_selection,
-    check_side,
-    check_whitening,
-    one_kernel,
-)
-from .problem import encode
+from .call import Call, Question, Rows, Side, sigma_of
+from .checks import check_bandwidths, check_mask, check_rows, check_same_rows, check_selection, check_side, one_kernel
+from .operator import distinct, features, statistic
 
 __all__ = [
     "nystrom_cka",
@@ -39,7 +30,6 @@ __all__ = [
 ]
 
 JITTER = 1e-6
-LINEAR = spec_of("linear")[0]
 
 
 def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JITTER, backend="auto") -> torch.Tensor:
@@ -74,17 +64,15 @@ def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JI
     True
     """
     check_side(x, landmarks, "x", "landmarks")
-    jitter = check_whitening(whiten, jitter)
-    one = one_kernel(spec_of(kernel))
-    check_bandwidths((one,))
-    chosen = backends.resolve("nystrom_features", backend, device_type(x), (x.dtype, landmarks.dtype))
-    sigma = _sigma(one, x, None)
-    if chosen == "reference":
-        with without_autocast(device_type(x)):
-            phi = _reference_features(x, landmarks, one, sigma, whiten, jitter)
-        return phi.to(torch.promote_types(x.dtype, landmarks.dtype))
-    problem = encode("features", one, LINEAR, whiten, jitter, False, False, chosen)
-    return function.features(x, landmarks, sigma, problem)
+    question = Question("features", kernel, whiten, jitter, backend=backend).checked()
+    one = one_kernel(question.kernel)
+    question = question.resolved(x, landmarks)
+    side = Side(x, landmarks, sigma_of(one, x), one)
+    if question.backend != "reference":
+        return features(side, question)
+    with without_autocast(device_type(x)):
+        phi = _reference_features(side, question, at_least_float32(x, landmarks))
+    return phi.to(torch.promote_types(x.dtype, landmarks.dtype))
 
 
 def select_landmarks(
@@ -114,7 +102,7 @@ def select_landmarks(
     one = one_kernel(spec_of(kernel))
     check_bandwidths((one,))
     chosen = backends.resolve("select_landmarks", backend, device_type(x), (x.dtype,))
-    sigma = None if method in ("uniform", "kmeans++") else _sigma(one, x, mask)
+    sigma = None if method in ("uniform", "kmeans++") else sigma_of(one, x, mask)
     u = selection.draws(x, m, method, generator)
     if chosen == "reference" and method != "uniform":
         with torch.no_grad(), without_autocast(device_type(x)):
@@ -129,7 +117,7 @@ def paired_landmarks(s, t, m: int, *, method, kernel, mask=None, group=None):
         return select_landmarks(rows, m, method=method, kernel=kernel, mask=mask)
 
     if group is not None:
-        return ranks.paired_landmarks(s, t, mask, select, group)
+        return distributed.paired_landmarks(s, t, mask, select, group)
     index = select(t, mask)
     return s[index], t[index]
 
@@ -160,8 +148,8 @@ def nystrom_transfer(
     >>> kd.nystrom_transfer(t, t, t[:16], t[:16]).item()
     0.0
     """
-    pair = (s, t, s_landmarks, t_landmarks), ("s", "t", "s_landmarks", "t_landmarks")
-    return _statistic("nystrom_transfer", *pair, kernel, False, normalize, mask, whiten, jitter, group, backend)
+    question = Question("transfer", kernel, whiten, jitter, normalize=normalize, backend=backend)
+    return _answer(question, Rows(s, t, s_landmarks, t_landmarks, mask), group)
 
 
 def nystrom_cka(
@@ -194,8 +182,8 @@ def nystrom_cka(
     >>> bool((kd.nystrom_cka(x, y, x[:50], y[:50]) - kd.cka(x, y, kernel="rbf")).abs() < 0.05)
     True
     """
-    pair = (x, y, x_landmarks, y_landmarks), ("x", "y", "x_landmarks", "y_landmarks")
-    return _statistic("nystrom_cka", *pair, kernel, unbiased, False, mask, whiten, jitter, group, backend)
+    question = Question("cka", kernel, whiten, jitter, unbiased, backend=backend)
+    return _answer(question, Rows(x, y, x_landmarks, y_landmarks, mask), group)
 
 
 def nystrom_hsic(
@@ -209,8 +197,8 @@ def nystrom_hsic(
     >>> bool(kd.nystrom_hsic(x, x, x[:20], x[:20]) > kd.nystrom_hsic(x, y, x[:20], y[:20]))
     True
     """
-    pair = (x, y, x_landmarks, y_landmarks), ("x", "y", "x_landmarks", "y_landmarks")
-    return _statistic("nystrom_hsic", *pair, kernel, unbiased, False, mask, whiten, jitter, group, backend)
+    question = Question("hsic", kernel, whiten, jitter, unbiased, backend=backend)
+    return _answer(question, Rows(x, y, x_landmarks, y_landmarks, mask), group)
 
 
 def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
@@ -245,7 +233,7 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     else:
         raw = {"unbiased": False, "center": False}
         sides = (s, s, (kernels[0],) * 2), (t, t, (kernels[1],) * 2), (s, t, kernels)
-        ss, norm2, st = (hsic(*function.distinct(a, b), kernel=pair, **raw) for a, b, pair in sides)
+        ss, norm2, st = (hsic(*distinct(a, b), kernel=pair, **raw) for a, b, pair in sides)
         total = ss + norm2 - 2 * st
         # what is rounding of the expansion is 0
         total = torch.where(total > 64 * torch.finfo(total.dtype).eps * (ss + norm2), total, 0 * total)
@@ -254,63 +242,21 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     return torch.where(some, torch.where(some, ratio, 1.0).sqrt(), 0 * ratio).to(dtype)
 
 
-def _statistic(op, tensors, names, kernel, unbiased, normalize, mask, whiten, jitter, group, backend):
-    x, y, zx, zy = tensors
-
-    def check():
-        check_side(x, zx, names[0], names[2], group is not None)
-        check_side(y, zy, names[1], names[3], group is not None)
-        check_same_rows(x, y, *names[:2])
-        check_mask(mask, x, names[0])
-        if group is not None:
-            backends.resolve(op, backend, device_type(x), tuple(v.dtype for v in tensors))
-
+def _answer(question: Question, rows: Rows, group) -> torch.Tensor:
     if group is None:
-        check()
+        rows.check(question)
     else:
-        held = dict(zip((*names, "mask"), (*tensors, mask), strict=True))
-        sides = {name: held[name] for name in (*names[:2], "mask")}
-        options = {"kernel": kernel, "unbiased": unbiased, "normalize": normalize, "whiten": whiten, "jitter": jitter}
-        landmarks = {name: held[name] for name in names[2:]}
-        group = ranks.agreed(op, sides, landmarks, group, check, {**options, "backend": backend})
-    jitter = check_whitening(whiten, jitter)
-    kernels = spec_of(kernel)
-    check_bandwidths(kernels)
-    stat = op.removeprefix("nystrom_")
-    least, n = 1 if stat == "transfer" else 4 if unbiased else 2, x.shape[0] if group is None else group.total
-    if n < least:
-        raise ValueError(
-            f"{names[0]} and {names[1]} have {n} rows{'' if group is None else ' on all ranks'}: {op} with "
-            f"unbiased={unbiased} needs at least {least}"
-        )
-    chosen = backends.resolve(op, backend, device_type(x), tuple(v.dtype for v in tensors))
-    if chosen == "reference" and group is not None:
-        # the textbook sees rows: all of them travel
-        x, y, mask = group.gather(x, y, mask)
-        tensors, group = (x, y, zx, zy), None
-    if mask is not None:
-        # too few kept rows are none: what they hold, even NaN, reaches no gradient
-        mask = mask & ((mask.sum() if group is None else group.sum(mask.sum())) >= least)
-    sigmas = _sigma(kernels[0], x, mask, group), _sigma(kernels[1], y, mask, group)
-    if chosen == "reference":
-        with without_autocast(device_type(x)):
-            return _reference_statistic(stat, tensors, kernels, sigmas, unbiased, normalize, mask, whiten, jitter)
-    problem = encode(stat, *kernels, whiten, jitter, bool(unbiased), bool(normalize), chosen)
-    if group is not None:
-        return ranks.statistic(x, y, mask, zx, zy, *sigmas, problem, group)
-    return function.statistic(x, y, mask, zx, zy, *sigmas, problem)
-
-
-def _sigma(kernel: Kernel, x, mask, group=None):
-    """The bandwidth as a tensor [1], or None where the kernel has none or it is a number."""
-    sigma = kernel.sigma
-    if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
-        return None
-    if isinstance(sigma, torch.Tensor):
-        return sigma.to(x.device).reshape(-1)
-    if group is not None:
-        return bandwidth_of_all(x[None], None if mask is None else mask[None], *sigma, group)
-    return bandwidth(x[None], None if mask is None else mask[None], *sigma)
+        value, rows = distributed.answer(question, rows, group)
+        if rows is None:
+            return value
+    question = question.checked()
+    question.check_number(rows.x.shape[0])
+    question = question.resolved(*rows[:4])
+    call = rows.call(question)
+    if question.backend != "reference":
+        return statistic(call)
+    with without_autocast(device_type(rows.x)):
+        return _reference_statistic(call)
 
 
 def _parameters(kernel: Kernel, sigma, dtype):
@@ -320,31 +266,29 @@ def _parameters(kernel: Kernel, sigma, dtype):
     return [float(value) for value in kernel.code.split(":")[1:]]
 
 
-def _reference_features(x, z, kernel, sigma, whiten, jitter):
-    dtype = at_least_float32(x, z)
+def _reference_features(side: Side, question: Question, dtype):
+    x, z, sigma, kernel = side
     params = _parameters(kernel, sigma, dtype)
-    return reference.features(x.to(dtype), z.to(dtype), kernel.name, params, whiten, jitter)
+    return reference.features(x.to(dtype), z.to(dtype), kernel.name, params, question.whiten, question.jitter)
 
 
-def _reference_statistic(stat, tensors, kernels, sigmas, unbiased, normalize, mask, whiten, jitter):
-    x, y, zx, zy = tensors
-    dtype = at_least_float32(*tensors)
+def _reference_statistic(call: Call):
+    question, *sides, mask = call
+    dtype = at_least_float32(*(t for side in sides for t in side[:2]))
     if mask is not None:
-        x, y = x[mask], y[mask]
-    if x.shape[0] == 0:
-        return reference.nothing(*(v.to(dtype) for v in tensors), *(v for v in sigmas if v is not None)).to(dtype)
-    phi, psi = (
-        _reference_features(v.to(dtype), z.to(dtype), k, sigma, whiten, jitter)
-        for v, z, k, sigma in zip((x, y), (zx, zy), kernels, sigmas, strict=True)
-    )
-    if stat == "transfer":
-        return reference.transfer(phi, psi, normalize)
-    return (reference.cka if stat == "cka" else reference.hsic)(phi, psi, unbiased)
+        sides = [side._replace(rows=side.rows[mask]) for side in sides]
+    if sides[0].rows.shape[0] == 0:
+        tensors = (t for side in sides for t in side[:3] if t is not None)
+        return reference.nothing(*(t.to(dtype) for t in tensors)).to(dtype)
+    phi, psi = (_reference_features(side, question, dtype) for side in sides)
+    if question.stat == "transfer":
+        return reference.transfer(phi, psi, question.normalize)
+    return (reference.cka if question.stat == "cka" else reference.hsic)(phi, psi, question.unbiased)
 
 
 def _reference_quality(s, t, kernels):
     matrices = {
-        id(v): reference.kernel(v, v, k.name, _parameters(k, _sigma(k, v, None), v.dtype))
+        id(v): reference.kernel(v, v, k.name, _parameters(k, sigma_of(k, v), v.dtype))
         for v, k in zip((s, t), kernels, strict=True)
     }
     return reference.transfer_quality(s, t, lambda v: matrices[id(v)])

@@ -12,8 +12,8 @@ import torch
 from ..autograd import device_type, register, without_autocast
 from ..dtypes import at_least_float32
 from . import maps
-from .problem import kernel_spec
-from .side import bandwidths
+from .landmarks import bandwidths
+from .operator import kernel_spec
 
 
 def draws(x, m: int, method: str, generator):

@@ -15,8 +15,9 @@ import torch
 
 from ..gram.kernels import RBF, Laplacian, Polynomial, spec_of
 from ..testing import REGIMES, Caps, Case, pair
+from . import chunks, reference
 from . import op as ops
-from . import reference, torch_impl
+from .call import sigma_of
 
 HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
 EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
@@ -55,7 +56,7 @@ def statistic_caps(dtype: torch.dtype) -> Caps:
 @contextlib.contextmanager
 def small_chunks(rows: int = 8, fused: int = 16):
     """Chunks of a few rows, and on the backend triton panels above a few landmarks."""
-    before, torch_impl.CHUNK = torch_impl.CHUNK, rows
+    before, chunks.CHUNK = chunks.CHUNK, rows
     try:
         from . import triton_impl
     except ImportError:
@@ -66,7 +67,7 @@ def small_chunks(rows: int = 8, fused: int = 16):
             triton_impl.FUSED = fused
         yield
     finally:
-        torch_impl.CHUNK = before
+        chunks.CHUNK = before
         if triton_impl:
             triton_impl.FUSED = kept
 
@@ -162,7 +163,7 @@ def _degenerate(generator):
 def _parts(kernel, x, z, mask, whiten, jitter):
     """C and the whitener, which is a constant here."""
     function = spec_of(kernel)[0]
-    params = ops._parameters(function, ops._sigma(function, x, mask), DOUBLE)
+    params = ops._parameters(function, sigma_of(function, x, mask), DOUBLE)
     still = [p.detach() if isinstance(p, torch.Tensor) else p for p in params]
     fixed = z.detach()
     W = reference.kernel(fixed, fixed, function.name, still)
@@ -362,8 +363,7 @@ def _quality_case(kernel, label, inputs, **fields):
         """|K_S| and |K_T| apart, over the fixed distance and norm that the quotient rule divides by."""
         one = spec_of(kernel)[0]
         K, L = (
-            reference.kernel(v, v, one.name, ops._parameters(one, ops._sigma(one, v, None), DOUBLE))
-            for v in (t["s"], t["t"])
+            reference.kernel(v, v, one.name, ops._parameters(one, sigma_of(one, v), DOUBLE)) for v in (t["s"], t["t"])
         )
         distance, norm = (K - L).norm().detach(), L.norm().detach()
         return (K.square().sum() + L.square().sum()) / (distance * norm)

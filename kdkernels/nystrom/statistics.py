@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from ..backend import implementation
 from ..dtypes import at_least_float32
-from . import maps, side
-from .problem import Problem
-from .torch_impl import Puller, chunks, tiles_of
+from . import landmarks, maps
+from .call import Call
+from .chunks import Puller, chunks
 
 
 class Moments(NamedTuple):
@@ -40,7 +41,7 @@ def _shapes(ma: int, mb: int):
     return (ma, ma), (mb, mb), (ma, mb), (mb, mb), (ma,), (mb,), (ma,), (ma,), (mb,), (mb,), (8,)
 
 
-def moment_shape(problem: Problem, ma: int, mb: int):
+def moment_shape(ma: int, mb: int):
     return (sum(torch.Size(shape).numel() for shape in _shapes(ma, mb)),)
 
 
@@ -57,25 +58,26 @@ def _unpack(flat, ma: int, mb: int) -> Moments:
 class Pair:
     """Both sides, and their features chunk by chunk."""
 
-    def __init__(self, x, y, mask, zx, zy, sigmas, problem: Problem, factors=((), ())):
-        self.x, self.y, self.mask, self.problem = x, y, mask, problem
-        self.dtype = at_least_float32(x, y, zx, zy)
+    def __init__(self, call: Call, factors=((), ())):
+        self.question, *self.given, self.mask = call
+        x, y = self.given
+        self.dtype = at_least_float32(x.rows, y.rows, x.landmarks, y.landmarks)
         self.sides = tuple(
-            side.prepare(z, sigma, spec, problem, self.dtype, *factor)
-            for z, sigma, spec, factor in zip((zx, zy), sigmas, (problem.kx, problem.ky), factors, strict=True)
+            landmarks.prepare(side, self.question, self.dtype, *factor)
+            for side, factor in zip(self.given, factors, strict=True)
         )
-        self.make = tiles_of(problem)[0]
+        self.run = implementation(__package__, self.question.backend)
         # D and P = phi -+ psi, whose products lose nothing as one side nears the other
-        self.difference = problem.stat == "transfer" and zx.shape[0] == zy.shape[0]
+        self.difference = self.question.stat == "transfer" and len(x.landmarks) == len(y.landmarks)
 
     def __iter__(self):
         """(rows, kept or None, prepared rows and features of each side)."""
-        for rows in chunks(self.x, max(len(s.z) for s in self.sides)):
+        for rows in chunks(self.given[0].rows, max(len(s.z) for s in self.sides)):
             kept = None if self.mask is None else self.mask[rows, None]
             out = []
-            for s, x in zip(self.sides, (self.x, self.y), strict=True):
-                prepared = maps.prepared_rows(s.spec, only(kept, x[rows]), s.shift, self.dtype)
-                out += [prepared, only(kept, self.make(s, prepared))]
+            for s, side in zip(self.sides, self.given, strict=True):
+                prepared = maps.prepared_rows(s.spec, only(kept, side.rows[rows]), s.shift, self.dtype)
+                out += [prepared, only(kept, self.run.phi_of(s, prepared))]
             yield rows, kept, *out
 
 
@@ -88,10 +90,10 @@ def alone(t):
     return t
 
 
-def forward(x, y, mask, zx, zy, sigma_x, sigma_y, problem: Problem, total=alone):
-    """(value, factor and spectrum of each side, packed moments); total(t): t summed over the ranks, see `ranks.py`."""
-    pair = Pair(x, y, mask, zx, zy, (sigma_x, sigma_y), problem)
-    moments = (_transfer_moments if problem.stat == "transfer" else _centred_moments)(pair, total)
+def forward(call: Call, total=alone):
+    """(value, factor and spectrum of each side, packed moments); total(t): t summed over the ranks."""
+    pair = Pair(call)
+    moments = (_transfer_moments if call.question.stat == "transfer" else _centred_moments)(pair, total)
     value = _value(moments, pair)
     sx, sy = pair.sides
     return value.to(pair.dtype), sx.factor, sx.spectrum, sy.factor, sy.spectrum, _pack(moments)
@@ -99,7 +101,7 @@ def forward(x, y, mask, zx, zy, sigma_x, sigma_y, problem: Problem, total=alone)
 
 def _zeros(pair: Pair) -> Moments:
     sizes = _shapes(*(len(s.z) for s in pair.sides))
-    return Moments(*(torch.zeros(shape, dtype=torch.float64, device=pair.x.device) for shape in sizes))
+    return Moments(*(torch.zeros(shape, dtype=torch.float64, device=pair.given[0].rows.device) for shape in sizes))
 
 
 def _added_up(parts, total):
@@ -112,7 +114,7 @@ def _added_up(parts, total):
 
 def _transfer_moments(pair: Pair, total) -> Moments:
     S = _zeros(pair)
-    relative = pair.difference and pair.problem.normalize
+    relative = pair.difference and pair.question.normalize
     for *_, a, _, b in pair:
         if pair.difference:
             if relative:
@@ -127,7 +129,7 @@ def _transfer_moments(pair: Pair, total) -> Moments:
 
 def _provisional_mean(chunk, pair: Pair, total):
     """Of both sides, over the first chunk of each rank; an empty rank has none."""
-    sums = torch.zeros(sum(len(s.z) for s in pair.sides) + 1, dtype=pair.dtype, device=pair.x.device)
+    sums = torch.zeros(sum(len(s.z) for s in pair.sides) + 1, dtype=pair.dtype, device=pair.given[0].rows.device)
     if chunk is not None:
         _, kept, _, a, _, b = chunk
         sums = torch.cat([a.sum(0), b.sum(0), (a.new_full((), len(a)) if kept is None else kept.sum())[None]])
@@ -160,24 +162,33 @@ def _centred_moments(pair: Pair, total) -> Moments:
     return _moved(S, sums, near)
 
 
+class Shift(NamedTuple):
+    """From a provisional mean of a side to its mean."""
+
+    delta: torch.Tensor  # [m]
+    rows: torch.Tensor  # [m] the sum of the rows, about the provisional mean as is
+    squares: torch.Tensor  # the sum of their squares
+
+
 def _moved(S: Moments, sums, near) -> Moments:
     """From sums about `near` to sums about the mean, near + delta."""
     Sk, Sl, Skk, Sll, Skl, n = S.numbers[:6]
     a, b = (t / n.clamp(min=1) for t in sums)  # delta of each side
 
-    def crossed(total, Su, Sv, uq, vp, M, p, q, sp, sq):
-        """sum u v about the mean: u_i + p2 - 2 p.phi_i is the square of row i there; so with v and q."""
+    def crossed(total, uq, vp, M, P: Shift, Q: Shift):
+        """sum u v about the mean, u of P's side and v of Q's: u_i + p2 - 2 p.phi_i is the square of row i there."""
+        p, q = P.delta, Q.delta
         p2, q2 = p @ p, q @ q
-        total = total + q2 * Su - 2 * q @ uq + p2 * Sv - 2 * p @ vp + 4 * p @ M @ q
-        return total - 2 * q2 * (p @ sp) - 2 * p2 * (q @ sq) + n * p2 * q2
+        total = total + q2 * P.squares - 2 * q @ uq + p2 * Q.squares - 2 * p @ vp + 4 * p @ M @ q
+        return total - 2 * q2 * (p @ P.rows) - 2 * p2 * (q @ Q.rows) + n * p2 * q2
 
-    def weighted(vector, total, u, M, delta, own):
-        """sum u_i phi_i about the mean, M = sum (the side of u) phi', delta of u's side, own of phi's."""
-        d2 = delta[0] @ delta[0]
-        gain = n * d2 - 2 * delta[0] @ delta[1]
-        return vector + d2 * own[1] - 2 * M.mT @ delta[0] - own[0] * (total + gain)
+    def weighted(vector, M, U: Shift, own: Shift):
+        """sum u_i phi_i about the mean, u of U's side, phi of `own`'s, M = sum (the side of u) phi'."""
+        d2 = U.delta @ U.delta
+        gain = n * d2 - 2 * U.delta @ U.rows
+        return vector + d2 * own.rows - 2 * M.mT @ U.delta - own.delta * (U.squares + gain)
 
-    A, B = (a, sums[0]), (b, sums[1])
+    A, B = Shift(a, sums[0], Sk), Shift(b, sums[1], Sl)
     near = [t.double() for t in near]
     raw = [
         (M + torch.outer(s, c) + torch.outer(c, s) + n * torch.outer(c, c)).square().sum()
@@ -186,9 +197,9 @@ def _moved(S: Moments, sums, near) -> Moments:
     numbers = torch.stack([
         Sk + n * (a @ a) - 2 * a @ sums[0],
         Sl + n * (b @ b) - 2 * b @ sums[1],
-        crossed(Skk, Sk, Sk, S.ka, S.ka, S.aa, a, a, sums[0], sums[0]),
-        crossed(Sll, Sl, Sl, S.lb, S.lb, S.bb, b, b, sums[1], sums[1]),
-        crossed(Skl, Sk, Sl, S.kb, S.la, S.ab, a, b, sums[0], sums[1]),
+        crossed(Skk, S.ka, S.ka, S.aa, A, A),
+        crossed(Sll, S.lb, S.lb, S.bb, B, B),
+        crossed(Skl, S.kb, S.la, S.ab, A, B),
         n,
         *raw,
     ])  # fmt: skip
@@ -199,10 +210,10 @@ def _moved(S: Moments, sums, near) -> Moments:
         S.tt,
         near[0] + a,
         near[1] + b,
-        weighted(S.ka, Sk, a, S.aa, A, A),
-        weighted(S.la, Sl, b, S.ab.mT, B, A),
-        weighted(S.kb, Sk, a, S.ab, A, B),
-        weighted(S.lb, Sl, b, S.bb, B, B),
+        weighted(S.ka, S.aa, A, A),
+        weighted(S.la, S.ab.mT, B, A),
+        weighted(S.kb, S.ab, A, B),
+        weighted(S.lb, S.bb, B, B),
         numbers,
     )
 
@@ -221,17 +232,17 @@ class Hsics(NamedTuple):
 
 def _hsics(S: Moments, pair: Pair) -> Hsics:
     Sk, Sl, Skk, Sll, Skl, n, raw_a, raw_b = S.numbers
-    least = 4 if pair.problem.unbiased else 2
+    least = 4 if pair.question.unbiased else 2
     enough = n >= least
     n = n.clamp(min=least)
-    if pair.problem.unbiased:
+    if pair.question.unbiased:
         c, r, s = 1 / (n * (n - 3)), n / (n - 2), 1 / ((n - 1) * (n - 2))
     else:
         c, r, s = 1 / (n - 1) ** 2, n * 0, n * 0
     kl = c * (S.ab.square().sum() - r * Skl + s * Sk * Sl)
     kk = c * (S.aa.square().sum() - r * Skk + s * Sk * Sk)
     ll = c * (S.bb.square().sum() - r * Sll + s * Sl * Sl)
-    if pair.problem.stat == "hsic":
+    if pair.question.stat == "hsic":
         return Hsics(kl, kk, ll, c, r, s, enough)
     # a side whose centred matrix is rounding is constant, as in `reference.cka`; NaN is not: it stays NaN
     floor = (8 * torch.finfo(pair.dtype).eps / (n - 1)) ** 2
@@ -245,13 +256,13 @@ def _cka_of(h: Hsics):
 
 
 def _value(S: Moments, pair: Pair):
-    if pair.problem.stat == "transfer":
+    if pair.question.stat == "transfer":
         total, norm2 = _transfer(S, pair)
-        if not pair.problem.normalize:
+        if not pair.question.normalize:
             return total
         return torch.where(norm2 == 0, 0.0, total / torch.where(norm2 == 0, 1.0, norm2))
     h = _hsics(S, pair)
-    value = h.kl if pair.problem.stat == "hsic" else _cka_of(h)
+    value = h.kl if pair.question.stat == "hsic" else _cka_of(h)
     return torch.where(h.defined, value, 0.0)
 
 
@@ -274,20 +285,16 @@ class RowGradient(NamedTuple):
     w: torch.Tensor | None
 
 
-def backward(
-    grad, x, y, mask, zx, zy, sigma_x, sigma_y, factor_x, spectrum_x, factor_y, spectrum_y, flat, problem, need
-):
-    """dx, dzx, dsigma_x, dy, dzy, dsigma_y; bits of `need` in that order."""
-    factors = (factor_x, spectrum_x), (factor_y, spectrum_y)
-    pair = Pair(x, y, mask, zx, zy, (sigma_x, sigma_y), problem, factors)
-    S = _unpack(flat, zx.shape[0], zy.shape[0])
-    transfer = problem.stat == "transfer"
+def backward(grad, call: Call, saved, need: int):
+    """dx, dzx, dsigma_x, dy, dzy, dsigma_y, None where nobody asked; bits of `need` in that order."""
+    pair = Pair(call, (saved[:2], saved[2:4]))
+    S = _unpack(saved[4], *(len(s.z) for s in pair.sides))
+    transfer = call.question.stat == "transfer"
     laws = _transfer_laws(S, pair, grad.double()) if transfer else _centred_laws(S, pair, grad.double())
     laws = [RowGradient(*(None if t is None else t.to(pair.dtype) for t in law)) for law in laws]
-    wanted = need & 7, need >> 3
     pullers = [
-        Puller(s, problem, features, z, bits) if bits else None
-        for s, features, z, bits in zip(pair.sides, (x, y), (zx, zy), wanted, strict=True)
+        Puller(side, s, pair.run, bits) if bits else None
+        for side, s, bits in zip(pair.given, pair.sides, (need & 7, need >> 3), strict=True)
     ]
     means = S.mean_a.to(pair.dtype), S.mean_b.to(pair.dtype)
     for rows, kept, rows_x, a, rows_y, b in pair:
@@ -304,12 +311,11 @@ def backward(
             if law.u is not None:
                 G = only(kept, G.addcmul_(law.u * k + law.v * l, own).add_(law.w))
             puller.add(rows, prepared, G)
-    empty = [(x.new_empty(0), x.new_empty(0), x.new_empty(0)) for _ in range(2)]
     out = []
-    for puller, sigma, nothing, features in zip(pullers, (sigma_x, sigma_y), empty, (x, y), strict=True):
-        dx, dz, dsigma = nothing if puller is None else puller.finish(sigma)
-        out += [only(None if mask is None else mask[:, None], dx) if dx.dim() == features.dim() else dx, dz, dsigma]
-    return tuple(out)
+    for puller in pullers:
+        dx, dz, dsigma = (None, None, None) if puller is None else puller.finish()
+        out += [dx if dx is None or call.mask is None else only(call.mask[:, None], dx), dz, dsigma]
+    return out
 
 
 def _centred_laws(S: Moments, pair: Pair, grad):
@@ -318,7 +324,7 @@ def _centred_laws(S: Moments, pair: Pair, grad):
     Sk, Sl = S.numbers[:2]
     zero = torch.zeros_like(h.kl)
     grad = torch.where(h.defined, grad, zero)
-    if pair.problem.stat == "hsic":
+    if pair.question.stat == "hsic":
         cross, own = grad, (zero, zero)
     else:
         safe = [torch.where(h.defined, t, torch.ones_like(t)) for t in (h.kk, h.ll)]
@@ -350,7 +356,7 @@ def _transfer_laws(S: Moments, pair: Pair, grad):
     """Of |K~ - L~|^2 (/ |L~|^2), for phi and for psi."""
     total, norm2 = _transfer(S, pair)
     scale, pull = grad, torch.zeros_like(grad)
-    if pair.problem.normalize:
+    if pair.question.normalize:
         safe = torch.where(norm2 == 0, torch.ones_like(norm2), norm2)
         scale = torch.where(norm2 == 0, torch.zeros_like(grad), grad / safe)
         pull = -scale * total / safe  # of |L~|^2

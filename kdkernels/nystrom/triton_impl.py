@@ -14,8 +14,8 @@ import triton
 
 from ..gram.triton_impl.maps import KINDS
 from . import torch_impl
-from .side import Side
-from .torch_impl import SIGMA, Pulled, X, Z
+from .chunks import SIGMA, Pulled, X, Z
+from .landmarks import Landmarks
 from .triton_kernels import PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows
 
 FUSED = 256  # most landmarks whose whitening is fused
@@ -40,7 +40,7 @@ def precision() -> str:
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _arguments(s: Side, rows):
+def _arguments(s: Landmarks, rows):
     """(tensors, numbers, constants) that every kernel takes first, from prepared rows."""
     rows = rows.contiguous()
     half = rows.square().sum(-1).div_(2) if s.spec.of_distance else rows
@@ -57,7 +57,7 @@ def _arguments(s: Side, rows):
     return (rows, half, s.z.contiguous(), s.half, par), numbers, constants
 
 
-def _padded(s: Side, block: int, width: int = 0):
+def _padded(s: Landmarks, block: int, width: int = 0):
     """The whitener padded to whole blocks: by the identity if triangular, else by zeros (to `width` columns)."""
     m = s.z.shape[0]
     M = triton.cdiv(m, block) * block
@@ -68,7 +68,7 @@ def _padded(s: Side, block: int, width: int = 0):
     return out
 
 
-def _inverted(s: Side, block: int, padded):
+def _inverted(s: Landmarks, block: int, padded):
     """[M, block]: inverses of the diagonal blocks, in float64 before they are rounded."""
     M = padded.shape[0]
     blocks = padded.double().view(M // block, block, M // block, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -90,7 +90,7 @@ def _launch(config: Config):
     }
 
 
-def kernel_panel(s: Side, rows):
+def kernel_panel(s: Landmarks, rows):
     """C of prepared rows."""
     tensors, numbers, constants = _arguments(s, rows)
     C = rows.new_empty(rows.shape[0], s.z.shape[0])
@@ -101,7 +101,7 @@ def kernel_panel(s: Side, rows):
     return C
 
 
-def phi_of(s: Side, rows):
+def phi_of(s: Landmarks, rows):
     """Phi of prepared rows, float32."""
     if s.z.shape[0] > FUSED:
         return torch_impl.whitened(s, kernel_panel(s, rows))
@@ -124,7 +124,7 @@ def phi_of(s: Side, rows):
     return phi
 
 
-def pull(s: Side, rows, grad, need: int) -> Pulled:
+def pull(s: Landmarks, rows, grad, need: int) -> Pulled:
     """From G = dL/dPhi of prepared rows; see `torch_impl.pull`."""
     grad, product = grad.contiguous(), None
     if need & (Z | SIGMA):

@@ -12,9 +12,9 @@ from ... import backend as backends
 from ... import checks
 from ...autograd import device_type, without_autocast
 from ...dtypes import at_least_float32
-from .. import ranks
+from .. import distributed
 from . import reference
-from .function import differentiable, forward, over_ranks
+from .operator import differentiable, forward, over_ranks
 
 __all__ = ["landmark_similarity_loss"]
 
@@ -55,7 +55,7 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend=
         landmarks = {"s_centers": s_centers, "t_centers": t_centers}
         check = lambda: check_call(s, t, s_centers, t_centers)  # noqa: E731
         sides, options = {"s": s, "t": t}, {"backend": backend}
-        group = ranks.agreed("landmark_similarity_loss", sides, landmarks, group, check, options)
+        group = distributed.agreed("landmark_similarity_loss", sides, landmarks, group, check, options)
     t, s_centers, t_centers = (x.detach() if x.requires_grad else x for x in (t, s_centers, t_centers))
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":

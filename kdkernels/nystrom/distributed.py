@@ -9,34 +9,58 @@ every rank holds the moments. The rule "mean" adds d + 1 numbers a side, "median
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from .. import distributed
-from ..autograd import device_type, without_autocast
+from ..distributed import Agreed, compare, gather_rows, handle_of
+from ..gram.bandwidth import bandwidth_of_all
 from . import statistics
-from .function import Statistic, needs
-from .problem import decode
+from .call import Question, Rows
+from .operator import statistic_over_ranks
 
 
-def agreed(call: str, sides, landmarks, group, check, options) -> distributed.Agreed:
+def answer(question: Question, rows: Rows, group):
+    """(the value, None), or (None, the rows of all ranks) for the textbook, which sees rows: all of them travel."""
+
+    def check():
+        rows.check(question, empty=True)
+        question.resolved(*rows[:4])
+
+    held = dict(zip((*question.names, "mask"), rows, strict=True))
+    x, y, *landmarks = question.names
+    options = question._asdict()
+    del options["stat"]
+    sides, landmarks = ({name: held[name] for name in names} for names in ((x, y, "mask"), landmarks))
+    group = agreed(question.op, sides, landmarks, group, check, options)
+    question = question.checked()
+    question.check_number(group.total, " on all ranks")
+    question = question.resolved(*rows[:4])
+    if question.backend == "reference":
+        x, y, mask = group.gather(rows.x, rows.y, rows.mask)
+        return None, rows._replace(x=x, y=y, mask=mask)
+    return statistic_over_ranks(rows.call(question, partial(bandwidth_of_all, group=group), group.sum), group), None
+
+
+def agreed(call: str, sides, landmarks, group, check, options) -> Agreed:
     """The ranks compare what they were given, and that their landmarks are the same; {name: tensor} of both."""
-    if isinstance(group, distributed.Agreed):
+    if isinstance(group, Agreed):
         return group
-    handle = distributed.handle_of(group)
+    handle = handle_of(group)
 
     def prepare():
         check()
         return None, sides | {name: z[None] for name, z in landmarks.items()}
 
-    _, rows = distributed.compare(prepare, handle, call, options)
+    _, rows = compare(prepare, handle, call, options)
     check_same(landmarks, handle)
-    return distributed.Agreed(handle, rows[next(iter(sides))])
+    return Agreed(handle, rows[next(iter(sides))])
 
 
 def check_same(landmarks, handle):
     """One error on every rank where landmarks differ by more than what other processors round; the host reads it."""
     held = torch.stack([_fingerprint(z) for z in landmarks.values()])
-    table = distributed.gather_rows([held[None]], [1] * torch.distributed.get_world_size(handle), handle)[0].tolist()
+    table = gather_rows([held[None]], [1] * torch.distributed.get_world_size(handle), handle)[0].tolist()
     for k, (name, z) in enumerate(landmarks.items()):
         most = max(torch.finfo(z.dtype).eps, 1e-6) * abs(table[0][k])
         for rank, own in enumerate(table):
@@ -51,41 +75,6 @@ def _fingerprint(z):
     """One number that other entries change, and the same ones in another order; its terms do not cancel."""
     z = z.detach().double().abs().flatten()
     return (z * torch.linspace(1, 2, len(z), dtype=z.dtype, device=z.device)).sum()
-
-
-def of_all_ranks(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """`function` with a group as its last argument; a subclass gives it a `forward` over that group.
-
-    Each rank holds the value; the gradient of its rows is that of the sum of what all ranks make of it.
-    """
-
-    class OfAllRanks(function):
-        generate_vmap_rule = False
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            *inputs, ctx.group = inputs
-            function.setup_context(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx, grad, *unused):
-            grad = None if grad is None else ctx.group.sum(grad)
-            return *function.backward(ctx, grad, *unused), None
-
-    return OfAllRanks
-
-
-class StatisticOverRanks(of_all_ranks(Statistic)):
-    @staticmethod
-    def forward(x, y, mask, zx, zy, sigma_x, sigma_y, problem, need, group):
-        with without_autocast(device_type(x)):
-            return statistics.forward(x, y, mask, zx, zy, sigma_x, sigma_y, decode(problem), group.sum)
-
-
-def statistic(x, y, mask, zx, zy, sigma_x, sigma_y, problem: str, group):
-    need = needs(x, zx, sigma_x, y, zy, sigma_y)
-    run = StatisticOverRanks.apply if need else StatisticOverRanks.forward
-    return run(x, y, mask, zx, zy, sigma_x, sigma_y, problem, need, group)[0]
 
 
 def paired_landmarks(s, t, mask, select, group):

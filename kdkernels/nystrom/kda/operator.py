@@ -8,7 +8,6 @@ import torch
 from ...autograd import NoSecondDerivative, apply, device_type, plain, register, without_autocast
 from ...backend import implementation
 from ...dtypes import at_least_float32
-from ..ranks import of_all_ranks
 from . import torch_impl
 
 
@@ -86,6 +85,23 @@ def differentiable(s, t, s_centers, t_centers, backend):
     if backend == "cpp" and _direct(s, t, s_centers, t_centers):
         return apply(CompiledRows, s, t, s_centers, t_centers)
     return apply(LandmarkSimilarity, s, t, s_centers, t_centers, backend, True)[0]
+
+
+def of_all_ranks(function):
+    class OfAllRanks(function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *inputs, ctx.group = inputs
+            function.setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, grad, *unused):
+            grad = None if grad is None else ctx.group.sum(grad)
+            return *function.backward(ctx, grad, *unused), None
+
+    return OfAllRanks
 
 
 class LandmarkSimilarityOverRanks(of_all_ranks(LandmarkSimilarity)):

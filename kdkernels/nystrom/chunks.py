@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every loop over chunks of rows: Phi, and the gradients of a side.
+
+What happens to one chunk is a backend's: a module with `phi_of` (Phi of its rows) and `pull` (from dL/dPhi to gradients
+of rows and landmarks).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..autograd import device_type
+from ..backend import implementation
+from ..dtypes import at_least_float32
+from . import landmarks, maps
+from .call import Question, Side
+from .landmarks import Landmarks
+
+X, Z, SIGMA = 1, 2, 4  # bits of `need` of one side
+CHUNK = 4096  # rows of a chunk on a CPU: 4 MB of features at m = 256 stay in its caches
+CHUNK_BYTES = 256 << 20  # of one [rows, m] panel on a GPU
+
+
+def chunks(x, m: int):
+    """Slices of the rows of x."""
+    n = x.shape[0]
+    rows = CHUNK if device_type(x) == "cpu" else max(CHUNK, CHUNK_BYTES // (4 * max(1, m)) // 1024 * 1024)
+    return [slice(start, min(n, start + rows)) for start in range(0, n, rows)]
+
+
+class Pulled(NamedTuple):
+    """What one chunk gives back: dL/dx of prepared rows or None, and its part of the sums over rows."""
+
+    dx: torch.Tensor | None
+    dz: torch.Tensor | None  # [m, d]
+    product: torch.Tensor | None  # G'Phi or C'G
+    dsigma: torch.Tensor | None
+
+
+class Puller:
+    """Gradients of one side, summed over chunks: sums over rows in float64, dL/dx written in place."""
+
+    def __init__(self, side: Side, s: Landmarks, run, need: int):
+        self.side, self.landmarks, self.pull, self.need = side, s, run.pull, need
+        self.dx = side.rows.new_empty(side.rows.shape) if need & X else None
+        self.sums = [None, None, None]
+
+    def add(self, rows: slice, prepared, grad):
+        out = self.pull(self.landmarks, prepared, grad, self.need)
+        if self.need & X:
+            self.dx[rows] = maps.raw_gradient(self.side.kernel, self.side.rows[rows], out.dx)
+        for k, part in enumerate(out[1:]):
+            if part is not None:
+                self.sums[k] = part.double() if self.sums[k] is None else self.sums[k].add_(part)
+
+    def finish(self):
+        """(dx, dz, dsigma), None where nobody asked."""
+        x, z, sigma, kernel = self.side
+        dz = dsigma = None
+        if x.shape[0] == 0:  # a rank that has no rows
+            dz, dsigma = torch.zeros_like(z), None if sigma is None else torch.zeros_like(sigma)
+        elif self.need & (Z | SIGMA):
+            through, product, direct = self.sums
+            weight = landmarks.factor_gradient(self.landmarks, product)
+            want_sigma = bool(self.need & SIGMA)
+            more, more_sigma = landmarks.landmark_gradient(self.landmarks, z, weight, want_sigma)
+            if self.need & Z:
+                dz = maps.raw_gradient(kernel, z, through + more).to(z.dtype)
+            if want_sigma:
+                dsigma = (direct + more_sigma).reshape(sigma.shape).to(sigma.dtype)
+        return self.dx, dz, dsigma
+
+
+def features_forward(side: Side, question: Question):
+    """Phi [n, m] in the promoted dtype of rows and landmarks, and the factor of W."""
+    x, z, *_ = side
+    dtype, make = at_least_float32(x, z), implementation(__package__, question.backend).phi_of
+    s = landmarks.prepare(side, question, dtype)
+    phi = x.new_empty((x.shape[0], z.shape[0]), dtype=torch.promote_types(x.dtype, z.dtype))
+    for rows in chunks(x, z.shape[0]):
+        phi[rows] = make(s, maps.prepared_rows(s.spec, x[rows], s.shift, dtype))
+    return phi, s.factor, s.spectrum
+
+
+def features_backward(grad, side: Side, factors, question: Question, need: int):
+    x, z, *_ = side
+    dtype = at_least_float32(x, z)
+    s = landmarks.prepare(side, question, dtype, *factors)
+    puller = Puller(side, s, implementation(__package__, question.backend), need)
+    for rows in chunks(x, z.shape[0]):
+        prepared = maps.prepared_rows(s.spec, x[rows], s.shift, dtype)
+        puller.add(rows, prepared, grad[rows].to(dtype))
+    return puller.finish()
