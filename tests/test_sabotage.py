@@ -113,10 +113,6 @@ def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
     assert {result.check for result in results if not result.ok} == {"autocast"}
 
 
-def test_the_contract_accepts_the_unbroken_op():
-    assert all(result.ok for result in testing.measure("cka", "torch", quick=True))
-
-
 def test_an_exception_is_a_failed_measurement(monkeypatch):
     def backward(*a):
         raise RuntimeError("no such thing")

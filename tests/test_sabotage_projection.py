@@ -102,8 +102,3 @@ def test_a_part_that_is_wrong_is_noticed(module, part, replacement, op, check, m
     monkeypatch.setattr(module, part, replacement)
     bad = {result.check for result in testing.measure(op, "torch", quick=True, checks=["accuracy"]) if not result.ok}
     assert check in bad if check else not bad
-
-
-@pytest.mark.parametrize("op", MODULES)
-def test_the_contract_accepts_the_unbroken_op(op):
-    assert all(result.ok for result in testing.measure(op, "torch", quick=True))

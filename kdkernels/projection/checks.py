@@ -54,12 +54,16 @@ def check_basis(basis, channels: int, name: str):
         raise ValueError(f"basis has shape {tuple(basis.shape)}: give [c, k], a column for each direction")
     if basis.shape[0] != channels:
         raise ValueError(f"basis has {basis.shape[0]} rows, {name} has {channels} channels: a basis is [channels, k]")
-    check_count(basis.shape[1], channels, "basis has {} columns")
+    _check_size(basis.shape[1], channels, "basis has {} columns")
 
 
-def check_count(k, channels: int, what: str = "k is {}"):
+def check_count(k, channels: int):
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k is a {type(k).__name__}: give an integer")
+    _check_size(k, channels, "k is {}")
+
+
+def _check_size(k, channels: int, what: str):
     if not 1 <= k <= channels:
         raise ValueError(f"{what.format(k)}: a subspace of {channels} channels has between 1 and {channels} dimensions")
 
@@ -69,7 +73,7 @@ def check_mask(mask, s, dim: int):
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
     where = (s.shape[0], *(n for i, n in enumerate(s.shape) if i not in (0, dim)))
-    if tuple(mask.shape) not in {(s.shape[0],), where}:
+    if tuple(mask.shape) not in ((s.shape[0],), where):
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}: give one entry a sample, ({s.shape[0]},), or a position, {where}"
         )

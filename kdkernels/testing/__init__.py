@@ -15,8 +15,10 @@ from collections.abc import Iterator
 
 from .. import backend as backends
 from ..registry import OPS
+from . import transforms
 from .case import REGIMES, Caps, Case, pair, sample
-from .checks import CUDA_ONLY, STRUCTURAL, Result, accuracy, poison, probe_of
+from .checks import CUDA_ONLY, STRUCTURAL, accuracy, poison
+from .probe import Result, probe_of
 from .products import product_caps, small_blocks
 
 __all__ = [
@@ -37,11 +39,16 @@ __all__ = [
 
 def checks_for(backend: str, device: str) -> list[str]:
     """Names of the checks that apply. The reference is the oracle and plain autograd: it may wait for the device, and
-    its backward pass, called inside autocast, is rounded as any PyTorch expression's is."""
+    its backward pass, called inside autocast, is rounded as any PyTorch expression's is. Of Triton's interpreter only
+    the kernels are asked: what PyTorch makes of a call does not depend on them."""
+    names = ["accuracy", *STRUCTURAL]
+    if not device.startswith("cuda"):
+        names = [name for name in names if name not in CUDA_ONLY]
+    if backend == "reference" or (backend == "triton" and device == "cpu"):
+        names = [name for name in names if name not in transforms.CHECKS]
     if backend == "reference":
-        return [name for name in STRUCTURAL if name not in (*CUDA_ONLY, "autocast")]
-    on_cuda = device.startswith("cuda")
-    return ["accuracy", *(name for name in STRUCTURAL if on_cuda or name not in CUDA_ONLY)]
+        names = [name for name in names if name not in (*CUDA_ONLY, "accuracy", "autocast")]
+    return names
 
 
 def contract(op: str, backend: str, device: str = "cpu", quick: bool = False, checks=None) -> list[Result]:

@@ -35,6 +35,7 @@ class Case(NamedTuple):
     gradient: bool = True  # False where only the value is specified (NaN)
     probe: bool = False  # the structural checks run on probes only
     constants: tuple[str, ...] = ()  # floating inputs that the op gives no gradient to
+    linear: bool = False  # in all inputs that get a gradient: then its second derivative is right, and 0
     alike: int | None = -1  # the dimension along which a probe stays well conditioned where all entries are alike
     context: Callable = contextlib.nullcontext  # forces a path of the implementation, for instance small tiles
 

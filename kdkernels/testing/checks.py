@@ -7,24 +7,14 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
 from .. import backend as backends
+from . import transforms
 from .case import Case, Outcome, evaluate, rounded
+from .probe import Probe, Result, alike, same
 from .yardstick import Yardstick, expanded
-
-
-class Result(NamedTuple):
-    """One measurement; error and budget are relative, NaN and wrong dtypes count as an infinite error."""
-
-    check: str
-    case: str
-    error: float
-    budget: float
-    ok: bool
-    note: str = ""
 
 
 @contextlib.contextmanager
@@ -62,57 +52,6 @@ def accuracy(case: Case, backend: str, device: str) -> Iterator[Result]:
             yield Result(part, f"{case.name} {_name(dtype)}", *verdict)
 
 
-class Probe(NamedTuple):
-    """One case on one backend: its float32 inputs, the outcome to repeat, and run(inputs, needs=, upstream=)."""
-
-    case: Case
-    backend: str
-    device: str
-    inputs: dict[str, torch.Tensor]
-    yardstick: Yardstick
-    want: Outcome
-    run: Callable[..., Outcome]
-
-    def alike(self, check: str, how: str, got: Outcome) -> Iterator[Result]:
-        """Whether the outcome is repeated, within the rounding of two runs."""
-        return _alike(check, f"{self.case.name} {how}".rstrip(), self.yardstick, got, self.want)
-
-
-def _alike(check: str, label: str, yardstick: Yardstick, got: Outcome, want: Outcome) -> Iterator[Result]:
-    for part, *verdict in yardstick.judge(got, want):
-        yield Result(check, f"{label} {part}", *verdict)
-
-
-def _same(check: str, label: str, got: Outcome, want: Outcome) -> Iterator[Result]:
-    """The same bits."""
-    for part, a, b in [
-        ("value", got.value, want.value),
-        *((f"gradient {k}", g, want.grads[k]) for k, g in got.grads.items()),
-    ]:
-        error = 0.0 if torch.equal(a, b) else math.inf
-        yield Result(check, f"{label} {part}", error, 0.0, error == 0)
-
-
-def probe_of(case: Case, backend: str, device: str) -> Probe:
-    inputs = rounded(case, torch.float32, device)
-    yardstick = Yardstick(case, inputs, backend)
-
-    def run(inputs, needs=None, upstream=yardstick.oracle.upstream):
-        return evaluate(case, inputs, backend, upstream, needs)
-
-    want = run(inputs)
-    fixed = yardstick.oracle.upstream(want.value)  # made once: a probe under capture must not copy from the host
-    return Probe(
-        case,
-        backend,
-        device,
-        inputs,
-        yardstick,
-        want,
-        lambda inputs, needs=None, upstream=lambda value: fixed: run(inputs, needs, upstream),
-    )
-
-
 def needs(probe: Probe) -> Iterator[Result]:
     """Every subset of inputs that ask for a gradient gives the gradients of the full call."""
     names = probe.case.leaves
@@ -124,7 +63,7 @@ def needs(probe: Probe) -> Iterator[Result]:
 
 def twice(probe: Probe) -> Iterator[Result]:
     """The same call gives the same bits."""
-    yield from _same("twice", probe.case.name, probe.run(probe.inputs), probe.want)
+    yield from same("twice", probe.case.name, probe.run(probe.inputs), probe.want)
 
 
 def poisoned(probe: Probe) -> Iterator[Result]:
@@ -163,7 +102,7 @@ def layouts(probe: Probe) -> Iterator[Result]:
         yardstick = Yardstick(case, copied, probe.backend, expanded)
         upstream = yardstick.oracle.upstream
         want = probe.run(copied, upstream=lambda value, upstream=upstream: upstream(value).contiguous())
-        yield from _alike("layouts", f"{case.name} {name}", yardstick, probe.run(strided, upstream=upstream), want)
+        yield from alike("layouts", f"{case.name} {name}", yardstick, probe.run(strided, upstream=upstream), want)
 
 
 def masks(probe: Probe) -> Iterator[Result]:
@@ -183,7 +122,7 @@ def masks(probe: Probe) -> Iterator[Result]:
                 yield Result("masks", f"{case.name} gradient of rows dropped from {k}", error, 0.0, error == 0)
     nothing = inputs | {mask: torch.zeros_like(inputs[mask]) for mask in case.masks}
     zero = Outcome(torch.zeros_like(want.value), {k: torch.zeros_like(g) for k, g in want.grads.items()})
-    yield from _same("masks", f"{case.name} all masked", probe.run(nothing), zero)
+    yield from same("masks", f"{case.name} all masked", probe.run(nothing), zero)
 
 
 def autocast(probe: Probe) -> Iterator[Result]:
@@ -250,6 +189,7 @@ STRUCTURAL: dict[str, Callable[[Probe], Iterator[Result]]] = {
     "layouts": layouts,
     "masks": masks,
     "autocast": autocast,
+    **transforms.CHECKS,
     "no sync": no_sync,
     "side stream": side_stream,
     "graph": graph,

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the contract about PyTorch itself: what transforms, modes and compilers make of a call is right or refused.
+
+A derivative that is not written out is an error which says so, never 0. The textbook is plain PyTorch: it is not asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .case import Outcome
+from .probe import Probe, Result
+
+SECOND, FORWARD = "second derivative", "forward-mode differentiation"  # what a refusal has in it
+
+
+def _refusal(error: RuntimeError, *words: str) -> bool:
+    return any(word in str(error) for word in words) and "backend='reference'" in str(error)
+
+
+def _verdict(check: str, probe: Probe, how: str, ok: bool, note: str) -> Result:
+    return Result(check, f"{probe.case.name} {how}".rstrip(), 0.0 if ok else math.inf, 0.0, ok, note.splitlines()[0])
+
+
+def _number(probe: Probe, names):
+    """(sum(upstream * value), value) as a function of these inputs, the rest fixed."""
+
+    def f(*leaves):
+        with probe.case.context():
+            value = probe.case.call(probe.inputs | dict(zip(names, leaves, strict=True)), probe.backend)
+        return (probe.upstream.detach() * value).sum(), value
+
+    return f
+
+
+def _leaves(probe: Probe):
+    """`_number` of all that gets a gradient, and these inputs."""
+    return _number(probe, probe.case.leaves), tuple(probe.inputs[name] for name in probe.case.leaves)
+
+
+def _differentiable(check):
+    """Of a check that has nothing to ask where an op has no gradient."""
+
+    @functools.wraps(check)
+    def checked(probe: Probe) -> Iterator[Result]:
+        if probe.case.gradient:
+            yield from check(probe)
+
+    return checked
+
+
+@_differentiable
+def second_derivative(probe: Probe) -> Iterator[Result]:
+    """It is refused, in reverse over reverse and in forward over reverse, also where the upstream gradient is fixed."""
+    if probe.case.linear:
+        return
+    f, leaves = _leaves(probe)
+
+    def reverse():
+        tracked = [t.detach().requires_grad_() for t in leaves]
+        gradients = torch.autograd.grad(f(*tracked)[0], tracked, create_graph=True)
+        torch.autograd.grad(sum(g.sum() for g in gradients), tracked, allow_unused=True)
+
+    def forward():
+        gradient = torch.func.grad(lambda *a: f(*a)[0], tuple(range(len(leaves))))
+        torch.func.jvp(gradient, leaves, tuple(map(torch.ones_like, leaves)))
+
+    for how, run in (("", reverse), ("forward over reverse", forward)):
+        try:
+            run()
+        except RuntimeError as error:
+            yield _verdict("second derivative", probe, how, _refusal(error, SECOND, FORWARD), str(error))
+        else:
+            yield _verdict("second derivative", probe, how, False, "not refused")
+
+
+@_differentiable
+def forward_mode(probe: Probe) -> Iterator[Result]:
+    """<upstream, tangent> is <gradient, direction> for each input that has a gradient, or the call is refused."""
+    f, leaves = _leaves(probe)
+    for k, name in enumerate(probe.case.leaves):
+        direction = torch.cos(torch.arange(leaves[k].numel(), device=leaves[k].device)).reshape(leaves[k].shape)
+        direction = direction.to(leaves[k].dtype)
+        one = lambda t, k=k: f(*leaves[:k], t, *leaves[k + 1 :])[0]  # noqa: E731
+        try:
+            _, tangent = torch.func.jvp(one, (leaves[k],), (direction,))
+        except RuntimeError as error:
+            yield _verdict("forward mode", probe, name, _refusal(error, FORWARD), str(error))
+            continue
+        terms = probe.want.grads[name].double() * direction.double()
+        # float32 sums in another order, of the value's terms and of the gradient's
+        size = float(terms.abs().sum() + 1e-3 * (probe.upstream * probe.want.value).abs().sum())
+        error, budget = float((tangent.double() - terms.sum()).abs()) / max(size, 1e-30), 1e-5
+        yield Result("forward mode", f"{probe.case.name} {name}", error, budget, error <= budget)
+
+
+def _gradients(probe: Probe, gradients, value=None) -> Outcome:
+    return Outcome(probe.want.value if value is None else value, dict(zip(probe.case.leaves, gradients, strict=True)))
+
+
+@_differentiable
+def func(probe: Probe) -> Iterator[Result]:
+    """torch.func.grad gives autograd's gradients; vmap over two calls, and over two upstream gradients, gives both."""
+    f, leaves = _leaves(probe)
+    slope = torch.func.grad(f, tuple(range(len(leaves))), has_aux=True)
+    yield from probe.alike("func", "grad", _gradients(probe, *slope(*leaves)))
+    both = [torch.stack([t, t.flip(0)]) for t in leaves]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # a loop over calls is right
+        gradients, values = torch.func.vmap(slope, randomness="same")(*both)
+    yield from probe.alike("func", "vmap", _gradients(probe, [g[0] for g in gradients], values[0]))
+    tracked = [t.detach().requires_grad_() for t in leaves]
+    _, value = f(*tracked)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        upstream = torch.stack([probe.upstream, -probe.upstream])
+        batched = torch.autograd.grad(value, tracked, upstream, is_grads_batched=True)
+    yield from probe.alike("func", "batched gradients", _gradients(probe, [g[0] for g in batched], value.detach()))
+
+
+@_differentiable
+def inference(probe: Probe) -> Iterator[Result]:
+    """Whatever gets no gradient may have been made under `torch.inference_mode()`, as a teacher's features are."""
+    with torch.inference_mode():
+        made = {name: t.clone() for name, t in probe.inputs.items()}
+    for name in probe.case.leaves:
+        inputs = made | {name: probe.inputs[name]}
+        yield from probe.alike("inference mode", f"all but {name}", probe.run(inputs, [name]))
+
+
+def traced(probe: Probe) -> Iterator[Result]:
+    """make_fx traces value and gradients with symbolic shapes, reading no number; the graph gives the same."""
+    names = probe.case.leaves if probe.case.gradient else []
+    fixed = {k: t for k, t in probe.inputs.items() if k not in names}
+
+    def run(leaves, fixed, upstream):
+        again, places = probe._replace(inputs=probe.inputs | fixed, upstream=upstream), tuple(range(len(names)))
+        f = _number(again, names)
+        return torch.func.grad(f, places, has_aux=True)(*leaves) if names else ((), f()[1])
+
+    given = tuple(probe.inputs[name] for name in names), fixed, probe.upstream
+    graph = make_fx(run, tracing_mode="symbolic")(*given)
+    with probe.case.context():
+        gradients, value = graph(*given)
+    yield from probe.alike("traced", "", Outcome(value, dict(zip(names, gradients, strict=True))))
+
+
+def compiled(probe: Probe) -> Iterator[Result]:
+    """torch.compile takes the call as one graph of any size, says nothing, and gives what it gives."""
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda inputs: probe.case.call(inputs, probe.backend), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", "dynamo_pgo")
+        got = probe.run(probe.inputs, call=lambda inputs, _: call(inputs))
+    yield from probe.alike("compiled", "", got)
+
+
+@contextlib.contextmanager
+def _threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads(probe: Probe) -> Iterator[Result]:
+    """Another number of threads changes no more than the order of sums."""
+    for count in (1, 2, 3):
+        with _threads(count):
+            yield from probe.alike("threads", f"{count}", probe.run(probe.inputs))
+
+
+CHECKS = {
+    "second derivative": second_derivative,
+    "forward mode": forward_mode,
+    "func": func,
+    "inference mode": inference,
+    "traced": traced,
+    "compiled": compiled,
+    "threads": threads,
+}
+OF_GRADIENTS = ("second derivative", "forward mode", "func", "inference mode")
