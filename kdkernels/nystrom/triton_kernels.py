@@ -74,7 +74,7 @@ def _slope(t, par_ptr, scale, coef0, KIND: tl.constexpr, DEGREE: tl.constexpr, S
             if KIND == RBF:
                 total += tl.exp(t / (s * s)) / (s * s)
             else:
-                total += tl.where(d > 0, tl.exp(-d / s) / (s * tl.where(d > 0, d, 1.0)), 0.0)
+                total += tl.where(d == 0, 0.0, tl.exp(-d / s) / (s * tl.where(d == 0, 1.0, d)))
         return total
 
 

@@ -40,11 +40,18 @@ def bandwidth(par, sigma, k: tl.constexpr, HAS_PAR: tl.constexpr):
 
 
 @triton.jit
+def spoilt(square):
+    """NaN where a row is infinite: exp(-inf) = 0 would hide it."""
+    return tl.where(square == float("inf"), float("nan"), square)
+
+
+@triton.jit
 def tile_product(g, square_i, square_j, diagonal, KIND: tl.constexpr):
     """t from g^ = z_i . z_j: g^ itself, or -d2/2 <= 0 and exactly 0 on the diagonal."""
     if KIND >= RBF:
-        s = square_i[:, None] + square_j[None, :]
-        t = tl.minimum(g - 0.5 * s, 0.0)
+        s = spoilt(square_i)[:, None] + spoilt(square_j)[None, :]
+        t = g - 0.5 * s
+        t = tl.where(t > 0, 0.0, t)  # keeps NaN
         if KIND == LAPLACIAN:
             t = tl.where(t > -ROUNDING * s, 0.0, t)
         return tl.where(diagonal, 0.0, t)
@@ -85,11 +92,12 @@ def kernel_value(
             s = bandwidth(par, sigma, k, HAS_PAR)
             if KIND == RBF:
                 x = t / (s * s)
-                level = tl.maximum(typical / (-2 * s * s), -30.0)
+                level = typical / (-2 * s * s)
             else:
                 x = tl.sqrt(-2 * t) / (-s)
-                level = tl.maximum(tl.sqrt(typical) / (-s), -30.0)
+                level = tl.sqrt(typical) / (-s)
             if STABLE:
+                level = tl.where(level < -30, -30.0, level)  # keeps NaN
                 total += tl.exp(level) * expm1(x - level)
             else:
                 total += tl.exp(x)
@@ -114,7 +122,7 @@ def kernel_slope(
             if KIND == RBF:
                 total += tl.exp(t / (s * s)) / (s * s)
             else:
-                total += tl.where(d > 0, tl.exp(-d / s) / (s * tl.where(d > 0, d, 1.0)), 0.0)
+                total += tl.where(d == 0, 0.0, tl.exp(-d / s) / (s * tl.where(d == 0, 1.0, d)))
         return total
 
 
