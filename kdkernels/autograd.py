@@ -61,6 +61,17 @@ def _traced_in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_traced_gradient() -> bool:
+    """While Dynamo traces: whether this is inside `torch.func.grad`, where tensors do not say that they require one."""
+    return torch.compiler.is_dynamo_compiling() and _traced_in_gradient()
+
+
+@torch.compiler.assume_constant_result
+def _traced_in_gradient() -> bool:
+    levels = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)() or ()
+    return any(level.key().name == "Grad" for level in levels)
+
+
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether this is an upstream gradient of `torch.autograd.grad(..., is_grads_batched=True)`."""
     return _legacy_batched(tensor)

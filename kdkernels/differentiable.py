@@ -23,6 +23,7 @@ from .autograd import (
     apply,
     device_type,
     in_forward_mode,
+    in_traced_gradient,
     is_batched,
     ordinary,
     plain,
@@ -94,13 +95,15 @@ def operator(
             if not need:
                 return forward_here(*a, 0)[0]
             return eager(*ordinary(a[:count]), *a[count:], need)[0]
+        if in_traced_gradient():
+            torch._dynamo.graph_break(msg=f"torch.func.grad of {name}")
         if not in_forward_mode():
             need = asked(a)
             if not need:
                 return run_forward(*a, 0)[0]
             return apply(Function, *ordinary(a[:count]), *a[count:], need)[0]
         if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(f"forward-mode differentiation of {name}")
+            torch._dynamo.graph_break(msg=f"forward-mode differentiation of {name}")
         need = 0  # a tensor with a tangent asks for no gradient
         for bit, place in places:
             need |= (a[place] is not None) << bit

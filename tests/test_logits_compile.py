@@ -45,7 +45,7 @@ def test_opcheck(form, permuted, backend):
         s, t, c = (x.mT.contiguous().mT for x in (s, t, c))
     extras = {"kl": (None,) * 5, "mixed": (a, b, lam, None, None), "clean": (a, b, lam, c, p)}[form]
     mix = [0.2, 0.3, 0.5] if form == "clean" else [1.0, 0.0, 0.0]
-    how = (3.0, 1.0 if form == "kl" else 0.4, mix, 1.0, form != "kl", "mean", 3 if form == "kl" else 1, backend)
+    how = (3.0, 1.0 if form == "kl" else 0.4, *mix, 1.0, form != "kl", "mean", backend, 3 if form == "kl" else 1)
     torch.library.opcheck(torch.ops.kdkernels.logits_fwd, (s, t, *extras, *how))
     _, statistics = torch.ops.kdkernels.logits_fwd(s, t, *extras, *how)
     torch.library.opcheck(torch.ops.kdkernels.logits_bwd, (torch.tensor(1.5), s, t, *extras, statistics, *how))

@@ -6,7 +6,7 @@ import torch
 from broken import packed, rejects, unwritten, without_last
 
 from kdkernels import testing
-from kdkernels.logits import function, problem, torch_impl
+from kdkernels.logits import call, operator, torch_impl
 
 FORWARD, BACKWARD, LERP = torch_impl.forward, torch_impl.backward, torch_impl.lerp_rows
 KL, MIXED, MIXUP = "distillation_kl", "mixed_distillation", "mixup"
@@ -26,7 +26,7 @@ def gradient(change, which=0):
 
 
 def posed(**change):
-    """Both passes solve another problem."""
+    """Both passes solve another call."""
 
     def forward(s, t, p, *rest):
         return FORWARD(s, t, p._replace(**change), *rest)
@@ -89,8 +89,8 @@ SABOTAGE = {
     "gradient 5 % scale": (KL, "gradient student", gradient(lambda g: g * 1.05)),
     "gradient without its last column": (KL, "gradient student", gradient(without_last(-1))),
     "teacher's gradient 5 % scale": (KL, "gradient teacher", gradient(lambda g: g * 1.05, 1)),
-    "teacher's gradient without its mean": (KL, "gradient teacher", statistic(problem.K, torch.zeros_like)),
-    "normaliser off by 1 %": (KL, "gradient student", statistic(problem.L_S, lambda t: t + 0.01)),
+    "teacher's gradient without its mean": (KL, "gradient teacher", statistic(call.K, torch.zeros_like)),
+    "normaliser off by 1 %": (KL, "gradient student", statistic(call.L_S, lambda t: t + 0.01)),
     "ignored upstream gradient": (KL, "gradient student", {"backward": ignored_upstream}),
     "unwritten tail": (KL, "poison", gradient(unwritten)),
     "not the same twice": (KL, "twice", value(lambda v: v * (1 + 1e-7 * torch.randn(())))),
@@ -106,14 +106,14 @@ SABOTAGE = {
     "target without the labels": (
         MIXED,
         "value",
-        {"forward": lambda s, t, p, *r: FORWARD(s, t, p._replace(mix=(*p.mix[:2], 0.0)), *r)},
+        {"forward": lambda s, t, p, *r: FORWARD(s, t, p._replace(k3=0.0), *r)},
     ),
     "gradient without the labels": (
         MIXED,
         "gradient student",
         {"backward": lambda g, f, s, t, k, p, e, n: BACKWARD(g, f, s, t, k, p._replace(mixed=False), e, n)},
     ),
-    "normaliser at temperature 1 off": (MIXED, "gradient student", statistic(problem.L_1, lambda t: t + 0.01)),
+    "normaliser at temperature 1 off": (MIXED, "gradient student", statistic(call.L_1, lambda t: t + 0.01)),
     "rows not mixed": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: x.clone()}),
     "shares swapped": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: LERP(x, o, w, i)}),
     "permutation inverted": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: LERP(x, w, o, i.argsort())}),
@@ -128,19 +128,15 @@ def test_the_contract_rejects(name, monkeypatch):
 def test_the_contract_rejects_a_gradient_of_mixup_on_the_wrong_permutation(monkeypatch):
     from kdkernels.logits import lerp
 
-    right = lerp.Transposed.forward
+    def straight(grad, weight, other, index, backend):
+        return lerp.lerp_rows(grad, weight, other, index, backend)
 
-    class Straight(lerp.Transposed):
-        @staticmethod
-        def forward(grad, lam, permutation, inverse, backend):
-            return right(grad, lam, inverse, permutation, backend)
-
-    monkeypatch.setattr(lerp, "Transposed", Straight)
+    monkeypatch.setattr(lerp, "transposed", straight)
     results = testing.measure("mixup", "torch", quick=True, checks=["accuracy"])
     assert any(result.check == "gradient x" and not result.ok for result in results)
 
 
 def test_the_contract_rejects_strides_that_are_not_read(monkeypatch):
-    monkeypatch.setattr(function, "_rows", lambda t: t if t is None else packed(t).reshape(-1, t.shape[-1]))
+    monkeypatch.setattr(operator, "_rows", lambda t: t if t is None else packed(t).reshape(-1, t.shape[-1]))
     results = testing.measure("distillation_kl", "torch", quick=True, checks=["layouts"])
     assert any(not result.ok for result in results)

@@ -10,7 +10,7 @@ import torch
 
 from ..dtypes import at_least_float32
 from . import torch_impl
-from .problem import STUDENT, TEACHER, Extras, Problem
+from .call import STUDENT, TEACHER, Extras, Problem
 
 
 def _dense(t):
@@ -29,7 +29,7 @@ def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     if at_least_float32(student, teacher, extras.clean) == torch.float64:
         return torch_impl.forward(student, teacher, problem, extras, need)
     arguments = _arguments(student, teacher, problem, extras)
-    numbers = (problem.tau, problem.alpha, *problem.mix, problem.lam)
+    numbers = problem[:-1]
     return torch.ops.kdkernels.logits_rows(*arguments, *numbers, need > 0)
 
 
@@ -38,7 +38,7 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
     if statistics.dtype == torch.float64:
         return torch_impl.backward(grad, factor, student, teacher, statistics, problem, extras, need)
     arguments = _arguments(student, teacher, problem, extras)
-    numbers = (problem.tau, problem.alpha, *problem.mix, problem.lam)
+    numbers = problem[:-1]
     run = torch.ops.kdkernels.logits_rows_backward
     return run(grad, factor, *arguments, statistics.contiguous(), *numbers, need & STUDENT > 0, need & TEACHER > 0)
 

@@ -13,7 +13,8 @@ from .. import backend as backends
 from .. import checks
 from ..autograd import device_type, without_autocast
 from ..dtypes import at_least_float32
-from . import function, lerp, reference
+from . import lerp, operator, reference
+from .call import Extras, Problem
 from .checks import (
     check_fraction,
     check_labels,
@@ -25,7 +26,6 @@ from .checks import (
     check_tau,
 )
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
-from .problem import Extras, Problem
 
 __all__ = ["distillation_kl", "mixed_distillation", "mixup"]
 
@@ -117,7 +117,7 @@ def divergence(student, teacher, tau: float, reduction: str, backend: str, weigh
     """`distillation_kl` of checked arguments, times a weight (a tensor of one number, a constant)."""
     chosen = backends.resolve("distillation_kl", backend, device_type(student), (student.dtype, teacher.dtype))
     if chosen != "reference":
-        return function.divergence(student, teacher, tau, reduction, chosen, weight)
+        return operator.divergence(student, teacher, tau, reduction, chosen, weight)
     dtype = at_least_float32(student, teacher)
     with without_autocast(device_type(student)):
         value = _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), tau), reduction)
@@ -180,9 +180,9 @@ def mixed_distillation(
     B, C = student.shape
     check_labels(labels, B, C, student, "labels")
     check_labels(permuted_labels, B, C, student, "permuted_labels")
-    problem = Problem(check_tau(tau), check_fraction(alpha, "alpha"), check_mix(mix), 1.0, True)
+    problem = Problem(check_tau(tau), check_fraction(alpha, "alpha"), *check_mix(mix), 1.0, True)
     lam = check_lam(lam, B, student)
-    if problem.mix[1]:
+    if problem.k2:
         if teacher_clean is None or permutation is None:
             raise ValueError(f"mix is {mix!r}: its second weight needs teacher_clean and permutation")
         check_logits(student, teacher_clean, "teacher_clean")
@@ -202,14 +202,14 @@ def mixed_distillation(
     if chosen == "reference":
         with without_autocast(device_type(student)):
             return _reduced(_reference(student, teacher, problem, extras), reduction)
-    return function.row_loss(student, teacher, problem, extras, reduction, chosen)
+    return operator.row_loss(student, teacher, problem, extras, reduction, chosen)
 
 
 def _reference(student, teacher, problem, extras):
     dtype = at_least_float32(student, teacher, extras.clean)
     lam = student.new_full((), problem.lam, dtype=dtype) if extras.lam is None else extras.lam.to(dtype)
     clean = None if extras.clean is None else extras.clean.to(dtype)
-    rows, how = len(student), (problem.tau, problem.alpha, clean, extras.permutation, problem.mix)
+    rows, how = len(student), (problem.tau, problem.alpha, clean, extras.permutation, problem[2:5])
     return reference.mixed_distillation(
         student.to(dtype), teacher.to(dtype), extras.labels, extras.permuted, lam.expand(rows), *how
     )

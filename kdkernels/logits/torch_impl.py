@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..dtypes import at_least_float32
-from .problem import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem
+from .call import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem
 
 CPU_CHUNK, CUDA_CHUNK = 1 << 16, 1 << 25  # elements: a few temporaries fit the second-level cache; the launches count
 
@@ -45,12 +45,12 @@ def _classes(labels, C):
 
 def _target(problem, extras, rows, p, lam, clean):
     """q [r, C]; p is the teacher's softmax, which is overwritten."""
-    q = p.mul_(problem.mix[0])
+    q = p.mul_(problem.k1)
     if clean is not None:
-        q += problem.mix[1] * (lam * clean[0] + (1 - lam) * clean[1])
-    if problem.mix[2]:
+        q += problem.k2 * (lam * clean[0] + (1 - lam) * clean[1])
+    if problem.k3:
         a, b = (_classes(labels[rows], p.shape[-1])[0] for labels in (extras.labels, extras.permuted))
-        q.scatter_add_(-1, a, problem.mix[2] * lam).scatter_add_(-1, b, problem.mix[2] * (1 - lam))
+        q.scatter_add_(-1, a, problem.k3 * lam).scatter_add_(-1, b, problem.k3 * (1 - lam))
     return q
 
 

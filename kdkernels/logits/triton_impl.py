@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .problem import STUDENT, TEACHER, Extras, Problem
+from .call import STUDENT, TEACHER, Extras, Problem
 from .triton_kernels import gradient_rows, loss_rows, mix_rows
 
 
@@ -57,7 +57,7 @@ def _arguments(student, teacher, problem: Problem, extras: Extras):
         0 if clean is None else clean.stride(0),
         lam.stride(0) if lam is not None and lam.dim() else 0,
     )
-    numbers = (problem.tau, 1 / problem.tau, problem.alpha, *problem.mix, problem.lam)
+    numbers = (problem.tau, 1 / problem.tau, *problem[1:-1])
     return pointers, strides, numbers
 
 

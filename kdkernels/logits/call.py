@@ -18,11 +18,15 @@ STUDENT, TEACHER = 1, 2  # bits of `need`
 
 
 class Problem(NamedTuple):
+    """Numbers alone, which a graph takes, and no defaults, which it would take for numbers that change."""
+
     tau: float
     alpha: float  # weight of the divergence; 1 - alpha is that of the cross-entropy
-    mix: tuple[float, float, float]
+    k1: float  # of the target: the teacher's part, that of its clean rows, that of the labels
+    k2: float
+    k3: float
     lam: float  # where `Extras.lam` is None
-    mixed: bool  # False: the plain divergence, Extras are None
+    mixed: bool  # False: the plain divergence, which reads no `Extras`
 
     @property
     def hard(self) -> bool:
@@ -35,17 +39,17 @@ class Problem(NamedTuple):
     @property
     def labelled(self) -> bool:
         """Labels and lambda are read."""
-        return self.mixed and (self.hard or self.mix[0] < 1)
+        return self.mixed and (self.hard or self.k1 < 1)
 
     @property
     def cleaned(self) -> bool:
         """The clean rows are read."""
-        return self.mixed and self.soft and self.mix[1] > 0
+        return self.mixed and self.soft and self.k2 > 0
 
     @property
     def plain_target(self) -> bool:
         """q is the teacher's softmax itself."""
-        return not self.mixed or self.mix[0] == 1
+        return not self.mixed or self.k1 == 1
 
     @property
     def statistics(self) -> int:
