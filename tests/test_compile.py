@@ -141,7 +141,8 @@ def test_compiled_whole_it_equals_eager_forward_and_backward(name, groups):
 SILENT = (*kernels.names(), kd.RBF("mean"), kd.RBF(2.0), kd.RBF((1.0, 3.0)), kd.Laplacian(("mean", 0.7)))
 
 
-@pytest.mark.filterwarnings("error")
+# PyTorch's own: shown to nobody by default, and of conftest.py's switch
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning", "ignore:dynamo_pgo force disabled")
 @pytest.mark.parametrize("kernel", SILENT, ids=repr)
 def test_compiling_says_nothing(kernel):
     x, y, mask = arguments()
