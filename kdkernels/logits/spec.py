@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..testing import REGIMES, Caps, Case, pair
+from ..testing import REGIMES, Caps, Case, generator_beside, pair, seeded
 from . import op as ops
 from . import reference, torch_impl
 
@@ -222,8 +222,6 @@ def _mixed_case(regime, shape, tau, alpha, mix, reduction, lam, label, generator
 
 # ---- mixup
 
-SEED = 1
-
 
 def _mixup(backend, quick, generator):
     for regime in REGIMES:
@@ -245,21 +243,13 @@ def _mixup_case(regime, shape, lam, label, generator, **fields):
         inputs["lam"] = share if lam == "rows" else share[0]
 
     def call(t, backend):
-        # of the CPU: one permutation on every device
-        generator = None if t["x"].is_cpu else torch.Generator().manual_seed(SEED)
-        return ops.mixup(t["x"], t["labels"], lam=t.get("lam", 0.3), generator=generator, backend=backend).x
+        return ops.mixup(
+            t["x"], t["labels"], lam=t.get("lam", 0.3), generator=generator_beside(t["x"]), backend=backend
+        ).x
 
     name = f"lam {lam} {label} {'x'.join(map(str, shape))}"
     scale = lambda t: t["x"].abs().max()  # noqa: E731
-    return Case(name, inputs, call, caps, scale, constants=("lam",), linear=True, context=_seeded, **fields)
-
-
-@contextlib.contextmanager
-def _seeded():
-    """The default generator of the CPU as a new one: a compiler takes no other."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(SEED)
-        yield
+    return Case(name, inputs, call, caps, scale, constants=("lam",), linear=True, context=seeded, **fields)
 
 
 def bytes_moved(R: int, C: int, itemsize: int, backward: bool = False) -> int:

@@ -22,7 +22,8 @@ def draws(x, m: int, method: str, generator):
     device = x.device if generator is None else generator.device
     if method == "greedy":
         return torch.zeros(count, dtype=torch.float64, device=x.device)
-    return torch.rand(count, dtype=torch.float64, device=device, generator=generator).to(x.device)
+    own = {} if generator is None else {"generator": generator}  # which a symbolic number of rows does not go with
+    return torch.rand(count, dtype=torch.float64, device=device, **own).to(x.device)
 
 
 def select(x, mask, sigma, u, m: int, method: str, kernel: str):

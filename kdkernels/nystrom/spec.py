@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from ..gram.kernels import RBF, Laplacian, Polynomial, spec_of
-from ..testing import REGIMES, Caps, Case, pair
+from ..testing import REGIMES, Caps, Case, generator_beside, pair, seeded
 from . import chunks, reference
 from . import op as ops
 from .call import sigma_of
@@ -335,13 +335,13 @@ def _selection(op, backend, quick, generator):
                 x = pair(regime, (40, 6), (40, 6), generator)[0]
 
                 def call(t, backend, method=method, kernel=kernel):
-                    seeded = torch.Generator().manual_seed(5)
-                    how = {"method": method, "kernel": kernel, "generator": seeded, "backend": backend}
+                    generator = generator_beside(t["x"])
+                    how = {"method": method, "kernel": kernel, "generator": generator, "backend": backend}
                     chosen = ops.select_landmarks(t["x"], 5, **how)
                     return chosen.to(torch.promote_types(t["x"].dtype, SINGLE))
 
                 name = f"{method} {kernel} {regime}"
-                fields = {"gradient": False, "probe": i == 0 and kernel == "rbf"}
+                fields = {"gradient": False, "probe": i == 0 and kernel == "rbf", "context": seeded}
                 yield Case(name, {"x": x}, call, caps, lambda t: 1.0, dtypes=(SINGLE, *HALF, DOUBLE), **fields)
 
 

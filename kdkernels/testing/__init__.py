@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from .. import backend as backends
 from ..registry import OPS
 from . import transforms
-from .case import REGIMES, Caps, Case, pair, sample
+from .case import REGIMES, Caps, Case, generator_beside, pair, sample, seeded
 from .checks import CUDA_ONLY, STRUCTURAL, accuracy, poison
 from .probe import Result, probe_of
 from .products import product_caps, small_blocks
@@ -28,11 +28,13 @@ __all__ = [
     "Result",
     "checks_for",
     "contract",
+    "generator_beside",
     "measure",
     "pair",
     "poison",
     "product_caps",
     "sample",
+    "seeded",
     "small_blocks",
 ]
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+SEED = 5
 REGIMES = ("bland", "peaky", "edge", "offset3", "offset30", "near")
 
 
@@ -51,6 +52,19 @@ class Case(NamedTuple):
 class Outcome(NamedTuple):
     value: torch.Tensor
     grads: dict[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def seeded():
+    """The default generator of the CPU as a new one: a compiler takes no other."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        yield
+
+
+def generator_beside(x):
+    """None for `seeded`, elsewhere a generator that draws the same: of the CPU, one for every device."""
+    return None if x.is_cpu else torch.Generator().manual_seed(SEED)
 
 
 def sample(regime: str, shape, generator: torch.Generator) -> torch.Tensor:
