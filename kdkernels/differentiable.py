@@ -62,10 +62,11 @@ def operator(
     """The pair of operators `name`, differentiable once, in both modes.
 
     tensors: names of the tensors that go in, "x y mask?" (`?`: may be None). how: the rest, in the words of a schema,
-    "str kind, bool mean". kept: names of the tensors that forward makes for backward. wanted: the tensors that may get
-    a gradient, bit by bit of `need`, the last argument of all functions. read: the tensors that backward reads, by
-    default all; "x~": only where its own gradient is asked for. like: what each gradient has the shape and dtype of,
-    a name among `read` and `kept`, by default that of the tensor itself; "x=": and its layout, else it is contiguous.
+    "str kind, bool mean". kept: names of the tensors that forward makes for backward; "value", the first of them, is
+    the value itself. wanted: the tensors that may get a gradient, bit by bit of `need`, the last argument of all
+    functions. read: the tensors that backward reads, by default all; "x~": only where its own gradient is asked for;
+    where one of `wanted` is missing, the last of `kept` is floating. like: what each gradient has the shape and dtype
+    of, a name among `read` and `kept`, by default that of the tensor itself; "x=": and its layout, else contiguous.
 
         forward(*tensors, *how, need) -> (value, *kept)
         backward(grad, *read, *kept, *how, need) -> a gradient for each of `wanted`; not looked at where not asked for
@@ -152,6 +153,7 @@ class _Words(NamedTuple):
     count: int  # of them
     places: tuple  # (bit of `need`, place) of each that may get a gradient
     reads: tuple  # (place, the bit of `need` that its being read depends on, or -1) of each that backward reads
+    first_kept: int  # its place in what forward gives: 0 where that is the value itself
     held: int  # tensors among backward's arguments
     alike: tuple  # (the place among them of what each gradient has the shape of, whether it has its layout too)
     schema_fwd: str
@@ -172,9 +174,10 @@ def _words(tensors: str, how: str, kept: str, wanted: str, read: str, like: str)
             (names.index(r), wants.index(r) if mark.endswith("~") else -1)
             for r, mark in zip(read_names, reads, strict=True)
         ),
+        first_kept=0 if kept[:1] == ["value"] else 1,
         held=1 + len(given),
         alike=tuple((1 + given.index(n.rstrip("=")), n.endswith("=")) for n in like.split()),
-        schema_fwd=f"({_spelled(inputs, rest)}) -> ({_spelled(['value', *kept])})",
+        schema_fwd=f"({_spelled(inputs, rest)}) -> ({_spelled(dict.fromkeys(['value', *kept]))})",
         schema_bwd=f"({_spelled(['grad', *reads, *kept], rest)}) -> ({_spelled([f'd_{w}' for w in wants])})",
     )
 
@@ -250,12 +253,12 @@ def _registered_one(name: str, schema: str, function, fake):
 
 def _functions(name: str, words: _Words, halves: _Halves, tangent):
     """Three faces of one Function: what transforms and compilers see, that of forward mode, that of a plain call."""
-    names, count, places, reads = words.names, words.count, words.places, words.reads
+    names, count, places, reads, first_kept = words.names, words.count, words.places, words.reads, words.first_kept
     forward_here, run_forward, run_backward, run_backward_of_plain = halves
     conditional = any(bit >= 0 for _, bit in reads)
     learns = {place for _, place in places}
-    # a second derivative finds its way to the refusal through an input that is saved, or else through what is kept
-    kept_shown = not learns & {place for place, _ in reads}
+    # a second derivative finds its way to the refusal through the inputs, if all are saved, else through what is kept
+    kept_shown = bool(first_kept and learns - {place for place, _ in reads})
 
     def to_read(inputs, need):
         if conditional:
@@ -293,7 +296,7 @@ def _functions(name: str, words: _Words, halves: _Halves, tangent):
         def setup_context(ctx, inputs, output):
             ctx.how, need = inputs[count:], inputs[-1]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*to_read(inputs, need), *output[1:])
+            ctx.save_for_backward(*to_read(inputs, need), *output[first_kept:])
 
         @staticmethod
         def backward(ctx, grad, *_):
@@ -320,23 +323,24 @@ def _functions(name: str, words: _Words, halves: _Halves, tangent):
                 if t is not None and place not in learns:
                     raise RuntimeError(f"{name}: {names[place]} has a tangent, and the op no derivative for it")
             saved, moved = ctx.saved_tensors, [tangents[place] for _, place in places]
-            read, (value, *kept) = saved[: len(reads)], saved[len(reads) :]
+            read, (value, *made) = saved[: len(reads)], saved[len(reads) :]
+            kept = saved[len(reads) + first_kept :]
             found = tangent(DualGradient.apply, moved, value, (*read, *kept), ctx.how)
             if found is None:
                 raise RuntimeError(
                     f"{name}: forward-mode differentiation of this call is not written out: pass backend='reference'"
                 )
             # zeros: what is kept moves with the inputs, and a derivative of the gradient in forward mode has to know
-            return found, *(torch.zeros_like(k) if k.is_floating_point() else None for k in kept)
+            return found, *(torch.zeros_like(k) if k.is_floating_point() else None for k in made)
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *a):
-            value, *kept = forward_here(*a)
+            made = forward_here(*a)
             ctx.how = a[count:]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*to_read(a, a[-1]), *kept)
-            return (value, *kept) if kept_shown else (value,)
+            ctx.save_for_backward(*to_read(a, a[-1]), *made[first_kept:])
+            return (made[0], made[-1]) if kept_shown else (made[0],)
 
         @staticmethod
         def backward(ctx, grad, *_):

@@ -74,12 +74,99 @@ def test_the_reference_has_second_derivatives(name):
 
 
 @fast
+@pytest.mark.parametrize("above", ["constant", "of the value"])
 @calls
-def test_the_fast_backends_refuse_a_second_derivative(name, backend):
+def test_the_fast_backends_refuse_a_second_derivative(name, above, backend):
+    x, *rest = arguments()
+    still = [t.detach() for t in rest]
+
+    def total(x, rest):
+        value = CALLS[name](x, *rest, backend)
+        if above == "constant":  # the gradient depends on x, though not on its upstream
+            return (value * torch.linspace(-1, 2, value.numel()).reshape(value.shape)).sum()
+        return value.square().sum()
+
+    refused = pytest.raises(RuntimeError, match="second derivative .* pass backend='reference'")
+    for others in (rest, still):
+        (g,) = torch.autograd.grad(total(x, others), x, create_graph=True)
+        with refused:
+            g.sum().backward()
+    for derivative in (torch.func.jacrev, torch.func.jacfwd):
+        with refused:
+            derivative(torch.func.grad(total))(x.detach(), still)
+    with refused:
+        torch.func.grad(lambda x: torch.func.jvp(lambda x: total(x, still), (x,), (x * 2,))[1])(x.detach())
+
+
+def tangents(name, inputs, moved):
+    """Of the value in direction `moved`, by the reference's Jacobian in float64."""
+    inputs, moved = ([t.detach().double() for t in some] for some in (inputs, moved))
+    found = torch.func.jacrev(lambda *a: CALLS[name](*a, "reference"), argnums=tuple(range(len(inputs))))(*inputs)
+    return sum(torch.tensordot(J, t, t.dim()) for J, t in zip(found, moved, strict=True))
+
+
+@fast
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@calls
+def test_forward_mode_is_the_reference_s_jacobian(name, dtype, backend):
+    inputs = [t.detach() for t in arguments(23)]
+    inputs[0][1, 2] = inputs[0][2, 5] = inputs[1][1, 7] = -torch.inf
+    inputs[0][3, :7] = 0.25  # ties
+    inputs = [t.to(dtype) for t in inputs]
+    moved = [torch.randn_like(t) for t in inputs]
+    if "soft_sort" in name:
+        moved[2] = torch.zeros_like(moved[2])
+
+    def f(x, y, e):
+        value = CALLS[name](x, y, inputs[2] if "soft_sort" in name else e, backend)
+        return torch.where(value == -torch.inf, 0, value)
+
+    want = tangents(name, inputs, moved)
+    value, got = torch.func.jvp(f, tuple(inputs), tuple(moved))
+    assert got.dtype == value.dtype and want.abs().max() > 0.1
+    close = {"rtol": 0, "atol": float(want.abs().max()) * (2e-6 if value.dtype == torch.float32 else 1e-12)}
+    torch.testing.assert_close(got.double(), want, **close)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(t, m) for t, m in zip(inputs, moved, strict=True)]
+        tangent = torch.autograd.forward_ad.unpack_dual(f(*duals)).tangent
+    torch.testing.assert_close(tangent.double(), want, **close)
+    across = torch.func.vmap(lambda *m: torch.func.jvp(f, tuple(inputs), m)[1])(*(torch.stack([m, -m]) for m in moved))
+    torch.testing.assert_close(across.double(), torch.stack([want, -want]), **close)
+
+
+@fast
+def test_a_sort_refuses_a_strength_with_a_tangent(backend):
+    x, _, e = (t.detach() for t in arguments())
+    with pytest.raises(RuntimeError, match="soft_sort: forward-mode .* pass backend='reference'"):
+        torch.func.jvp(lambda e: kd.soft_sort(x, "l2", e, backend=backend), (e,), (e,))
+
+
+@fast
+@calls
+def test_a_batch_of_upstream_gradients_equals_a_loop(name, backend):
     inputs = arguments()
-    (g,) = torch.autograd.grad(CALLS[name](*inputs, backend).square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative .* pass backend='reference'"):
-        g.sum().backward()
+    value = CALLS[name](*inputs, backend)
+    above = torch.randn(3, *value.shape)
+    how = {"retain_graph": True, "allow_unused": True}
+    found = torch.autograd.grad(value, inputs, above, is_grads_batched=True, **how)
+    each = [torch.autograd.grad(value, inputs, one, **how) for one in above]
+    assert_same(found, [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)])
+
+
+@fast
+@calls
+def test_rows_and_strengths_may_come_from_inference_mode(name, backend):
+    inputs = arguments()
+    x, weights = inputs[0], torch.linspace(-1, 2, CALLS[name](*inputs, backend).numel())
+    with torch.inference_mode():
+        rest = [t.detach().clone() for t in inputs[1:]]
+
+    def gradient(f, rest):
+        return torch.autograd.grad((f(x, *rest, backend).flatten() * weights).sum(), x)
+
+    want = gradient(CALLS[name], [t.detach() for t in inputs[1:]])
+    assert_same(gradient(CALLS[name], rest), want)
+    assert_same(gradient(torch.compile(CALLS[name], fullgraph=True, backend="aot_eager"), rest), want)
 
 
 def operators(backend, permuted):
@@ -89,20 +176,22 @@ def operators(backend, permuted):
         x, y = (t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in (x, y))
     ops = torch.ops.kdkernels
     for strengths, relative, kl in ((None, True, False), (torch.rand(6).double() + 0.1, False, True)):
-        how = (1.0, relative, kl, True)
-        for need in (0, 3 if strengths is not None else 1):
-            yield ops.soft_rank_fwd, (x, strengths, *how, need, backend)
-            yield ops.soft_sort_fwd, (x, strengths, *how, need, backend)
-        rank, blocks, eps = ops.soft_rank_fwd(x, strengths, *how, need, backend)
-        yield ops.soft_rank_bwd, (torch.ones_like(rank), x, strengths, rank, blocks, eps, kl, True, need, backend)
-        value, s, order, start, eps = ops.soft_sort_fwd(x, strengths, *how, need, backend)
-        yield (
-            ops.soft_sort_bwd,
-            (torch.ones_like(value), strengths, s, order, start, eps, kl, True, need, backend),
-        )
+        how = (1.0, relative, kl, True, backend)
+        most = 3 if strengths is not None else 1
+        for need in (0, most):
+            yield ops.soft_rank_fwd, (x, strengths, *how, need)
+            yield ops.soft_sort_fwd, (x, strengths, *how, need)
+        for need in range(1, most + 1):
+            asked = strengths if need & 2 else None
+            value, *kept = ops.soft_rank_fwd(x, strengths, *how, need)
+            yield ops.soft_rank_bwd, (torch.ones_like(value), x, asked, value, *kept, *how, need)
+            value, *kept = ops.soft_sort_fwd(x, strengths, *how, need)
+            yield ops.soft_sort_bwd, (torch.ones_like(value), asked, *kept, *how, need)
     for need in range(4):
-        if backend != "torch":
-            yield ops.spearman_fwd, (x, y, 1.0, True, False, False, need, backend)
+        how = (1.0, True, False, False, backend, need)
+        yield ops.spearman_fwd, (x, y, *how)
+        value, *kept = ops.spearman_fwd(x, y, *how)
+        yield ops.spearman_bwd, (torch.ones_like(value), *kept, *how)
         yield ops.pearson_fwd, (x, y, need)
     value, moments = ops.pearson_fwd(x, y, 3)
     yield ops.pearson_bwd, (torch.ones_like(value), x, y, moments, 3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from .function import STRENGTH
-from .pairs import X, Y
+from .correlation import X, Y
+from .operator import STRENGTHS
 
 
 def _front(t, dim, size):
@@ -41,50 +41,57 @@ def _forward(operator):
     return rule
 
 
-def _backward(operator, place):
-    """`place` of the strengths among the tensors."""
+def _named(operator, arguments):
+    """The names of the tensors among the arguments, which are the first of them, and the rest."""
+    schema = operator.default._schema.arguments
+    names = [a.name for a in schema if "Tensor" in str(a.type)]
+    return names, arguments[len(names) :]
 
+
+def _backward(operator):
     def rule(info, in_dims, *arguments):
-        size, need = info.batch_size, arguments[-2]
-        tensors = [_front(t, d, size) for t, d in zip(arguments[:6], in_dims[:6], strict=True)]
-        x, strengths = tensors[0], arguments[place]
-        rows = x.shape[1:-1].numel()
+        names, how = _named(operator, arguments)
+        size, place = info.batch_size, names.index("strengths")
+        tensors = [_front(t, d, size) for t, d in zip(arguments[: len(names)], in_dims, strict=False)]
+        rows, strengths = tensors[0].shape[1:-1].numel(), arguments[place]
         if strengths is not None:  # one value for each row, so that no sum runs over examples
             tensors[place] = tensors[place].expand(size, rows).reshape(-1)
-        dx, dstrengths = operator(*tensors, *arguments[6:])
-        if not need & STRENGTH:
-            return (dx, dstrengths), (0, None)
-        return (dx, _per_example(dstrengths, strengths, in_dims[place], size, rows)), (0, 0)
+        dx, dstrengths = operator(*tensors, *how)
+        out = 0 if how[-1] & X else None
+        if not how[-1] & STRENGTHS:
+            return (dx, dstrengths), (out, None)
+        return (dx, _per_example(dstrengths, strengths, in_dims[place], size, rows)), (out, 0)
 
     return rule
 
 
-def _pair(operator, count, out_dims):
+def _pair(operator, out_dims):
     def rule(info, in_dims, *arguments):
-        tensors = []
-        for t, d in zip(arguments[:count], in_dims[:count], strict=True):
-            tensors.append(_front(t, d, info.batch_size))
-        if count == 4:  # the moments [5, ...] keep their five first
-            tensors[3] = tensors[3].movedim(0, 1)
-        return operator(*tensors, *arguments[count:]), out_dims(arguments)
+        names, how = _named(operator, arguments)
+        tensors = [_front(t, d, info.batch_size) for t, d in zip(arguments[: len(names)], in_dims, strict=False)]
+        if "moments" in names:  # [5, ...] keep their five first
+            place = names.index("moments")
+            tensors[place] = tensors[place].movedim(0, 1)
+        return operator(*tensors, *how), out_dims(how[-1])
 
     return rule
-
-
-def _wanted(need, *bits):
-    return tuple(0 if need & bit else None for bit in bits)
 
 
 def _register():
     ops = torch.ops.kdkernels
+
+    def wanted(need):
+        return tuple(0 if need & bit else None for bit in (X, Y))
+
     rules = {
         "soft_rank_fwd": _forward(ops.soft_rank_fwd),
         "soft_sort_fwd": _forward(ops.soft_sort_fwd),
-        "soft_rank_bwd": _backward(ops.soft_rank_bwd, 2),
-        "soft_sort_bwd": _backward(ops.soft_sort_bwd, 1),
-        "spearman_fwd": _pair(ops.spearman_fwd, 2, lambda a: (0, *_wanted(a[-2], X, Y))),
-        "pearson_fwd": _pair(ops.pearson_fwd, 2, lambda a: (0, 1)),
-        "pearson_bwd": _pair(ops.pearson_bwd, 4, lambda a: _wanted(a[-1], X, Y)),
+        "soft_rank_bwd": _backward(ops.soft_rank_bwd),
+        "soft_sort_bwd": _backward(ops.soft_sort_bwd),
+        "spearman_fwd": _pair(ops.spearman_fwd, lambda need: (0, *wanted(need))),
+        "spearman_bwd": _pair(ops.spearman_bwd, wanted),
+        "pearson_fwd": _pair(ops.pearson_fwd, lambda need: (0, 1)),
+        "pearson_bwd": _pair(ops.pearson_bwd, wanted),
     }
     for name, rule in rules.items():
         torch.library.register_vmap(f"kdkernels::{name}", rule)

@@ -101,7 +101,7 @@ def _rank_forward(rows, strengths, number, relative, kl, descending, need, dtype
     if descending:
         rows = negated(rows)
     poisoned = poisoned_rows(rows)
-    how = strength.Strength(number, strengths, relative)
+    how = strength.Strength(strengths, number, relative)
     eps = strengths_of_rows(rows, poisoned, how)
     e = number
     if relative or strengths is not None:
@@ -192,7 +192,7 @@ def _sort_forward(s, strengths, number, relative, kl):
     rows = s.reshape(-1, n)
     R = len(rows)
     poisoned = ~(rows[:, 0] < math.inf)
-    how = strength.Strength(number, strengths, relative)
+    how = strength.Strength(strengths, number, relative)
     eps = strengths_of_rows(rows, poisoned, how)
     given = s
     s = np.full((R, n + 1), math.nan)

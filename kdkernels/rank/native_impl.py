@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from . import torch_impl
+
 SCHEMAS = {
     # rank [R, n]; blocks int32 [R, n] or [0]: an id >= 0, unique in its row, for elements pooled with others, else -1;
     # eps float64 [R], NaN for a poisoned row; strength 0: hard ranks, ties averaged
@@ -78,12 +80,15 @@ def sort_backward(grad, s, start, kl):
     return _shaped(s, torch.ops.kdkernels.sort_rows_backward(_rows(grad), _rows(s), _rows(start), kl))[0]
 
 
-def soft_sort_forward(x, strengths, strength, relative, kl, descending):
-    run = torch.ops.kdkernels.soft_sort_rows
-    return _shaped(x, *run(_rows(x), strengths, strength, relative, kl, descending))
+def soft_sort_forward(x, *how):
+    if x.is_cuda:
+        return torch_impl.of_sorted(sort_forward, x, *how)
+    return _shaped(x, *torch.ops.kdkernels.soft_sort_rows(_rows(x), *how))
 
 
 def soft_sort_backward(grad, s, order, start, kl):
+    if s.is_cuda:
+        return torch_impl.unsorted(sort_backward(grad, s, start, kl), order)
     run = torch.ops.kdkernels.soft_sort_rows_backward
     return _shaped(s, run(_rows(grad), _rows(s), _rows(order), _rows(start), kl))[0]
 

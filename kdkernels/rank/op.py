@@ -14,7 +14,7 @@ import torch
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
 from ..dtypes import at_least_float32
-from . import function, metrics, pairs, reference
+from . import correlation, metrics, operator, reference
 from .checks import check_pair, check_regularization, check_rows
 from .strength import Strength, of_rows, parse
 
@@ -93,14 +93,14 @@ def _eps(rows, strength):
 
 def _soft_rank(rows, strength, kl, descending, chosen):
     if chosen != "reference":
-        return function.soft_rank(rows, strength, kl, descending, chosen)
+        return operator.soft_rank.value(rows, *strength, kl, descending, chosen)
     with without_autocast(device_type(rows)):
         return reference.soft_rank(rows, _eps(rows, strength), kl, descending)[0]
 
 
 def _soft_sort(rows, strength, kl, descending, chosen):
     if chosen != "reference":
-        return function.soft_sort(rows, strength, kl, descending, chosen)
+        return operator.soft_sort.value(rows, *strength, kl, descending, chosen)
     with without_autocast(device_type(rows)):
         return reference.soft_sort(rows, _eps(rows, strength), kl, descending)
 
@@ -129,7 +129,7 @@ def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="
     if chosen == "reference":
         ids = reference.soft_rank(rows, _eps(rows, strength), kl, False)[1]
     else:
-        ids = function.blocks(rows, strength, kl, chosen)
+        ids = operator.soft_rank.forward(rows, *strength, kl, False, chosen, operator.X)[1]
     return RankDiagnostics(*metrics.diagnose(rows, ids))
 
 
@@ -162,14 +162,14 @@ def spearman(
     strength = parse(regularization_strength, x)
     chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
     if chosen != "reference" and strength.tensor is None:
-        return pairs.spearman(x, y, strength, kl, bool(hard_target), chosen)
+        return correlation.spearman(x, y, strength.number, strength.relative, kl, bool(hard_target), chosen)
     dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     if chosen != "reference":
         # soft ranks may all lie near their mean: rounded to float32, their differences would be lost
         x, y = x.double(), y.double()
     r = _soft_rank(x, strength, kl, False, chosen)
-    t = _soft_rank(y, Strength(0.0, None, False) if hard_target else strength, kl, False, chosen)
+    t = _soft_rank(y, Strength(None, 0.0, False) if hard_target else strength, kl, False, chosen)
     if chosen == "reference":
         return reference.correlation(r, t, valid).to(dtype)
     return metrics.of_ranks(r, t, valid, dtype)
@@ -191,7 +191,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     if chosen == "reference":
         valid, dtype = (x != -torch.inf) & (y != -torch.inf), at_least_float32(x, y)
         return reference.correlation(x.to(dtype), y.to(dtype), valid)
-    return pairs.pearson(x, y)
+    return correlation.pearson(x, y)
 
 
 def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
@@ -207,7 +207,7 @@ def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     chosen = backends.resolve("spearman_corr", backend, device_type(x), (x.dtype, y.dtype))
     dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
-    hard = Strength(0.0, None, False)
+    hard = Strength(None, 0.0, False)
     r, t = (_soft_rank(side, hard, False, False, chosen) for side in (x, y))
     if chosen == "reference":
         return reference.correlation(r, t, valid).to(dtype)

@@ -21,8 +21,8 @@ SMALLEST_SPREAD = 2.0**-100
 class Strength(NamedTuple):
     """eps of row r = number * (tensor[r] or tensor[0], if there is one) * (the row's spread, if relative)."""
 
-    number: float
     tensor: torch.Tensor | None  # float64 [1], or one value a row, in the order of the rows
+    number: float
     relative: bool
 
 
@@ -38,13 +38,13 @@ def parse(value, x, name: str = "regularization_strength") -> Strength:
             raise ValueError(f'{name} is {value!r}: give a number, a tensor, "auto" or ("auto", c)')
         value, relative = factor[0] if factor else 1.0, True
     if isinstance(value, torch.Tensor):
-        return Strength(1.0, _checked(value, x, name, relative), relative)
+        return Strength(_checked(value, x, name, relative), 1.0, relative)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f'{name} is a {type(value).__name__}: give a number, a tensor, "auto" or ("auto", c)')
     if not (0 <= value < math.inf) or (relative and value == 0):
         least = "c > 0" if relative else "a finite number >= 0 (0 gives hard ranks, with zero gradient)"
         raise ValueError(f"{name} is {value!r}: it needs {least}")
-    return Strength(float(value), None, relative)
+    return Strength(None, float(value), relative)
 
 
 def _checked(value, x, name, relative):

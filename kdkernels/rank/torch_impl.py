@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..dtypes import at_least_float32
-from . import cpu, isotonic, ordering, strength
+from . import cpu, isotonic, metrics, ordering, strength
 from .cpu import negated
 
 
@@ -107,7 +107,7 @@ def rank_forward(x, strengths, number, relative, kl, descending, need, dtype=Non
     shape, n = x.shape, x.shape[-1]
     rows = x.reshape(-1, n)
     s, order, poisoned, gone = _sorted_rows(negated(rows) if descending else rows)
-    how = strength.Strength(number, strengths, relative)
+    how = strength.Strength(strengths, number, relative)
     eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned[:, 0], how)
     if number == 0:
         blocks = runs(s)
@@ -182,7 +182,7 @@ def sort_forward(s, strengths, number, relative, kl):
     poisoned = ~(rows[:, :1] < math.inf)
     rows = rows.masked_fill(poisoned, 0.0)
     gone = rows == -math.inf
-    how = strength.Strength(number, strengths, relative)
+    how = strength.Strength(strengths, number, relative)
     eps = strength.of_rows(rows, ~gone if relative else None, poisoned[:, 0], how)
     e = eps[:, None].masked_fill(poisoned, 1.0)
     i = torch.arange(n, device=s.device)
@@ -227,14 +227,80 @@ def sort_backward(grad, s, start, kl):
     return g.masked_fill(bad, math.nan).to(s.dtype).reshape(s.shape)
 
 
-def rank_strength_gradient(dx, grad, x, strengths, rank, blocks, eps, kl, descending):
+def soft_sort_forward(x, strengths, number, relative, kl, descending):
+    """As `native_impl.SCHEMAS` says of soft_sort_rows, for x [..., n]."""
+    return of_sorted(sort_forward, x, strengths, number, relative, kl, descending)
+
+
+def of_sorted(forward, x, *how):
+    """(value, s, order, start, eps) of rows in any order, by what sorts those that stand sorted, descending."""
+    *how, descending = how
+    s, order = sort_descending(x.contiguous() if descending else negated(x.contiguous()))
+    value, start, eps = forward(s, *how)
+    return value if descending else negated(value), s, order, start, eps
+
+
+def soft_sort_backward(grad, s, order, start, kl):
+    return unsorted(sort_backward(grad, s, start, kl), order)
+
+
+def unsorted(ds, order):
+    return torch.empty_like(ds).scatter_(-1, order, ds)
+
+
+def spearman_forward(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
+    """Value and gradients: what `native_impl.SCHEMAS` says of spearman_rows, for rows [..., n];
+    both sides are ranked in one call.
+
+    Ranks stay float64: under a large strength all are near their mean, and float32 would lose their differences.
+    """
+    dtype = at_least_float32(x, y)
+    R, n = x.shape[:-1].numel(), x.shape[-1]
+    sides, valid = torch.cat([x.reshape(R, n), y.reshape(R, n)]), None
+    if not (may_wait(x) and math.isfinite(sides.sum(dtype=dtype))):
+        *pair, valid = (t.reshape(R, n) for t in metrics.drop_pairs(x, y))
+        sides = torch.cat(pair)
+    how = None, strength, relative, kl, False
+    if hard_target:
+        rank, ids, eps = rank_forward(sides[:R], *how, grad_x, torch.float64)
+        target = rank_forward(sides[R:], None, 0.0, False, kl, False, False, torch.float64)[0]
+        ranks = torch.cat([rank, target])
+    else:
+        ranks, ids, eps = rank_forward(sides, *how, grad_x or grad_y, torch.float64)
+    wanted = range(0 if grad_x else 1, 2 if grad_y and not hard_target else 1)
+    if valid is None:
+        rho, gradients = cpu.rank_gradients(ranks.view(2, R, n), wanted)
+    else:
+        rho, gradients = metrics.rank_gradients(ranks.view(2, R, n), valid, wanted)
+    if wanted:
+        part = slice(wanted.start * R, wanted.stop * R)
+        like = torch.empty_like(ranks[part], dtype=dtype)
+        g = rank_backward(gradients.view(-1, n), like, ranks[part], ids[part], eps[part], kl, False)
+        gradients = g.view(-1, R, n)
+
+    def gradient(k, asked):
+        if not asked:
+            return x.new_empty(0, dtype=dtype)
+        if k not in wanted:  # of hard ranks
+            return x.new_zeros(x.shape, dtype=dtype)
+        found = gradients[k - wanted.start].reshape(x.shape)
+        return found.clone() if len(wanted) == 2 else found  # outputs share no memory
+
+    return rho.to(dtype).reshape(x.shape[:-1]), gradient(0, grad_x), gradient(1, grad_y)
+
+
+def centred(x):
+    """Rows less their mean, absent entries 0. The Jacobian of a row sums to 0 over each block, so any centre will do;
+    one near the values loses no digits."""
+    top = x.masked_fill(x == -math.inf, 0.0)
+    return top - top.mean(-1, keepdim=True)
+
+
+def rank_strength_gradient(grad, x, strengths, rank, blocks, eps, kl, descending):
     """d/dstrengths: -(1/eps) <theta, J u> a row, times eps / strength; the Jacobian is symmetric."""
     n = x.shape[-1]
-    rows, g = x.reshape(-1, n).double(), rank_backward(grad, x.double(), rank, blocks, eps, kl, descending)
-    top = rows.masked_fill(rows == -math.inf, 0.0)
-    # rows of J sum to 0 over a block: any centre will do, one near the values loses no digits
-    top = top - top.mean(-1, keepdim=True)
-    per_row = -(top * g.reshape(-1, n)).sum(-1)
+    g = rank_backward(grad, x.double(), rank, blocks, eps, kl, descending)
+    per_row = -(centred(x.reshape(-1, n).double()) * g.reshape(-1, n)).sum(-1)
     return _to_strengths(per_row, strengths)
 
 
