@@ -111,30 +111,6 @@ def test_the_second_derivative_is_refused_by_torch_and_given_by_the_reference(dt
     assert torch.autograd.grad(grad.square().sum(), s)[0].abs().max() > 0
 
 
-def test_the_operators_pass_opcheck_and_compile_to_one_graph():
-    inputs = [x.detach().float() for x in problem()]
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for need in (True, False):
-        arguments = (*inputs, "torch", need)
-        torch.library.opcheck(torch.ops.kdkernels.landmark_similarity_fwd.default, arguments, test_utils=tests)
-    value, slope, inverse = torch.ops.kdkernels.landmark_similarity_fwd(*inputs, "torch", True)
-    backward = (torch.ones_like(value), *inputs, slope, inverse, "torch")
-    torch.library.opcheck(torch.ops.kdkernels.landmark_similarity_bwd.default, backward, test_utils=tests)
-    torch._dynamo.reset()
-    compiled = torch.compile(kd.landmark_similarity_loss, fullgraph=True, backend="aot_eager")
-    s, *others = problem()
-    got, want = compiled(s, *others), kd.landmark_similarity_loss(s, *others)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, s)[0], torch.autograd.grad(want, s)[0])
-
-
-def test_torch_func_differentiates_it():
-    s, *others = problem()
-    want = torch.autograd.grad(kd.landmark_similarity_loss(s, *others), s)[0]
-    got = torch.func.grad(lambda a: kd.landmark_similarity_loss(a, *others))(s.detach())
-    torch.testing.assert_close(got, want)
-
-
 BAD = {
     "integers": ((0, torch.zeros(13, 5).long()), TypeError, "s is torch.int64: convert it"),
     "no tensor": ((1, 3.0), TypeError, "t is a float: pass a torch.Tensor"),

@@ -3,11 +3,9 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 from kdkernels.gram.kernels import spec_of
-from kdkernels.nystrom import select
 from kdkernels.nystrom.call import Question
 from kdkernels.nystrom.operator import encode
 
@@ -49,49 +47,8 @@ def test_a_compiled_call_is_one_graph_and_equals_the_eager_one(name):
     same(value_and_gradients(compiled, *sides), value_and_gradients(CALLS[name], *sides))
 
 
-@pytest.mark.parametrize("name", ["features", "cka", "transfer"])
-def test_another_number_of_rows_does_not_recompile(name):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(CALLS[name], fullgraph=True, backend=counter, dynamic=True)
-    once = None
-    for n in (12, 17, 29):
-        sides = arguments(n)
-        same(value_and_gradients(compiled, *sides), value_and_gradients(CALLS[name], *sides))
-        once = once or counter.frame_count
-    assert 0 < counter.frame_count == once
-
-
 def problem(stat, kernels, whiten, unbiased=True):
     return encode(Question(stat, spec_of(kernels), whiten, 1e-3, unbiased, True, "torch"))
-
-
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("whiten", ["cholesky", "sqrt"])
-@pytest.mark.parametrize("kernel", ["linear", kd.RBF(2.0)], ids=str)
-def test_the_operators_pass_opcheck(kernel, whiten, permuted):
-    x, y, mask = (t.detach() for t in arguments())
-    if permuted:
-        x, y = x.T.contiguous().T, y.T.contiguous().T
-    z, w = y[:4].clone(), x[:3].clone()
-    ops, how = torch.ops.kdkernels, problem("features", kernel, whiten)
-    features = (x, z, None, how, 3)
-    torch.library.opcheck(ops.nystrom_features_fwd, features)
-    _, *saved = ops.nystrom_features_fwd(*features)
-    torch.library.opcheck(ops.nystrom_features_bwd, (torch.randn(12, 4), x, z, None, *saved, how, 3))
-    for stat in ("cka", "transfer"):
-        how = problem(stat, kernel, whiten)
-        sides = (x, z, None, y, w, None, mask)
-        torch.library.opcheck(ops.nystrom_stat_fwd, (*sides, how, 27))
-        _, *saved = ops.nystrom_stat_fwd(*sides, how, 27)
-        torch.library.opcheck(ops.nystrom_stat_bwd, (torch.ones(()), *sides, *saved, how, 27))
-
-
-def test_the_selection_operator_passes_opcheck():
-    x = torch.randn(12, 4)
-    for method in ("rpcholesky", "kmeans++", "uniform", "greedy"):
-        u = select.draws(x, 5, method, None)
-        how = (x, None, torch.ones(1), u, 5, method, "rbf")
-        torch.library.opcheck(torch.ops.kdkernels.select_landmarks, how)
 
 
 def test_a_bandwidth_tensor_reaches_the_operators_and_gets_its_gradient_when_compiled():
@@ -104,11 +61,3 @@ def test_a_bandwidth_tensor_reaches_the_operators_and_gets_its_gradient_when_com
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(g(x, y, sigma), (x, sigma)) for g in (compiled, f))
     same(got, want)
-
-
-@pytest.mark.parametrize("name", ["features", "cka", "transfer"])
-def test_torch_func_grad_equals_autograd(name):
-    x, y, mask = arguments(dtype=torch.float64)
-    (want,) = torch.autograd.grad(CALLS[name](x, y, mask).square().sum(), x)
-    got = torch.func.grad(lambda v: CALLS[name](v, y.detach(), mask).square().sum())(x.detach())
-    torch.testing.assert_close(got, want)

@@ -204,13 +204,6 @@ def test_the_operators_pass_opcheck_and_compile_to_one_graph(form):
     assert count.frame_count == 1
 
 
-def test_torch_func_differentiates_and_maps_it():
-    s, t = (x.detach() for x in features(4, 3, 5, 6))
-    P = basis(5, 2)
-    one = torch.func.grad(lambda a, b: kd.projected_mse(a, b, P))
-    torch.testing.assert_close(torch.func.vmap(one)(s, t), torch.stack([one(a, b) for a, b in zip(s, t, strict=True)]))
-
-
 # argument(s) to change -> the error
 BAD = {
     "integers": ({"s": torch.zeros(2, 4, 3, dtype=torch.int64)}, TypeError, "s is torch.int64: convert it"),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import BACKENDS
 from largest import LargestTensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 from kdkernels.registry import OPS
@@ -186,39 +185,3 @@ def test_nothing_of_n_n_p_or_n_n_n_numbers_is_made(kind, monkeypatch):
 
 
 # ---- compilers and transforms
-
-
-@on_every_backend
-@pytest.mark.parametrize("shape", [(6, 5), (2, 6, 5)])
-def test_opcheck(kind, backend, shape):
-    x, y = torch.randn(shape), torch.randn(shape).mT.contiguous().mT
-    mask = torch.rand(shape[:-1]) > 0.2
-    torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, mask, kind, backend, 3))
-    torch.library.opcheck(torch.ops.kdkernels.relation_fwd, (x, y, None, kind, backend, 0))
-    value, *kept = torch.ops.kdkernels.relation_fwd(x, y, mask, kind, backend, 3)
-    for need, sides in ((3, (x, y)), (2, (None, y))):
-        arguments = (torch.ones_like(value), *sides, mask, *kept, kind, backend, need)
-        torch.library.opcheck(torch.ops.kdkernels.relation_bwd, arguments)
-
-
-@on_every_backend
-def test_a_call_compiles_to_one_graph_and_other_shapes_do_not_compile_again(kind, backend):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    f = lambda a, b, m: getattr(kd, kind)(a, b, mask=m, backend=backend)  # noqa: E731
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
-    for n, p, q in ((6, 5, 4), (11, 5, 7), (8, 9, 3)):
-        x, y, mask = torch.randn(n, p, requires_grad=True), torch.randn(n, q), torch.rand(n) > 0.1
-        want, got = f(x, y, mask), compiled(x, y, mask)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (got, want)))
-    assert counter.frame_count == 1
-
-
-@every
-def test_vmap_over_batches_is_groups(kind):
-    x, y = torch.randn(3, 7, 4), torch.randn(3, 7, 5)
-    f = lambda a, b: getattr(kd, kind)(a, b)  # noqa: E731
-    torch.testing.assert_close(torch.func.vmap(f)(x, y), f(x, y))
-    gradients = torch.func.vmap(torch.func.grad(f))(x, y)
-    torch.testing.assert_close(gradients, value_and_gradients(kind, x, y)[1])

@@ -22,7 +22,9 @@ def labels(x, y, masks, unbiased, least, over=lambda own: own):
     """
     counts, keep = [], None
     for features, mask in zip((x, y), masks, strict=True):
-        full = torch.full(features.shape[:-2], float(features.shape[-2]), dtype=torch.float64, device=x.device)
+        full = torch.full(
+            features.shape[:-2], torch.sym_float(features.shape[-2]), dtype=torch.float64, device=x.device
+        )
         counts.append(over(full if mask is None else mask.sum(-1).double()))
     if any(mask is not None for mask in masks):
         keep = [

@@ -39,11 +39,16 @@ def draw_lam(alpha: float, shape, device, dtype, generator) -> torch.Tensor:
     # lam = g / (g + h), g, h ~ Gamma(alpha) = Gamma(alpha + 1) U^(1 / alpha), in logs: for small alpha both underflow.
     # torch.distributions takes no generator; _standard_gamma is what it calls
     above = torch._standard_gamma(torch.full((2, *shape), alpha + 1, dtype=torch.float64, device=at), generator)
-    uniform = torch.rand((2, *shape), dtype=torch.float64, device=at, generator=generator)
+    uniform = torch.rand((2, *shape), dtype=torch.float64, device=at, **_from(generator))
     log_g, log_h = above.log() + uniform.log() / alpha
     return (log_g - log_h).sigmoid().to(device, dtype)
 
 
 def draw_permutation(rows: int, device, generator) -> torch.Tensor:
     at = device if generator is None else generator.device
-    return torch.randperm(rows, device=at, generator=generator).to(device)
+    return torch.randperm(rows, device=at, **_from(generator)).to(device)
+
+
+def _from(generator) -> dict:
+    """The argument, if there is one: with it a symbolic number of rows becomes a fixed one."""
+    return {} if generator is None else {"generator": generator}

@@ -198,7 +198,7 @@ def _mixed_case(regime, shape, tau, alpha, mix, reduction, lam, label, generator
         )  # fmt: skip
 
     def parts(t):
-        weight = torch.as_tensor(t.get("lam", number), dtype=torch.float64).expand(R)
+        weight = torch.as_tensor(t.get("lam", number), dtype=torch.float64).expand(len(t["a"]))
         hard = reference.mixed_label(t["a"], t["b"], weight, C)
         q = reference.target(t["teacher"], t["clean"], t["order"], hard, weight, tau, mix)
         return hard, q, *(reference.log_p(t["student"].detach(), temperature) for temperature in (1, tau))

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .case import Outcome
-from .probe import Probe, Result
+from .probe import Probe, Result, probe_of
 
 SECOND, FORWARD = "second derivative", "forward-mode differentiation"  # what a refusal has in it
 
@@ -26,7 +28,9 @@ def _refusal(error: RuntimeError, *words: str) -> bool:
 
 
 def _verdict(check: str, probe: Probe, how: str, ok: bool, note: str) -> Result:
-    return Result(check, f"{probe.case.name} {how}".rstrip(), 0.0 if ok else math.inf, 0.0, ok, note.splitlines()[0])
+    return Result(
+        check, f"{probe.case.name} {how}".rstrip(), 0.0 if ok else math.inf, 0.0, ok, note[:300].replace("\n", " ")
+    )
 
 
 def _number(probe: Probe, names):
@@ -135,6 +139,34 @@ def inference(probe: Probe) -> Iterator[Result]:
         yield from probe.alike("inference mode", f"all but {name}", probe.run(inputs, [name]))
 
 
+class _Operators(TorchDispatchMode):
+    """The operators of this package that run inside, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "kdkernels":
+            # of a copy each: arguments are leaves to opcheck
+            self.calls.append((operator, [a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
+        return operator(*args, **(kwargs or {}))
+
+
+def operators(probe: Probe) -> Iterator[Result]:
+    """What a call runs keeps its schema and its fake, whether features are contiguous or not: torch.library.opcheck."""
+    turned = {k: t.mT.contiguous().mT if t.dim() > 1 else t for k, t in probe.inputs.items()}
+    for how, inputs in (("contiguous", probe.inputs), ("turned", turned)):
+        with _Operators() as seen:
+            probe.run(inputs)
+        for operator, arguments in seen.calls:
+            found = torch.library.opcheck(
+                operator, arguments, test_utils=("test_schema", "test_faketensor"), raise_exception=False
+            )
+            wrong = "; ".join(f"{name}: {verdict}" for name, verdict in found.items() if verdict != "SUCCESS")
+            yield _verdict("operators", probe, f"{how} {operator.name()}", not wrong, wrong or "kept")
+
+
 def traced(probe: Probe) -> Iterator[Result]:
     """make_fx traces value and gradients with symbolic shapes, reading no number; the graph gives the same."""
     names = probe.case.leaves if probe.case.gradient else []
@@ -152,18 +184,56 @@ def traced(probe: Probe) -> Iterator[Result]:
     yield from probe.alike("traced", "", Outcome(value, dict(zip(names, gradients, strict=True))))
 
 
+def _twice_as_many(probe: Probe) -> Probe:
+    """The probe with its rows twice: the last dimension but one of the first input, and all that are as long."""
+    rows = probe.inputs[probe.case.floats[0]].shape[-2]
+
+    def longer(t):
+        for dim, size in enumerate(t.shape):
+            t = torch.cat([t, t], dim) if size == rows else t
+        return t
+
+    inputs = {name: longer(t).cpu() for name, t in probe.inputs.items()}
+    return probe_of(probe.case._replace(inputs=inputs, dtypes=(torch.float32,)), probe.backend, probe.device)
+
+
 def compiled(probe: Probe) -> Iterator[Result]:
-    """torch.compile takes the call as one graph of any size, says nothing, and gives what it gives."""
+    """torch.compile takes the call as one graph for any number of rows, says nothing, and gives what it gives."""
     torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(
-        lambda inputs: probe.case.call(inputs, probe.backend), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda inputs: probe.case.call(inputs, probe.backend), fullgraph=True, dynamic=True, backend=counter
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", "dynamo_pgo")
-        got = probe.run(probe.inputs, call=lambda inputs, _: call(inputs))
-    yield from probe.alike("compiled", "", got)
+    for how, one in (("", probe), ("twice as many rows", _twice_as_many(probe))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", "dynamo_pgo")
+            got = one.run(one.inputs, call=lambda inputs, _: call(inputs))
+        yield from one.alike("compiled", how, got)
+    graphs = counter.frame_count
+    yield _verdict("compiled", probe, "graphs", graphs == 1, f"{graphs} graphs")
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, probe: Probe):
+        super().__init__()
+        self.probe = probe
+
+    def forward(self, inputs):
+        return self.probe.case.call(inputs, self.probe.backend)
+
+
+def exported(probe: Probe) -> Iterator[Result]:
+    """torch.export takes the call with sizes left open; the program gives the value for other numbers of rows."""
+    sizes = {name: {dim: torch.export.Dim.AUTO for dim in range(t.dim())} for name, t in probe.inputs.items()}
+    more = _twice_as_many(probe)
+    with torch.no_grad():
+        program = torch.export.export(_Call(probe), (probe.inputs,), dynamic_shapes=(sizes,)).module()
+    for how, one in (("", probe), ("twice as many rows", more)):
+        with torch.no_grad(), one.case.context():
+            value = program(one.inputs)
+        yield from one.alike("exported", how, Outcome(value, {}))
 
 
 @contextlib.contextmanager
@@ -188,8 +258,10 @@ CHECKS = {
     "forward mode": forward_mode,
     "func": func,
     "inference mode": inference,
+    "operators": operators,
     "traced": traced,
     "compiled": compiled,
+    "exported": exported,
     "threads": threads,
 }
 OF_GRADIENTS = ("second derivative", "forward mode", "func", "inference mode")
