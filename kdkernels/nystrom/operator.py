@@ -54,6 +54,8 @@ def _tensors(call: Call):
 
 def distinct(*tensors):
     """The same tensor twice stops torch.compile: a second one becomes a view."""
+    if not torch.compiler.is_compiling():
+        return tensors
     seen, out = [], []
     for tensor in tensors:
         again = tensor is not None and any(tensor is other for other in seen)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 
 from ... import backend as backends
-from ... import checks
 from ...autograd import device_type, without_autocast
 from ...dtypes import at_least_float32
-from .. import distributed
-from . import reference
-from .operator import differentiable, forward, over_ranks
+from . import distributed, reference
+from .checks import check_call
+from .operator import similarity
 
 __all__ = ["landmark_similarity_loss"]
 
@@ -52,46 +51,14 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend=
     if group is None:
         check_call(s, t, s_centers, t_centers)
     else:
-        landmarks = {"s_centers": s_centers, "t_centers": t_centers}
-        check = lambda: check_call(s, t, s_centers, t_centers)  # noqa: E731
-        sides, options = {"s": s, "t": t}, {"backend": backend}
-        group = distributed.agreed("landmark_similarity_loss", sides, landmarks, group, check, options)
-    t, s_centers, t_centers = (x.detach() if x.requires_grad else x for x in (t, s_centers, t_centers))
+        value, s, t = distributed.answer(s, t, s_centers, t_centers, group, backend)
+        if value is not None:
+            return value
+    if t.requires_grad or s_centers.requires_grad or t_centers.requires_grad:
+        t, s_centers, t_centers = t.detach(), s_centers.detach(), t_centers.detach()
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
-        if group is not None:  # the textbook sees rows: all of them travel
-            s, t = group.gather(s, t)
         with without_autocast(device_type(s)):
             dtype = at_least_float32(s, t)
             return reference.landmark_similarity(*(x.to(dtype) for x in (s, t, s_centers, t_centers)))
-    need = torch.is_grad_enabled() and s.requires_grad
-    if group is not None:
-        return over_ranks(s, t, s_centers, t_centers, chosen, need, group)
-    if need:
-        return differentiable(s, t, s_centers, t_centers, chosen)
-    return forward(s, t, s_centers, t_centers, chosen, False)[0]
-
-
-def check_call(s, t, s_centers, t_centers):
-    named = ((s, "s"), (t, "t"), (s_centers, "s_centers"), (t_centers, "t_centers"))
-    for tensor, name in named:
-        checks.floating(tensor, name)
-        if tensor.dim() != 2 or tensor.shape[1] == 0:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give rows of features, [rows, width]")
-        checks.same_device(s, tensor, "s", name)
-    (B, d), (b, e), (C, width), (c, t_width) = s.shape, t.shape, s_centers.shape, t_centers.shape
-    if B != b:
-        raise ValueError(f"t has {b} rows, s has {B}: both sides must describe the same samples, in one order")
-    if C != c:
-        raise ValueError(f"t_centers has {c} rows, s_centers has {C}: landmarks come in pairs")
-    if C == 0:
-        raise ValueError("s_centers has no rows: it needs at least one landmark")
-    if (d, e) != (width, t_width):
-        name, own, other = ("s", d, width) if d != width else ("t", e, t_width)
-        raise ValueError(
-            f"{name}_centers has {other} columns, {name} has {own}: landmarks live in the space of their side's "
-            "features"
-        )
-    if checks.debugging():
-        for tensor, name in named:
-            checks.finite(tensor, name)
+    return similarity(s, t, s_centers, t_centers, chosen)
