@@ -107,6 +107,12 @@ def _traced_from_inference() -> bool:
     return any(isinstance(t, torch.Tensor) and t.is_inference() for t in given)
 
 
+def in_pytorch(run, tensors, *how):
+    """`run(*tensors, *how)`, which is plain PyTorch: nothing is rounded inside, and autograd can save all it reads."""
+    with without_autocast(device_type(tensors[0])):
+        return run(*(ordinary(tensors) if torch.is_grad_enabled() else tensors), *how)
+
+
 SECOND = "the second derivative of this op is not written out: pass backend='reference' for it"
 
 

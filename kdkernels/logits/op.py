@@ -11,7 +11,7 @@ import torch
 
 from .. import backend as backends
 from .. import checks
-from ..autograd import device_type, without_autocast
+from ..autograd import device_type, in_pytorch
 from ..dtypes import at_least_float32
 from . import lerp, operator, reference
 from .call import Extras, Problem
@@ -72,7 +72,7 @@ def mixup(x, labels, *, alpha=1.0, lam=None, per_sample=False, generator=None, b
     permutation = draw_permutation(B, x.device, generator)
     chosen = backends.resolve("mixup", backend, device_type(x), (x.dtype,))
     if chosen == "reference":
-        mixed = reference.mixup(x.to(dtype), lam, permutation).to(x.dtype)
+        mixed = in_pytorch(reference.mixup, (x.to(dtype), lam, permutation)).to(x.dtype)
     else:
         mixed = lerp.lerp(x, lam, permutation, chosen)
     return MixupBatch(mixed, labels, labels[permutation], lam, permutation)
@@ -118,10 +118,8 @@ def divergence(student, teacher, tau: float, reduction: str, backend: str, weigh
     chosen = backends.resolve("distillation_kl", backend, device_type(student), (student.dtype, teacher.dtype))
     if chosen != "reference":
         return operator.divergence(student, teacher, tau, reduction, chosen, weight)
-    dtype = at_least_float32(student, teacher)
-    with without_autocast(device_type(student)):
-        value = _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), tau), reduction)
-        return value if weight is None else value * weight.to(dtype)
+    value = in_pytorch(_reference_kl, (student, teacher), tau, reduction)
+    return value if weight is None else value * weight.to(value.dtype)
 
 
 def mixed_distillation(
@@ -200,19 +198,26 @@ def mixed_distillation(
     )
     chosen = backends.resolve("mixed_distillation", backend, device_type(student), dtypes)
     if chosen == "reference":
-        with without_autocast(device_type(student)):
-            return _reduced(_reference(student, teacher, problem, extras), reduction)
+        return in_pytorch(_reference_mixed, (student, teacher, *extras), problem, reduction)
     return operator.row_loss(student, teacher, problem, extras, reduction, chosen)
 
 
-def _reference(student, teacher, problem, extras):
+def _reference_kl(student, teacher, tau, reduction):
+    dtype = at_least_float32(student, teacher)
+    return _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), tau), reduction)
+
+
+def _reference_mixed(student, teacher, *rest):
+    *extras, problem, reduction = rest
+    extras = Extras(*extras)
     dtype = at_least_float32(student, teacher, extras.clean)
     lam = student.new_full((), problem.lam, dtype=dtype) if extras.lam is None else extras.lam.to(dtype)
     clean = None if extras.clean is None else extras.clean.to(dtype)
     rows, how = len(student), (problem.tau, problem.alpha, clean, extras.permutation, problem[2:5])
-    return reference.mixed_distillation(
+    value = reference.mixed_distillation(
         student.to(dtype), teacher.to(dtype), extras.labels, extras.permuted, lam.expand(rows), *how
     )
+    return _reduced(value, reduction)
 
 
 def _reduced(rows, reduction):

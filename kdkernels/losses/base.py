@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .. import checks, distributed
+from ..autograd import ordinary
 from ..dtypes import at_least_float32
 from .means import has_samples, mean_of_groups, nothing_of
 from .weights import level_weights, weight_tensor, weight_text
@@ -281,6 +282,7 @@ def as_rows(x, rows: str | None, mask, name: str):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
         checks.same_device(mask, x, "mask", name)
+        mask = constant(mask)
     if x.dim() == 2 or rows in (None, "flatten"):
         return x.flatten(1), _fit_mask(mask, shape[:1], (), name, rows)
     tokens = x if x.dim() == 3 else x.flatten(2).mT
@@ -309,11 +311,18 @@ def _fit_mask(mask, batch, inner, name: str, rows):
     return (mask[:, None] if mask.dim() == 1 else mask.flatten(1)).expand(*batch, math.prod(inner))
 
 
+def constant(tensor):
+    """A teacher's tensor, or a mask, without its graph; a copy of one made under inference mode, as autograd cannot
+    save that."""
+    tensor = tensor.detach()
+    return ordinary((tensor,))[0] if torch.is_grad_enabled() else tensor
+
+
 def rows_of_pair(student, teacher, rows, mask, what: str, index: int | None = None):
     """Both sides as rows, the teacher's detached, and the mask of these rows."""
     names = check_pair(student, teacher, what, index)
     x, kept = as_rows(student, rows, mask, names[0])
-    y, _ = as_rows(teacher.detach(), rows, mask, names[1])
+    y, _ = as_rows(constant(teacher), rows, mask, names[1])
     if x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
             f"{names[1]} gives {tuple(y.shape[:-1])} rows, {names[0]} {tuple(x.shape[:-1])} with rows={rows!r}: "
@@ -341,7 +350,7 @@ def row_mask(mask, labels, ignore_index: int, like, name: str):
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
     if labels is None:
-        return mask
+        return constant(mask)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels is {labels.dtype}: give class indices, {ignore_index} where a row is to be ignored")
     counted = labels != ignore_index

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 from ..dtypes import at_least_float32
 from ..logits.checks import check_tau
 from ..logits.op import distillation_kl
-from .base import Loss, full_precision, row_mask, zero_where_masked
+from .base import Loss, constant, full_precision, row_mask, zero_where_masked
 from .kd import check_classes
 from .means import mean_of_rows
 
@@ -102,7 +102,7 @@ class DKDLoss(Loss):
             raise ValueError(f"labels holds a value outside 0 to {C - 1}, which are the classes")
         with full_precision(student_logits):
             dtype = at_least_float32(student_logits, teacher_logits)
-            sides = [zero_where_masked(side, counted).to(dtype) for side in (student_logits, teacher_logits.detach())]
+            sides = [zero_where_masked(side, counted).to(dtype) for side in (student_logits, constant(teacher_logits))]
             others = [side.scatter(-1, label, -math.inf) for side in sides]
             rows = {}
             if self.alpha:

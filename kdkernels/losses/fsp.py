@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import check_pair, mean_of_groups, zero_of
+from .base import check_pair, constant, mean_of_groups, zero_of
 from .maps import MapLoss, channels_at_positions, check_map, mask_of_positions, pooled, same_channels
 
 POOLS = ("avg", "max")
@@ -70,7 +70,7 @@ class FSPLoss(MapLoss):
                 )
         one_size = len({size for both in sizes for size in both}) == 1
         kept = mask_of_positions(mask, pairs[0][0], sizes[0][0], names[0][0], one_size)
-        pairs = [(s, t.detach()) for s, t in pairs]
+        pairs = [(s, constant(t)) for s, t in pairs]
         ready = []
         for i in range(len(pairs) - 1):
             sides = []

@@ -10,7 +10,7 @@ import torch
 from ..dtypes import at_least_float32
 from ..logits.checks import check_rows, check_tau
 from ..logits.op import divergence
-from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
+from .base import Loss, check_pair, constant, full_precision, row_mask, zero_where_masked
 from .means import mean_of_rows
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -92,7 +92,8 @@ class KDLoss(Loss):
         with full_precision(student):
             dtype = at_least_float32(student, teacher)
             log_s, log_t = (
-                (zero_where_masked(side, counted).to(dtype) / self.tau).log_softmax(-1) for side in (student, teacher)
+                (zero_where_masked(side, counted).to(dtype) / self.tau).log_softmax(-1)
+                for side in (student, constant(teacher))
             )
             # logaddexp of two -inf has no gradient
             least = torch.finfo(dtype).min / 2

@@ -7,7 +7,7 @@ import torch
 
 from ..nystrom.kda import ClassCenters
 from ..nystrom.kda.op import landmark_similarity_loss
-from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
+from .base import Loss, check_pair, constant, full_precision, row_mask, zero_where_masked
 
 
 class KDALoss(Loss):
@@ -90,7 +90,7 @@ class KDALoss(Loss):
         def prepare():
             nonlocal batch
             names = check_pair(student_features, teacher_features, "features")
-            s, t = student_features.flatten(1), teacher_features.detach().flatten(1)
+            s, t = student_features.flatten(1), constant(teacher_features).flatten(1)
             for x, name, width in (
                 (s, names[0], self.centers.student_dim),
                 (t, names[1], self.centers.teacher_dim),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import checks
 from ..dtypes import at_least_float32
-from .base import FeatureLoss, check_pair, zero_of
+from .base import FeatureLoss, check_pair, constant, zero_of
 
 
 class MapLoss(FeatureLoss):
@@ -24,7 +24,7 @@ class MapLoss(FeatureLoss):
         names = check_pair(student, teacher, "features", index)
         size, other = (check_map(side, rows, name) for side, name in zip((student, teacher), names, strict=True))
         kept = mask_of_positions(mask, student, size, names[0], size == other)
-        teacher = teacher.detach()
+        teacher = constant(teacher)
         if self.one_size:
             student, teacher = to_smaller(student, teacher, size, other, names)
         x, y = (channels_at_positions(side, rows, kept) for side in (student, teacher))
@@ -75,6 +75,7 @@ def mask_of_positions(mask, like, size, name: str, one_size: bool):
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
     checks.same_device(mask, like, "mask", name)
+    mask = constant(mask)
     batch = (len(like),)
     if tuple(mask.shape) not in (batch, (*batch, *size)):
         raise ValueError(f"mask has shape {tuple(mask.shape)}: for {name} give {batch} or {(*batch, *size)}")

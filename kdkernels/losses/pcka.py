@@ -11,7 +11,7 @@ from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.patches import PATCH, patch_cka, patch_rows
 from ..gram.problem import minimum_rows
-from .base import FeatureLoss, check_pair, weight_tensor, weight_text, zero_of
+from .base import FeatureLoss, check_pair, constant, weight_tensor, weight_text, zero_of
 from .cka import check_estimator
 from .maps import mask_of_positions, same_channels
 
@@ -110,7 +110,7 @@ class PCKALoss(FeatureLoss):
                     "mask samples with [B]"
                 )
             kept = mask
-        return student, teacher.detach(), kept
+        return student, constant(teacher), kept
 
     def _terms(self, student, teacher, kept, group=None):
         """-CKA of each term, averaged over the channels."""

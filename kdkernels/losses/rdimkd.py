@@ -18,6 +18,7 @@ from .base import (
     as_rows,
     check_pair,
     check_rows,
+    constant,
     full_precision,
     zero_where_masked,
 )
@@ -175,7 +176,7 @@ class RdimKDLoss(Loss):
                 "loss.observe(teacher_features) for some batches, then loss.fit()"
             )
         s, dim, kept = self._view(student_features, mask, rows, names[0])
-        t, _, _ = self._view(teacher_features.detach(), mask, rows, names[1])
+        t, _, _ = self._view(constant(teacher_features), mask, rows, names[1])
         for x, name, width in ((s, names[0], self._student_channels()), (t, names[1], self.channels)):
             if x.dim() <= dim or x.shape[dim] != width:
                 found = f"{x.shape[dim]} channels" if x.dim() > dim else "no channels"

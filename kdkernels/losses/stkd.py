@@ -8,7 +8,7 @@ import torch
 from ..logits import MixupBatch
 from ..logits.checks import check_fraction, check_labels, check_mix, check_tau
 from ..logits.op import mixed_distillation
-from .base import Loss, row_mask
+from .base import Loss, constant, row_mask
 from .kd import check_classes, hidden
 from .means import mean_of_rows
 
@@ -79,10 +79,10 @@ class STKDLoss(Loss):
         if self._too_small(len(student_logits), 1):
             return self._nothing([name for name, _ in self._shares()], student_logits, return_parts)
         first, second, counted = self._labels(mixup_batch, student_logits, mask, ignore_index)
-        student, teacher = student_logits, teacher_logits.detach()
+        student, teacher = student_logits, constant(teacher_logits)
         clean = {}
         if self.mix[1]:
-            clean = {"teacher_clean": teacher_clean.detach(), "permutation": mixup_batch.permutation}
+            clean = {"teacher_clean": constant(teacher_clean), "permutation": mixup_batch.permutation}
         student, teacher = (hidden(side, counted, self.backend) for side in (student, teacher))
 
         def value(alpha):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
-from ..autograd import device_type, without_autocast
+from ..autograd import device_type, in_pytorch
 from ..dtypes import at_least_float32
 from . import reference
 from .checks import check_call, mask_of_positions
@@ -54,8 +54,11 @@ def projected_mse(s, t, basis, *, channel_dim=1, reduction="mean", mask=None, ba
     mask = mask_of_positions(mask, s, dim)
     chosen = backends.resolve("projected_mse", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
-        with without_autocast(device_type(s)):
-            dtype = at_least_float32(s, t)
-            rows = (planes(x, dim).mT.to(dtype) for x in (s, t))
-            return reference.projected_mse(*rows, basis.to(dtype), mask, reduction)
+        return in_pytorch(_reference, (s, t, basis, mask), dim, reduction)
     return projected(s, t, basis, mask, dim, reduction, chosen)
+
+
+def _reference(s, t, basis, mask, channel_dim, reduction):
+    dtype = at_least_float32(s, t)
+    rows = (planes(x, channel_dim).mT.to(dtype) for x in (s, t))
+    return reference.projected_mse(*rows, basis.to(dtype), mask, reduction)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
-from ..autograd import device_type, without_autocast
+from ..autograd import device_type, in_pytorch
 from ..distributed import agreed, rows_first
 from ..dtypes import at_least_float32
 from ..gram.checks import check_features, check_mask
@@ -113,16 +113,15 @@ def _relation(kind, x, y, mask, group, backend):
         mask = mask & (mask.sum(-1, keepdim=True) >= least)
     chosen = backends.resolve(kind, backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
-        with without_autocast(device_type(x)):
-            return _reference(kind, x, y, mask)
+        return in_pytorch(_reference, (x, y, mask), kind)
     return relation(x, y, mask, kind, chosen)
 
 
-def _reference(kind, x, y, mask):
+def _reference(x, y, mask, kind):
     dtype = at_least_float32(x, y)
     if x.dim() == 3:
         masks = [None] * len(x) if mask is None else mask
-        return torch.stack([_reference(kind, a, b, m) for a, b, m in zip(x, y, masks, strict=True)])
+        return torch.stack([_reference(a, b, m, kind) for a, b, m in zip(x, y, masks, strict=True)])
     x, y = x.to(dtype), y.to(dtype)
     if mask is not None:
         x, y = x[mask], y[mask]
