@@ -59,7 +59,6 @@ def status() -> Status:
     cpu_reason = _load("cpu", build)
     cuda_reason = _load("cuda", build)
     if not cpu_reason:
-        _register_cpu_fakes()
         _register(*_FAKES)
     return Status(not cpu_reason, cpu_reason, not cuda_reason, cuda_reason, build)
 
@@ -120,15 +119,3 @@ def _load(library: str, build: dict[str, Any]) -> str:
 def _version(text: str) -> tuple[int, int]:
     major, minor = re.match(r"(\d+)\.(\d+)", text).groups()
     return int(major), int(minor)
-
-
-def _register_cpu_fakes() -> None:
-    @torch.library.register_fake("kdkernels::score_rows")
-    def score_rows(x, y, tau):
-        rows = x.new_empty(x.shape[0])
-        z = x.new_empty(x.shape), x.new_empty(x.shape)
-        return *z, rows.double(), rows.double(), rows, torch.empty_like(rows)
-
-    @torch.library.register_fake("kdkernels::score_rows_backward")
-    def score_rows_backward(grad, grad_pearson, z_x, z_y, scale, count):
-        return z_x.new_empty(z_x.shape)

@@ -52,6 +52,7 @@ INTERFACE = (
     ["bandwidth"],
     ["both_ways"],
     ["patches"],
+    ["scores"],
 )
 # all layers at once: sums over the same tiles, made from the same prepared rows
 REUSED = {"analysis": (["combine"], ["maps"], ["panels"], ["prepare"])}

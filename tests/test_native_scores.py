@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import needs_native
 
-from kdkernels.losses import CMKDLoss, scores
+from kdkernels.losses import CMKDLoss
+from kdkernels.rank import scores
 
 OPS = torch.ops.kdkernels
 pytestmark = needs_native(*scores.NATIVE)
@@ -130,6 +131,44 @@ def test_both_ways_can_be_differentiated_twice():
     student, teacher = rows(3, 6)
     loss = CMKDLoss(spearman_weight=0, backend="cpp")
     assert torch.autograd.gradgradcheck(lambda s: loss(s, teacher), student.requires_grad_())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_forward_mode_is_the_jacobian_and_a_second_derivative_right_or_refused(backend):
+    student, teacher = rows(3, 6)
+    student[1, 2] = teacher[2, 3] = -math.inf
+    moved = torch.randn_like(student)
+    loss = CMKDLoss(strength=0.3, class_weight=0.5, backend=backend)
+    want = (torch.func.jacrev(loss)(student, teacher) * moved).sum()
+    assert want.abs() > 1e-3
+    got = torch.func.jvp(lambda s: loss(s, teacher), (student,), (moved,))[1]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(student, moved)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual, teacher)).tangent, want)
+    across = torch.func.vmap(lambda m: torch.func.jvp(lambda s: loss(s, teacher), (student,), (m,))[1])
+    torch.testing.assert_close(across(torch.stack([moved, -2 * moved])), torch.stack([want, -2 * want]))
+    # Spearman's depends on the rows though its upstream does not: it may not get lost beside Pearson's
+    for second in (torch.func.jacrev, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="second derivative .* pass backend='reference'"):
+            second(torch.func.grad(loss))(student, teacher)
+    linear = CMKDLoss(spearman_weight=0, class_weight=0.5, backend=backend)
+    hessians = [second(torch.func.grad(linear))(student, teacher) for second in (torch.func.jacrev, torch.func.jacfwd)]
+    assert hessians[0].abs().max() > 1e-3
+    torch.testing.assert_close(*hessians)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_teacher_may_come_from_inference_mode(backend, nothing_compiled_before):
+    student, teacher = rows(3, 6)
+    loss = CMKDLoss(spearman_weight=0, class_weight=0.5, backend=backend)
+    student.requires_grad_()
+    with torch.inference_mode():
+        frozen = teacher.clone()
+    (want,) = torch.autograd.grad(loss(student, teacher), student)
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        (got,) = torch.autograd.grad(run(student, frozen), student)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
 
 
 def test_torch_func_sees_the_same_gradient():

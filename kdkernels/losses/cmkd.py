@@ -9,6 +9,7 @@ import torch
 
 from ..dtypes import at_least_float32
 from ..rank.op import spearman
+from ..rank.scores import score
 from .base import (
     Loss,
     check_pair,
@@ -20,7 +21,6 @@ from .base import (
 )
 from .dist import centred
 from .means import check_normalizer, mean_of_rows, number_of_rows
-from .scores import score
 
 REGULARIZATIONS = ("l2", "kl")
 

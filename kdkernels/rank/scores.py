@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CMKDLoss needs of two rows of logits beside their ranks: one compiled visit on the CPU, PyTorch elsewhere.
+"""What a loss of ranks needs of two rows of logits beside them: one compiled visit on the CPU, PyTorch elsewhere.
 
 Of x and y [..., C], an entry that is -inf on either side is absent from both: (z_x, z_y, share, pearson), z-scores with
 z_x = 0 and z_y = -inf where absent, the relative entropy of softmax(y / tau), and the correlation of the present
-entries, [...]. Gradient to x alone, through z_x and pearson; both ways can be differentiated twice.
+entries, [...]. Gradient to x alone, through z_x and pearson; both ways can be differentiated twice, and in forward
+mode. Half of one loss and no public op: it has no row in the registry and no contract of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import torch
 
 from .. import native
-from ..autograd import apply, device_type, in_transform
+from ..autograd import apply, device_type, in_forward_mode, in_transform, ordinary
 
 NATIVE = {
     # x, y [R, C] of one dtype, float32 or float64, rows dense; scale, count float64 [R]: 1 / deviation of x, entries
@@ -28,16 +29,30 @@ for _name, _schema in NATIVE.items():
     torch.library.define(f"kdkernels::{_name}", _schema)
 
 
+@native.fake("score_rows")
+def _score_rows(x, y, tau):
+    R = x.shape[:1]
+    z, wide = (x.new_empty(x.shape) for _ in range(2)), (x.new_empty(R, dtype=torch.float64) for _ in range(2))
+    return *z, *wide, x.new_empty(R), x.new_empty(R)
+
+
+@native.fake("score_rows_backward")
+def _score_rows_backward(grad, grad_pearson, z_x, z_y, scale, count):
+    return z_x.new_empty(z_x.shape)
+
+
 def score(x, y, tau: float, backend: str):
     """(z_x, z_y, share, pearson) of x, y in one dtype, float32 or float64, y detached; tau = 0: share is not wanted."""
-    if backend in ("auto", "cpp") and device_type(x) == "cpu" and _compiled() and not in_transform():
+    dual, (y,) = in_forward_mode(), ordinary((y,))
+    if backend in ("auto", "cpp") and device_type(x) == "cpu" and _compiled() and not (dual or in_transform()):
         z_x, z_y, _, _, share, pearson = apply(ScoreRows, x, y, tau)
         return z_x, z_y, share, pearson
-    absent = torch.fmin(x, y) == -math.inf  # whatever the other side holds
+    absent = torch.fmin(x.detach(), y) == -math.inf  # whatever the other side holds
     keep = (~absent).to(x.dtype)
     count = keep.sum(-1, keepdim=True).clamp_min(1)
     share = relative_entropy(y, absent, count[..., 0], tau) if tau else None
-    x, y = (ZScore.apply(side.masked_fill(absent, 0), keep, count)[0] for side in (x, y))
+    z_score = ZScore.forward if dual else ZScore.apply  # the formula has its own way forward
+    x, y = (z_score(side.masked_fill(absent, 0), keep, count)[0] for side in (x, y))
     # of z-scored rows, Pearson is the mean product
     return x, y.masked_fill(absent, -math.inf), share, torch.linalg.vecdot(x, y) / count[..., 0]
 
