@@ -258,7 +258,7 @@ def _functions(name: str, words: _Words, halves: _Halves, tangent):
     conditional = any(bit >= 0 for _, bit in reads)
     learns = {place for _, place in places}
     # a second derivative finds its way to the refusal through the inputs, if all are saved, else through what is kept
-    kept_shown = bool(first_kept and learns - {place for place, _ in reads})
+    kept_shown = bool(first_kept and words.held > 1 + len(reads) and learns - {place for place, _ in reads})
 
     def to_read(inputs, need):
         if conditional:

@@ -177,6 +177,28 @@ def test_under_kl_infinite_values_have_no_rank_and_no_gradient_but_the_others_ke
     torch.testing.assert_close(rank[:, [0, 2, 3, 5]].detach(), expected)
 
 
+@pytest.mark.parametrize("regularization", REGULARIZATIONS)
+def test_transforms_see_through_what_stands_for_infinities(regularization, nothing_compiled_before):
+    values = torch.tensor([[0.3, math.inf, -1.0, 0.9], [0.1, 0.2, -math.inf, 0.4], [1.0, 0.7, 0.1, 0.2]]).double()
+    moved = torch.randn_like(values)
+
+    def ranks(v):
+        return torchsort.soft_rank(v, regularization, 0.5)
+
+    leaf = values.clone().requires_grad_()
+    rows = [torch.autograd.grad(one, leaf, retain_graph=True)[0] for one in ranks(leaf).flatten()]
+    jacobian = torch.stack(rows).reshape(3, 4, 3, 4)
+    compiled = torch.compile(ranks, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(leaf).sum(), leaf)
+    torch.testing.assert_close(got, jacobian.sum((0, 1)), equal_nan=True)
+    torch.testing.assert_close(torch.func.jacrev(ranks)(values), jacobian, equal_nan=True)
+    tangent = torch.func.jvp(ranks, (values,), (moved,))[1]
+    some = slice(None) if regularization == "l2" else slice(2, None)  # a NaN of the Jacobian is one of every tangent
+    want = torch.einsum("rirc,rc->ri", jacobian, moved)[some]
+    assert want[-1].abs().sum() > 0
+    torch.testing.assert_close(tangent[some], want)
+
+
 def test_soft_sort_of_a_row_with_infinities_is_their_sum_throughout_and_other_rows_are_untouched():
     inf = math.inf
     x = torch.tensor([[1.0, inf, 2], [-inf, 0, 1], [inf, -inf, 1], [3, 1, 2]], requires_grad=True)

@@ -23,6 +23,7 @@ import math
 import torch
 
 from .. import checks
+from ..differentiable import operator
 from ..dtypes import at_least_float32
 from ..rank import op
 
@@ -99,22 +100,31 @@ def _without_infinities(values, strength, kl: bool):
     strength = strength.reshape(-1, 1) if isinstance(strength, torch.Tensor) else strength
     # neighbours further apart than n strengths never pool, under l2 or kl
     out = (3 * largest + 2 * n * strength + 1).to(wide.dtype)
-    return _MovedOut.apply(wide, beyond, out, kl), beyond
+    return _moved_out(wide, beyond, out, kl), beyond
 
 
-class _MovedOut(torch.autograd.Function):
-    """x with out or -out in place of its infinities; their gradient is that of what replaces them, NaN under kl."""
+def _forward(x, beyond, out, kl, need):
+    return (torch.where(beyond, torch.where(x > 0, out, -out), x).contiguous(),)
 
-    @staticmethod
-    def forward(x, beyond, out, kl):
-        return torch.where(beyond, torch.where(x > 0, out, -out), x)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, beyond, _, ctx.kl = inputs
-        ctx.save_for_backward(beyond)
+def _backward(grad, x, beyond, kl, need):
+    return [(grad.masked_fill(beyond, math.nan) if kl else grad.clone()).contiguous()]
 
-    @staticmethod
-    def backward(ctx, grad):
-        (beyond,) = ctx.saved_tensors
-        return grad.masked_fill(beyond, math.nan) if ctx.kl else grad, None, None, None
+
+def _fake(x, beyond, out, kl, need):
+    return (x.new_empty(x.shape),)
+
+
+# x with out or -out in place of its infinities; their gradient is that of what replaces them, NaN under kl
+_moved_out = operator(
+    "torchsort_moved_out",
+    "x beyond out",
+    "bool kl",
+    "",
+    wanted="x",
+    read="x beyond",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    tangent=lambda run, moved, value, saved, how: run(moved[0], *saved, *how)[0],
+).value
