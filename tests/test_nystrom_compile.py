@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Nystrom ops are good citizens of PyTorch: opcheck, torch.compile without breaks or recompiles, torch.func."""
+"""The Nystrom ops and losses are good citizens of PyTorch: torch.compile without breaks or a word, torch.func."""
 
 import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.gram.kernels import spec_of
-from kdkernels.nystrom.call import Question
-from kdkernels.nystrom.operator import encode
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 CALLS = {
@@ -47,10 +44,6 @@ def test_a_compiled_call_is_one_graph_and_equals_the_eager_one(name):
     same(value_and_gradients(compiled, *sides), value_and_gradients(CALLS[name], *sides))
 
 
-def problem(stat, kernels, whiten, unbiased=True):
-    return encode(Question(stat, spec_of(kernels), whiten, 1e-3, unbiased, True, "torch"))
-
-
 def test_a_bandwidth_tensor_reaches_the_operators_and_gets_its_gradient_when_compiled():
     x, y, _ = arguments()
     sigma = torch.tensor(2.0, requires_grad=True)
@@ -61,3 +54,51 @@ def test_a_bandwidth_tensor_reaches_the_operators_and_gets_its_gradient_when_com
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(g(x, y, sigma), (x, sigma)) for g in (compiled, f))
     same(got, want)
+
+
+def with_centers(make):
+    """A loss that has ended an epoch, and learns no more."""
+    loss, labels = make(), torch.arange(12) % 3
+    loss(torch.randn(12, 4), torch.randn(12, 4), labels)
+    loss.end_epoch()
+    return loss.eval()
+
+
+LOSSES = {
+    "KDALoss": lambda: with_centers(lambda: kd.losses.KDALoss(3, 4, 4, start_epoch=0)),
+    "NystromTransferLoss": lambda: kd.losses.NystromTransferLoss(4),
+    "NystromTransferLoss centers": lambda: with_centers(
+        lambda: kd.losses.NystromTransferLoss(centers=kd.ClassCenters(3, 4, 4))
+    ),
+}
+SIMILARITY = {
+    "similarity": lambda x, y, m: kd.landmark_similarity_loss(x, y, y[:4], x[:4].detach()),
+    "similarity torch": lambda x, y, m: kd.landmark_similarity_loss(x, y, y[:4], y[4:8], backend="torch"),
+}
+
+
+# but for what Dynamo tells itself: it makes an object of every autograd.Function it meets
+@pytest.mark.filterwarnings("error", "ignore:dynamo_pgo", "ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", [*CALLS, *SIMILARITY, *LOSSES])
+def test_compiling_says_nothing(name):
+    x, y, mask = arguments()
+    if name in LOSSES:
+        loss = LOSSES[name]()
+        run = lambda x, y: loss(x, y, mask=mask)  # noqa: E731
+    else:
+        run = lambda x, y: (CALLS | SIMILARITY)[name](x, y, mask)  # noqa: E731
+    torch.compile(run, fullgraph=True, backend="aot_eager")(x, y).sum().backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_teacher_made_under_inference_mode_is_as_good_as_any(name, compiled):
+    loss = LOSSES[name]()
+    x, y, mask = arguments()
+    with torch.inference_mode():
+        teacher = y.clone()
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    for how in ({}, {"mask": mask}):
+        got, want = (torch.autograd.grad(f(x, t, **how), x) for f, t in ((run, teacher), (loss, y)))
+        same(got, want)
+        assert want[0].abs().sum() > 0
