@@ -88,7 +88,7 @@ def rows(case: DistributedCase) -> list[dict]:
 def _on_this_rank(case: DistributedCase, path: str) -> None:
     import torch.distributed as dist
 
-    from kdkernels.gram import ring
+    from kdkernels.gram.distributed import ring
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)

@@ -24,8 +24,8 @@ import torch
 import kdkernels as kd
 from kdkernels.backend import implementation
 from kdkernels.gram import operator
+from kdkernels.gram.call import Call, Question, Side
 from kdkernels.gram.kernels import spec_of
-from kdkernels.gram.problem import decode, encode
 
 from . import data
 from .measure import percentiles
@@ -33,6 +33,7 @@ from .measure import percentiles
 N, P = 256, 512
 NEED_X = 1
 BOUND = 15.0
+PROBLEM = Question("cka", "linear", True, True, False, True).problem(spec_of("linear"))
 
 
 class Ready(NamedTuple):
@@ -51,17 +52,16 @@ class Ready(NamedTuple):
 
 def measure(backend: str, device: str, reps: int) -> dict:
     """One row: what the call costs above bare and above floor."""
-    problem = decode(encode("cka", *spec_of("linear"), True, True, False, True, backend))
     run = implementation(operator.__package__, backend)
     x, y = (t.float() for t in data.features(N, P, P, "relu:3:1", 0, device))
-    answers = run.forward(x[None], y[None], None, None, None, problem, NEED_X)
-    one = torch.ones(1, device=device)
-    gradients = run.backward(one, x[None], y[None], None, None, None, *answers[1:], problem, NEED_X)
+    call = _asked(x[None], y[None])
+    answers = run.forward(call)
+    gradients = run.backward(call, answers[1:], torch.ones(1, device=device))
     ready = Ready(answers, gradients)
     x.requires_grad_()
-    real = _rounds(_calls(run, problem, backend, x, y), device, max(reps // 10, 5))
+    real = _rounds(_calls(run, backend, x, y), device, max(reps // 10, 5))
     with _instead(ready):
-        alone = _rounds(_calls(ready, problem, backend, x, y), device, reps)
+        alone = _rounds(_calls(ready, backend, x, y), device, reps)
     row = {
         "kind": "overhead",
         "status": "ok",
@@ -85,6 +85,10 @@ def measure(backend: str, device: str, reps: int) -> dict:
         target = {"figure": "overhead", "against": against, "bound": BOUND, "value": value, "holds": value <= BOUND}
         row["targets"].append(target)
     return row
+
+
+def _asked(x, y) -> Call:
+    return Call(PROBLEM, Side(x, PROBLEM.kx, None), Side(y, PROBLEM.ky, None), None, NEED_X)
 
 
 def _rounds(calls: dict, device: str, reps: int) -> dict[str, list[float]]:
@@ -111,25 +115,24 @@ def _instead(ready: Ready):
         operator.implementation = implementation
 
 
-def _calls(run, problem, backend, x, y) -> dict:
-    x1, y1, one = x.detach()[None], y[None], torch.ones(1, device=x.device)
+def _calls(run, backend, x, y) -> dict:
+    asked, one = _asked(x.detach()[None], y[None]), torch.ones(1, device=x.device)
 
     def bare():
-        _, rows, kept = run.forward(x1, y1, None, None, None, problem, NEED_X)
-        return run.backward(one, x1, y1, None, None, None, rows, kept, problem, NEED_X)[0]
+        _, *saved = run.forward(asked)
+        return run.backward(asked, saved, one)[0]
 
     class Smallest(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, y):
-            value, rows, kept = run.forward(x[None], y[None], None, None, None, problem, NEED_X)
-            ctx.save_for_backward(x, y, rows, kept)
+            value, *saved = run.forward(_asked(x[None], y[None]))
+            ctx.save_for_backward(x, y, *saved)
             return value[0]
 
         @staticmethod
         def backward(ctx, grad):
-            x, y, rows, kept = ctx.saved_tensors
-            x, y, grad = x[None], y[None], grad[None]
-            return run.backward(grad, x, y, None, None, None, rows, kept, problem, NEED_X)[0][0], None
+            x, y, *saved = ctx.saved_tensors
+            return run.backward(_asked(x[None], y[None]), saved, grad[None])[0][0], None
 
     def floor():
         x.grad = None
@@ -140,7 +143,7 @@ def _calls(run, problem, backend, x, y) -> dict:
         kd.cka(x, y, backend=backend).backward()
 
     def bare_forward():
-        return run.forward(x1, y1, None, None, None, problem, NEED_X)[0]
+        return run.forward(asked)[0]
 
     def forward():
         return kd.cka(x, y, backend=backend)

@@ -10,7 +10,7 @@ of every op and loss in which the rows of a batch meet. Losses that are means ov
 FSP, NST, ICKD) have none: the average that DDP takes over the ranks is theirs, as long as each rank has as many rows.
 
 What a call sends, beside 224 bytes a rank to agree on shapes (56 more for each tensor after the third): CKA, HSIC and
-Gram-MSE with linear kernels p x p moments, whatever the batch, with others what `gram/ranks.py` chooses; DIST and CMKD
+Gram-MSE with linear kernels p x p moments, whatever the batch, with others what `gram/distributed` takes; DIST and CMKD
 a few numbers a class; any loss with rows="groups" 16 bytes, as each sample stays on its rank; MMD, SP, PKT, RKD, CC,
 RCKA and PCKA (its maps) the rows, of which each rank then holds all.
 

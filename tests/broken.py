@@ -49,12 +49,17 @@ def noisy(t):
     return t * (1 + 1e-7 * torch.randn(()))
 
 
+def asked_of(arguments) -> int:
+    """`need`, of the call that is the first argument of a backward pass, or else the last one."""
+    return getattr(arguments[0], "need", arguments[-1])
+
+
 def one_gradient(backward, change, which=0):
-    """A backward pass with one changed gradient, where that gradient is asked for; `need` is its last argument."""
+    """A backward pass with one changed gradient, where that gradient is asked for."""
 
     def broken(*a):
         out = list(backward(*a))
-        if a[-1] >> which & 1:
+        if asked_of(a) >> which & 1:
             out[which] = change(out[which])
         return tuple(out)
 
@@ -62,10 +67,10 @@ def one_gradient(backward, change, which=0):
 
 
 def half_when_alone(backward):
-    """A backward pass that is wrong where one gradient alone is asked for; `need` is its last argument."""
+    """A backward pass that is wrong where one gradient alone is asked for."""
 
     def broken(*a):
-        out = backward(*a)
-        return tuple(g if g is None else g * 0.5 for g in out) if a[-1] & (a[-1] - 1) == 0 else out
+        out, need = backward(*a), asked_of(a)
+        return tuple(g if g is None else g * 0.5 for g in out) if need & (need - 1) == 0 else out
 
     return broken

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 import kdkernels as kd
-from kdkernels.gram import panels, torch_impl
+from kdkernels.gram.torch_impl import forms, panels
 from kdkernels.gram.triton_impl import schedule, small, tile_kernels, tiles
 
 TINY = tiles.TileConfig(16, 16, 16, 4, 1)
@@ -112,7 +112,7 @@ def shrink(flash_width: int, band_bytes: int):
     tiles.SUMS = tiles.PANEL = (TINY, TINY)
     tiles.FLASH = ((1 << 20, TINY, TINY),)
     tiles.FLASH_WIDTH, tiles.BAND_BYTES = flash_width, band_bytes
-    torch_impl.in_feature_space = lambda *_: False
+    forms.in_feature_space = lambda *_: False
 
 
 def main():

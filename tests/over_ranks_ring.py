@@ -18,8 +18,9 @@ from over_ranks import SPLITS, device, differs, run, worst
 import kdkernels as kd
 from bench import traffic
 from kdkernels.gram import bandwidth as rules
-from kdkernels.gram import panels, ring
+from kdkernels.gram.distributed import ring
 from kdkernels.gram.kernels import RBF, Laplacian, Polynomial
+from kdkernels.gram.torch_impl import panels
 
 RCKA = {"unbiased": False, "center": False, "row_normalize": True}
 OF_GROUPS = ("cka rbf median", "cka centred rows", "gram_mse rows")

@@ -31,11 +31,10 @@ ARROWS = {
     "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},
     "compat": {*FOUNDATIONS, *FAMILIES, "losses"},
     "distributed": {*FOUNDATIONS},
-    "rounds": set(),
     "analysis": {*FOUNDATIONS, "distributed", "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram", "distributed"},
-    "gram": {*FOUNDATIONS, "distributed", "rounds"},
+    "gram": {*FOUNDATIONS, "distributed"},
     "relation": {*FOUNDATIONS, "gram", "distributed"},
 }
 # the modules of a family that others may name: its functions, its kernel objects (and what they do to a Triton tile),
@@ -48,6 +47,7 @@ INTERFACE = (
     ["checks"],
     ["kernels"],
     ["triton_impl", "maps"],
+    ["call"],
     ["problem"],
     ["bandwidth"],
     ["both_ways"],
@@ -55,7 +55,7 @@ INTERFACE = (
     ["scores"],
 )
 # all layers at once: sums over the same tiles, made from the same prepared rows
-REUSED = {"analysis": (["combine"], ["maps"], ["panels"], ["prepare"])}
+REUSED = {"analysis": [["torch_impl", part] for part in ("combine", "maps", "panels", "prepare")]}
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 
 

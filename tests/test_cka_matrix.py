@@ -66,15 +66,15 @@ def test_tiles_give_what_the_whole_matrix_gives(kernel, unbiased, n, monkeypatch
 @pytest.mark.parametrize("kernel", ["linear", "cosine"])
 def test_feature_space_gives_what_tiles_give(kernel, unbiased, monkeypatch):
     xs, ys = network(300, (5, 30), 0, 30.0, torch.float32), network(300, (7, 2, 12), 1, dtype=torch.float32)
-    problem = sums.problem_of((kd.Linear(), kd.Linear()), unbiased, "torch")
+    problem = sums.problem_of((kd.Linear(), kd.Linear()), unbiased)
     assert sums.in_feature_space(problem, 300, (5, 30), (7, 2, 12))
     found = kd.cka_matrix(xs, ys, kernel=kernel, unbiased=unbiased)
     torch.testing.assert_close(found.double(), textbook(xs, ys, kernel=kernel, unbiased=unbiased), rtol=0, atol=1e-6)
 
 
 def test_feature_space_is_for_layers_narrower_than_the_batch_and_linear_kernels():
-    linear = sums.problem_of((kd.Linear(), kd.Linear()), True, "torch")
-    rbf = sums.problem_of((kd.RBF(1.0), kd.RBF(1.0)), True, "torch")
+    linear = sums.problem_of((kd.Linear(), kd.Linear()), True)
+    rbf = sums.problem_of((kd.RBF(1.0), kd.RBF(1.0)), True)
     assert not sums.in_feature_space(linear, 128, [4096] * 20, [4096] * 20)
     assert sums.in_feature_space(linear, 10_000, [64] * 20, [64] * 20)
     assert not sums.in_feature_space(rbf, 10_000, [64] * 20, [64] * 20)
@@ -118,7 +118,7 @@ def test_a_layer_that_is_constant_up_to_rounding_has_terms_of_zero():
     found = sums.Sums(1, 1, 9, K)
     found.add(K, L + L.mT, everything, everything)
     one = torch.ones(1, dtype=torch.float64)
-    problem = sums.problem_of((kd.Linear(), kd.Linear()), False, "torch")
+    problem = sums.problem_of((kd.Linear(), kd.Linear()), False)
     h = found.finish(problem, 9, (one, one), torch.finfo(torch.float32).eps, same=False)
     assert h.kk == 0 and h.kl == 0 and h.ll > 0
 

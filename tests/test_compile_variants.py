@@ -59,7 +59,7 @@ def launches(monkeypatch):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from kdkernels.gram import torch_impl
+    from kdkernels.gram.torch_impl import forms
 
     seen, run = [], JITFunction.run
 
@@ -69,7 +69,7 @@ def launches(monkeypatch):
         return run(self, *arguments, grid=grid, warmup=True, **options)
 
     monkeypatch.setattr(JITFunction, "run", compiled)
-    monkeypatch.setattr(torch_impl, "in_feature_space", lambda *_: False)
+    monkeypatch.setattr(forms, "in_feature_space", lambda *_: False)
     monkeypatch.setattr(driver, "_active", Driver())
     return seen
 
@@ -78,14 +78,16 @@ def call(x, y=None, G=1, n=64, p=32, q=48, mask=False, stat="cka", kx="linear", 
          center=True, row_normalize=False, sigma=0, need=1):  # fmt: skip
     """Forward and backward of the backend, as the operators call them."""
     from kdkernels.gram import triton_impl
-    from kdkernels.gram.problem import decode
+    from kdkernels.gram.call import Call, Problem, Side
+    from kdkernels.gram.kernels import spec_from
 
-    problem = decode(f"{stat}|{kx}|{ky}|{unbiased:d}{center:d}{row_normalize:d}1|triton")
+    problem = Problem(stat, spec_from(kx), spec_from(ky), unbiased, center, row_normalize, True)
     sides = torch.randn(G, n, p, dtype=x), torch.randn(G, n, q, dtype=y or x)
     keep = torch.rand(G, n) > 0.3 if mask else None
     sigmas = [torch.ones(sigma) if sigma and k in ("rbf", "laplacian") else None for k in (kx, ky)]
-    _, rows, kept = triton_impl.forward(*sides, keep, *sigmas, problem, need)
-    triton_impl.backward(torch.ones(G), *sides, keep, *sigmas, rows, kept, problem, need)
+    whole = Call(problem, *map(Side, sides, problem.specs, sigmas), keep, need)
+    _, *saved = triton_impl.forward(whole)
+    triton_impl.backward(whole, saved, torch.ones(G))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,22 +5,18 @@ import pytest
 import torch
 from conftest import needs_native
 
-from kdkernels.gram import prepare, torch_impl
-from kdkernels.gram.combine import RowStats, combine
+from kdkernels.gram import native_impl
+from kdkernels.gram.call import Question, Side
 from kdkernels.gram.kernels import spec_of
-from kdkernels.gram.problem import decode, encode
+from kdkernels.gram.torch_impl import forms, prepare
+from kdkernels.gram.torch_impl.combine import RowStats, combine
 from kdkernels.registry import OPS
 
 pytestmark = needs_native(*OPS["cka"].native)
-LINEAR = spec_of("linear")[0]
 
 
-def spec(kernel="linear"):
-    return decode(encode("cka", *spec_of(kernel), True, True, False, True, "torch")).kx
-
-
-def problem(stat="cka", unbiased=True, centre=True, backend="torch"):
-    return decode(encode(stat, LINEAR, LINEAR, unbiased, centre, False, True, backend))
+def problem(stat="cka", unbiased=True, centre=True, kernel="linear"):
+    return Question(stat, kernel, unbiased, centre, False, True).problem(spec_of(kernel))
 
 
 def centre_rows(x, mask=None, centre=True, rescale=True):
@@ -72,7 +68,9 @@ def test_centred_rows_are_the_float64_ones(shape, masked, centre, rescale):
 def test_the_preparation_equals_the_portable_one(kernel, offset):
     x, mask = torch.randn(2, 40, 100) + offset, torch.rand(2, 40) > 0.2
     sigma = torch.tensor([2.0])
-    seen = [prepare.prepare(x, mask, spec(kernel), sigma, problem(backend=b), torch.float32) for b in ("cpp", "torch")]
+    case = problem(kernel=kernel)
+    side = Side(x, case.kx, sigma)
+    seen = [prepare.prepare(side, mask, case, x.dtype, by.centre) for by in (native_impl, prepare)]
     for name in prepare.Prepared._fields:
         a, b = (getattr(p, name) for p in seen)
         assert (a is None) == (b is None)
@@ -148,7 +146,7 @@ def test_weights_are_those_of_combine(stat, unbiased, centre, need, masked, dtyp
     value, rows = torch.ops.kdkernels.weigh_rows(sums, count, *units, *u, like, *how)
     asked = (bool(need & 0b101), bool(need & 0b1010))
     want, sides = combine(case, RowStats(*sums), n if count is None else count, eps, units, None, asked)
-    want, want_rows = torch_impl.pack_rows(want, sides, u, n if count is None else count, case, need, dtype)
+    want, want_rows = forms.pack_rows(want, sides, u, n if count is None else count, case, need, dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(value, want, rtol=tolerance, atol=1e-300)
     torch.testing.assert_close(rows, want_rows, rtol=tolerance, atol=tolerance * 1e-2)

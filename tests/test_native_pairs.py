@@ -8,9 +8,9 @@ from conftest import needs_native
 from formulas import assert_near
 
 import kdkernels as kd
-from kdkernels.gram import native_impl, panels
+from kdkernels.gram import native_impl
+from kdkernels.gram.call import SMALL, Call, Question, Side
 from kdkernels.gram.kernels import spec_of
-from kdkernels.gram.problem import decode, encode
 from kdkernels.registry import OPS
 
 pytestmark = needs_native(*OPS["hsic"].native)
@@ -18,8 +18,11 @@ pytestmark = needs_native(*OPS["hsic"].native)
 ESTIMATORS = {"unbiased": {}, "biased": {"unbiased": False}, "uncentred": {"unbiased": False, "center": False}}
 
 
-def served(kernel="linear", backend="cpp"):
-    return decode(encode("cka", *spec_of(kernel), True, True, False, True, backend))
+def served(kernel, x, y):
+    """Whether CKA of these features is one compiled call."""
+    problem = Question("cka", kernel, True, True, False, True).problem(spec_of(kernel))
+    sides = (Side(t[None], spec, None) for t, spec in zip((x, y), problem.specs, strict=True))
+    return native_impl.in_one_call(Call(problem, *sides, None, 0))
 
 
 def step(op, x, y, backend, **how):
@@ -41,8 +44,8 @@ def alike(n, p, q):
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_every_edge_of_the_tiles_is_the_textbook(n, p, kernel):
     p, q = n + p, 2 * n + p  # wider than long, or linear kernels would meet in feature space
-    assert native_impl.in_one_call(served(kernel), n, p, q, torch.float32)
     x, y = alike(n, p, q)
+    assert served(kernel, x, y)
     how = {"kernel": kernel, "unbiased": n > 8}  # HSIC_1 of a handful of rows is all cancellation
     exact = step(kd.cka, x.double(), y.double(), "reference", **how)
     assert_near(step(kd.cka, x, y, "cpp", **how), exact, 3e-6)
@@ -155,15 +158,17 @@ def test_one_matrix_a_side_that_asks_is_kept():
 
 
 def test_what_it_does_not_serve_stays_where_it_was():
-    wide = 4 * panels.SMALL
-    assert native_impl.in_one_call(served("linear"), panels.SMALL, wide, wide, torch.float32)
+    wide = 4 * SMALL
+    full = torch.empty(SMALL, wide)
+    assert served("linear", full, full)
     for kernel, n, p, dtype in (
         ("cosine", 8, wide, torch.float32),
         ("linear", 8, 2, torch.float32),  # feature space is cheaper
         ("linear", 8, wide, torch.float64),
-        ("linear", panels.SMALL + 1, wide, torch.float32),
+        ("linear", SMALL + 1, wide, torch.float32),
     ):
-        assert not native_impl.in_one_call(served(kernel), n, p, p, dtype)
+        x = torch.empty(n, p, dtype=dtype)
+        assert not served(kernel, x, x)
 
 
 def test_the_operators_refuse_what_they_would_misread():
@@ -208,8 +213,8 @@ FORWARD, BACKWARD = native_impl.forward, native_impl.backward
 def of_kept(change):
     """A gradient from another matrix V."""
 
-    def backward(grad, x, y, mask, sx, sy, rows, kept, *rest):
-        return BACKWARD(grad, x, y, mask, sx, sy, rows, change(kept.clone()), *rest)
+    def backward(call, saved, grad):
+        return BACKWARD(call, (saved[0], change(saved[1].clone())), grad)
 
     return backward
 
@@ -231,7 +236,7 @@ SABOTAGE = {
         {"backward": one_gradient(BACKWARD, unwritten)},
     ),
     "wrong where one gradient is asked for": ("needs", {"backward": half_when_alone(BACKWARD)}),
-    "ignored mask": ("value", {"forward": lambda x, y, mask, *a: FORWARD(x, y, None, *a)}),
+    "ignored mask": ("value", {"forward": lambda call: FORWARD(call._replace(mask=None))}),
 }
 
 

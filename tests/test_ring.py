@@ -12,7 +12,7 @@ import torch
 from ranked import facts_of, launch, needs_distributed
 
 from kdkernels.distributed import Agreed
-from kdkernels.gram import ring
+from kdkernels.gram.distributed import ring
 
 pytestmark = needs_distributed
 facts = facts_of("over_ranks_ring.py")

@@ -12,9 +12,10 @@ from broken import half_when_alone, noisy, one_gradient, packed, rejects, unwrit
 
 from kdkernels import differentiable, testing
 from kdkernels.gram import torch_impl
+from kdkernels.gram.torch_impl import forms
 
 FORWARD, BACKWARD = torch_impl.forward, torch_impl.backward
-# rows of one side in what forward saves: u, p, q, e, f, h (torch_impl.SIDE_ROWS)
+# rows of one side in what forward saves: u, p, q, e, f, h (SIDE_ROWS)
 P, Q, E = 1, 2, 3
 DX, DY, DSIGMA = 0, 1, 2
 
@@ -31,10 +32,10 @@ def gradient(change, which=DX):
 def saved(row):
     """A gradient without one of its terms, on both sides."""
 
-    def backward(grad, x, y, mask, sx, sy, rows, *rest):
-        rows = rows.clone()
-        rows[:, [row, torch_impl.SIDE_ROWS + row]] = 0
-        return BACKWARD(grad, x, y, mask, sx, sy, rows, *rest)
+    def backward(call, saved, grad):
+        rows = saved[0].clone()
+        rows[:, [row, forms.SIDE_ROWS + row]] = 0
+        return BACKWARD(call, (rows, *saved[1:]), grad)
 
     return {"backward": backward}
 
@@ -42,31 +43,35 @@ def saved(row):
 def inputs(change):
     """Both passes see other features."""
 
-    def backward(grad, x, y, *rest):
-        return BACKWARD(grad, change(x), change(y), *rest)
+    def changed(call):
+        x, y = (side._replace(features=change(side.features)) for side in call.sides)
+        return call._replace(x=x, y=y)
 
-    return {"forward": lambda x, y, *rest: FORWARD(change(x), change(y), *rest), "backward": backward}
+    return {
+        "forward": lambda call: FORWARD(changed(call)),
+        "backward": lambda call, *rest: BACKWARD(changed(call), *rest),
+    }
 
 
 def transposed(t):
     return t.mT.reshape(t.shape)
 
 
-def ignored_upstream(grad, *rest):
-    return BACKWARD(torch.ones_like(grad), *rest)
+def ignored_upstream(call, saved, grad):
+    return BACKWARD(call, saved, torch.ones_like(grad))
 
 
-def no_mask_forward(x, y, mask, *rest):
-    return FORWARD(x, y, None, *rest)
+def no_mask_forward(call):
+    return FORWARD(call._replace(mask=None))
 
 
-def no_mask_backward(grad, x, y, mask, *rest):
-    return BACKWARD(grad, x, y, None, *rest)
+def no_mask_backward(call, *rest):
+    return BACKWARD(call._replace(mask=None), *rest)
 
 
-def mask_by_product(x, y, mask, *rest):
-    out = FORWARD(x, y, mask, *rest)
-    leak = 0 if mask is None else (x * mask[..., None]).sum((1, 2)) * 0
+def mask_by_product(call):
+    out = FORWARD(call)
+    leak = 0 if call.mask is None else (call.x.features * call.mask[..., None]).sum((1, 2)) * 0
     return (out[0] + leak, *out[1:])
 
 

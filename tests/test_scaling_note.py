@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from kdkernels.gram import ring
+from kdkernels.gram.distributed import ring
 
 NOTE = (ROOT / "kdkernels" / "gram" / "SCALING.md").read_text()
 SPACE: dict = {}

@@ -7,8 +7,8 @@ import torch
 
 from .. import checks
 from ..autograd import device_type, without_autocast
+from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
-from ..gram.problem import minimum_rows
 from ..losses.base import check_rows
 from . import stream, sums
 from .comparison import Comparison
@@ -137,16 +137,16 @@ class _Run:
         if first not in self.layers:
             if first:
                 together = len(net) + (0 if self.same else sums.group(len(self.b)))
-                problem = self._problem(arguments, options)
-                self.layers[first] = sums.Layers(len(net), together, kernel, problem, self.dtype)
+                problem, centre = sums.problem_of(self.kernels, self.unbiased), self._centring(arguments, options)
+                self.layers[first] = sums.Layers(len(net), together, kernel, problem, self.dtype, True, centre)
             else:
                 self.layers[first] = sums.Groups(self.layers[True], len(net), kernel)
         self.layers[first].clear()
         return net.features(arguments, options, self.layers[first])
 
-    def _problem(self, arguments, options):
+    def _centring(self, arguments, options):
         tensor = next((t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor)), torch.empty(0))
-        return sums.problem_of(self.kernels, self.unbiased, sums.choose_backend(self.backend, tensor))
+        return sums.centring(sums.choose_backend(self.backend, tensor))
 
     def _too_small(self, n: int):
         if self.seen == 1:

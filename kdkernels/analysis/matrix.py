@@ -10,10 +10,10 @@ import torch
 from .. import checks
 from ..autograd import device_type, without_autocast
 from ..dtypes import at_least_float32
+from ..gram.call import minimum_rows
 from ..gram.checks import check_bandwidths
 from ..gram.kernels import spec_of
 from ..gram.op import cka
-from ..gram.problem import minimum_rows
 from . import sums
 from .sums import Hsics
 
@@ -64,14 +64,14 @@ def cka_matrix(xs, ys, *, kernel="linear", unbiased=True, backend="auto") -> tor
 
 def hsics(xs, ys, kernels, unbiased: bool, backend: str, dtype) -> Hsics:
     """The three HSICs of all pairs; layers that are the same tensors on both sides are prepared once."""
-    problem = sums.problem_of(kernels, unbiased, backend)
+    problem, centre = sums.problem_of(kernels, unbiased), sums.centring(backend)
     same = kernels[0] is kernels[1] and len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))
     together = len(xs) if same else len(xs) + len(ys)
-    A = B = sums.Layers(len(xs), together, kernels[0], problem, dtype)
+    A = B = sums.Layers(len(xs), together, kernels[0], problem, dtype, True, centre)
     for x in xs:
         A.put(x)
     if not same:
-        B = sums.Layers(len(ys), together, kernels[1], problem, dtype, first=False)
+        B = sums.Layers(len(ys), together, kernels[1], problem, dtype, False, centre)
         for y in ys:
             B.put(y)
     return sums.hsics(A, B)

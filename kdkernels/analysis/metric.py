@@ -19,9 +19,9 @@ from .. import checks, distributed
 from ..accumulator import Accumulator, summed, without_rounding
 from ..autograd import device_type, without_autocast
 from ..dtypes import at_least_float32
+from ..gram.call import minimum_rows
 from ..gram.checks import check_bandwidths
 from ..gram.kernels import spec_of
-from ..gram.problem import minimum_rows
 from . import matrix, stream, sums
 
 COUNT, WIDE = stream.SUMS, stream.SUMS + 1  # batches that counted; of them, those in float64

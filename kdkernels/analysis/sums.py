@@ -15,14 +15,15 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type
-from ..gram import maps, panels
-from ..gram.combine import constant, estimator
+from ..gram.bandwidth import sigma_of
+from ..gram.call import Problem, Question, minimum_rows
+from ..gram.call import Side as Given
 from ..gram.kernels import Kernel
-from ..gram.maps import Side
-from ..gram.op import sigma_of
-from ..gram.panels import Pairs
-from ..gram.prepare import prepare
-from ..gram.problem import Problem, decode, encode, minimum_rows
+from ..gram.torch_impl import maps, panels
+from ..gram.torch_impl.combine import constant, estimator
+from ..gram.torch_impl.maps import Side
+from ..gram.torch_impl.panels import Pairs
+from ..gram.torch_impl.prepare import centre, prepare
 
 BYTES = 64 << 20  # of the tiles of all layers that exist at a time
 LEAST_TILE = 128  # edge below which a tile's products no longer fill the processor
@@ -53,14 +54,19 @@ def choose_backend(requested: str, tensor) -> str:
     return requested
 
 
-def problem_of(kernels: tuple[Kernel, Kernel], unbiased: bool, backend: str) -> Problem:
-    return decode(encode("cka", *kernels, unbiased, True, False, True, backend))
+def problem_of(kernels: tuple[Kernel, Kernel], unbiased: bool) -> Problem:
+    return Question("cka", kernels, unbiased, True, False, True).problem(kernels)
 
 
-def side_of(x, kernel: Kernel, problem: Problem, dtype, first: bool = True) -> Side:
+def centring(backend: str):
+    """How a backend centres rows."""
+    return backends.implementation("kdkernels.gram", backend).STEPS.centre
+
+
+def side_of(x, kernel: Kernel, problem: Problem, dtype, first: bool = True, centre=centre) -> Side:
     """x [n, p] prepared: centred where the kernel allows, scaled, its bandwidth known."""
     spec = problem.kx if first else problem.ky
-    P = prepare(x[None], None, spec, sigma_of(kernel, x, None), problem, dtype)
+    P = prepare(Given(x[None], spec, sigma_of(kernel, x, None)), None, problem, dtype, centre)
     return maps.side_of(P, spec, problem.stable).group(0)
 
 
@@ -186,10 +192,12 @@ class Layers:
     freeing it, does no harm.
     """
 
-    def __init__(self, most: int, together: int, kernel: Kernel, problem: Problem, dtype, first: bool = True):
+    def __init__(
+        self, most: int, together: int, kernel: Kernel, problem: Problem, dtype, first: bool = True, centre=centre
+    ):
         # most: layers that may come; together: those that are held at a time, of both networks
         self.most, self.together, self.kernel, self.problem = most, together, kernel, problem
-        self.dtype, self.first = dtype, first
+        self.dtype, self.first, self.centre = dtype, first, centre
         self.expected = START  # Gram matrices there is room for at first
         # kept from batch to batch: fresh memory costs more than the product in it, and small tensors that outlive large
         # ones keep a heap from shrinking
@@ -216,7 +224,7 @@ class Layers:
     def put(self, x, place: int | None = None) -> int:
         """x [n, p] as the next layer, or in the place of one that is there; the place it has."""
         self.n = x.shape[0]
-        side = side_of(x, self.kernel, self.problem, self.dtype, self.first)
+        side = side_of(x, self.kernel, self.problem, self.dtype, self.first, self.centre)
         place = len(self) if place is None else place
         if place == len(self):
             self.sides.append(None)
@@ -299,7 +307,7 @@ class Groups:
 
     def __init__(self, A: Layers, most: int, kernel: Kernel):
         self.A, self.most, half = A, most, group(most)
-        self.part = Layers(half, A.most + half, kernel, A.problem, A.dtype, first=False)
+        self.part = Layers(half, A.most + half, kernel, A.problem, A.dtype, False, A.centre)
         self.clear()
 
     def clear(self):

@@ -20,6 +20,18 @@ def bandwidth(x, mask, rule: str, factor: float):
     return torch.ops.kdkernels.gram_bandwidth(x.detach(), mask, rule, factor)
 
 
+def sigma_of(kernel, x, mask):
+    """The bandwidth as a tensor [1] or [G], or None where the kernel has none or it is a number."""
+    sigma = kernel.sigma
+    if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
+        return None
+    if isinstance(sigma, torch.Tensor):
+        return sigma.to(x.device).reshape(-1)
+    if x.dim() == 2:
+        x, mask = x[None], None if mask is None else mask[None]
+    return bandwidth(x, mask, *sigma)
+
+
 def sampled(n: int, device=None) -> torch.Tensor:
     """Which of n rows the median reads."""
     few = min(n, EXACT)

@@ -50,11 +50,12 @@ def _forward(x, y, columns, native, need):
     return value.flip(0) if turned else value, products if need else products[:0].clone(), *kept
 
 
-def _backward(grad, x, y, products, weights, norms, numbers, columns, native, need):
-    """dX; `numbers` are a and g of each way, and the scales of X and Y."""
+def _backward(grad, x, y, *rest):
+    """dX; of what is kept, `numbers` are a and g of each way, and the scales of X and Y."""
+    *kept, columns, native, _ = rest
     X, Y, turned = _sides(x, y, columns)
     run = _native_bwd if _fits(X, native) else _torch_bwd
-    dx = run(grad.flip(0) if turned else grad, X, Y, products, weights, norms, numbers, columns)
+    dx = run(grad.flip(0) if turned else grad, X, Y, *kept, columns)
     return [(dx.mT.contiguous() if turned else dx).to(x.dtype)]
 
 

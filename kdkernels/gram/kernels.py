@@ -3,7 +3,7 @@
 
 Every kernel here is either a function of the dot product (linear, polynomial, cosine on unit rows) or of the squared
 distance d2_ij = g_ii + g_jj - 2 g_ij (rbf, laplacian). For the second kind dk/dg_ii = -(dk/dg_ij)/2, so one slope
-serves both. The maps themselves stand in `maps.py` (PyTorch), `triton_impl/maps.py` (Triton) and, as the
+serves both. The maps themselves stand in `torch_impl/maps.py` (PyTorch), `triton_impl/maps.py` (Triton) and, as the
 textbook has them, in `reference.py`.
 """
 
@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 
 __all__ = ["Cosine", "Kernel", "KernelSpec", "Laplacian", "Linear", "Polynomial", "RBF", "spec_of"]
+
+
+RULES = ("median", "mean")
 
 
 class KernelSpec(NamedTuple):
@@ -35,6 +38,13 @@ class KernelSpec(NamedTuple):
         return self.name in ("linear", "cosine")
 
 
+def spec_from(code: str) -> KernelSpec:
+    """Reads a kernel's `code` or `ruled_code`."""
+    name, *params = code.split(":")
+    rule = params.pop(0) if params and params[0] in RULES else ""
+    return KernelSpec(name, tuple(map(float, params)), rule)
+
+
 class Kernel:
     """Base of the kernel functions: `code` is the static part, `sigma` the bandwidth rule where there is one."""
 
@@ -45,13 +55,22 @@ class Kernel:
 
     @property
     def code(self) -> str:
-        """The static part as text, for example rbf:2.0 (`problem.decode` reads it back as a KernelSpec)."""
+        """The static part as text, for example rbf:2.0."""
         return self._code
+
+    @property
+    def spec(self) -> KernelSpec:
+        return spec_from(self._code)
 
     @property
     def ruled_code(self) -> str:
         """The same with the bandwidth's rule, where it has one: rbf:mean:1.0."""
         return self._code
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether the bandwidth follows from the features."""
+        return self.ruled_code != self.code
 
     def of_group(self, g: int) -> Kernel:
         """The kernel function of group g, where sigma is a tensor [G]."""
@@ -122,9 +141,6 @@ class Laplacian(_Bandwidth):
     """k(x, y) = exp(-|x - y| / sigma), gradient 0 where x = y; sigma as in `RBF`."""
 
     name = "laplacian"
-
-
-RULES = ("median", "mean")
 
 
 def _check_sigma(sigma, owner: str):

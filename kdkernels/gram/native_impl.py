@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Gram family in the compiled CPU library: one call a pass where it serves the problem, else compiled steps.
 
-CKA and HSIC up to `panels.SMALL` rows, linear and Gaussian kernels, float32: `csrc/gram/pair_statistic_cpu.cpp`
-computes the value and, where a gradient is asked for, the matrix V that it is one product with; `pair_gradient_cpu.cpp`
-is that product. Everything else is `torch_impl`'s.
+CKA and HSIC up to `SMALL` rows, linear and Gaussian kernels, float32: `csrc/gram/pair_statistic_cpu.cpp` computes the
+value and, where a gradient is asked for, the matrix V that it is one product with; `pair_gradient_cpu.cpp` is that
+product. Everything else is `torch_impl`'s, with the steps of `STEPS`: centred rows, moments of a tile, the weights.
 """
 
 from __future__ import annotations
@@ -13,80 +13,70 @@ import functools
 import torch
 
 from .. import native
-from ..dtypes import at_least_float32
-from . import panels, torch_impl
-from .problem import Problem
+from . import torch_impl
+from .call import Call, Problem, Rows, Steps, working_dtype
+from .kernels import KernelSpec
+from .torch_impl import forms, panels, prepare
+from .torch_impl.panels import Pairs, Sums
 
 _KERNELS = ("linear", "rbf")
 _RULES = {"mean": 2, "median": 3}  # 0 is linear, 1 a number or several
 SAVED = 3  # numbers a side: scale of the rows, factor of V z, dL/dsigma
+NO_DIAGONAL = -(2**31)  # panel_moments leaves nothing out: the tiles come with their diagonal already zero
 
 
-def in_one_call(problem: Problem, n: int, p: int, q: int, dtype: torch.dtype) -> bool:
-    """Whether one compiled call serves the problem, and feature space is not cheaper."""
-    served = _serves(problem.stat, *problem[1:3], problem.row_normalize, n, dtype)
-    return served and not torch_impl.in_feature_space(problem, n, p, q)
+def follows_rules(problem: Problem, rows: Rows) -> bool:
+    """Whether the rule of a bandwidth is left to the compiled call, which has the distances anyway."""
+    return _serves(problem, rows.x.shape[-2], working_dtype(problem, rows.x, rows.y))
 
 
-def follows_rules(stat: str, kernel_x, kernel_y, row_normalize: bool, x, y) -> bool:
-    """Whether the rule of a bandwidth is left to the compiled call, which has the distances anyway; x and y on the CPU
-    and the backend cpp. A compiler would have to trace the same decision for each n, and keeps the operator of its own.
-    """
-    if kernel_x.ruled_code == kernel_x.code and kernel_y.ruled_code == kernel_y.code:
-        return False
-    if torch.compiler.is_compiling():
-        return False
-    return _serves(stat, kernel_x, kernel_y, row_normalize, x.shape[-2], at_least_float32(x, y))
-
-
-def _serves(stat, kernel_x, kernel_y, row_normalize, n, dtype) -> bool:
+def _serves(problem: Problem, n: int, dtype: torch.dtype) -> bool:
     return (
-        stat in ("cka", "hsic")
-        and not row_normalize
-        and kernel_x.name in _KERNELS
-        and kernel_y.name in _KERNELS
+        problem.stat in ("cka", "hsic")
+        and not problem.row_normalize
+        and all(spec.name in _KERNELS for spec in problem.specs)
         and dtype == torch.float32
         and n <= panels.SMALL
     )
 
 
-saved_dtype = torch_impl.saved_dtype
+def in_one_call(call: Call) -> bool:
+    """Whether one compiled call serves the problem, and feature space is not cheaper."""
+    n, p, q = call.sizes
+    return _serves(call.problem, n, call.dtype) and not forms.in_feature_space(call.problem, n, p, q)
 
 
-def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int, dtype: torch.dtype):
-    if not need or not in_one_call(problem, n, p, q, dtype):
-        return torch_impl.saved_shapes(problem, G, n, p, q, need, dtype)
-    sides = bool(need & 0b101) + bool(need & 0b1010)
-    return (G, 2, SAVED), (sides, G, n, n)
+def kept(call: Call):
+    if not call.need or not in_one_call(call):
+        return torch_impl.kept(call)
+    G, n, _ = call.x.features.shape
+    return ((G, 2, SAVED), (sum(call.sides_asked), G, n, n)), call.dtype
 
 
-def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
-    if not in_one_call(problem, *x.shape[1:], y.shape[2], saved_dtype(problem, x, y)):
-        return torch_impl.forward(x, y, mask, sigma_x, sigma_y, problem, need)
-    how = (problem.stat == "cka", problem.unbiased, problem.center, need, problem.minimum)
-    mask = None if mask is None else mask.contiguous()
-    kernels = (*_kernel(problem.kx, sigma_x), *_kernel(problem.ky, sigma_y))
-    return torch.ops.kdkernels.pair_statistic(_rows(x), _rows(y), mask, *kernels, *how)
+def forward(call: Call):
+    if not in_one_call(call):
+        return torch_impl.forward(call, STEPS)
+    problem = call.problem
+    how = (problem.stat == "cka", problem.unbiased, problem.center, call.need, problem.minimum)
+    mask = None if call.mask is None else call.mask.contiguous()
+    rows, kernels = [_rows(side.features) for side in call.sides], [_kernel(side) for side in call.sides]
+    return torch.ops.kdkernels.pair_statistic(*rows, mask, *kernels[0], *kernels[1], *how)
 
 
-def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    if not in_one_call(problem, *x.shape[1:], y.shape[2], saved_dtype(problem, x, y)):
-        return torch_impl.backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
-    out = [None] * 4
-    mask = None if mask is None else mask.contiguous()
-    slot = 0
-    for k, (features, spec) in enumerate(((x, problem.kx), (y, problem.ky))):
-        if not need & (0b101 << k):
+def backward(call: Call, saved, grad):
+    if not in_one_call(call):
+        return torch_impl.backward(call, saved, grad, STEPS)
+    (rows, kept), out, slot = saved, [None] * 4, 0
+    mask = None if call.mask is None else call.mask.contiguous()
+    for k, (features, spec, sigma) in enumerate(call.sides):
+        if not call.sides_asked[k]:
             continue
-        if need & (1 << k):
-            centre = problem.center or spec.of_distance
+        if call.need & (1 << k):
+            centre = call.problem.center or spec.of_distance
             dx = torch.ops.kdkernels.pair_gradient(grad, _rows(features), mask, rows[:, k], kept[slot], centre)
             out[k] = dx.to(features.dtype)
-        if need & (0b100 << k):
-            sigma = (sigma_x, sigma_y)[k]
-            total = rows[:, k, 2] * grad
-            total = total if sigma.numel() == len(total) else total.sum()
-            out[2 + k] = total.reshape(sigma.shape).to(sigma.dtype)
+        if call.need & (0b100 << k):
+            out[2 + k] = forms.sigma_gradient(rows[:, k, 2] * grad, sigma)
         slot += 1
     return tuple(out)
 
@@ -96,8 +86,9 @@ def _rows(x):
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _kernel(spec, sigma):
+def _kernel(side):
     """rule, factor and numbers of a kernel, as the compiled call takes them."""
+    _, spec, sigma = side
     if spec.linear:
         return 0, 1.0, None
     if spec.rule:
@@ -110,6 +101,39 @@ def _kernel(spec, sigma):
 @functools.lru_cache(maxsize=1024)
 def _numbers(sigmas: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor([sigmas], dtype=torch.float64, device="cpu")
+
+
+def centre(x, mask, spec: KernelSpec, problem: Problem):
+    """`prepare.centre` in two passes over x."""
+    if x.dtype != torch.float32:
+        return prepare.centre(x, mask, spec, problem)
+    centred = problem.stable or spec.of_distance
+    x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    z, square, scale, shift, unit, typical = torch.ops.kdkernels.centre_rows(x, mask, centred, problem.stat != "mse")
+    return z, square, scale, shift if centred else None, unit, typical
+
+
+def moments(K, L, columns: bool):
+    if K.dim() == 2:
+        return torch.ops.kdkernels.panel_moments(K, L, NO_DIAGONAL, columns)
+    # no diagonal to leave out and no column sums: the rows of all groups are rows of one panel
+    rows, _ = torch.ops.kdkernels.panel_moments(K.flatten(0, 1), L.flatten(0, 1), NO_DIAGONAL, False)
+    return rows.unflatten(1, K.shape[:2]), None
+
+
+def weights(call: Call, pairs: Pairs, sums: Sums):
+    """`combine` and `pack_rows` in one call."""
+    problem = call.problem
+    if problem.stat not in ("cka", "hsic") or problem.row_normalize:
+        return forms.weights(call, pairs, sums)
+    count, eps = None if call.mask is None else call.mask.sum(1), torch.finfo(call.dtype).eps
+    how = (problem.stat == "cka", problem.unbiased, problem.center, call.need, problem.minimum, eps)
+    units, like = (pairs.x.P.unit, pairs.y.P.unit), torch.empty(0, dtype=call.dtype, device="cpu")
+    return torch.ops.kdkernels.weigh_rows(torch.stack(sums.stats[:5]), count, *units, *sums.u, like, *how)
+
+
+STEPS = Steps(centre, moments, weights)
 
 
 @native.fake("panel_moments")
@@ -127,8 +151,8 @@ def centre_rows(x, mask, centre, rescale):
 
 
 @native.fake("weigh_rows")
-def weigh_rows(sums, count, unit_x, unit_y, u_x, u_y, like, cka, unbiased, centre, need, minimum, eps):
-    _, G, n = sums.shape
+def weigh_rows(sums, count, unit_x, unit_y, u_x, u_y, like, *how):
+    (_, G, n), need = sums.shape, how[3]
     return like.new_empty(G), like.new_empty((G, 12, n) if need else 0)
 
 

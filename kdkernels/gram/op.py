@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """CKA, HSIC, MMD and Gram-matrix distances as differentiable ops that read the features and never store n x n.
 
-Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch) and `triton_impl/` (how, on a GPU).
+Read on in `reference.py` (what is computed), `torch_impl/` (how, in PyTorch) and `triton_impl/` (how, on a GPU).
 """
 
 from __future__ import annotations
 
 import torch
 
-from .. import backend as backends
 from ..autograd import device_type, without_autocast
-from . import native_impl, ranks, reference, two_sample
-from .bandwidth import bandwidth
-from .checks import check_bandwidths, check_features, check_mask, check_mmd_masks
-from .kernels import Kernel, spec_of
+from ..backend import resolve
+from . import distributed, reference, two_sample
+from .call import Question, Rows
+from .checks import check_bandwidths, check_features
 from .operator import statistic
-from .problem import encode, minimum_rows
 
 __all__ = ["cka", "gram_mse", "hsic", "mmd"]
-
-LINEAR = spec_of("linear")
 
 
 def cka(
@@ -63,7 +59,8 @@ def cka(
     >>> round(kd.cka(x, 3 * x @ rotation).item(), 4)
     1.0
     """
-    return _statistic("cka", x, y, kernel, unbiased, center, row_normalize, True, mask, group, backend)
+    question = Question("cka", kernel, unbiased, center, row_normalize, True)
+    return _answer(question, Rows(x, y, mask), group, backend)
 
 
 def hsic(
@@ -88,7 +85,8 @@ def hsic(
     >>> bool(kd.hsic(x, x) > kd.hsic(x, torch.randn(64, 8)).abs())
     True
     """
-    return _statistic("hsic", x, y, kernel, unbiased, center, row_normalize, True, mask, group, backend)
+    question = Question("hsic", kernel, unbiased, center, row_normalize, True)
+    return _answer(question, Rows(x, y, mask), group, backend)
 
 
 def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, backend="auto") -> torch.Tensor:
@@ -105,15 +103,16 @@ def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, b
     >>> kd.gram_mse(x, x).item()
     0.0
     """
-    options = {"normalize": normalize, "reduction": reduction, "backend": backend}
+    rows = Rows(x, y, mask)
     if group is not None:
-        group = ranks.agreed("gram_mse", x, y, mask, group, options)
+        options = {"normalize": normalize, "reduction": reduction, "backend": backend}
+        group = distributed.agreed("gram_mse", rows, group, options)
     if normalize not in (None, "row"):
         raise ValueError(f"normalize is {normalize!r}: give None or 'row'")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
     stat = "mse" if normalize is None else "row_mse"
-    return _statistic(stat, x, y, LINEAR, False, False, False, reduction == "mean", mask, group, backend)
+    return _answer(Question(stat, "linear", False, False, False, reduction == "mean"), rows, group, backend)
 
 
 def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="auto") -> torch.Tensor:
@@ -133,106 +132,44 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="au
     >>> bool(kd.mmd(x, y) > 0.1)
     True
     """
-
-    def check():
-        check_features(x, y, same_rows=False, empty=group is not None)
-        if x.shape[-1] != y.shape[-1]:
-            raise ValueError(f"y has {y.shape[-1]} features, x has {x.shape[-1]}: mmd compares samples of one space")
-        if group is not None:
-            backends.resolve("mmd", backend, device_type(x), (x.dtype, y.dtype))
-        return check_mmd_masks(mask, x, y)
-
+    question, samples = Question("mmd", kernel, unbiased, False, False, True), Rows(x, y, mask)
     if group is not None:
-        options = {"kernel": kernel, "unbiased": unbiased, "backend": backend}
-        groups = ranks.agreed_on_both(x, y, mask, group, check, options)
-    kernels = spec_of(kernel)
-    if kernels[0] is not kernels[1]:
-        raise ValueError("kernel is a pair: mmd compares x and y under one kernel function")
-    if group is not None:
-        value, gathered = ranks.two_samples(x, y, kernels[0], unbiased, mask, groups, backend)
-        if gathered is None:
+        value, samples = distributed.samples(question, samples, group, backend)
+        if samples is None:
             return value
-        x, y, mask = gathered
-        return mmd(x, y, kernel=kernel, unbiased=unbiased, mask=mask, backend=backend)
-    masks = check()
-    least = 2 if unbiased else 1
-    for name, n in (("x", x.shape[-2]), ("y", y.shape[-2])):
-        if n < least:
-            raise ValueError(f"{name} has {n} rows: mmd with unbiased={unbiased} needs at least {least}")
-    check_bandwidths(kernels, x)
-    chosen = backends.resolve("mmd", backend, device_type(x), (x.dtype, y.dtype))
+    own = question.kernels()[0]
+    samples = two_sample.checked(samples, unbiased)
+    check_bandwidths((own,), samples.x)
+    chosen = resolve("mmd", backend, device_type(samples.x), (samples.x.dtype, samples.y.dtype))
     if chosen == "reference":
-        with without_autocast(device_type(x)):
-            return two_sample.reference_mmd(x, y, kernels[0], unbiased, masks, least)
-    rows = torch.cat(two_sample.promoted(x, y), dim=-2)
-    labels, keep = two_sample.labels(x, y, masks, unbiased, least)
-    specs = (kernels[0], LINEAR[1])
-    return _call("sum", rows, labels, specs, unbiased, False, False, True, keep, chosen)
+        with without_autocast(device_type(samples.x)):
+            return two_sample.reference_mmd(samples, own, unbiased)
+    return statistic(*two_sample.as_sum(own, unbiased), two_sample.joined(samples, unbiased), chosen)
 
 
-def _statistic(stat, x, y, kernel, unbiased, center, row_normalize, mean, mask, group, backend):
-    if group is None:
-        check_features(x, y)
-    else:
-        options = {"kernel": kernel, "unbiased": unbiased, "center": center, "row_normalize": row_normalize}
-        group = ranks.agreed(stat, x, y, mask, group, {**options, "backend": backend})
-    kernels = spec_of(kernel)
-    if unbiased and stat in ("cka", "hsic"):
-        if not center:
-            raise ValueError("center=False with unbiased=True: the unbiased estimator is centred, pass unbiased=False")
-        if row_normalize:
-            raise ValueError("row_normalize=True with unbiased=True: row normalisation needs unbiased=False")
+def _answer(question: Question, rows: Rows, group, backend: str):
     if group is not None:
-        # what came from moments or the ring runs on no backend: an unknown one is refused all the same
-        backends.resolve("gram_mse" if "mse" in stat else stat, backend, device_type(x), (x.dtype, y.dtype))
-        how = (kernels, unbiased, center, row_normalize, mean)
-        value, rows = ranks.of_all_ranks(stat, x, y, *how, mask, group, backend)
-        return value if rows is None else _statistic(stat, *rows[:2], *how, rows[2], None, backend)
-    least = minimum_rows(unbiased, center, stat)
-    if x.shape[-2] < least:
-        raise ValueError(
-            f"x and y have {x.shape[-2]} rows: {stat} with unbiased={unbiased}, center={center} needs at least {least}"
-        )
-    check_bandwidths(kernels, x)
-    if mask is not None:
-        check_mask(mask, x, "mask")
-        # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
-        mask = mask & (mask.sum(-1, keepdim=True) >= least)
-    name = "gram_mse" if stat in ("mse", "row_mse") else stat
-    chosen = backends.resolve(name, backend, device_type(x), (x.dtype, y.dtype))
+        value, rows = distributed.answer(question, rows, group, backend)
+        if rows is None:
+            return value
+    check_features(rows.x, rows.y)
+    kernels = question.kernels()
+    rows = rows.checked(question, kernels)
+    chosen = resolve(question.op, backend, device_type(rows.x), (rows.x.dtype, rows.y.dtype))
     if chosen == "reference":
-        with without_autocast(device_type(x)):
-            return _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least)
-    return _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen)
+        return _reference(question, kernels, rows)
+    return statistic(question, kernels, rows, chosen)
 
 
-def _reference(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, least):
+def _reference(question: Question, kernels, rows: Rows):
+    stat, _, *how = question
     if stat in ("mse", "row_mse"):
-        how = ("row" if stat == "row_mse" else None, "mean" if mean else "sum")
-        return reference.over_groups(lambda a, b, _: reference.gram_mse_one(a, b, *how), x, y, kernels, mask, least)
-    one = reference.cka_one if stat == "cka" else reference.hsic_one
-    how = (unbiased, center, row_normalize)
-    return reference.over_groups(lambda a, b, pair: one(a, b, pair, *how), x, y, kernels, mask, least)
+        one, how = reference.gram_mse_one, ["row" if stat == "row_mse" else None, "mean" if question.mean else "sum"]
+    else:
+        one, how = reference.cka_one if stat == "cka" else reference.hsic_one, how[:3]
 
+    def of_group(x, y, pair):
+        return one(x, y, *how) if one is reference.gram_mse_one else one(x, y, pair, *how)
 
-def _call(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, chosen):
-    """Resolve bandwidth rules, then the operator: with its gradient where one is needed."""
-    ruled = chosen == "cpp" and native_impl.follows_rules(stat, *kernels, row_normalize, x, y)
-    sigma_x, sigma_y = (
-        None if ruled and kernel.ruled_code != kernel.code else sigma_of(kernel, features, mask)
-        for kernel, features in zip(kernels, (x, y), strict=True)
-    )
-    problem = encode(stat, *kernels, unbiased, center, row_normalize, mean, chosen, ruled)
-    return statistic.value(x, y, mask, sigma_x, sigma_y, problem)
-
-
-def sigma_of(kernel: Kernel, x, mask):
-    """The bandwidth as a tensor [1] or [G], or None where the kernel has none or it is a number."""
-    sigma = kernel.sigma
-    if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
-        return None
-    if isinstance(sigma, torch.Tensor):
-        return sigma.to(x.device).reshape(-1)
-    if x.dim() == 2:
-        x, mask = x[None], None if mask is None else mask[None]
-    return bandwidth(x, mask, *sigma)
+    with without_autocast(device_type(rows.x)):
+        return reference.over_groups(of_group, rows.x, rows.y, kernels, rows.mask, question.least)

@@ -1,36 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one differentiable operator of the family: every statistic, on every backend.
 
-Two operators of fixed arity (`kdkernels::gram_fwd`, `kdkernels::gram_bwd`); what is asked of them travels as the string
-of `problem.py`. Both take [n, p] or [G, n, p]: a view made outside would cost a graph node.
+Two operators of fixed arity (`kdkernels::gram_fwd`, `kdkernels::gram_bwd`); what is asked of them travels as a string,
+which `encode` writes and `decode` reads. Both take [n, p] or [G, n, p]: a view made outside would cost a graph node.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
+
 from ..backend import implementation
 from ..differentiable import of_rows, operator
 from ..dtypes import at_least_float32
-from .problem import decode
+from .bandwidth import sigma_of
+from .call import Call, Problem, Question, Rows, Side
+from .kernels import spec_from
 
 
-def _grouped(x, y, mask):
-    """One group is the case G = 1. Indexing by None or 0 is the cheapest view there is; `reshape` costs thrice that."""
-    if x.dim() == 3:
-        return x, y, mask
-    return x[None], y[None], None if mask is None else mask[None]
+def encode(question: Question, kernels, backend: str, ruled: bool = False) -> str:
+    """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch; ruled: with the bandwidths' rules."""
+    x, y = (kernel.ruled_code if ruled else kernel.code for kernel in kernels)
+    # without a cache: a compiler traces this, and says of a cache that it looks through it
+    flags = f"{question.unbiased:d}{question.center:d}{question.row_normalize:d}{question.mean:d}"
+    return f"{question.stat}|{x}|{y}|{flags}|{backend}"
 
 
-def _forward(x, y, mask, sigma_x, sigma_y, problem, need):
-    problem = decode(problem)
-    run = implementation(__package__, problem.backend).forward
-    value, rows, kept = run(*_grouped(x, y, mask), sigma_x, sigma_y, problem, need)
-    return value if x.dim() == 3 else value[0], rows, kept
+@lru_cache(maxsize=1024)
+def decode(text: str) -> tuple[Problem, str]:
+    """The problem, and the backend that is to solve it."""
+    stat, kx, ky, flags, backend = text.split("|")
+    return Problem(stat, spec_from(kx), spec_from(ky), *(flag == "1" for flag in flags)), backend
 
 
-def _backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
-    problem = decode(problem)
-    run, upstream = implementation(__package__, problem.backend).backward, grad if x.dim() == 3 else grad[None]
-    gradients = run(upstream, *_grouped(x, y, mask), sigma_x, sigma_y, rows, kept, problem, need)
+def statistic(question: Question, kernels, rows: Rows, backend: str):
+    """The value, with its gradient where one is needed: bandwidth rules are resolved, then the operator runs."""
+    (x, y, mask), (kernel_x, kernel_y) = rows, kernels
+    ruled = _ruled(question, kernels, rows, backend)
+    sigma_x = None if kernel_x.sigma is None or (ruled and kernel_x.has_rule) else sigma_of(kernel_x, x, mask)
+    sigma_y = None if kernel_y.sigma is None or (ruled and kernel_y.has_rule) else sigma_of(kernel_y, y, mask)
+    return _gram.value(x, y, mask, sigma_x, sigma_y, encode(question, kernels, backend, ruled))
+
+
+def _ruled(question: Question, kernels, rows: Rows, backend: str) -> bool:
+    """Whether the rule of a bandwidth is left to the implementation, which has the distances anyway. A compiler would
+    have to trace the same decision for each n, and keeps the operator of its own."""
+    if not (kernels[0].has_rule or kernels[1].has_rule) or torch.compiler.is_compiling():
+        return False
+    follows_rules = getattr(implementation(__package__, backend), "follows_rules", None)
+    return follows_rules is not None and follows_rules(question.problem(kernels), rows)
+
+
+def _read(x, y, mask, sigma_x, sigma_y, text, need):
+    """The call, and the implementation that is to serve it. One group is the case G = 1."""
+    problem, backend = decode(text)
+    if x.dim() == 2:  # indexing by None is the cheapest view there is; `reshape` costs thrice that
+        x, y, mask = x[None], y[None], None if mask is None else mask[None]
+    call = Call(problem, Side(x, problem.kx, sigma_x), Side(y, problem.ky, sigma_y), mask, need)
+    return call, implementation(__package__, backend)
+
+
+def _forward(x, *rest):
+    call, run = _read(x, *rest)
+    value, *saved = run.forward(call)
+    return value if x.dim() == 3 else value[0], *saved
+
+
+def _backward(grad, x, y, mask, sigma_x, sigma_y, *rest):
+    *saved, text, need = rest
+    call, run = _read(x, y, mask, sigma_x, sigma_y, text, need)
+    gradients = run.backward(call, saved, grad if x.dim() == 3 else grad[None])
     # contiguous, as the fake promises: permuted features give permuted ones
     dx, dy, *dsigma = (g.contiguous() if need >> bit & 1 else None for bit, g in enumerate(gradients))
     if x.dim() == 2:
@@ -38,17 +78,14 @@ def _backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need):
     return dx, dy, *dsigma
 
 
-def _fake(x, y, mask, sigma_x, sigma_y, problem, need):
-    problem = decode(problem)
-    (n, p), q, G = x.shape[-2:], y.shape[-1], x.shape[0] if x.dim() == 3 else 1
-    run = implementation(__package__, problem.backend)
-    saved = run.saved_dtype(problem, x, y)
-    rows, kept = run.saved_shapes(problem, G, n, p, q, need, saved)
+def _fake(x, y, *rest):
+    call, run = _read(x, y, *rest)
+    shapes, dtype = run.kept(call)
     value = x.new_empty(x.shape[:-2], dtype=at_least_float32(x, y))
-    return value, x.new_empty(rows, dtype=saved), x.new_empty(kept, dtype=saved)
+    return value, *(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-statistic = operator(
+_gram = operator(
     "gram",
     "x y mask? sigma_x? sigma_y?",
     "str problem",

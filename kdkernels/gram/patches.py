@@ -90,7 +90,8 @@ def _forward(student, teacher, kept, height, width, transposed, need):
     return values.to(dtype), products if need else products[:0].clone(), numbers
 
 
-def _backward(grad, student, teacher, kept, products, numbers, height, width, transposed, need):
+def _backward(grad, student, teacher, kept, *rest):
+    products, numbers, height, width, transposed, _ = rest
     size, dtype = (height, width), at_least_float32(student, teacher)
     a, inverse, scale_x, scale_y = numbers[:4]
     own = 2 * scale_x.square() * inverse * (grad * numbers[4:]).sum(0)

@@ -14,9 +14,10 @@ from functools import partial
 import torch
 
 from ..testing import REGIMES, Caps, Case, pair
+from . import call, reference
 from . import op as ops
-from . import panels, problem, reference
 from .kernels import RBF, Laplacian, Polynomial, spec_of
+from .torch_impl import panels
 
 HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
 EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
@@ -55,7 +56,7 @@ TORCH_EDGES = (panels.SMALL - 1, panels.SMALL, panels.SMALL + 1)  # kept product
 @contextlib.contextmanager
 def small_tiles(backend: str):
     """No kept products, in PyTorch tiles of 16 rows: the path of large n on a matrix that a test can afford."""
-    places = [(problem, "SMALL", 8), (panels, "SMALL", 8), (panels, "TILE", 16)]
+    places = [(call, "SMALL", 8), (panels, "SMALL", 8), (panels, "TILE", 16)]
     if backend == "triton":
         from .triton_impl import schedule  # here, as importing it needs triton
 

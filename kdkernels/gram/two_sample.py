@@ -7,6 +7,22 @@ import torch
 
 from ..dtypes import at_least_float32
 from . import reference
+from .call import Question, Rows
+from .checks import check_features, check_mmd_masks
+from .kernels import spec_of
+
+LINEAR = spec_of("linear")[0]
+
+
+def least_of(unbiased: bool) -> int:
+    """The fewest samples of a side for which the estimator is defined."""
+    return 2 if unbiased else 1
+
+
+def as_sum(kernel, unbiased: bool):
+    """MMD as a question about pairs of the joined samples and their labels, and its kernels."""
+    kernels = kernel, LINEAR
+    return Question("sum", kernels, unbiased, False, False, True), kernels
 
 
 def promoted(x, y):
@@ -14,13 +30,36 @@ def promoted(x, y):
     return x.to(dtype), y.to(dtype)
 
 
-def labels(x, y, masks, unbiased, least, over=lambda own: own):
+def check(samples: Rows, empty: bool = False):
+    """The pair of masks. empty: no rows are enough, as on one of several ranks."""
+    x, y, mask = samples
+    check_features(x, y, same_rows=False, empty=empty)
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"y has {y.shape[-1]} features, x has {x.shape[-1]}: mmd compares samples of one space")
+    return check_mmd_masks(mask, x, y)
+
+
+def checked(samples: Rows, unbiased: bool) -> Rows:
+    """With a pair of masks, and samples enough on either side."""
+    masks, least = check(samples), least_of(unbiased)
+    for name, n in (("x", samples.x.shape[-2]), ("y", samples.y.shape[-2])):
+        if n < least:
+            raise ValueError(f"{name} has {n} rows: mmd with unbiased={unbiased} needs at least {least}")
+    return Rows(samples.x, samples.y, masks)
+
+
+def joined(samples: Rows, unbiased: bool, over=lambda own: own) -> Rows:
+    """The samples of both sides as rows, their labels, and which of them count."""
+    return Rows(torch.cat(promoted(samples.x, samples.y), dim=-2), *labels(samples, unbiased, over))
+
+
+def labels(samples: Rows, unbiased: bool, over=lambda own: own):
     """Label rows whose linear Gram matrix holds the weights of the three means: mmd is then sum_ij K_ij L_ij.
 
     The weight matrix [[a, -c], [-c, b]] has the Cholesky rows (sqrt a, 0) and (-c/sqrt a, sqrt(b - c^2/a)).
     over: from a count of these rows to that of all, where x and y are a part of them.
     """
-    counts, keep = [], None
+    (x, y, masks), least, counts, keep = samples, least_of(unbiased), [], None
     for features, mask in zip((x, y), masks, strict=True):
         full = torch.full(
             features.shape[:-2], torch.sym_float(features.shape[-2]), dtype=torch.float64, device=x.device
@@ -43,10 +82,11 @@ def labels(x, y, masks, unbiased, least, over=lambda own: own):
     return torch.cat(rows, -2).to(at_least_float32(x, y)), keep
 
 
-def reference_mmd(x, y, kernel, unbiased, masks, least):
+def reference_mmd(samples: Rows, kernel, unbiased: bool):
+    (x, y, masks), least = samples, least_of(unbiased)
     if x.dim() == 2:
-        group = [None if mask is None else mask[None] for mask in masks]
-        return reference_mmd(x[None], y[None], kernel, unbiased, group, least)[0]
+        masks = [None if mask is None else mask[None] for mask in masks]
+        return reference_mmd(Rows(x[None], y[None], masks), kernel, unbiased)[0]
     dtype = at_least_float32(x, y)
     x, y = x.to(dtype), y.to(dtype)
     values = []

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
 from ..gram.op import cka
-from ..gram.problem import minimum_rows
 from .base import FeatureLoss
 
 

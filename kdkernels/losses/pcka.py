@@ -7,10 +7,10 @@ import torch
 
 from ..autograd import device_type
 from ..backend import resolve
+from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from ..gram.patches import PATCH, patch_cka, patch_rows
-from ..gram.problem import minimum_rows
 from .base import FeatureLoss, check_pair, constant, weight_tensor, weight_text, zero_of
 from .cka import check_estimator
 from .maps import mask_of_positions, same_channels

@@ -10,9 +10,9 @@ from ..backend import resolve
 from ..dtypes import at_least_float32
 from ..gram import both_ways
 from ..gram.both_ways import cka_both_ways
+from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
 from ..gram.op import cka
-from ..gram.problem import minimum_rows
 from .base import (
     Loss,
     check_rows,

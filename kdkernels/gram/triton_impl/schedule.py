@@ -11,41 +11,40 @@ from __future__ import annotations
 import torch
 
 from .. import torch_impl
-from ..panels import SMALL
-from ..problem import Problem
+from ..call import SMALL, Call
+from ..torch_impl import forms
 from . import small, tiles
 
 SMALL_ROWS = 14  # vectors a group that the small schedule saves, see `small_kernels.py`
 
 
-saved_dtype = torch_impl.saved_dtype
-
-
-def _in_pytorch(problem: Problem, n: int, p: int, q: int) -> bool:
+def _in_pytorch(call: Call) -> bool:
     """Forms whose kernel is cuBLAS: feature space, and centred row-normalised statistics, which need float64."""
-    if problem.row_normalize and problem.center:
+    n, p, q = call.sizes
+    if call.problem.row_normalize and call.problem.center:
         return True
-    return n > SMALL and torch_impl.in_feature_space(problem, n, p, q)
+    return n > SMALL and forms.in_feature_space(call.problem, n, p, q)
 
 
-def saved_shapes(problem: Problem, G: int, n: int, p: int, q: int, need: int):
-    """As `torch_impl.saved_shapes`: up to `SMALL` a launch is dearer than arithmetic: always Gram space."""
-    if n > SMALL or _in_pytorch(problem, n, p, q):
-        return torch_impl.saved_shapes(problem, G, n, p, q, need)
-    return ((G, SMALL_ROWS, n), (2, G, n, n)) if need else ((0,), (0,))
+def kept(call: Call):
+    """As `torch_impl.kept`: up to `SMALL` a launch is dearer than arithmetic: always Gram space."""
+    G, n, _ = call.x.features.shape
+    if not call.need or n > SMALL or _in_pytorch(call):
+        return torch_impl.kept(call)
+    return ((G, SMALL_ROWS, n), (2, G, n, n)), call.dtype
 
 
-def _schedule(problem: Problem, x, y):
-    if _in_pytorch(problem, x.shape[1], x.shape[2], y.shape[2]):
+def _schedule(call: Call):
+    if _in_pytorch(call):
         return torch_impl
-    return small if x.shape[1] <= SMALL else tiles
+    return small if call.sizes[0] <= SMALL else tiles
 
 
-def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
-    with torch.cuda.device_of(x):  # a launch goes to the current device, wherever its tensors are
-        return _schedule(problem, x, y).forward(x, y, mask, sigma_x, sigma_y, problem, need)
+def forward(call: Call):
+    with torch.cuda.device_of(call.x.features):  # a launch goes to the current device, wherever its tensors are
+        return _schedule(call).forward(call)
 
 
-def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    with torch.cuda.device_of(x):
-        return _schedule(problem, x, y).backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem, need)
+def backward(call: Call, saved, grad):
+    with torch.cuda.device_of(call.x.features):
+        return _schedule(call).backward(call, saved, grad)

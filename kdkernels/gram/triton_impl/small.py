@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..kernels import KernelSpec
-from ..prepare import bandwidths, prepare, unprepare_gradient
-from ..problem import Problem
-from ..torch_impl import sigma_gradient
+from ..call import Call, Problem, Side
+from ..torch_impl.forms import sigma_gradient
+from ..torch_impl.prepare import bandwidths, prepare, unprepare_gradient
 from .maps import KINDS, precision
 from .small_kernels import STATS, finish, row_sums, split_gram, weighted_rows
 
@@ -76,13 +75,14 @@ def needs_pass(problem: Problem) -> bool:
     return any(spec.name in ("cosine", "polynomial") for spec in (problem.kx, problem.ky))
 
 
-def side_arguments(x, mask, spec: KernelSpec, sigma, problem: Problem) -> SideArguments:
+def side_arguments(side: Side, mask, problem: Problem) -> SideArguments:
+    x, spec, sigma = side
     if max(128 * x.stride(1), 64 * x.stride(2)) >= 2**31:  # offsets inside a tile are 32-bit
         x = x.contiguous()
     prepared, rows, alpha, typical = None, x, x, x
     par, stride, number, has_par, count = x, 0, 1.0, False, max(1, len(spec.params) if spec.of_distance else 1)
     if needs_pass(problem):
-        prepared = prepare(x, mask, spec, sigma, problem, torch.float32)
+        prepared = prepare(Side(x, spec, sigma), mask, problem, torch.float32)
         rows, has_par = prepared.z, prepared.par is not None
         alpha = rows if prepared.alpha is None else prepared.alpha.contiguous()
         typical = rows if prepared.typical is None else prepared.typical
@@ -117,10 +117,10 @@ def _kernel_constants(name: str, side: SideArguments) -> dict:
     }
 
 
-def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
+def forward(call: Call):
+    problem, mask, need, x = call.problem, call.mask, call.need, call.x.features
     G, n, _ = x.shape
-    a = side_arguments(x, mask, problem.kx, sigma_x, problem)
-    b = side_arguments(y, mask, problem.ky, sigma_y, problem)
+    a, b = (side_arguments(side, mask, problem) for side in call.sides)
     keep, ref = _mask_arguments(mask, x)
     part, square, splits = _launch_split(a, b, keep, ref, mask is not None)
     new = lambda *shape, dtype=torch.float32: x.new_empty(shape, dtype=dtype)  # noqa: E731
@@ -179,17 +179,16 @@ def _launch_split(a: SideArguments, b: SideArguments, keep, ref, masked: bool):
     return part, square, splits
 
 
-def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    a = side_arguments(x, mask, problem.kx, sigma_x, problem)
-    b = side_arguments(y, mask, problem.ky, sigma_y, problem)
-    keep, ref = _mask_arguments(mask, x)
+def backward(call: Call, saved, grad):
+    (rows, kept), problem, mask, need = saved, call.problem, call.mask, call.need
+    a, b = (side_arguments(side, mask, problem) for side in call.sides)
+    keep, ref = _mask_arguments(mask, call.x.features)
     grad = grad.float().contiguous()
-    out = [x.new_empty(0) for _ in range(4)]  # an operator's outputs may not alias
-    for own, (features, sigma) in enumerate(((x, sigma_x), (y, sigma_y))):
-        if not need & (0b101 << own):
+    out = [None] * 4
+    for own, (features, spec, sigma) in enumerate(call.sides):
+        if not call.sides_asked[own]:
             continue
         sides = (a, b) if own == 0 else (b, a)
-        spec = (problem.kx, problem.ky)[own]
         want_sigma = bool(need & (0b100 << own))
         dz, sums, dsigma = _launch_backward(grad, *sides, keep, ref, rows, kept, problem, mask, own, want_sigma)
         prepared = sides[0].prepared

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .. import panels
-from ..combine import RowStats, combine
-from ..maps import Side
-from ..panels import Gradient, Pairs
-from ..prepare import unprepare_gradient
-from ..problem import Problem
-from ..torch_impl import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
+from .. import torch_impl
+from ..call import Call, Problem
+from ..torch_impl import panels
+from ..torch_impl.combine import RowStats, combine
+from ..torch_impl.forms import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
+from ..torch_impl.maps import Side
+from ..torch_impl.panels import Gradient, Pairs
+from ..torch_impl.prepare import unprepare_gradient
 from .maps import KINDS, precision
 from .tile_kernels import gradient_rows, tile_sums, weight_panel
 
@@ -108,16 +109,19 @@ def _with_means(side: Side, weight) -> Side:
     return side._replace(u=torch.stack(means))
 
 
-def forward(x, y, mask, sigma_x, sigma_y, problem: Problem, need: int):
-    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, torch.float32)
+STEPS = torch_impl.STEPS._replace(rescale=True)  # rows are rounded to half precision
+
+
+def forward(call: Call):
+    problem, mask, x, y = call.problem, call.mask, call.x.features, call.y.features
+    pairs = panels.build(call, torch.float32, STEPS)
     pairs = pairs._replace(x=_with_means(pairs.x, pairs.weight), y=_with_means(pairs.y, pairs.weight))
     rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
     stats = _banded_sums(_operands(pairs, x, y, mask), mask, precision(x, y))
     count = x.shape[1] if mask is None else mask.sum(1)
-    asked = (bool(need & 0b101), bool(need & 0b1010))
     eps = torch.finfo(torch.float32).eps
-    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho, asked)
-    value, rows = pack_rows(value, sides, (pairs.x.u, pairs.y.u), count, problem, need, torch.float32)
+    value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho, call.sides_asked)
+    value, rows = pack_rows(value, sides, (pairs.x.u, pairs.y.u), count, problem, call.need, torch.float32)
     return value, rows, value.new_empty(0)
 
 
@@ -147,23 +151,23 @@ def _banded_sums(operands: Operands, mask, how: str) -> RowStats:
     return RowStats(*stats)
 
 
-def backward(grad, x, y, mask, sigma_x, sigma_y, rows, kept, problem: Problem, need: int):
-    pairs = panels.build(x, y, mask, sigma_x, sigma_y, problem, torch.float32)
+def backward(call: Call, saved, grad):
+    (rows, _), problem, mask, x, y = saved, call.problem, call.mask, call.x.features, call.y.features
+    pairs = panels.build(call, torch.float32, STEPS)
     if problem.stable:
         means = rows[:, 0], rows[:, SIDE_ROWS]
         pairs = pairs._replace(x=pairs.x._replace(u=means[0]), y=pairs.y._replace(u=means[1]))
     grad = grad.float()
-    out = [x.new_empty(0) for _ in range(4)]  # an operator's outputs may not alias
-    for k, (features, sigma) in enumerate(((x, sigma_x), (y, sigma_y))):
-        if not need & (0b101 << k):
+    out = [None] * 4
+    for k, (features, spec, sigma) in enumerate(call.sides):
+        if not call.sides_asked[k]:
             continue
         side = pairs if k == 0 else Pairs(problem.swapped(), pairs.y, pairs.x, pairs.weight)
         operands = _operands(side, *((x, y) if k == 0 else (y, x)), mask)
-        want_sigma = bool(need & (0b100 << k))
+        want_sigma = bool(call.need & (0b100 << k))
         weights = unpack_weights(rows, grad, k, problem)
         gradient = _gradient(operands, weights, mask, want_sigma, precision(x, y))
-        spec = side.problem.kx
-        if need & (1 << k):
+        if call.need & (1 << k):
             out[k] = unprepare_gradient(gradient.dz, gradient.row_sums, features, side.x.P, spec, mask)
         if want_sigma:
             out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale, sigma)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import KernelSpec
+from ..kernels import KernelSpec
 from .prepare import Prepared
 
 

@@ -10,22 +10,24 @@ GPU", with the bytes).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .. import distributed, rounds
-from ..autograd import NoSecondDerivative, device_type, without_autocast
-from ..dtypes import at_least_float32
-from . import bandwidth as rules
-from . import maps, panels, two_sample
-from .checks import check_bandwidths
-from .combine import RowStats, combine, over_rows
-from .kernels import spec_of
-from .panels import Pairs
-from .prepare import prepare, unprepare_gradient
-from .problem import Problem, stated
-from .torch_impl import SIDE_ROWS, pack_rows, saved_dtype, sigma_gradient, unpack_weights
+from ... import distributed
+from ...autograd import NoSecondDerivative, device_type, without_autocast
+from ...dtypes import at_least_float32
+from .. import bandwidth as rules
+from .. import two_sample
+from ..call import Call, Problem, Question, Rows, Side, working_dtype
+from ..checks import check_bandwidths
+from ..torch_impl import maps, panels
+from ..torch_impl.combine import RowStats, combine, over_rows
+from ..torch_impl.forms import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
+from ..torch_impl.panels import Pairs
+from ..torch_impl.prepare import centre, prepare, unprepare_gradient
+from . import rounds
 
 # Bytes of all ranks' features from which the ring is taken. There gathering needs three to six times as much on every
 # rank (bench/distributed_rows.py), and from there on that grows with the ranks; so do the pairs, N^2 / 2 on every rank,
@@ -40,14 +42,15 @@ def chosen(x, y, group: distributed.Agreed) -> bool:
     return len(group.rows) > 1 and groups * group.total * row >= RING_FROM
 
 
-def statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group: distributed.Agreed):
-    """The statistic of the rows of all ranks; arguments as `op._statistic` has them."""
+def statistic(question: Question, kernels, rows: Rows, group: distributed.Agreed):
+    """The statistic of the rows of all ranks."""
+    x, y, mask = rows
     check_bandwidths(kernels, x)
     grouped = x.dim() == 3
     if not grouped:
         x, y, mask = x[None], y[None], None if mask is None else mask[None]
-    problem = stated(stat, *kernels, unbiased, center, row_normalize, mean, "torch")
-    ring = Ring(problem, group, saved_dtype(problem, x, y))
+    problem = question.problem(kernels)
+    ring = Ring(problem, group, working_dtype(problem, x, y))
     with torch.no_grad(), without_autocast(device_type(x)):
         if mask is not None:
             # a group left with too few rows is one with none: what those rows hold, even NaN, reaches no gradient
@@ -62,20 +65,18 @@ def joined(groups) -> distributed.Agreed:
     return groups[0]._replace(rows=[sum(of) for of in zip(*(group.rows for group in groups), strict=True)])
 
 
-def mmd(x, y, kernel, unbiased, masks, groups):
+def mmd(kernel, unbiased, samples: Rows, groups):
     """MMD^2 between the rows x and y of all ranks: each rank holds its rows of both, joined, and their labels."""
-    handle, least = groups[0].handle, 2 if unbiased else 1
+    handle = groups[0].handle
     if isinstance(kernel.sigma, tuple) and kernel.sigma[0] == "median":
-        kernel = type(kernel)(_median_of_both(x, y, masks, kernel.sigma[1], groups))
-    rows = torch.cat(two_sample.promoted(x, y), dim=-2)
-    with torch.no_grad():
-        marks, keep = two_sample.labels(x, y, masks, unbiased, least, lambda own: distributed.sum_over(own, handle))
-    kernels = (kernel, spec_of("linear")[1])
-    return statistic("sum", rows, marks, kernels, unbiased, False, False, True, keep, joined(groups))
+        kernel = type(kernel)(_median_of_both(samples, kernel.sigma[1], groups))
+    rows = two_sample.joined(samples, unbiased, lambda own: distributed.sum_over(own, handle))
+    return statistic(*two_sample.as_sum(kernel, unbiased), rows, joined(groups))
 
 
-def _median_of_both(x, y, masks, factor, groups):
+def _median_of_both(samples: Rows, factor, groups):
     """The rule of one process on x and then y: their rows stand in another order here."""
+    x, y, masks = samples
     total, parts = sum(group.total for group in groups), []
     places = rules.sampled(total)
     if x.dim() == 2:
@@ -100,7 +101,7 @@ class _Statistic(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, mask, sigma_x, sigma_y, ring):
         with without_autocast(device_type(x)):
-            value, rows, sums = ring.forward(x, y, mask, (sigma_x, sigma_y))
+            value, rows, sums = ring.forward(ring.call(x, y, mask, sigma_x, sigma_y))
         ctx.ring, ctx.sums_of_x = ring, len(sums[0])
         ctx.save_for_backward(x, y, mask, sigma_x, sigma_y, rows, *sums[0], *sums[1])
         return value
@@ -117,9 +118,10 @@ class _Statistic(torch.autograd.Function):
 
 class _Gradient(NoSecondDerivative):
     @staticmethod
-    def forward(grad, x, y, mask, sigma_x, sigma_y, rows, sums, ring, need):
-        with without_autocast(device_type(x)):
-            return ring.backward(grad, x, y, mask, (sigma_x, sigma_y), rows, sums, need)
+    def forward(grad, *features_and_more):
+        *features, rows, sums, ring, need = features_and_more
+        with without_autocast(device_type(grad)):
+            return ring.backward(grad, ring.call(*features, need), rows, sums)
 
 
 class _Sums:
@@ -149,11 +151,15 @@ class Ring(NamedTuple):
 
     @property
     def specs(self):
-        return self.problem[1:3]
+        return self.problem.specs
 
     def with_means(self, k: int) -> bool:
         """Whether row means are taken out of the kernel matrix of side k; rows of a centred linear one have none."""
         return self.problem.stable and not self.specs[k].linear
+
+    def call(self, x, y, mask, sigma_x, sigma_y, need: int = 0) -> Call:
+        x, y = (Side(*side) for side in zip((x, y), self.specs, (sigma_x, sigma_y), strict=True))
+        return Call(self.problem, x, y, mask, need)
 
     def sigma(self, kernel, x, mask):
         """The bandwidth as a tensor [1] or [G], None where it is a number or none; a rule sees all ranks' rows."""
@@ -165,26 +171,28 @@ class Ring(NamedTuple):
         with without_autocast(device_type(x)):
             return rules.bandwidth_of_all(x, mask, *sigma, self.group)
 
-    def pairs(self, x, y, mask, sigmas, overs, rows=None) -> Pairs:
+    def pairs(self, call: Call, overs, rows=None) -> Pairs:
         """Both sides of a block of rows prepared, to be multiplied by `_between`; rows: their vectors [G, 12, n]."""
-        sides = []
-        for k, features in enumerate((x, y)):
-            P = prepare(features, mask, self.specs[k], sigmas[k], self.problem, self.dtype, overs[k])
+        sides, mask = [], call.mask
+        for k, side in enumerate(call.sides):
+            of_all = partial(centre, over=overs[k])
+            P = prepare(side, mask, self.problem, self.dtype, of_all, rescale=True)
             u = rows[:, SIDE_ROWS * k] if rows is not None and self.with_means(k) else None
-            sides.append(maps.Side(P, self.specs[k], self.problem.stable, None, None, u))
+            sides.append(maps.Side(P, side.spec, self.problem.stable, None, None, u))
         return Pairs(self.problem, *sides, None if mask is None else mask.to(self.dtype))
 
     def told(self, sums):
         """What `prepare` asks the ranks, from their answers."""
         return [_told(self.group.total, known) for known in sums]
 
-    def row_means(self, own: Pairs, x, y, mask, sigmas, sums):
+    def row_means(self, own: Pairs, call: Call, sums):
         """u [G, n] of each side, None where it has none, from rows that all ranks know."""
         sides = [side for k, side in enumerate((own.x, own.y)) if self.with_means(k)]
         if not sides:
             return [None, None]
         places = panels.landmarks(self.group.total, "cpu")
-        known = self.pairs(*_rows_at(places, self.group, x, y, mask), sigmas, self.told(sums))
+        x = call.x.features
+        known = self.pairs(_of_block(call, *_rows_at(places, self.group, *_tensors(call))), self.told(sums))
         few = slice(0, len(places))
         within, own_square = _between(known, known, few, few)[1], torch.zeros_like(own.x.P.square)
         u = [own_square.clone() if self.with_means(k) else None for k in (0, 1)]
@@ -206,33 +214,34 @@ class Ring(NamedTuple):
                 places += range(SIDE_ROWS * k + 1, SIDE_ROWS * k + 1 + last)
         return places
 
-    def tiles(self, own: Pairs, x, y, mask, sigmas, sums, rows, need: int):
+    def tiles(self, own: Pairs, call: Call, sums, rows):
         """Tiles of all pairs (i of this rank, j of any): i, their `Pairs`, vectors, products, the prepared rows j of
         both sides, and where i and j are in the pairs and the vectors: the same places on the diagonal.
 
-        rows [G, 12, n], of which `travelling(need)` come along.
+        rows [G, 12, n], of which `travelling(call.need)` come along.
         """
-        places, rank = self.travelling(need), torch.distributed.get_rank(self.group.handle)
-        fields = [x, y, *(() if mask is None else (mask,)), rows[:, places].mT]
+        places, rank = self.travelling(call.need), torch.distributed.get_rank(self.group.handle)
+        fields = [*(t for t in _tensors(call) if t is not None), rows[:, places].mT]
         for owner, (x_j, y_j, *mask_j, some) in rounds.around(fields, self.group.rows, self.group.handle):
             if owner == rank:
                 other, vectors = own, rows
             else:
                 vectors = rows.new_zeros(*rows.shape[:2], some.shape[1])
                 vectors[:, places] = some.mT
-                other = self.pairs(x_j, y_j, *(mask_j or [None]), sigmas, self.told(sums), vectors)
-            for i in _panels(x):
+                other = self.pairs(_of_block(call, x_j, y_j, *(mask_j or [None])), self.told(sums), vectors)
+            for i in _panels(call.x.features):
                 for j in _panels(x_j):
                     pairs, products, a, b = _between(own, other, i, j)
                     both = rows[..., i] if a is b else torch.cat([rows[..., i], vectors[..., j]], -1)
                     yield i, pairs, both, products, (other.x.P.z[:, j], other.y.P.z[:, j]), a, b
 
-    def forward(self, x, y, mask, sigmas):
+    def forward(self, call: Call):
         """value [G], the vectors u, p, q, e, f, h of both sides [G, 12, n], and what `prepare` asked the ranks."""
-        problem, (G, n), asking = self.problem, x.shape[:2], [_Sums(self.group) for _ in range(2)]
-        own = self.pairs(x, y, mask, sigmas, [shared.ask for shared in asking])
+        problem, (x, y, mask), asking = self.problem, _tensors(call), [_Sums(self.group) for _ in range(2)]
+        G, n = x.shape[:2]
+        own = self.pairs(call, [shared.ask for shared in asking])
         sums, sides = [shared.known for shared in asking], (own.x, own.y)
-        u = self.row_means(own, x, y, mask, sigmas, sums)
+        u = self.row_means(own, call, sums)
         rows = x.new_zeros(G, 2 * SIDE_ROWS, n, dtype=self.dtype)
         for k in (0, 1):
             if u[k] is not None:
@@ -240,9 +249,9 @@ class Ring(NamedTuple):
         own = own._replace(x=own.x._replace(u=u[0]), y=own.y._replace(u=u[1]))
         columns = problem.row_normalize and problem.center
         total = x.new_zeros(7 if columns else 5, G, n, dtype=torch.float64)
-        for i, pairs, _, products, _, a, b in self.tiles(own, x, y, mask, sigmas, sums, rows, 0):
+        for i, pairs, _, products, _, a, b in self.tiles(own, call, sums, rows):
             matrices = [pairs.gram(side, t, a, b) for side, t in zip((pairs.x, pairs.y), products, strict=True)]
-            total[:5, :, i] += panels.moments(*matrices, problem, False)[0]
+            total[:5, :, i] += panels.moments_of(problem, *matrices, False)[0]
             if columns:  # K is symmetric: the sum of a column weighted by rho is that of the row
                 for k, side in enumerate((pairs.x, pairs.y)):
                     total[5 + k, :, i] += (matrices[k].double() * panels.rho_of(side)[:, None, b]).sum(-1)
@@ -254,16 +263,17 @@ class Ring(NamedTuple):
         value, rows = pack_rows(value, weights, u, count, problem, 0b11, self.dtype)
         return value.to(at_least_float32(x, y)), rows, sums
 
-    def backward(self, grad, x, y, mask, sigmas, rows, sums, need: int):
+    def backward(self, grad, call: Call, rows, sums):
         """dx, dy, dsigma_x, dsigma_y (None where bit 0, 1, 2, 3 of `need` is not set); grad [G]."""
-        problem, (G, n), asked = self.problem, x.shape[:2], [k for k in (0, 1) if need & (0b101 << k)]
+        problem, need, (x, y, mask) = self.problem, call.need, _tensors(call)
+        (G, n), asked = x.shape[:2], [k for k in (0, 1) if call.sides_asked[k]]
         grad = self.group.sum(grad.to(self.dtype))  # all ranks have one value, and each its own use for it
-        own = self.pairs(x, y, mask, sigmas, self.told(sums), rows)
+        own = self.pairs(call, self.told(sums), rows)
         dz = {k: torch.zeros_like((x, y)[k], dtype=self.dtype) for k in asked}
         row_sums = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
         norms = {k: x.new_zeros(G, n, dtype=self.dtype) for k in asked}
         dsigma = {k: x.new_zeros(G, dtype=torch.float64) for k in asked}
-        for i, pairs, vectors, products, z, a, b in self.tiles(own, x, y, mask, sigmas, sums, rows, need):
+        for i, pairs, vectors, products, z, a, b in self.tiles(own, call, sums, rows):
             for k in asked:
                 side, weights = _seen_from(pairs, k), unpack_weights(vectors, grad, k, problem)
                 norm = torch.zeros_like(side.x.P.square)
@@ -287,8 +297,17 @@ class Ring(NamedTuple):
             if need & (0b100 << k):
                 # every pair was seen from both ends; each rank gets the mean over the ranks
                 total = self.group.sum(dsigma[k]) / (2 * len(self.group.rows))
-                out[2 + k] = sigma_gradient(total * side.P.scale, sigmas[k])
+                out[2 + k] = sigma_gradient(total * side.P.scale, call.sides[k].sigma)
         return tuple(out)
+
+
+def _tensors(call: Call):
+    return call.x.features, call.y.features, call.mask
+
+
+def _of_block(call: Call, x, y, mask) -> Call:
+    """The same call of other rows."""
+    return call._replace(x=call.x._replace(features=x), y=call.y._replace(features=y), mask=mask)
 
 
 def _seen_from(pairs: Pairs, k: int) -> Pairs:

@@ -1,110 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of the rows of all ranks: linear kernels send p x p moments and no feature, the others their rows.
-
-What reaches a rank a call, N rows in all, b bytes a number: moments about 2 (p^2 + p q + q^2 + p + q) b, whatever N is;
-features N (p + q) b. The smaller of the two is chosen, on every rank alike; features are gathered while they are few,
-and go round a ring where they are not. MATH.md, "More than one GPU", has the formulas and what backward sends.
-"""
+"""Statistics of linear kernels over the rows of all ranks, from sums: p x p moments travel and no feature does."""
 
 from __future__ import annotations
 
 import torch
 
-from .. import backend as backends
-from .. import distributed
-from ..autograd import device_type, without_autocast
-from ..distributed import rows_first
-from ..dtypes import at_least_float32
-from . import ring
-from .checks import check_features, check_mask
-from .prepare import unit_rows
-from .problem import minimum_rows
+from ... import distributed
+from ...autograd import device_type, without_autocast
+from ...distributed import Agreed
+from ...dtypes import at_least_float32
+from ..call import Question, Rows, minimum_rows
+from ..torch_impl.prepare import unit_rows
 
 
-def agreed(op, x, y, mask, group, options) -> distributed.Agreed:
-    """The ranks compare what they were given, before anything of it is looked into."""
-
-    def check():
-        check_features(x, y, empty=True)
-        if mask is not None:
-            check_mask(mask, x, "mask")
-        backends.resolve(op, options["backend"], device_type(x), (x.dtype, y.dtype))
-
-    return distributed.agreed(
-        [rows_first(side) for side in (x, y, mask)], ("x", "y", "mask"), group, check, op, options
-    )
+def serve(question: Question, kernels) -> bool:
+    """Whether the statistic follows from moments."""
+    if not all(kernel.name in ("linear", "cosine") for kernel in kernels):
+        return False
+    centred = question.center and not question.row_normalize
+    return question.stat == "mse" or (centred and question.stat in ("cka", "hsic"))
 
 
-def of_all_ranks(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group, backend):
-    """(the statistic, None) from moments or the ring, else (None, (x, y, mask) with the rows of all ranks).
-
-    group: an `Agreed`. The textbook sees rows: for backend="reference" all of them travel.
-    """
-    sides = [rows_first(side) for side in (x, y, mask)]
-    least, total, (p, q) = minimum_rows(unbiased, center, stat), group.total, (x.shape[-1], y.shape[-1])
-    if total < least:
-        raise ValueError(f"x and y have {total} rows on all ranks: {stat} needs at least {least}")
-    if backend == "reference":
-        return None, [rows_first(side) for side in group.gather(*sides)]
-    linear = all(kernel.name in ("linear", "cosine") for kernel in kernels)
-    if linear and (stat == "mse" or (center and not row_normalize and stat in ("cka", "hsic"))):
-        moments = 3 * max(p, q) ** 2 if stat == "mse" else p * p + p * q + q * q + p + q
-        if moments <= total * (p + q):
-            return _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, group.handle), None
-    if ring.chosen(x, y, group):
-        return ring.statistic(stat, x, y, kernels, unbiased, center, row_normalize, mean, mask, group), None
-    return None, [rows_first(side) for side in group.gather(*sides)]
+def are_fewer(question: Question, rows: Rows, total: int) -> bool:
+    """Whether they are fewer numbers than all rows, `total` of them, have."""
+    p, q = rows.x.shape[-1], rows.y.shape[-1]
+    moments = 3 * max(p, q) ** 2 if question.stat == "mse" else p * p + p * q + q * q + p + q
+    return moments <= total * (p + q)
 
 
-def agreed_on_both(x, y, masks, group, check, options) -> list[distributed.Agreed]:
-    """`agreed` of two samples, which need not have the same number of rows."""
-    if isinstance(group, distributed.Agreed):
-        return [group, group]
-
-    def prepare():
-        check()
-        of_x, of_y = masks or (None, None)
-        return None, {name: rows_first(t) for name, t in (("x", x), ("mask[0]", of_x), ("y", y), ("mask[1]", of_y))}
-
-    handle = distributed.handle_of(group)
-    _, rows = distributed.compare(prepare, handle, "mmd", options)
-    return [distributed.Agreed(handle, rows[name]) for name in "xy"]
-
-
-def two_samples(x, y, kernel, unbiased, masks, groups, backend):
-    """(MMD, None) where rows went round the ring, else (None, (x, y, their masks) of all ranks)."""
-    masks = masks or (None, None)
-    if (
-        backend != "reference"
-        and min(of.total for of in groups) > 1
-        and ring.chosen(x, y[..., :0], ring.joined(groups))
-    ):
-        return ring.mmd(x, y, kernel, unbiased, masks, groups), None
-    pairs = [[rows_first(t) for t in pair] for pair in zip((x, y), masks, strict=True)]
-    (x, mask_x), (y, mask_y) = ([rows_first(t) for t in of.gather(*p)] for of, p in zip(groups, pairs, strict=True))
-    return None, (x, y, (mask_x, mask_y))
-
-
-def _from_moments(stat, x, y, kernels, unbiased, mean, mask, total, handle):
-    """The statistic in plain PyTorch, on differentiable sums over the ranks."""
+def statistic(question: Question, kernels, rows: Rows, group: Agreed):
+    """In plain PyTorch, on differentiable sums over the ranks."""
+    x, y, mask = rows
     if x.dim() == 2:
-        mask = None if mask is None else mask[None]
-        return _from_moments(stat, x[None], y[None], kernels, unbiased, mean, mask, total, handle)[0]
-    dtype = at_least_float32(x, y)
+        grouped = Rows(x[None], y[None], None if mask is None else mask[None])
+        return statistic(question, kernels, grouped, group)[0]
+    dtype, handle = at_least_float32(x, y), group.handle
     with without_autocast(device_type(x)):
         X, Y = (
             unit_rows(side, mask, dtype) if kernel.name == "cosine" else _masked(side.to(dtype), mask)
             for side, kernel in zip((x, y), kernels, strict=True)
         )
-        N = x.new_full((x.shape[0],), total, dtype=torch.float64)
+        N = x.new_full((x.shape[0],), group.total, dtype=torch.float64)
         if mask is not None:
             N = distributed.sum_over(mask.sum(1).double(), handle)
-        least = minimum_rows(unbiased, True, stat)
+        least = minimum_rows(question.unbiased, True, question.stat)
         enough, N = N >= least, N.clamp(min=least)
-        if stat == "mse":
-            value = _MSE.apply(X, Y, handle) / (N.square() if mean else 1)
+        if question.stat == "mse":
+            value = _MSE.apply(X, Y, handle) / (N.square() if question.mean else 1)
         else:
-            value = _hsic_or_cka(stat, X, Y, N, unbiased, mask, handle)
+            value = _hsic_or_cka(question, X, Y, N, mask, handle)
         return torch.where(enough, value, 0).to(dtype)
 
 
@@ -140,8 +84,9 @@ def _products(pairs, handle):
     ]
 
 
-def _hsic_or_cka(stat, X, Y, N, unbiased, mask, handle):
+def _hsic_or_cka(question, X, Y, N, mask, handle):
     """Rows of X and Y sum to 0 over the ranks: row sums of K are 0, and without its diagonal -k_i."""
+    stat, unbiased = question.stat, question.unbiased
     (X, unit_x), (Y, unit_y) = (_centred(side, N, mask, handle) for side in (X, Y))
     k, l = X.double().square().sum(-1), Y.double().square().sum(-1)
     squares = torch.stack([(k * l).sum(-1), (k * k).sum(-1), (l * l).sum(-1), k.sum(-1), l.sum(-1)])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .problem import Problem
+from ..call import Problem
 
 ZERO_ROW = 1e-36  # |K_i|^2 up to which a row counts as zero in float32, the mean K_ii being 1
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import KernelSpec
-from .problem import Problem
+from ..call import Problem, Side
+from ..kernels import KernelSpec
 
 
 class Prepared(NamedTuple):
@@ -31,36 +31,11 @@ def of_these_rows(total):
     return total
 
 
-def prepare(x, mask, spec: KernelSpec, sigma, problem: Problem, dtype, over=of_these_rows) -> Prepared:
-    """x [G, n, p] any float dtype, mask [G, n] bool or None, sigma [1] or [G] where it is not a number.
+def centre(x, mask, spec: KernelSpec, problem: Problem, over=of_these_rows):
+    """z, |z_i|^2, the scale, the shift or None, the unit, and twice the mean |z_i|^2.
 
     over: from a sum over these rows to the one over all rows, where x is only a part of them (`ring.py`).
     """
-    z = unit_rows(x, mask, dtype) if spec.name == "cosine" else x.to(dtype)
-    if over is of_these_rows:
-        if problem.as_given(x.shape[1]):
-            return _as_given(z, mask)
-        compiled = problem.backend == "cpp" and dtype == torch.float32
-        parts = _compiled_centre(z, mask, spec, problem) if compiled else _centre(z, mask, spec, problem)
-    else:
-        parts = _centre(z, mask, spec, problem, over)
-    z, square, scale, shift, unit, typical = parts
-    if spec.of_distance:
-        par = bandwidths(spec, sigma, z) * scale[:, None]
-        return Prepared(z, square, scale, shift, torch.ones_like(unit), par, typical=typical)
-    if spec.name != "polynomial":
-        return Prepared(z, square, scale, shift, unit, None)
-    return _polynomial(z, square, scale, shift, typical / (2 * scale.square()), spec)
-
-
-def _as_given(x, mask) -> Prepared:
-    """Rows as they are, no pass over them: nothing computed from them needs their mean, their scale or their norms."""
-    one = x.new_ones(x.shape[0])
-    return Prepared(_masked(x, mask), one[:, None].expand(x.shape[:2]), None, None, one.double(), None)
-
-
-def _centre(x, mask, spec: KernelSpec, problem: Problem, over=of_these_rows):
-    """z, |z_i|^2, the scale, the shift or None, the unit, and twice the mean |z_i|^2."""
     z = _masked(x, mask)
     count = over(z.shape[1]) if mask is None else over(mask.sum(1)).clamp(min=1)[:, None, None]
     centred = problem.stable or spec.of_distance
@@ -86,13 +61,25 @@ def _centre(x, mask, spec: KernelSpec, problem: Problem, over=of_these_rows):
     return z, square, scale, shift, scale.double() ** -2, 2 * spread * scale**2
 
 
-def _compiled_centre(x, mask, spec: KernelSpec, problem: Problem):
-    """The same in two passes over x."""
-    centred = problem.stable or spec.of_distance
-    x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    z, square, scale, shift, unit, typical = torch.ops.kdkernels.centre_rows(x, mask, centred, problem.stat != "mse")
-    return z, square, scale, shift if centred else None, unit, typical
+def prepare(side: Side, mask, problem: Problem, dtype, centre=centre, rescale: bool = False) -> Prepared:
+    """mask [G, n] bool or None; centre, rescale: as in `call.Steps`."""
+    x, spec, sigma = side
+    z = unit_rows(x, mask, dtype) if spec.name == "cosine" else x.to(dtype)
+    if problem.as_given(x.shape[1]) and not rescale:
+        return _as_given(z, mask)
+    z, square, scale, shift, unit, typical = centre(z, mask, spec, problem)
+    if spec.of_distance:
+        par = bandwidths(spec, sigma, z) * scale[:, None]
+        return Prepared(z, square, scale, shift, torch.ones_like(unit), par, typical=typical)
+    if spec.name != "polynomial":
+        return Prepared(z, square, scale, shift, unit, None)
+    return _polynomial(z, square, scale, shift, typical / (2 * scale.square()), spec)
+
+
+def _as_given(x, mask) -> Prepared:
+    """Rows as they are, no pass over them: nothing computed from them needs their mean, their scale or their norms."""
+    one = x.new_ones(x.shape[0])
+    return Prepared(_masked(x, mask), one[:, None].expand(x.shape[:2]), None, None, one.double(), None)
 
 
 def bandwidths(spec: KernelSpec, sigma, like) -> torch.Tensor:

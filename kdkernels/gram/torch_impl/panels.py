@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..call import SMALL, Call, Problem, Steps
 from . import maps
 from .combine import RowStats, Weights
 from .maps import Side
 from .prepare import diagonal, prepare
-from .problem import SMALL, Problem
 
 LANDMARKS = 64  # rows whose mean stands in for the row mean of K^ above SMALL
-NO_DIAGONAL = -(2**31)  # panel_moments leaves nothing out: the tiles come with their diagonal already zero
 TILE = 1024  # edge of a tile above SMALL: 4 MB in float32, so a tile and its temporaries stay in cache
 
 
@@ -69,14 +68,15 @@ def tiles(n: int, small: bool):
             yield slice(i, min(i + edge, n)), slice(j, min(j + edge, n))
 
 
-def build(x, y, mask, sigma_x, sigma_y, problem: Problem, dtype, kept_only=(False, False)) -> Pairs:
+def build(call: Call, dtype, steps: Steps, kept_only=(False, False)) -> Pairs:
     """Both sides prepared; one that is `kept_only`, linear with its products kept, is never looked at again."""
-    sides = []
-    for features, spec, sigma, skip in zip((x, y), problem[1:3], (sigma_x, sigma_y), kept_only, strict=True):
+    problem, mask, sides = call.problem, call.mask, []
+    for side, skip in zip(call.sides, kept_only, strict=True):
         if skip:
-            sides.append(Side(None, spec, problem.stable, None, None))
+            sides.append(Side(None, side.spec, problem.stable, None, None))
         else:
-            sides.append(maps.side_of(prepare(features, mask, spec, sigma, problem, dtype), spec, problem.stable))
+            P = prepare(side, mask, problem, dtype, steps.centre, steps.rescale)
+            sides.append(maps.side_of(P, side.spec, problem.stable))
     return Pairs(problem, *sides, None if mask is None else mask.to(dtype))
 
 
@@ -111,38 +111,37 @@ def exact_means(K, weight):
     return row - row.sum(-1, keepdim=True) / (2 * total)
 
 
-def moments(K, L, problem: Problem, columns: bool):
+def moments(K, L, columns: bool):
     """float64 sums a, b, kk, kl, ll over rows (and columns) of a tile: [5, ..., r], [5, ..., c]."""
-    if problem.stat == "mse":  # the one statistic of K - L takes the place of kl
-        L = K - L
-    if problem.backend == "cpp":
-        rows, cols = _compiled_moments(K, L, columns)
-    else:
-        if K.shape[-1] <= SMALL:
-            K, L = K.double(), L.double()
-        terms = (K, L, K * K, K * L, L * L)
-        rows = torch.stack([t.sum(-1, dtype=torch.float64) for t in terms])
-        cols = torch.stack([t.sum(-2, dtype=torch.float64) for t in terms]) if columns else None
-    if problem.stat == "mse":
-        rows[3] = rows[4]
-        if columns:
-            cols[3] = cols[4]
+    if K.shape[-1] <= SMALL:
+        K, L = K.double(), L.double()
+    terms = (K, L, K * K, K * L, L * L)
+    rows = torch.stack([t.sum(-1, dtype=torch.float64) for t in terms])
+    return rows, torch.stack([t.sum(-2, dtype=torch.float64) for t in terms]) if columns else None
+
+
+def moments_of(problem: Problem, K, L, columns: bool, run=moments):
+    """The same by `run`, where the one statistic of K - L takes the place of kl for "mse"."""
+    if problem.stat != "mse":
+        return run(K, L, columns)
+    rows, cols = run(K, K - L, columns)
+    rows[3] = rows[4]
+    if columns:
+        cols[3] = cols[4]
     return rows, cols
 
 
-def _compiled_moments(K, L, columns: bool):
-    if K.dim() == 2:
-        return torch.ops.kdkernels.panel_moments(K, L, NO_DIAGONAL, columns)
-    # no diagonal to leave out and no column sums: the rows of all groups are rows of one panel
-    rows, _ = torch.ops.kdkernels.panel_moments(K.flatten(0, 1), L.flatten(0, 1), NO_DIAGONAL, False)
-    return rows.unflatten(1, K.shape[:2]), None
+class Sums(NamedTuple):
+    """What a pass over all pairs found."""
+
+    stats: RowStats
+    u: tuple = (None, None)  # the row means of both sides, [G, n]
+    products: list | None = None  # t of both sides, where they are kept
+    scale: torch.Tensor | None = None  # [2, G] a power of two by which K and L were multiplied here
 
 
-def row_stats(pairs: Pairs):
-    """RowStats [G, n], the row means u of both sides, the products t where they are kept, and their scale.
-
-    The scale [2, G] is a power of two by which K and L were multiplied here, the rows being as given; else None.
-    """
+def row_sums(pairs: Pairs, run=moments) -> Sums:
+    """The sums over all pairs; run: the moments of a tile."""
     if pairs.small:
         i = slice(0, pairs.n)
         t, u, grams = [maps.product(side, i, i) for side in (pairs.x, pairs.y)], [], []
@@ -156,20 +155,20 @@ def row_stats(pairs: Pairs):
             u.append(means)
             grams.append(K)
         K, L = grams
-        rows, _ = moments(K, L, pairs.problem, False)
+        rows, _ = moments_of(pairs.problem, K, L, False, run)
         extra = _column_sums(pairs, K, L) if _needs_columns(pairs.problem) else (None, None)
-        return RowStats(*rows, *extra), u, t, scale
+        return Sums(RowStats(*rows, *extra), u, t, scale)
     groups, u = [], [[], []]
     for g in range(pairs.x.left.shape[0]):
         one = pairs.group(g)
         one = one._replace(
             x=one.x._replace(u=landmark_means(one.x, one.weight)), y=one.y._replace(u=landmark_means(one.y, one.weight))
         )
-        groups.append(_tiled_stats(one))
+        groups.append(_tiled_stats(one, run))
         u[0].append(one.x.u)
         u[1].append(one.y.u)
     stats = [None if field[0] is None else torch.stack(field) for field in zip(*groups, strict=True)]
-    return RowStats(*stats), [None if side[0] is None else torch.stack(side) for side in u], None, None
+    return Sums(RowStats(*stats), [None if side[0] is None else torch.stack(side) for side in u])
 
 
 def _scaled(t):
@@ -203,13 +202,13 @@ def _column_sums(pairs, K, L):
     return out
 
 
-def _tiled_stats(pairs: Pairs):
+def _tiled_stats(pairs: Pairs, run):
     n = pairs.n
     total = torch.zeros(7, n, dtype=torch.float64, device=pairs.x.left.device)
     rho = [rho_of(side) for side in (pairs.x, pairs.y)] if _needs_columns(pairs.problem) else None
     for i, j in tiles(n, False):
         K, L = (pairs.gram(side, maps.product(side, i, j), i, j) for side in (pairs.x, pairs.y))
-        rows, columns = moments(K, L, pairs.problem, i != j)
+        rows, columns = moments_of(pairs.problem, K, L, i != j, run)
         total[:5, i] += rows
         if i != j:
             total[:5, j] += columns

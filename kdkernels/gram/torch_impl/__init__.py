@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family in PyTorch: `forms` chooses between feature space (`feature`) and Gram space in tiles (`panels`).
+
+Rows are prepared in `prepare`, kernel functions are `maps` of their products, `combine` makes the value of row sums.
+"""
+
+from .forms import STEPS, backward, forward, kept
+
+__all__ = ["STEPS", "backward", "forward", "kept"]
