@@ -15,6 +15,7 @@ import torch
 _debug = False
 # within vmap a tensor has no one value
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 @contextlib.contextmanager
@@ -31,7 +32,8 @@ def debug_checks():
 def may_read(tensor) -> bool:
     """Whether a value check may look into this tensor here."""
     readable = _debug or tensor.device.type == "cpu"
-    return readable and not torch.compiler.is_compiling() and not _transforms_active()
+    # a dispatch mode may be one that traces
+    return readable and not (torch.compiler.is_compiling() or _transforms_active() or _modes())
 
 
 def debugging() -> bool:

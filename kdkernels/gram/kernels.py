@@ -171,7 +171,7 @@ def _positive(value, what: str, owner: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{what} is {value!r}: {owner} needs a positive number, a tensor or a rule") from None
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:  # which a compiler can ask of a symbolic number too
         raise ValueError(f"{what} is {value!r}: {owner} needs a positive finite number")
     return number
 
