@@ -187,7 +187,10 @@ def _kernel_of(kernel, inputs):
     """From the inputs of a call to its `kernel` argument; numbers in it follow the spread of the data."""
     x = inputs["x"]
     spread = float((x - x.mean(-2, keepdim=True)).square().sum(-1).mean().sqrt()) or 1.0
-    return lambda t: KERNELS[kernel](t.get("sigma"), spread)
+    if "sigma" in inputs:
+        return lambda t: KERNELS[kernel](t["sigma"], spread)
+    fixed = KERNELS[kernel](None, spread)  # of numbers it is made once: Dynamo may take one made inside for symbolic
+    return lambda t: fixed
 
 
 def _size(inputs):

@@ -198,8 +198,10 @@ def _twice_as_many(probe: Probe) -> Probe:
 
 
 def compiled(probe: Probe) -> Iterator[Result]:
-    """torch.compile takes the call as one graph, says nothing, and gives what it gives; other numbers of rows are no new
-    graph, but for one where an op goes another way from some size on."""
+    """torch.compile takes the call as one graph, says nothing, and gives what it gives.
+
+    Other numbers of rows are no new graph, but for one where an op goes another way from some size on.
+    """
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(
