@@ -141,81 +141,6 @@ def test_a_sort_refuses_a_strength_with_a_tangent(backend):
         torch.func.jvp(lambda e: kd.soft_sort(x, "l2", e, backend=backend), (e,), (e,))
 
 
-@fast
-@calls
-def test_a_batch_of_upstream_gradients_equals_a_loop(name, backend):
-    inputs = arguments()
-    value = CALLS[name](*inputs, backend)
-    above = torch.randn(3, *value.shape)
-    how = {"retain_graph": True, "allow_unused": True}
-    found = torch.autograd.grad(value, inputs, above, is_grads_batched=True, **how)
-    each = [torch.autograd.grad(value, inputs, one, **how) for one in above]
-    assert_same(found, [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)])
-
-
-@fast
-@calls
-def test_rows_and_strengths_may_come_from_inference_mode(name, backend):
-    inputs = arguments()
-    x, weights = inputs[0], torch.linspace(-1, 2, CALLS[name](*inputs, backend).numel())
-    with torch.inference_mode():
-        rest = [t.detach().clone() for t in inputs[1:]]
-
-    def gradient(f, rest):
-        return torch.autograd.grad((f(x, *rest, backend).flatten() * weights).sum(), x)
-
-    want = gradient(CALLS[name], [t.detach() for t in inputs[1:]])
-    assert_same(gradient(CALLS[name], rest), want)
-    assert_same(gradient(torch.compile(CALLS[name], fullgraph=True, backend="aot_eager"), rest), want)
-
-
-def operators(backend, permuted):
-    """Calls of every operator, forward with what it saves, backward with that."""
-    x, y = torch.randn(3, 2, 9), torch.randn(3, 2, 9)
-    if permuted:
-        x, y = (t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in (x, y))
-    ops = torch.ops.kdkernels
-    for strengths, relative, kl in ((None, True, False), (torch.rand(6).double() + 0.1, False, True)):
-        how = (1.0, relative, kl, True, backend)
-        most = 3 if strengths is not None else 1
-        for need in (0, most):
-            yield ops.soft_rank_fwd, (x, strengths, *how, need)
-            yield ops.soft_sort_fwd, (x, strengths, *how, need)
-        for need in range(1, most + 1):
-            asked = strengths if need & 2 else None
-            value, *kept = ops.soft_rank_fwd(x, strengths, *how, need)
-            yield ops.soft_rank_bwd, (torch.ones_like(value), x, asked, value, *kept, *how, need)
-            value, *kept = ops.soft_sort_fwd(x, strengths, *how, need)
-            yield ops.soft_sort_bwd, (torch.ones_like(value), asked, *kept, *how, need)
-    for need in range(4):
-        how = (1.0, True, False, False, backend, need)
-        yield ops.spearman_fwd, (x, y, *how)
-        value, *kept = ops.spearman_fwd(x, y, *how)
-        yield ops.spearman_bwd, (torch.ones_like(value), *kept, *how)
-        yield ops.pearson_fwd, (x, y, need)
-    value, moments = ops.pearson_fwd(x, y, 3)
-    yield ops.pearson_bwd, (torch.ones_like(value), x, y, moments, 3)
-    yield ops.pearson_bwd, (torch.ones_like(value), x, y, moments, 1)
-
-
-@fast
-@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-def test_every_operator_passes_opcheck(permuted, backend):
-    for operator, given in operators(backend, permuted):
-        torch.library.opcheck(operator.default, given)
-
-
-@fast
-@calls
-def test_compiled_whole_it_equals_eager_forward_and_backward(name, backend):
-    def f(*inputs):
-        return CALLS[name](*inputs, backend)
-
-    inputs = arguments()
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    assert_same(value_and_gradients(compiled, inputs), value_and_gradients(f, inputs))
-
-
 def test_inductor_compiles_a_loss_around_the_ops():
     def loss(x, y, e):
         return 1 - kd.spearman(x.relu() * 2, y).mean() + kd.pearson(x, y).mean() + kd.soft_sort(x, "l2", e).sum()
@@ -239,20 +164,6 @@ def test_new_numbers_of_rows_and_classes_do_not_compile_again(name, dynamic, all
         assert_same(value_and_gradients(compiled, inputs), value_and_gradients(f, inputs))
         once = once or counter.frame_count
     assert 0 < counter.frame_count <= allowed * once
-
-
-@fast
-@calls
-def test_torch_func_grad_equals_autograd(name, backend):
-    inputs = arguments()
-
-    def total(*inputs):
-        value = CALLS[name](*inputs, backend)
-        return (value * torch.linspace(-1, 2, value.numel()).reshape(value.shape)).sum()
-
-    got = torch.func.grad(total, argnums=(0, 1, 2))(*(t.detach() for t in inputs))
-    want = value_and_gradients(lambda *a: CALLS[name](*a, backend), inputs)[1:]
-    assert_same(got, [torch.zeros_like(t) if w is None else w for t, w in zip(inputs, want, strict=True)])
 
 
 # under vmap each operator is called once for the whole batch: a fall-back to a loop would warn
@@ -294,31 +205,3 @@ def test_one_strength_for_all_rows_under_vmap(backend):
         got = torch.func.vmap(slope, in_dims=in_dims)(x, strengths)
         for a, b in zip(got, zip(*want, strict=True), strict=True):
             torch.testing.assert_close(a, torch.stack(b))
-
-
-@fast
-@calls
-def test_autocast_changes_nothing(name, backend):
-    inputs = arguments()
-    want = value_and_gradients(lambda *a: CALLS[name](*a, backend), inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = value_and_gradients(lambda *a: CALLS[name](*a, backend), inputs)
-    assert all(a.dtype == b.dtype for a, b in zip(got, want, strict=True) if a is not None)
-    assert_same(got, want)
-
-
-@fast
-def test_every_combination_of_wanted_gradients(backend):
-    x, y, e = (t.detach() for t in arguments())
-    for name, call in CALLS.items():
-        full = value_and_gradients(
-            lambda *a, call=call: call(*a, backend), [t.clone().requires_grad_() for t in (x, y, e)]
-        )
-        for which in range(3):
-            if full[1 + which] is None:
-                continue
-            inputs = [t.clone().requires_grad_(k == which) for k, t in enumerate((x, y, e))]
-            value = call(*inputs, backend)
-            weights = torch.linspace(-1, 2, value.numel()).reshape(value.shape)
-            (g,) = torch.autograd.grad((value * weights).sum(), inputs[which])
-            torch.testing.assert_close(g, full[1 + which], msg=name)
