@@ -8,9 +8,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import kdkernels as kd
+from kdkernels.gram.bandwidth import sigma_of
 from kdkernels.gram.kernels import KernelSpec, spec_of
 from kdkernels.nystrom import chunks, landmarks, maps, op, reference, torch_impl
-from kdkernels.nystrom.call import Question, Side, sigma_of
+from kdkernels.nystrom.call import Question, Side
 
 KERNELS = ["linear", "polynomial", "cosine", "rbf", "laplacian", kd.RBF((1.0, 4.0)), kd.Laplacian(3.0)]
 

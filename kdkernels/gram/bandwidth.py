@@ -20,7 +20,7 @@ def bandwidth(x, mask, rule: str, factor: float):
     return torch.ops.kdkernels.gram_bandwidth(x.detach(), mask, rule, factor)
 
 
-def sigma_of(kernel, x, mask):
+def sigma_of(kernel, x, mask=None, rule=bandwidth):
     """The bandwidth as a tensor [1] or [G], or None where the kernel has none or it is a number."""
     sigma = kernel.sigma
     if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
@@ -29,7 +29,7 @@ def sigma_of(kernel, x, mask):
         return sigma.to(x.device).reshape(-1)
     if x.dim() == 2:
         x, mask = x[None], None if mask is None else mask[None]
-    return bandwidth(x, mask, *sigma)
+    return rule(x, mask, *sigma)
 
 
 def sampled(n: int, device=None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from .. import backend as backends
 from ..autograd import device_type
-from ..gram.bandwidth import bandwidth
+from ..gram.bandwidth import bandwidth, sigma_of
 from ..gram.kernels import Kernel, KernelSpec, spec_of
 from .checks import check_bandwidths, check_mask, check_same_rows, check_side, check_whitening
 
@@ -101,13 +101,3 @@ class Rows(NamedTuple):
         kx, ky = question.kernel
         sides = Side(x, zx, sigma_of(kx, x, mask, rule), kx), Side(y, zy, sigma_of(ky, y, mask, rule), ky)
         return Call(question, *sides, mask)
-
-
-def sigma_of(kernel: Kernel, x, mask=None, rule: Callable = bandwidth):
-    """The bandwidth as a tensor [1], or None where the kernel has none or it is a number."""
-    sigma = kernel.sigma
-    if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
-        return None
-    if isinstance(sigma, torch.Tensor):
-        return sigma.to(x.device).reshape(-1)
-    return rule(x[None], None if mask is None else mask[None], *sigma)

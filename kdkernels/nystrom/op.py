@@ -12,11 +12,12 @@ import torch
 from .. import backend as backends
 from ..autograd import device_type, without_autocast
 from ..dtypes import at_least_float32
+from ..gram.bandwidth import sigma_of
 from ..gram.kernels import Kernel, spec_of
 from ..gram.op import gram_mse, hsic
 from . import distributed, reference
 from . import select as selection
-from .call import Call, Question, Rows, Side, sigma_of
+from .call import Call, Question, Rows, Side
 from .checks import check_bandwidths, check_mask, check_rows, check_same_rows, check_selection, check_side, one_kernel
 from .operator import distinct, features, statistic
 

@@ -13,7 +13,7 @@ import torch
 
 from ..differentiable import operator
 from ..dtypes import at_least_float32
-from ..gram.kernels import KernelSpec
+from ..gram.kernels import spec_from
 from . import chunks, landmarks, statistics
 from .call import Call, Question, Side
 
@@ -27,13 +27,8 @@ def encode(question: Question) -> str:
 @lru_cache(maxsize=1024)  # an operator reads it: nobody traces this
 def decode(text: str) -> Question:
     stat, kx, ky, whiten, jitter, flags, backend = text.split("|")
-    kernels = kernel_spec(kx), kernel_spec(ky)
+    kernels = spec_from(kx), spec_from(ky)
     return Question(stat, kernels, whiten, float(jitter), *(flag == "1" for flag in flags), backend)
-
-
-def kernel_spec(code: str) -> KernelSpec:
-    name, *params = code.split(":")
-    return KernelSpec(name, tuple(float(value) for value in params))
 
 
 def features(side: Side, question: Question):

@@ -11,9 +11,9 @@ import torch
 
 from ..autograd import device_type, register, without_autocast
 from ..dtypes import at_least_float32
+from ..gram.kernels import spec_from
 from . import maps
 from .landmarks import bandwidths
-from .operator import kernel_spec
 
 
 def draws(x, m: int, method: str, generator):
@@ -37,7 +37,7 @@ def _select(x, mask, sigma, u, m, method, kernel):
     with without_autocast(device_type(x)):
         x = x.to(at_least_float32(x))
         x = x if mask is None else torch.where(mask[:, None], x, torch.zeros_like(x))
-        spec = kernel_spec("rbf:1.0" if method == "kmeans++" else kernel)
+        spec = spec_from("rbf:1.0" if method == "kmeans++" else kernel)
         rows = maps.prepared_rows(spec, x, x.mean(0), x.dtype)
         half = rows.square().sum(1).div_(2)
         if method == "kmeans++":

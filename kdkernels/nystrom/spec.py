@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import torch
 
+from ..gram.bandwidth import sigma_of
 from ..gram.kernels import RBF, Laplacian, Polynomial, spec_of
 from ..testing import REGIMES, Caps, Case, generator_beside, pair, seeded
 from . import chunks, reference
 from . import op as ops
-from .call import sigma_of
 
 HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
 EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
