@@ -109,6 +109,17 @@ def test_tangents_and_batches_go_through_each_other(op, formula):
 
 
 @both
+def test_a_compiler_leaves_torch_func_grad_to_eager_code_or_says_that_it_cannot(op, formula):
+    """Traced there, no tensor says that it requires a gradient: it would be 0."""
+    x = rows(4)
+    gradient = lambda a: torch.func.grad(lambda b: op(b).sum())(a)  # noqa: E731
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(x), gradient(x))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="torch.func.grad of test_"):
+        torch.compile(gradient, backend="eager", fullgraph=True)(x)
+
+
+@both
 def test_a_compiler_leaves_forward_mode_to_eager_code_or_says_that_it_cannot(op, formula):
     x, v = rows(4), rows(4)
     tangent = lambda a: torch.func.jvp(op, (a,), (v,))[1]  # noqa: E731

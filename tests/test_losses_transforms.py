@@ -66,7 +66,7 @@ def takes_backend(name) -> bool:
 
 
 # their operators are not made by differentiable.py so far
-NOT_YET = ("kda", "cmkd", "cmkd classes")
+NOT_YET = ("cmkd", "cmkd classes")
 
 
 @pytest.fixture(params=[name for name in MAKERS if name not in NOT_YET], ids=lambda name: name.replace(" ", "-"))

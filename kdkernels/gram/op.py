@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import device_type, without_autocast
+from ..autograd import device_type, in_pytorch, without_autocast
 from ..backend import resolve
 from . import distributed, reference, two_sample
 from .call import Question, Rows
@@ -142,8 +142,8 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="au
     check_bandwidths((own,), samples.x)
     chosen = resolve("mmd", backend, device_type(samples.x), (samples.x.dtype, samples.y.dtype))
     if chosen == "reference":
-        with without_autocast(device_type(samples.x)):
-            return two_sample.reference_mmd(samples, own, unbiased)
+        textbook = lambda x, y, *masks: two_sample.reference_mmd(Rows(x, y, masks), own, unbiased)  # noqa: E731
+        return in_pytorch(textbook, (samples.x, samples.y, *samples.mask))
     return statistic(*two_sample.as_sum(own, unbiased), two_sample.joined(samples, unbiased), chosen)
 
 

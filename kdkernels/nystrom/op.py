@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
-from ..autograd import device_type, without_autocast
+from ..autograd import device_type, in_pytorch, without_autocast
 from ..dtypes import at_least_float32
 from ..gram.bandwidth import sigma_of
 from ..gram.kernels import Kernel, spec_of
@@ -71,8 +71,7 @@ def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JI
     side = Side(x, landmarks, sigma_of(one, x), one)
     if question.backend != "reference":
         return features(side, question)
-    with without_autocast(device_type(x)):
-        phi = _reference_features(side, question, at_least_float32(x, landmarks))
+    phi = _reference_features(side, question, at_least_float32(x, landmarks))
     return phi.to(torch.promote_types(x.dtype, landmarks.dtype))
 
 
@@ -268,9 +267,13 @@ def _parameters(kernel: Kernel, sigma, dtype):
 
 
 def _reference_features(side: Side, question: Question, dtype):
-    x, z, sigma, kernel = side
-    params = _parameters(kernel, sigma, dtype)
-    return reference.features(x.to(dtype), z.to(dtype), kernel.name, params, question.whiten, question.jitter)
+    *tensors, kernel = side
+
+    def features(x, z, sigma):
+        params = _parameters(kernel, sigma, dtype)
+        return reference.features(x.to(dtype), z.to(dtype), kernel.name, params, question.whiten, question.jitter)
+
+    return in_pytorch(features, tensors)
 
 
 def _reference_statistic(call: Call):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ... import backend as backends
-from ...autograd import device_type, without_autocast
+from ...autograd import device_type, in_pytorch
 from ...dtypes import at_least_float32
 from . import distributed, reference
 from .checks import check_call
@@ -58,7 +58,10 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend=
         t, s_centers, t_centers = t.detach(), s_centers.detach(), t_centers.detach()
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
-        with without_autocast(device_type(s)):
-            dtype = at_least_float32(s, t)
-            return reference.landmark_similarity(*(x.to(dtype) for x in (s, t, s_centers, t_centers)))
+        return in_pytorch(_reference, (s, t, s_centers, t_centers))
     return similarity(s, t, s_centers, t_centers, chosen)
+
+
+def _reference(*tensors):
+    dtype = at_least_float32(*tensors[:2])
+    return reference.landmark_similarity(*(t.to(dtype) for t in tensors))
