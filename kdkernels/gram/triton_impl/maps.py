@@ -13,6 +13,7 @@ LINEAR, POLYNOMIAL, RBF, LAPLACIAN = (tl.constexpr(k) for k in range(4))
 KINDS = {"linear": 0, "cosine": 0, "polynomial": 1, "rbf": 2, "laplacian": 3}
 # in units of |z_i|^2 + |z_j|^2: 16 eps, the rounding of a zero distance
 ROUNDING = tl.constexpr(16 * 2.0**-23)
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # minimum and maximum would drop it
 
 
 def precision(*tensors) -> str:
@@ -42,7 +43,7 @@ def bandwidth(par, sigma, k: tl.constexpr, HAS_PAR: tl.constexpr):
 @triton.jit
 def spoilt(square):
     """NaN where a row is infinite: exp(-inf) = 0 would hide it."""
-    return tl.where(square == float("inf"), float("nan"), square)
+    return square + 0 * square
 
 
 @triton.jit
@@ -50,8 +51,7 @@ def tile_product(g, square_i, square_j, diagonal, KIND: tl.constexpr):
     """t from g^ = z_i . z_j: g^ itself, or -d2/2 <= 0 and exactly 0 on the diagonal."""
     if KIND >= RBF:
         s = spoilt(square_i)[:, None] + spoilt(square_j)[None, :]
-        t = g - 0.5 * s
-        t = tl.where(t > 0, 0.0, t)  # keeps NaN
+        t = tl.minimum(g - 0.5 * s, 0.0, propagate_nan=NAN)
         if KIND == LAPLACIAN:
             t = tl.where(t > -ROUNDING * s, 0.0, t)
         return tl.where(diagonal, 0.0, t)
@@ -97,7 +97,7 @@ def kernel_value(
                 x = tl.sqrt(-2 * t) / (-s)
                 level = tl.sqrt(typical) / (-s)
             if STABLE:
-                level = tl.where(level < -30, -30.0, level)  # keeps NaN
+                level = tl.maximum(level, -30.0, propagate_nan=NAN)
                 total += tl.exp(level) * expm1(x - level)
             else:
                 total += tl.exp(x)
