@@ -65,11 +65,7 @@ def takes_backend(name) -> bool:
     return "backend" in inspect.signature(type(getattr(loss, "loss", loss)).__init__).parameters
 
 
-# their operators are not made by differentiable.py so far
-NOT_YET = ("cmkd", "cmkd classes")
-
-
-@pytest.fixture(params=[name for name in MAKERS if name not in NOT_YET], ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(params=MAKERS, ids=lambda name: name.replace(" ", "-"))
 def name(request):
     torch.manual_seed(1)
     return request.param
