@@ -8,6 +8,7 @@ import torch
 from ranking import LARGE, SIZES, adversarial, backends
 
 import kdkernels as kd
+from kdkernels.rank import metrics, torch_impl
 
 BACKENDS = backends()
 FAST = backends(reference=False)
@@ -351,3 +352,37 @@ def test_a_strength_tensor_is_the_number_it_holds_and_has_a_gradient(regularizat
 
             slope = (shifted(1e-6) - shifted(-1e-6)) / 2e-6
             torch.testing.assert_close(g, slope if g.dim() else slope.sum(), rtol=1e-6, atol=1e-6)
+
+
+@fast
+def test_an_upstream_that_is_not_finite_poisons_its_own_row(backend):
+    x = torch.randn(3, 20, requires_grad=True)
+    for bad in (math.nan, math.inf):
+        u = torch.ones(3, 20)
+        u[1, 4] = bad
+        for function in (kd.soft_rank, kd.soft_sort):
+            (g,) = torch.autograd.grad(function(x, "l2", 100.0, backend=backend), x, u)
+            assert g[[0, 2]].isfinite().all() and not g[1].isfinite().any()
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+def test_nothing_is_read_by_the_host(relative, kl):
+    """A meta tensor has no values: reading one, or a size that depends on one, raises."""
+    for shape in ((4, 100), (3000, 40), (1, 1), (2, 3000)):
+        x = torch.empty(shape, device="meta")
+        strengths = torch.empty(shape[0], device="meta", dtype=torch.float64)
+        for given in (None, strengths):
+            rank, blocks, eps = torch_impl.rank_forward(x, given, 1.0, relative, kl, True, True)
+            g = torch_impl.rank_backward(rank, x, rank, blocks, eps, kl, True)
+            value, s, order, start, eps = torch_impl.soft_sort_forward(x, given, 1.0, relative, kl, False)
+            h = torch_impl.soft_sort_backward(value, s, order, start, kl)
+            assert {t.shape for t in (rank, blocks, g, value, start, h)} == {x.shape}
+        run = torch_impl.rank_backward
+        torch_impl.rank_strength_gradient(run, g, x, strengths, rank, blocks, eps, kl, True)
+        torch_impl.sort_strength_gradient(g, strengths, x, start, eps, kl, True)
+        torch_impl.spearman_forward(x, x, 1.0, relative, kl, False, True, True)
+        metrics.of_ranks(rank, rank, metrics.drop_pairs(x, x)[2], torch.float32)
+        value, moments = metrics.pearson(x, x)
+        metrics.pearson_gradient(value, x, x, moments, True, True)
+        metrics.diagnose(x, blocks)

@@ -35,12 +35,12 @@ def _rank_backward(grad, x, strengths, rank, blocks, eps, *how):
     *_, kl, descending, backend, need = how
     if x.numel() == 0:
         return x.new_empty(x.shape), torch.zeros_like(strengths) if need & STRENGTHS else None
+    run, how = implementation(__package__, backend).rank_backward, (blocks, eps, kl, descending)
     dx = dstrengths = None
     if need & X:
-        run = implementation(__package__, backend).rank_backward
-        dx = run(grad, x, rank, blocks, eps, kl, descending)
+        dx = run(grad, x, rank, *how)
     if need & STRENGTHS:
-        dstrengths = torch_impl.rank_strength_gradient(grad, x, strengths, rank, blocks, eps, kl, descending)
+        dstrengths = torch_impl.rank_strength_gradient(run, grad, x, strengths, rank, *how)
     return dx, dstrengths
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soft ranks and sorts in portable PyTorch: rows together, O(n) memory, no host sync, the same bits every time.
 
-Sums over blocks are fixed-point int64, so that the order in which scatter_add adds does not matter. CPU tensors go to
-`cpu.py`, which reads sizes; this is their way too where pooling takes too many rounds there.
+Sums over blocks are fixed-point int64, so that the order in which scatter_add adds does not matter. The way of every
+device without a compiled library; what it costs beside one is in MATH.md.
 """
 
 from __future__ import annotations
@@ -13,13 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..dtypes import at_least_float32
-from . import cpu, isotonic, metrics, ordering, strength
-from .cpu import negated
-
-
-def may_wait(t) -> bool:
-    """Whether sizes may be read and sums run in order: on the CPU. Elsewhere nothing waits for the device."""
-    return t.device.type == "cpu"
+from . import isotonic, metrics, strength
 
 
 class Blocks(NamedTuple):
@@ -82,10 +76,13 @@ def sorted_blocks(s, gone, eps, kl: bool, sort: bool) -> Blocks:
 
 
 def sort_descending(theta):
-    """Rows [..., n] sorted descending, NaN first, stable, and their order: `torch.sort`, only faster on the CPU."""
-    if may_wait(theta) and theta.numel():
-        return ordering.sort_descending(theta)
+    """Rows [..., n] sorted descending, NaN first, stable, and their order."""
     return torch.sort(theta, dim=-1, descending=True, stable=True)
+
+
+def negated(x):
+    """-x, where absent entries (-inf) stay so and +inf, which poisons a row, becomes NaN."""
+    return torch.where(x == -math.inf, x, torch.where(x == math.inf, math.nan, -x))
 
 
 def _sorted_rows(theta):
@@ -100,10 +97,6 @@ def _sorted_rows(theta):
 def rank_forward(x, strengths, number, relative, kl, descending, need, dtype=None):
     """rank in `dtype`, or x's compute dtype, blocks int32 like x or [0], eps float64, of x [..., n]."""
     dtype = dtype or at_least_float32(x)
-    if may_wait(x):
-        found = cpu.rank_forward(x, strengths, number, relative, kl, descending, need, dtype)
-        if found is not None:
-            return found
     shape, n = x.shape, x.shape[-1]
     rows = x.reshape(-1, n)
     s, order, poisoned, gone = _sorted_rows(negated(rows) if descending else rows)
@@ -149,8 +142,6 @@ def _scaled(u):
 
 def rank_backward(grad, x, rank, blocks, eps, kl, descending):
     """d/dx, in x's dtype."""
-    if may_wait(x):
-        return cpu.rank_backward(grad, x, rank, blocks, eps, kl, descending)
     n = x.shape[-1]
     ids = blocks.reshape(-1, n).to(torch.int64)
     alone = ids < 0
@@ -173,10 +164,6 @@ def rank_backward(grad, x, rank, blocks, eps, kl, descending):
 
 def sort_forward(s, strengths, number, relative, kl):
     """value, start int32, eps of rows s [..., n] sorted descending, absent entries last; NaN where a row starts so."""
-    if may_wait(s):
-        found = cpu.sort_forward(s, strengths, number, relative, kl)
-        if found is not None:
-            return found
     shape, n = s.shape, s.shape[-1]
     rows = s.reshape(-1, n).double()
     poisoned = ~(rows[:, :1] < math.inf)
@@ -209,8 +196,6 @@ def sort_forward(s, strengths, number, relative, kl):
 
 def sort_backward(grad, s, start, kl):
     """d/ds, in s's dtype."""
-    if may_wait(s):
-        return cpu.sort_backward(grad, s, start, kl)
     n = s.shape[-1]
     rows, u, ids = s.reshape(-1, n).double(), grad.reshape(-1, n).double(), start.reshape(-1, n).to(torch.int64)
     gone, poisoned = rows == -math.inf, ~(rows[:, :1] < math.inf)
@@ -249,17 +234,14 @@ def unsorted(ds, order):
 
 
 def spearman_forward(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
-    """Value and gradients: what `native_impl.SCHEMAS` says of spearman_rows, for rows [..., n];
-    both sides are ranked in one call.
+    """As `native_impl.SCHEMAS` says of spearman_rows, for rows [..., n]; both sides are ranked in one call.
 
     Ranks stay float64: under a large strength all are near their mean, and float32 would lose their differences.
     """
     dtype = at_least_float32(x, y)
     R, n = x.shape[:-1].numel(), x.shape[-1]
-    sides, valid = torch.cat([x.reshape(R, n), y.reshape(R, n)]), None
-    if not (may_wait(x) and math.isfinite(sides.sum(dtype=dtype))):
-        *pair, valid = (t.reshape(R, n) for t in metrics.drop_pairs(x, y))
-        sides = torch.cat(pair)
+    *pair, valid = (t.reshape(R, n) for t in metrics.drop_pairs(x, y))
+    sides = torch.cat(pair)
     how = None, strength, relative, kl, False
     if hard_target:
         rank, ids, eps = rank_forward(sides[:R], *how, grad_x, torch.float64)
@@ -268,10 +250,7 @@ def spearman_forward(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
     else:
         ranks, ids, eps = rank_forward(sides, *how, grad_x or grad_y, torch.float64)
     wanted = range(0 if grad_x else 1, 2 if grad_y and not hard_target else 1)
-    if valid is None:
-        rho, gradients = cpu.rank_gradients(ranks.view(2, R, n), wanted)
-    else:
-        rho, gradients = metrics.rank_gradients(ranks.view(2, R, n), valid, wanted)
+    rho, gradients = metrics.rank_gradients(ranks.view(2, R, n), valid, wanted)
     if wanted:
         part = slice(wanted.start * R, wanted.stop * R)
         like = torch.empty_like(ranks[part], dtype=dtype)
@@ -296,10 +275,10 @@ def centred(x):
     return top - top.mean(-1, keepdim=True)
 
 
-def rank_strength_gradient(grad, x, strengths, rank, blocks, eps, kl, descending):
-    """d/dstrengths: -(1/eps) <theta, J u> a row, times eps / strength; the Jacobian is symmetric."""
+def rank_strength_gradient(run, grad, x, strengths, rank, *how):
+    """d/dstrengths: -(1/eps) <theta, J u> a row, times eps / strength; J is symmetric. run: `rank_backward`."""
     n = x.shape[-1]
-    g = rank_backward(grad, x.double(), rank, blocks, eps, kl, descending)
+    g = run(grad.double(), x.double(), rank.double(), *how)
     per_row = -(centred(x.reshape(-1, n).double()) * g.reshape(-1, n)).sum(-1)
     return _to_strengths(per_row, strengths)
 
