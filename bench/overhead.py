@@ -24,7 +24,7 @@ import torch
 import kdkernels as kd
 from kdkernels.backend import implementation
 from kdkernels.gram import operator
-from kdkernels.gram.call import Call, Question, Side
+from kdkernels.gram.call import Call, Question, call_of
 from kdkernels.gram.kernels import spec_of
 
 from . import data
@@ -88,7 +88,7 @@ def measure(backend: str, device: str, reps: int) -> dict:
 
 
 def _asked(x, y) -> Call:
-    return Call(PROBLEM, Side(x, PROBLEM.kx, None), Side(y, PROBLEM.ky, None), None, NEED_X)
+    return call_of(PROBLEM, x, y, None, (None, None), NEED_X)
 
 
 def _rounds(calls: dict, device: str, reps: int) -> dict[str, list[float]]:

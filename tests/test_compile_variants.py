@@ -78,14 +78,14 @@ def call(x, y=None, G=1, n=64, p=32, q=48, mask=False, stat="cka", kx="linear", 
          center=True, row_normalize=False, sigma=0, need=1):  # fmt: skip
     """Forward and backward of the backend, as the operators call them."""
     from kdkernels.gram import triton_impl
-    from kdkernels.gram.call import Call, Problem, Side
+    from kdkernels.gram.call import Problem, call_of
     from kdkernels.gram.kernels import spec_from
 
     problem = Problem(stat, spec_from(kx), spec_from(ky), unbiased, center, row_normalize, True)
     sides = torch.randn(G, n, p, dtype=x), torch.randn(G, n, q, dtype=y or x)
     keep = torch.rand(G, n) > 0.3 if mask else None
     sigmas = [torch.ones(sigma) if sigma and k in ("rbf", "laplacian") else None for k in (kx, ky)]
-    whole = Call(problem, *map(Side, sides, problem.specs, sigmas), keep, need)
+    whole = call_of(problem, *sides, keep, sigmas, need)
     _, *saved = triton_impl.forward(whole)
     triton_impl.backward(whole, saved, torch.ones(G))
 

@@ -9,7 +9,7 @@ from formulas import assert_near
 
 import kdkernels as kd
 from kdkernels.gram import native_impl
-from kdkernels.gram.call import SMALL, Call, Question, Side
+from kdkernels.gram.call import SMALL, Question, call_of
 from kdkernels.gram.kernels import spec_of
 from kdkernels.registry import OPS
 
@@ -21,8 +21,7 @@ ESTIMATORS = {"unbiased": {}, "biased": {"unbiased": False}, "uncentred": {"unbi
 def served(kernel, x, y):
     """Whether CKA of these features is one compiled call."""
     problem = Question("cka", kernel, True, True, False, True).problem(spec_of(kernel))
-    sides = (Side(t[None], spec, None) for t, spec in zip((x, y), problem.specs, strict=True))
-    return native_impl.in_one_call(Call(problem, *sides, None, 0))
+    return native_impl.in_one_call(call_of(problem, x[None], y[None], None, (None, None), 0))
 
 
 def step(op, x, y, backend, **how):

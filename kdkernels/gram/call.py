@@ -140,6 +140,7 @@ class Call(NamedTuple):
     y: Side
     mask: torch.Tensor | None  # bool [G, n]
     need: int  # bits 0, 1, 2, 3: a gradient of x, y, sigma_x, sigma_y is asked for
+    dtype: torch.dtype  # of the work and of what is saved, see `working_dtype`
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -148,11 +149,8 @@ class Call(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """n, p, q"""
-        return *self.x.features.shape[1:], self.y.features.shape[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return working_dtype(self.problem, self.x.features, self.y.features)
+        _, n, p = self.x.features.shape
+        return n, p, self.y.features.shape[2]
 
     @property
     def sides_asked(self) -> tuple[bool, bool]:
@@ -160,10 +158,17 @@ class Call(NamedTuple):
         return bool(self.need & 0b101), bool(self.need & 0b1010)
 
 
-def working_dtype(problem: Problem, x, y) -> torch.dtype:
-    """The dtype of the work and of what is saved: float64 where row norms meet centring, as `prepare` may then not
-    centre the features and float32 sums would cancel down to nothing under a large mean."""
-    return torch.float64 if problem.row_normalize and problem.center else at_least_float32(x, y)
+def call_of(problem: Problem, x, y, mask, sigmas, need: int) -> Call:
+    """A call of features [G, n, p] and [G, n, q]."""
+    sigma_x, sigma_y = sigmas
+    dtype = working_dtype(problem, x, y)
+    return Call(problem, Side(x, problem.kx, sigma_x), Side(y, problem.ky, sigma_y), mask, need, dtype)
+
+
+def working_dtype(question: Question | Problem, x, y) -> torch.dtype:
+    """float64 where row norms meet centring, as `prepare` may then not centre the features and float32 sums would
+    cancel down to nothing under a large mean."""
+    return torch.float64 if question.row_normalize and question.center else at_least_float32(x, y)
 
 
 class Steps(NamedTuple):

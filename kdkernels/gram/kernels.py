@@ -51,6 +51,7 @@ class Kernel:
     name = ""
     sigma = None
     domain = "any real features"
+    _has_rule = False
     _code = ""  # made once: torch.compile(dynamic=True) takes the numbers of an object for variables, but not its text
 
     @property
@@ -70,7 +71,7 @@ class Kernel:
     @property
     def has_rule(self) -> bool:
         """Whether the bandwidth follows from the features."""
-        return self.ruled_code != self.code
+        return self._has_rule
 
     def of_group(self, g: int) -> Kernel:
         """The kernel function of group g, where sigma is a tensor [G]."""
@@ -119,7 +120,9 @@ class _Bandwidth(Kernel):
         numbers = self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
         self._code = ":".join((self.name, *map(repr, numbers)))
         ruled = isinstance(self.sigma, tuple) and not numbers
-        self._ruled_code = f"{self.name}:{self.sigma[0]}:{self.sigma[1]!r}" if ruled else self._code
+        self._has_rule, self._ruled_code = ruled, self._code
+        if ruled:
+            self._ruled_code = f"{self.name}:{self.sigma[0]}:{self.sigma[1]!r}"
 
     @property
     def ruled_code(self) -> str:

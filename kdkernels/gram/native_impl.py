@@ -14,7 +14,7 @@ import torch
 
 from .. import native
 from . import torch_impl
-from .call import Call, Problem, Rows, Steps, working_dtype
+from .call import Call, Problem, Question, Rows, Steps, working_dtype
 from .kernels import KernelSpec
 from .torch_impl import forms, panels, prepare
 from .torch_impl.panels import Pairs, Sums
@@ -25,16 +25,17 @@ SAVED = 3  # numbers a side: scale of the rows, factor of V z, dL/dsigma
 NO_DIAGONAL = -(2**31)  # panel_moments leaves nothing out: the tiles come with their diagonal already zero
 
 
-def follows_rules(problem: Problem, rows: Rows) -> bool:
+def follows_rules(question: Question, kernels, rows: Rows) -> bool:
     """Whether the rule of a bandwidth is left to the compiled call, which has the distances anyway."""
-    return _serves(problem, rows.x.shape[-2], working_dtype(problem, rows.x, rows.y))
+    return _serves(question, kernels, rows.x.shape[-2], working_dtype(question, rows.x, rows.y))
 
 
-def _serves(problem: Problem, n: int, dtype: torch.dtype) -> bool:
+def _serves(question: Question | Problem, kernels, n: int, dtype: torch.dtype) -> bool:
     return (
-        problem.stat in ("cka", "hsic")
-        and not problem.row_normalize
-        and all(spec.name in _KERNELS for spec in problem.specs)
+        question.stat in ("cka", "hsic")
+        and not question.row_normalize
+        and kernels[0].name in _KERNELS
+        and kernels[1].name in _KERNELS
         and dtype == torch.float32
         and n <= panels.SMALL
     )
@@ -43,7 +44,8 @@ def _serves(problem: Problem, n: int, dtype: torch.dtype) -> bool:
 def in_one_call(call: Call) -> bool:
     """Whether one compiled call serves the problem, and feature space is not cheaper."""
     n, p, q = call.sizes
-    return _serves(call.problem, n, call.dtype) and not forms.in_feature_space(call.problem, n, p, q)
+    problem = call.problem
+    return _serves(problem, problem.specs, n, call.dtype) and not forms.in_feature_space(call.problem, n, p, q)
 
 
 def kept(call: Call):
@@ -59,8 +61,8 @@ def forward(call: Call):
     problem = call.problem
     how = (problem.stat == "cka", problem.unbiased, problem.center, call.need, problem.minimum)
     mask = None if call.mask is None else call.mask.contiguous()
-    rows, kernels = [_rows(side.features) for side in call.sides], [_kernel(side) for side in call.sides]
-    return torch.ops.kdkernels.pair_statistic(*rows, mask, *kernels[0], *kernels[1], *how)
+    x, y = _rows(call.x.features), _rows(call.y.features)
+    return torch.ops.kdkernels.pair_statistic(x, y, mask, *_kernel(call.x), *_kernel(call.y), *how)
 
 
 def backward(call: Call, saved, grad):

@@ -15,16 +15,16 @@ from ..backend import implementation
 from ..differentiable import of_rows, operator
 from ..dtypes import at_least_float32
 from .bandwidth import sigma_of
-from .call import Call, Problem, Question, Rows, Side
+from .call import Problem, Question, Rows, call_of
 from .kernels import spec_from
 
 
 def encode(question: Question, kernels, backend: str, ruled: bool = False) -> str:
     """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch; ruled: with the bandwidths' rules."""
-    x, y = (kernel.ruled_code if ruled else kernel.code for kernel in kernels)
+    (stat, _, unbiased, center, row_normalize, mean), (kernel_x, kernel_y) = question, kernels
+    x, y = (kernel_x.ruled_code, kernel_y.ruled_code) if ruled else (kernel_x.code, kernel_y.code)
     # without a cache: a compiler traces this, and says of a cache that it looks through it
-    flags = f"{question.unbiased:d}{question.center:d}{question.row_normalize:d}{question.mean:d}"
-    return f"{question.stat}|{x}|{y}|{flags}|{backend}"
+    return f"{stat}|{x}|{y}|{unbiased:d}{center:d}{row_normalize:d}{mean:d}|{backend}"
 
 
 @lru_cache(maxsize=1024)
@@ -49,7 +49,7 @@ def _ruled(question: Question, kernels, rows: Rows, backend: str) -> bool:
     if not (kernels[0].has_rule or kernels[1].has_rule) or torch.compiler.is_compiling():
         return False
     follows_rules = getattr(implementation(__package__, backend), "follows_rules", None)
-    return follows_rules is not None and follows_rules(question.problem(kernels), rows)
+    return follows_rules is not None and follows_rules(question, kernels, rows)
 
 
 def _read(x, y, mask, sigma_x, sigma_y, text, need):
@@ -57,8 +57,7 @@ def _read(x, y, mask, sigma_x, sigma_y, text, need):
     problem, backend = decode(text)
     if x.dim() == 2:  # indexing by None is the cheapest view there is; `reshape` costs thrice that
         x, y, mask = x[None], y[None], None if mask is None else mask[None]
-    call = Call(problem, Side(x, problem.kx, sigma_x), Side(y, problem.ky, sigma_y), mask, need)
-    return call, implementation(__package__, backend)
+    return call_of(problem, x, y, mask, (sigma_x, sigma_y), need), implementation(__package__, backend)
 
 
 def _forward(x, *rest):

@@ -20,7 +20,7 @@ from ...autograd import NoSecondDerivative, device_type, without_autocast
 from ...dtypes import at_least_float32
 from .. import bandwidth as rules
 from .. import two_sample
-from ..call import Call, Problem, Question, Rows, Side, working_dtype
+from ..call import Call, Problem, Question, Rows, call_of, working_dtype
 from ..checks import check_bandwidths
 from ..torch_impl import maps, panels
 from ..torch_impl.combine import RowStats, combine, over_rows
@@ -158,8 +158,7 @@ class Ring(NamedTuple):
         return self.problem.stable and not self.specs[k].linear
 
     def call(self, x, y, mask, sigma_x, sigma_y, need: int = 0) -> Call:
-        x, y = (Side(*side) for side in zip((x, y), self.specs, (sigma_x, sigma_y), strict=True))
-        return Call(self.problem, x, y, mask, need)
+        return call_of(self.problem, x, y, mask, (sigma_x, sigma_y), need)
 
     def sigma(self, kernel, x, mask):
         """The bandwidth as a tensor [1] or [G], None where it is a number or none; a rule sees all ranks' rows."""
