@@ -67,9 +67,6 @@ def constant_mean(s, t, need):
 
 
 SABOTAGE = {
-    "zeros": (A, "value", value(torch.zeros_like)),
-    "sign flip": (P, "value", value(torch.neg)),
-    "5 % scale": (D, "value", value(lambda v: v * 1.05)),
     "groups in another order": (A, "value", value(lambda v: v.flip(0))),
     "masked rows counted": (A, "value", {"rows_kept": lambda x, mask: pairs.rows_kept(x, None)}),
     "a last column not read": (D, "value", {"distances": lambda x, m, c: DISTANCES(x[..., :-1], m, c)}),
@@ -82,17 +79,10 @@ SABOTAGE = {
     "angles of half the triplets": (A, "value", {"_triplets": half_the_triplets}),
     "another eps": (P, "value", {"EPS": 1e-3}),
     "squares all the way": (D, "value", {"_distances": quadratic}),
-    "gradient sign flip": (D, "gradient x", gradient(torch.neg)),
-    "gradient 5 % scale": (A, "gradient y", gradient(lambda g: g * 1.05)),
-    "gradient without its last row": (P, "gradient x", gradient(without_last(-2))),
-    "gradient without its last column": (A, "gradient x", gradient(without_last(-1))),
     "transposed groups of weights": (P, "gradient x", weights(lambda W: W.flip(0))),
     "weights without their diagonal": (D, "gradient x", weights(lambda W: W - W * torch.eye(W.shape[-1]))),
     "no gradient through the mean": (D, "gradient x", {"_distances": constant_mean}),
     "no gradient through the arms of an angle": (A, "gradient x", {"_add_weights": no_vertex_term}),
-    "ignored upstream gradient": (A, "gradient x", {"backward": lambda g, *r: BACKWARD(torch.ones_like(g), *r)}),
-    "unwritten tail": (P, "poison", gradient(unwritten)),
-    "not the same twice": (A, "twice", value(noisy)),
     "masked rows get a gradient": (D, "masks", {"backward": lambda g, x, m, W, k: BACKWARD(g, x, m, W, k) + 1e-9}),
     "NaN under the mask": (P, "masks", {"forward": lambda x, y, m, *r: FORWARD(x + 0 * x.sum(), y, m, *r)}),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import contextlib
 
 import pytest
 import torch
-from broken import half_when_alone, noisy, one_gradient, packed, rejects, unwritten, without_last
+from broken import one_gradient, rejects, without_last
 
 from kdkernels import differentiable, testing
 from kdkernels.gram import torch_impl
@@ -57,10 +57,6 @@ def transposed(t):
     return t.mT.reshape(t.shape)
 
 
-def ignored_upstream(call, saved, grad):
-    return BACKWARD(call, saved, torch.ones_like(grad))
-
-
 def no_mask_forward(call):
     return FORWARD(call._replace(mask=None))
 
@@ -76,32 +72,15 @@ def mask_by_product(call):
 
 
 SABOTAGE = {
-    "zeros": ("value", value(torch.zeros_like)),
-    "sign flip": ("value", value(torch.neg)),
-    "5 % scale": ("value", value(lambda v: v * 1.05)),
     "wrong group": ("value", value(lambda v: v.roll(1, 0))),
-    "wrong dtype": ("value", value(torch.Tensor.double)),
-    "not a number": ("value", value(lambda v: v * float("nan"))),
     "lost last row": ("value", inputs(without_last(1))),
     "lost last column": ("value", inputs(without_last(2))),
     "ignored mask": ("value", {"forward": no_mask_forward, "backward": no_mask_backward}),
-    "zero gradient": ("gradient x", gradient(torch.zeros_like)),
-    "gradient sign flip": ("gradient x", gradient(torch.neg)),
-    "gradient 5 % scale": ("gradient x", gradient(lambda g: g * 1.05)),
-    "gradient of the other side, 5 % scale": ("gradient y", gradient(lambda g: g * 1.05, DY)),
-    "gradient of sigma, 5 % scale": ("gradient sigma", gradient(lambda g: g * 1.05, DSIGMA)),
     "gradient without the other side's term": ("gradient x", saved(P)),
     "gradient without its own side's term": ("gradient x", saved(Q)),
     "gradient without the row sums": ("gradient x", saved(E)),
     "transposed gradient": ("gradient x", gradient(transposed)),
     "gradient of the wrong group": ("gradient x", gradient(lambda g: g.roll(1, 0))),
-    "gradient without its last row": ("gradient x", gradient(without_last(1))),
-    "gradient without its last column": ("gradient x", gradient(without_last(2))),
-    "ignored upstream gradient": ("gradient x", {"backward": ignored_upstream}),
-    "unwritten tail": ("poison", gradient(unwritten)),
-    "wrong where one gradient is asked for": ("needs", {"backward": half_when_alone(BACKWARD)}),
-    "not the same twice": ("twice", value(noisy)),
-    "strides not read": ("layouts", inputs(packed)),
     "mask by multiplication": ("masks", {"forward": mask_by_product}),
     "gradient in masked rows": ("masks", gradient(lambda g: g + 1e-4)),
 }

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from broken import noisy, one_gradient, packed, rejects, unwritten, without_last
+from broken import noisy, one_gradient, rejects, without_last
 
 from kdkernels import testing
 from kdkernels.nystrom.kda import torch_impl as kda
@@ -43,27 +43,11 @@ def no_mask(op):
     }
 
 
-def ignored_upstream(op):
-    return {"backward": lambda grad, *rest: ORIGINAL[op][1](torch.ones_like(grad), *rest)}
-
-
 BOTH = {
-    "zeros": ("value", value(torch.zeros_like)),
-    "sign flip": ("value", value(torch.neg)),
-    "5 % scale": ("value", value(lambda v: v * 1.05)),
-    "not a number": ("value", value(lambda v: v * float("nan"))),
-    "wrong dtype": ("value", value(torch.Tensor.double)),
     "lost last sample": ("value", inputs(without_last(0))),
     "lost last column": ("value", inputs(without_last(-1))),
-    "zero gradient": ("gradient s", gradient(torch.zeros_like)),
-    "gradient sign flip": ("gradient s", gradient(torch.neg)),
-    "gradient 1 % off": ("gradient s", gradient(lambda g: g * 1.01)),
     "gradient of other rows": ("gradient s", gradient(lambda g: g.flip(0))),
-    "ignored upstream": ("gradient s", ignored_upstream),
-    "another value each time": ("twice", value(noisy)),
     "another gradient each time": ("twice", gradient(noisy)),
-    "unwritten tail": ("poison", gradient(unwritten)),
-    "trusted strides": ("layouts", inputs(packed)),
 }
 CASES = [(op, name, *broken) for op in MODULES for name, broken in BOTH.items()]
 CASES += [
