@@ -56,6 +56,8 @@ def asks(check, op, backend):
     probes = _probes(op, backend)
     if check == "masks":
         return any(case.masks for case in probes)
+    if check == "second derivative" and backend == "reference":
+        return any(case.gradient and not case.linear and not case.ruled for case in probes)
     if check in transforms.OF_GRADIENTS:
         return any(case.gradient and not (case.linear and check == "second derivative") for case in probes)
     return True

@@ -100,17 +100,6 @@ def test_two_dtypes_are_computed_in_float32_beside_float32_landmarks():
     assert torch.autograd.grad(value, s)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled where it is built, and PyTorch
-def test_the_second_derivative_is_refused_by_torch_and_given_by_the_reference(dtype):
-    s, *others = problem(size=0.1, dtype=dtype)
-    (grad,) = torch.autograd.grad(kd.landmark_similarity_loss(s, *others), s, create_graph=True)
-    with pytest.raises(RuntimeError, match="backend='reference'"):
-        grad.sum().backward()
-    loss = kd.landmark_similarity_loss(s, *others, backend="reference")
-    (grad,) = torch.autograd.grad(loss, s, create_graph=True)
-    assert torch.autograd.grad(grad.square().sum(), s)[0].abs().max() > 0
-
-
 BAD = {
     "integers": ((0, torch.zeros(13, 5).long()), TypeError, "s is torch.int64: convert it"),
     "no tensor": ((1, 3.0), TypeError, "t is a float: pass a torch.Tensor"),

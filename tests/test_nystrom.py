@@ -278,17 +278,6 @@ def test_an_all_zero_teacher_gives_zero_transfer_with_zero_gradient():
     assert kd.transfer_quality(s, zero) == 0
 
 
-def test_a_second_derivative_is_refused_and_the_reference_has_it():
-    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    z = torch.randn(3, 3, dtype=torch.float64)
-    (g,) = torch.autograd.grad(kd.nystrom_features(x, z, kernel=kd.RBF(1.0)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="backend='reference'"):
-        g.sum().backward()
-    value = kd.nystrom_features(x, z, kernel=kd.RBF(1.0), backend="reference").square().sum()
-    (g,) = torch.autograd.grad(value, x, create_graph=True)
-    g.sum().backward()
-
-
 BAD = {
     "no landmarks": (lambda x, z: kd.nystrom_features(x, z[:0]), ValueError, "landmarks is empty"),
     "another width": (lambda x, z: kd.nystrom_features(x, z[:, :2]), ValueError, "landmarks has width 2, x has 3"),

@@ -167,43 +167,6 @@ def test_half_inputs_and_two_dtypes_are_computed_in_float32():
         assert torch.autograd.grad(value, a)[0].dtype == a.dtype
 
 
-def test_the_second_derivative_is_refused_by_torch_and_given_by_the_reference():
-    s, t = features(3, 5, 4)
-    P = basis(5, 2)
-    (grad,) = torch.autograd.grad(kd.projected_mse(s, t, P), s, create_graph=True)
-    with pytest.raises(RuntimeError, match="backend='reference'"):
-        grad.sum().backward()
-    (grad,) = torch.autograd.grad(kd.projected_mse(s, t, P, backend="reference"), s, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), s)
-    assert second.abs().max() > 0
-
-
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-def test_the_operators_pass_opcheck_and_compile_to_one_graph(form):
-    s, t = (x.detach().float().contiguous(memory_format=form) for x in features(3, 6, 5, 7))
-    P, mask = basis(6, 3).float(), torch.rand(3, 35) > 0.3
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for reduction, keep in (("mean", None), ("none", mask)):
-        arguments = (s, t, P, keep, 1, reduction, "torch", 7)
-        torch.library.opcheck(torch.ops.kdkernels.projected_mse_fwd.default, arguments, test_utils=tests)
-        value, Q = torch.ops.kdkernels.projected_mse_fwd(*arguments)
-        torch.library.opcheck(
-            torch.ops.kdkernels.projected_mse_bwd.default,
-            (torch.ones_like(value), s, t, P, keep, Q, 1, reduction, "torch", 7),
-            test_utils=tests,
-        )
-    torch._dynamo.reset()
-    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda a, b: kd.projected_mse(a, b, P), fullgraph=True, dynamic=True, backend=count)
-    for B in (8, 9, 11):  # no other dimension: equal sizes would be taken for one
-        x, y = (u.repeat(4, 1, 1, 1)[:B].contiguous(memory_format=form) for u in (s, t))
-        x.requires_grad_()
-        got, want = compiled(x, y), naive(x, y, P)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0])
-    assert count.frame_count == 1
-
-
 # argument(s) to change -> the error
 BAD = {
     "integers": ({"s": torch.zeros(2, 4, 3, dtype=torch.int64)}, TypeError, "s is torch.int64: convert it"),

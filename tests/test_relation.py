@@ -41,15 +41,6 @@ def test_the_gradient_is_the_derivative_of_the_value(kind, backend):
     assert torch.autograd.gradcheck(lambda a, b: getattr(kd, kind)(a, b, mask=mask, backend=backend), (x, y))
 
 
-def test_the_textbook_has_second_derivatives_and_the_others_say_that_they_have_none():
-    x, y = torch.randn(6, 4).double().requires_grad_(), torch.randn(6, 3).double()
-    for kind in KINDS:
-        assert torch.autograd.gradgradcheck(lambda a, k=kind: getattr(kd, k)(a, y, backend="reference"), x)
-        (gradient,) = torch.autograd.grad(getattr(kd, kind)(x, y), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="pass backend='reference'"):
-            gradient.sum().backward()
-
-
 @every
 def test_rotations_shifts_and_scales_change_nothing(kind):
     x, y = torch.randn(12, 6).double(), torch.randn(12, 8).double()

@@ -98,12 +98,12 @@ def right(x, y):
     return RIGHT(x, y)
 
 
-def probe(call):
+def probe(call, textbook=reference, backend="torch"):
     x, y = torch.randn(2, 5, 4).double()
     caps = lambda dtype: Caps(1e-6, 1e-6)  # noqa: E731
-    run = lambda t, backend: (reference if backend == "reference" else call)(t["x"], t["y"])  # noqa: E731
+    run = lambda t, backend: (textbook if backend == "reference" else call)(t["x"], t["y"])  # noqa: E731
     case = Case("rows", {"x": x, "y": y}, run, caps, lambda t: 1.0, probe=True)
-    return probe_of(case, "torch", "cpu")
+    return probe_of(case, backend, "cpu")
 
 
 def rejected(check, call):
@@ -116,6 +116,12 @@ def rejected(check, call):
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_check_rejects(name):
     assert rejected(*BROKEN[name])
+
+
+def test_a_textbook_that_loses_its_second_derivative_is_noticed():
+    (right,) = CHECKS["second derivative"](probe(None, backend="reference"))
+    (wrong,) = CHECKS["second derivative"](probe(None, lambda x, y: (x * x.detach() * y).sum(-1), "reference"))
+    assert right.ok and not wrong.ok
 
 
 @pytest.mark.parametrize("check", CHECKS)

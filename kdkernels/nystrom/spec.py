@@ -369,6 +369,7 @@ def _quality_case(kernel, label, inputs, **fields):
         return (K.square().sum() + L.square().sum()) / (distance * norm)
 
     name = f"{kernel} {label} {'x'.join(map(str, inputs['s'].shape))}"
+    fields["ruled"] = kernel in ("rbf", "laplacian")
     return Case(name, inputs, call, statistic_caps, lambda t: 1.0, terms, **fields)
 
 

@@ -147,6 +147,7 @@ def _row_case(op, x, regularization, strength, label, how, **fields):
         return (v.masked_fill(v == -math.inf, 0.0) + away).movedim(-1, dim)
 
     name = f"{op} {regularization} {strength} {label} {'x'.join(map(str, x.shape))}"
+    fields["ruled"] = strength == "auto"
     return Case(name, inputs, call, caps, scale, terms, alike=0, **fields)
 
 
@@ -266,6 +267,7 @@ def _pair_case(op, x, y, regularization, strength, label, how, **fields):
         return mixed / (norms[0] * norms[1])
 
     name = f"{op} {regularization} {strength} {label} {'x'.join(map(str, x.shape))}"
+    fields["ruled"] = strength == "auto"
     return Case(name, inputs, call, caps, lambda t: 1.0, terms if op != "spearman_corr" else None, alike=0, **fields)
 
 

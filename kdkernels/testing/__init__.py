@@ -40,14 +40,17 @@ __all__ = [
 
 
 def checks_for(backend: str, device: str) -> list[str]:
-    """Names of the checks that apply. The reference is the oracle and plain autograd: it may wait for the device, and
-    its backward pass, called inside autocast, is rounded as any PyTorch expression's is. Of Triton's interpreter only
-    the kernels are asked: what PyTorch makes of a call does not depend on them."""
+    """Names of the checks that apply.
+
+    The reference is the oracle and plain autograd: it may wait for the device, its backward pass, called inside
+    autocast, is rounded as any PyTorch expression's is, and transforms of it are PyTorch's. Of Triton's interpreter
+    only the kernels are asked: what PyTorch makes of a call does not depend on them.
+    """
     names = ["accuracy", *STRUCTURAL]
     if not device.startswith("cuda"):
         names = [name for name in names if name not in CUDA_ONLY]
     if backend == "reference" or (backend == "triton" and device == "cpu"):
-        seen_to = {"inference mode"} if backend == "reference" else set()
+        seen_to = {"inference mode", "second derivative"} if backend == "reference" else set()
         names = [name for name in names if name not in transforms.CHECKS or name in seen_to]
     if backend == "reference":
         names = [name for name in names if name not in (*CUDA_ONLY, "accuracy", "autocast")]

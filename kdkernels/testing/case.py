@@ -37,6 +37,7 @@ class Case(NamedTuple):
     probe: bool = False  # the structural checks run on probes only
     constants: tuple[str, ...] = ()  # floating inputs that the op gives no gradient to
     linear: bool = False  # in all inputs that get a gradient: then its second derivative is right, and 0
+    ruled: bool = False  # by a number that follows from the inputs and is detached: differences would see it move
     alike: int | None = -1  # the dimension along which a probe stays well conditioned where all entries are alike
     context: Callable = contextlib.nullcontext  # forces a path of the implementation, for instance small tiles
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .case import Outcome
 from .probe import Probe, Result, probe_of
+from .yardstick import doubled
 
 SECOND, FORWARD = "second derivative", "forward-mode differentiation"  # what a refusal has in it
 
@@ -62,8 +63,15 @@ def _differentiable(check):
 
 @_differentiable
 def second_derivative(probe: Probe) -> Iterator[Result]:
-    """It is refused, in reverse over reverse and in forward over reverse, also where the upstream gradient is fixed."""
+    """It is refused, in reverse over reverse and in forward over reverse, also where the upstream gradient is fixed.
+
+    The textbook has it: in float64 along one direction, it is the difference of two gradients.
+    """
     if probe.case.linear:
+        return
+    if probe.backend == "reference":
+        if not probe.case.ruled:
+            yield _difference(probe)
         return
     f, leaves = _leaves(probe)
 
@@ -85,13 +93,35 @@ def second_derivative(probe: Probe) -> Iterator[Result]:
             yield _verdict("second derivative", probe, how, False, "not refused")
 
 
+def _difference(probe: Probe) -> Result:
+    probe = probe._replace(inputs=doubled(probe.case, probe.inputs), upstream=probe.upstream.double())
+    f, leaves = _leaves(probe)
+    ways = [_direction(t) for t in leaves]
+
+    def gradients(step):
+        moved = [(t + step * way).requires_grad_() for t, way in zip(leaves, ways, strict=True)]
+        return moved, torch.autograd.grad(f(*moved)[0], moved, create_graph=True)
+
+    moved, found = gradients(0.0)
+    along = sum((g * way).sum() for g, way in zip(found, ways, strict=True))
+    got = torch.autograd.grad(along, moved, allow_unused=True, materialize_grads=True)
+    h = 1e-5
+    want = [(a - b) / (2 * h) for a, b in zip(gradients(h)[1], gradients(-h)[1], strict=True)]
+    size = max(float(w.norm()) for w in want) + 1e-3 * max(float(g.norm()) for g in found)
+    error = max(float((a - b).norm()) for a, b in zip(got, want, strict=True)) / size
+    return Result("second derivative", probe.case.name, error, 1e-4, error <= 1e-4)
+
+
+def _direction(t):
+    return torch.cos(torch.arange(t.numel(), device=t.device)).reshape(t.shape).to(t.dtype)
+
+
 @_differentiable
 def forward_mode(probe: Probe) -> Iterator[Result]:
     """<upstream, tangent> is <gradient, direction> for each input that has a gradient, or the call is refused."""
     f, leaves = _leaves(probe)
     for k, name in enumerate(probe.case.leaves):
-        direction = torch.cos(torch.arange(leaves[k].numel(), device=leaves[k].device)).reshape(leaves[k].shape)
-        direction = direction.to(leaves[k].dtype)
+        direction = _direction(leaves[k])
         one = lambda t, k=k: f(*leaves[:k], t, *leaves[k + 1 :])[0]  # noqa: E731
         try:
             _, tangent = torch.func.jvp(one, (leaves[k],), (direction,))
