@@ -12,7 +12,17 @@ whole blocks by the identity, inverse [M, BN] its inverted diagonal blocks; all 
 import triton
 import triton.language as tl
 
-from ..gram.triton_impl.maps import LAPLACIAN, LINEAR, POLYNOMIAL, RBF, ROUNDING, power, sigma_slope
+from ..gram.triton_impl.maps import (
+    LAPLACIAN,
+    LINEAR,
+    POLYNOMIAL,
+    RBF,
+    ROUNDING,
+    kernel_slope,
+    kernel_value,
+    power,
+    sigma_slope,
+)
 
 # what happens to the tiles of C: nothing, substitution by a triangle, a product with a square root
 PANEL, TRIANGLE, ROOT = (tl.constexpr(k) for k in range(3))
@@ -47,19 +57,10 @@ def _tile(
 
 @triton.jit
 def _value(t, par_ptr, scale, coef0, KIND: tl.constexpr, DEGREE: tl.constexpr, S: tl.constexpr):
-    if KIND == LINEAR:
-        return t
-    elif KIND == POLYNOMIAL:
+    if KIND == POLYNOMIAL:  # its parameters are numbers, and no mean has been taken from its rows
         return power(t * scale + coef0, DEGREE)
     else:
-        total = tl.zeros_like(t)
-        for k in tl.static_range(S):
-            s = tl.load(par_ptr + k)
-            if KIND == RBF:
-                total += tl.exp(t / (s * s))
-            else:
-                total += tl.exp(tl.sqrt(-2 * t) / (-s))
-        return total
+        return kernel_value(t, 0.0, 0.0, par_ptr, 1.0, 0.0, KIND, DEGREE, S, True, False)
 
 
 @triton.jit
@@ -67,15 +68,7 @@ def _slope(t, par_ptr, scale, coef0, KIND: tl.constexpr, DEGREE: tl.constexpr, S
     if KIND == POLYNOMIAL:
         return DEGREE * scale * power(t * scale + coef0, DEGREE - 1)
     else:
-        total = tl.zeros_like(t)
-        d = tl.sqrt(-2 * t)
-        for k in tl.static_range(S):
-            s = tl.load(par_ptr + k)
-            if KIND == RBF:
-                total += tl.exp(t / (s * s)) / (s * s)
-            else:
-                total += tl.where(d == 0, 0.0, tl.exp(-d / s) / (s * tl.where(d == 0, 1.0, d)))
-        return total
+        return kernel_slope(t, 0.0, 0.0, par_ptr, 1.0, KIND, DEGREE, S, True)
 
 
 @triton.jit
