@@ -51,7 +51,7 @@ def _tile(
         t -= size
         t = tl.where(t > 0, 0.0, t)  # keeps NaN
         if KIND == LAPLACIAN:
-            t = tl.where(t > -ROUNDING * size, 0.0, t)
+            t = tl.where(t > size * -ROUNDING, 0.0, t)
     return t
 
 

@@ -53,7 +53,7 @@ def tile_product(g, square_i, square_j, diagonal, KIND: tl.constexpr):
         s = spoilt(square_i)[:, None] + spoilt(square_j)[None, :]
         t = tl.minimum(g - 0.5 * s, 0.0, propagate_nan=NAN)
         if KIND == LAPLACIAN:
-            t = tl.where(t > -ROUNDING * s, 0.0, t)
+            t = tl.where(t > s * -ROUNDING, 0.0, t)
         return tl.where(diagonal, 0.0, t)
     else:
         return g
@@ -90,13 +90,9 @@ def kernel_value(
         total = tl.zeros_like(t)
         for k in tl.static_range(S):
             s = bandwidth(par, sigma, k, HAS_PAR)
-            if KIND == RBF:
-                x = t / (s * s)
-                level = typical / (-2 * s * s)
-            else:
-                x = tl.sqrt(-2 * t) / (-s)
-                level = tl.sqrt(typical) / (-s)
+            x = t / (s * s) if KIND == RBF else tl.sqrt(-2 * t) / (-s)
             if STABLE:
+                level = typical / (-2 * s * s) if KIND == RBF else tl.sqrt(typical) / (-s)
                 level = tl.maximum(level, -30.0, propagate_nan=NAN)
                 total += tl.exp(level) * expm1(x - level)
             else:
