@@ -56,17 +56,17 @@ def operator(
     backward: Callable,
     fake: Callable,
     read: str | None = None,
-    like: str | None = None,
     tangent: Callable | None = None,
 ) -> Operator:
     """The pair of operators `name`, differentiable once, in both modes.
 
-    tensors: names of the tensors that go in, "x y mask?" (`?`: may be None). how: the rest, in the words of a schema,
-    "str kind, bool mean". kept: names of the tensors that forward makes for backward; "value", the first of them, is
-    the value itself. wanted: the tensors that may get a gradient, bit by bit of `need`, the last argument of all
-    functions. read: the tensors that backward reads, by default all; "x~": only where its own gradient is asked for;
-    where one of `wanted` is missing, the last of `kept` is floating. like: what each gradient has the shape and dtype
-    of, a name among `read` and `kept`, by default that of the tensor itself; "x=": and its layout, else contiguous.
+    tensors: names of what goes in, "x y mask?" (`?`: may be None). how: the rest, in the words of a schema, "str kind,
+    bool mean". kept: what forward makes for backward; "value", the first of them, is the value itself.
+    wanted: the tensors that may get a gradient, bit by bit of `need`, the last argument of all functions. A gradient is
+    contiguous, of the shape and dtype of its tensor, or of what is named behind a colon, among `read` and `kept`:
+    "x:slope"; "x:x=": in its layout too.
+    read: the tensors that backward reads, by default all; "x~": only where its own gradient is asked for. Where one of
+    `wanted` is missing, the last of `kept` is floating.
 
         forward(*tensors, *how, need) -> (value, *kept)
         backward(grad, *read, *kept, *how, need) -> a gradient for each of `wanted`; not looked at where not asked for
@@ -76,7 +76,7 @@ def operator(
 
     Without `tangent`, the rule of forward mode is that of one number: the sum of each gradient times its tangent.
     """
-    words = _words(tensors, how, kept, wanted, tensors if read is None else read, like or wanted)
+    words = _words(tensors, how, kept, wanted, tensors if read is None else read)
     halves = _registered(name, words, forward, backward, fake)
     Function, Dual, Eager = _functions(name, words, halves, tangent or of_rows())
     count, places, forward_here, run_forward = words.count, words.places, halves.forward_here, halves.run_forward
@@ -160,8 +160,9 @@ class _Words(NamedTuple):
     schema_bwd: str
 
 
-def _words(tensors: str, how: str, kept: str, wanted: str, read: str, like: str) -> _Words:
-    inputs, kept, wants = tensors.split(), kept.split(), wanted.split()
+def _words(tensors: str, how: str, kept: str, wanted: str, read: str) -> _Words:
+    inputs, kept = tensors.split(), kept.split()
+    wants, like = zip(*(word.split(":") if ":" in word else (word, word) for word in wanted.split()), strict=True)
     reads = [f"{r}?" if f"{r}?" in inputs else r for r in read.split()]
     names, read_names = _bare(inputs), _bare(reads)
     given = [*read_names, *kept]
@@ -176,7 +177,7 @@ def _words(tensors: str, how: str, kept: str, wanted: str, read: str, like: str)
         ),
         first_kept=0 if kept[:1] == ["value"] else 1,
         held=1 + len(given),
-        alike=tuple((1 + given.index(n.rstrip("=")), n.endswith("=")) for n in like.split()),
+        alike=tuple((1 + given.index(n.rstrip("=")), n.endswith("=")) for n in like),
         schema_fwd=f"({_spelled(inputs, rest)}) -> ({_spelled(dict.fromkeys(['value', *kept]))})",
         schema_bwd=f"({_spelled(['grad', *reads, *kept], rest)}) -> ({_spelled([f'd_{w}' for w in wants])})",
     )
