@@ -4,7 +4,7 @@
 // The roof is arithmetic: 10 products of n x n with n x C, four of them symmetric; 8.5 where those are cut into four.
 //
 // Threads share out blocks of products, each a call of its own: products of this size run up to a sixth faster side by
-// side than one after the other on all threads. Formulas and names are those of kdkernels/losses/both_ways.py, which
+// side than one after the other on all threads. Formulas and names are those of kdkernels/gram/both_ways.py, which
 // serves every other dtype and device.
 
 #include <torch/csrc/stable/library.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // From row sums to the value of CKA or HSIC and the vectors of its gradient: the letters and formulas of
-// kdkernels/gram/combine.py, without the row norm.
+// kdkernels/gram/torch_impl/combine.py, without the row norm.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What CMKDLoss takes from two rows of logits beside their ranks, in one visit of each: z-scores, Pearson's correlation
 // and the teacher's entropy, and the gradient back through the student's z-score. Sums are float64. The formulas are
-// those of kdkernels/losses/scores.py, which has the schemas and runs where this does not.
+// those of kdkernels/rank/scores.py, which has the schemas and runs where this does not.
 
 #include <torch/csrc/stable/library.h>
 

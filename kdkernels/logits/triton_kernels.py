@@ -76,7 +76,7 @@ def loss_rows(
     clean_ptr,  # [R, C]
     order_ptr,  # [R] int64
     value_ptr,  # [R] float32
-    stat_ptr,  # [5, 6 or 10, R] float32: the rows of problem.py
+    stat_ptr,  # [5, 6 or 10, R] float32: the rows of call.py
     R, C, s_r, t_r, clean_r, lam_r, tau, inverse_tau, alpha, k1, k2, k3, number,
     BLOCK: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, MIXED: tl.constexpr, LABELLED: tl.constexpr,
     PLAIN: tl.constexpr, CLEAN: tl.constexpr, HAS_LAM: tl.constexpr, KEEP: tl.constexpr,
