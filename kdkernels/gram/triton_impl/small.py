@@ -180,9 +180,9 @@ def _launch_split(a: SideArguments, b: SideArguments, keep, ref, masked: bool):
 
 
 def backward(call: Call, saved, grad):
-    (rows, kept), problem, mask, need = saved, call.problem, call.mask, call.need
+    problem, mask, need = call.problem, call.mask, call.need
     a, b = (side_arguments(side, mask, problem) for side in call.sides)
-    keep, ref = _mask_arguments(mask, call.x.features)
+    masks = _mask_arguments(mask, call.x.features)
     grad = grad.float().contiguous()
     out = [None] * 4
     for own, (features, spec, sigma) in enumerate(call.sides):
@@ -190,7 +190,7 @@ def backward(call: Call, saved, grad):
             continue
         sides = (a, b) if own == 0 else (b, a)
         want_sigma = bool(need & (0b100 << own))
-        dz, sums, dsigma = _launch_backward(grad, *sides, keep, ref, rows, kept, problem, mask, own, want_sigma)
+        dz, sums, dsigma = _launch_backward(call, grad, sides, masks, saved, own, want_sigma)
         prepared = sides[0].prepared
         if need & (1 << own):
             out[own] = dz if prepared is None else unprepare_gradient(dz, sums, features, prepared, spec, mask)
@@ -200,7 +200,8 @@ def backward(call: Call, saved, grad):
     return tuple(out)
 
 
-def _launch_backward(grad, a, b, keep, ref, rows, kept, problem, mask, own, want_sigma):
+def _launch_backward(call: Call, grad, sides, masks, saved, own: int, want_sigma: bool):
+    (a, b), (keep, ref), (rows, kept), problem = sides, masks, saved, call.problem
     x = a.rows
     G, n, p = x.shape
     prepared = a.prepared is not None
@@ -213,7 +214,7 @@ def _launch_backward(grad, a, b, keep, ref, rows, kept, problem, mask, own, want
         n, p, G, *x.stride(), a.par_stride, b.par_stride, a.sigma, b.sigma, own,
         BM=BM, BN=BN, BP=BP, **_kernel_constants("X", a), **_kernel_constants("Y", b),
         STABLE=problem.stable, UNBIASED=problem.unbiased, ROWWISE=problem.rowwise, ROW_NORM=problem.row_normalize,
-        MASK=mask is not None, PREPARED=prepared, SHIFT=a.shift, HALVE=a.halve, SIGMA=want_sigma,
+        MASK=call.mask is not None, PREPARED=prepared, SHIFT=a.shift, HALVE=a.halve, SIGMA=want_sigma,
         PRECISION=precision(x), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dx, sums, dsigma
