@@ -261,6 +261,9 @@ def run(path, *checks):
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(everyone))
     dist.destroy_process_group()
+    # all is written: what torch leaves running behind FSDP and DDP now and then aborts the process as Python ends
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
