@@ -257,6 +257,7 @@ def _functions(name: str, words: _Words, halves: _Halves, tangent):
     names, count, places, reads, first_kept = words.names, words.count, words.places, words.reads, words.first_kept
     forward_here, run_forward, run_backward, run_backward_of_plain = halves
     conditional = any(bit >= 0 for _, bit in reads)
+    all_read = [place for place, _ in reads] == list(range(count))
     learns = {place for _, place in places}
     # a second derivative finds its way to the refusal through the inputs, if all are saved, else through what is kept
     kept_shown = bool(first_kept and words.held > 1 + len(reads) and learns - {place for place, _ in reads})
@@ -264,7 +265,7 @@ def _functions(name: str, words: _Words, halves: _Halves, tangent):
     def to_read(inputs, need):
         if conditional:
             return [inputs[place] if bit < 0 or need >> bit & 1 else None for place, bit in reads]
-        return [inputs[place] for place, _ in reads]
+        return inputs[:count] if all_read else [inputs[place] for place, _ in reads]
 
     def spread(found, need, size):
         """Gradients in the places of the inputs."""

@@ -21,10 +21,17 @@ from .kernels import spec_from
 
 def encode(question: Question, kernels, backend: str, ruled: bool = False) -> str:
     """The schema's `problem` argument, for example cka|rbf:2.0|linear|1100|torch; ruled: with the bandwidths' rules."""
-    (stat, _, unbiased, center, row_normalize, mean), (kernel_x, kernel_y) = question, kernels
+    (stat, _, *flags), (kernel_x, kernel_y) = question, kernels
     x, y = (kernel_x.ruled_code, kernel_y.ruled_code) if ruled else (kernel_x.code, kernel_y.code)
-    # without a cache: a compiler traces this, and says of a cache that it looks through it
+    # a compiler says of a cache that it looks through it
+    return (_text if torch.compiler.is_compiling() else _cached_text)(stat, x, y, *flags, backend)
+
+
+def _text(stat, x, y, unbiased, center, row_normalize, mean, backend) -> str:
     return f"{stat}|{x}|{y}|{unbiased:d}{center:d}{row_normalize:d}{mean:d}|{backend}"
+
+
+_cached_text = lru_cache(maxsize=1024)(_text)
 
 
 @lru_cache(maxsize=1024)
