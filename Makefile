@@ -21,7 +21,7 @@ PYTEST = $(ENV) && jobs="$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n
 
 help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
-	@echo "make test         the whole test suite      make test-quick   the part that takes under three minutes"
+	@echo "make test         the whole test suite      make test-quick   the faster part of it"
 	@echo "make lint         ruff                      make bench        measure this machine"
 	@echo "make resolve      whether what make installs exists for every Python; needs the network, installs nothing"
 	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"

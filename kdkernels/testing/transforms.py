@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the contract about PyTorch itself: what transforms, modes and compilers make of a call is right or refused.
 
-A derivative that is not written out is an error which says so, never 0. The textbook is plain PyTorch: it is not asked.
+A derivative that is not written out is an error which says so, never 0. The textbook is plain PyTorch: asked of it are
+its second derivative, and teachers made under inference mode.
 """
 
 from __future__ import annotations
