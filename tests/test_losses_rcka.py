@@ -24,9 +24,9 @@ def logit_term(a, b):
 
 
 def feature_term(f_s, f_t):
-    unit = [f.flatten(1) / f.flatten(1).norm(dim=1, keepdim=True) for f in (f_s, f_t)]
-    G_s, G_t = (F @ F.T for F in unit)
-    return -((G_t.T @ G_s).norm() ** 2) / ((G_t.T @ G_t).norm() * (G_s.T @ G_s).norm())
+    """The public code's: the Gram matrices of raw features, normalised by row, as the rows of another linear CKA."""
+    relations = [torch.nn.functional.normalize(f.flatten(1) @ f.flatten(1).T, dim=1) for f in (f_s, f_t)]
+    return -uncentred_cka(*(G @ G.T for G in relations))
 
 
 def batch(n=12, classes=7):
@@ -52,6 +52,21 @@ def test_the_default_is_the_papers_three_terms(n, classes):
     inputs = [student, *stages]
     mine, theirs = (torch.autograd.grad(v, inputs) for v in (total, sum(expected.values())))
     torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_the_feature_term_is_the_public_codes_number_at_any_common_scale():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(8, 12, dtype=torch.float64), torch.randn(8, 20, dtype=torch.float64)
+    logits = torch.ones(8, 3, dtype=torch.float64)
+    loss = RCKALoss(row_weight=0, class_weight=0)
+    torch.testing.assert_close(loss(logits, logits, student, teacher).item(), -0.43633, rtol=0, atol=5e-6)
+    longer = student * torch.arange(1, 9).double()[:, None]
+    torch.testing.assert_close(loss(logits, logits, longer, teacher), feature_term(longer, teacher))
+    for scale in (1e-30, 1e30):
+        student = (longer * scale).float().requires_grad_()
+        value = loss(logits, logits, student, teacher.float())
+        torch.testing.assert_close(value.double(), feature_term(longer, teacher), rtol=1e-5, atol=0)
+        assert torch.autograd.grad(value * scale, student)[0].isfinite().all()
 
 
 def test_without_features_the_default_is_the_two_logit_terms():

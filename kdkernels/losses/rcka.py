@@ -27,6 +27,7 @@ from .base import (
     zero_where_masked,
 )
 from .cka import check_estimator
+from .maps import unit
 
 PRESETS = {
     "lcka": {"row_weight": 15.0, "class_weight": 15.0, "feature_weight": 0.0},
@@ -39,8 +40,9 @@ class RCKALoss(Loss):
 
     Source: Rethinking CKA in KD, arXiv 2401.11824. As in its public code CKA is linear, uncentred and biased, on raw
     logits, with the Gram rows divided by sqrt(G_ii) (rows only) in the two logit terms, and the loss is -CKA: its least
-    value is minus the sum of the weights. FCKA: F the flattened features, each row divided by its L2 norm, G = F F';
-    G is the feature matrix of the same CKA without the row division, ||G_t'G_s||^2 / (||G_t'G_t|| ||G_s'G_s||).
+    value is minus the sum of the weights. FCKA: F the flattened features as they are, G = F F' with each of its rows
+    divided by its L2 norm (not the rows of F: a sample counts by its length); G is the feature matrix of the same CKA
+    without the row division, ||G_t'G_s||^2 / (||G_t'G_t|| ||G_s'G_s||).
     15, 15 and 1 are the public code's, which runs either 15 + 15 without FCKA (`RCKALoss.preset("lcka")`) or 15 on rows
     + 1 FCKA over the stages after the first (`preset("dkcka")`); all three together, the default, is ours.
 
@@ -262,12 +264,13 @@ def term_weight(weight, name: str, per_stage: bool = False):
 
 
 def relations(features, mask):
-    """G = F F', F the rows of `features` over their L2 norm; a zero or masked row stays zero."""
+    """G = F F', each row of G over its L2 norm; F the rows of `features`, a zero or masked one stays zero in G."""
     F = zero_where_masked(features, mask)
     F = F.to(at_least_float32(F))
-    norm2 = F.square().sum(-1, keepdim=True)
-    F = F / torch.where(norm2 > 0, norm2, 1).sqrt()
-    return F @ F.mT
+    # one factor for all of F leaves G, and its gradient, as they are, and keeps the squares from overflow
+    largest = F.detach().abs().amax((-2, -1), keepdim=True)
+    F = F / torch.where(largest == 0, 1, largest)
+    return unit(F @ F.mT, -1)
 
 
 def levels_or_none(features):
