@@ -16,13 +16,12 @@ from kdkernels.registry import OPS
 
 PACKAGE = ROOT / "kdkernels"
 FAMILIES = sorted({op.family for op in OPS.values()})
-FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "dtypes", "native"}
+FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "native"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
     "accumulator": {"distributed"},
     "autograd": set(),
     "checks": set(),
-    "dtypes": set(),
     "differentiable": {"autograd"},
     "registry": set(),
     "native": set(),
@@ -55,7 +54,7 @@ INTERFACE = (
     ["scores"],
 )
 # all layers at once: sums over the same tiles, made from the same prepared rows
-REUSED = {"analysis": [["torch_impl", part] for part in ("combine", "maps", "panels", "prepare")]}
+REUSED = {"analysis": [["torch_impl", part] for part in ("combine", "panels", "prepared")]}
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 
 
@@ -160,8 +159,9 @@ def test_a_module_gives_a_constant_one_value(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_float32_or_wider_is_said_once(path):
     said = re.search(r"promote_types\(.*float32", path.read_text())
-    allowed = path.name in ("dtypes.py", "reference.py") or part_of(path) == "testing"  # a textbook imports only torch
-    assert not said or allowed, f"{path.relative_to(ROOT)} has its own: use dtypes.at_least_float32"
+    # a textbook imports only torch
+    allowed = path.name in ("autograd.py", "reference.py") or part_of(path) == "testing"
+    assert not said or allowed, f"{path.relative_to(ROOT)} has its own: use autograd.at_least_float32"
 
 
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}

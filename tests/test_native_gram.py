@@ -8,8 +8,8 @@ from conftest import needs_native
 from kdkernels.gram import native_impl
 from kdkernels.gram.call import Question, Side
 from kdkernels.gram.kernels import spec_of
-from kdkernels.gram.torch_impl import forms, prepare
-from kdkernels.gram.torch_impl.combine import RowStats, combine
+from kdkernels.gram.torch_impl import prepared
+from kdkernels.gram.torch_impl.combine import RowStats, combine, pack_rows
 from kdkernels.registry import OPS
 
 pytestmark = needs_native(*OPS["cka"].native)
@@ -70,8 +70,8 @@ def test_the_preparation_equals_the_portable_one(kernel, offset):
     sigma = torch.tensor([2.0])
     case = problem(kernel=kernel)
     side = Side(x, case.kx, sigma)
-    seen = [prepare.prepare(side, mask, case, x.dtype, by.centre) for by in (native_impl, prepare)]
-    for name in prepare.Prepared._fields:
+    seen = [prepared.prepare(side, mask, case, x.dtype, by.centre) for by in (native_impl, prepared)]
+    for name in prepared.Prepared._fields:
         a, b = (getattr(p, name) for p in seen)
         assert (a is None) == (b is None)
         if a is not None:
@@ -146,7 +146,7 @@ def test_weights_are_those_of_combine(stat, unbiased, centre, need, masked, dtyp
     value, rows = torch.ops.kdkernels.weigh_rows(sums, count, *units, *u, like, *how)
     asked = (bool(need & 0b101), bool(need & 0b1010))
     want, sides = combine(case, RowStats(*sums), n if count is None else count, eps, units, None, asked)
-    want, want_rows = forms.pack_rows(want, sides, u, n if count is None else count, case, need, dtype)
+    want, want_rows = pack_rows(want, sides, u, n if count is None else count, case, need, dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(value, want, rtol=tolerance, atol=1e-300)
     torch.testing.assert_close(rows, want_rows, rtol=tolerance, atol=tolerance * 1e-2)

@@ -12,7 +12,7 @@ from broken import one_gradient, rejects, without_last
 
 from kdkernels import differentiable, testing
 from kdkernels.gram import torch_impl
-from kdkernels.gram.torch_impl import forms
+from kdkernels.gram.torch_impl import combine
 
 FORWARD, BACKWARD = torch_impl.forward, torch_impl.backward
 # rows of one side in what forward saves: u, p, q, e, f, h (SIDE_ROWS)
@@ -34,7 +34,7 @@ def saved(row):
 
     def backward(call, saved, grad):
         rows = saved[0].clone()
-        rows[:, [row, forms.SIDE_ROWS + row]] = 0
+        rows[:, [row, combine.SIDE_ROWS + row]] = 0
         return BACKWARD(call, (rows, *saved[1:]), grad)
 
     return {"backward": backward}

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from .. import checks
-from ..autograd import device_type, without_autocast
-from ..dtypes import at_least_float32
-from ..gram.call import minimum_rows
-from ..gram.checks import check_bandwidths
+from ..autograd import at_least_float32, device_type, without_autocast
+from ..gram.call import check_bandwidths, minimum_rows
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from . import sums

@@ -17,10 +17,8 @@ import torch.distributed as dist
 
 from .. import checks, distributed
 from ..accumulator import Accumulator, summed, without_rounding
-from ..autograd import device_type, without_autocast
-from ..dtypes import at_least_float32
-from ..gram.call import minimum_rows
-from ..gram.checks import check_bandwidths
+from ..autograd import at_least_float32, device_type, without_autocast
+from ..gram.call import check_bandwidths, minimum_rows
 from ..gram.kernels import spec_of
 from . import matrix, stream, sums
 

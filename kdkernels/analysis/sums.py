@@ -16,14 +16,12 @@ import torch
 from .. import backend as backends
 from ..autograd import device_type
 from ..gram.bandwidth import sigma_of
-from ..gram.call import Problem, Question, minimum_rows
-from ..gram.call import Side as Given
+from ..gram.call import Problem, Question, Side, minimum_rows
 from ..gram.kernels import Kernel
-from ..gram.torch_impl import maps, panels
+from ..gram.torch_impl import panels, prepared
 from ..gram.torch_impl.combine import constant, estimator
-from ..gram.torch_impl.maps import Side
 from ..gram.torch_impl.panels import Pairs
-from ..gram.torch_impl.prepare import centre, prepare
+from ..gram.torch_impl.prepared import Tiled, centre, prepare
 
 BYTES = 64 << 20  # of the tiles of all layers that exist at a time
 LEAST_TILE = 128  # edge below which a tile's products no longer fill the processor
@@ -63,22 +61,22 @@ def centring(backend: str):
     return backends.implementation("kdkernels.gram", backend).STEPS.centre
 
 
-def side_of(x, kernel: Kernel, problem: Problem, dtype, first: bool = True, centre=centre) -> Side:
+def side_of(x, kernel: Kernel, problem: Problem, dtype, first: bool = True, centre=centre) -> Tiled:
     """x [n, p] prepared: centred where the kernel allows, scaled, its bandwidth known."""
     spec = problem.kx if first else problem.ky
-    P = prepare(Given(x[None], spec, sigma_of(kernel, x, None)), None, problem, dtype, centre)
-    return maps.side_of(P, spec, problem.stable).group(0)
+    P = prepare(Side(x[None], spec, sigma_of(kernel, x, None)), None, problem, dtype, centre)
+    return prepared.side_of(P, spec, problem.stable).group(0)
 
 
-def tile(side: Side, problem: Problem, i: slice, j: slice):
+def tile(side: Tiled, problem: Problem, i: slice, j: slice):
     """K^_ij - u_i - u_j, the diagonal 0 where the estimator leaves it out."""
-    K = maps.kernel(side, maps.product(side, i, j), i, j)
+    K = prepared.kernel(side, prepared.product(side, i, j), i, j)
     if side.u is not None:
         K = K.sub_(side.u[i][:, None]).sub_(side.u[j])
     return Pairs(problem, side, side, None).only_counted(K, i, j, False)
 
 
-def whole(side: Side, problem: Problem):
+def whole(side: Tiled, problem: Problem):
     """The same for all n x n pairs, u the exact row means."""
     everything = slice(0, side.left.shape[0])
     K = tile(side, problem, everything, everything)
@@ -160,7 +158,7 @@ def in_feature_space(problem: Problem, n: int, widths, others, tight: bool = Fal
     return 2 * features < n * (sum(widths) + sum(others) + cost * layers + len(widths) * len(others))
 
 
-def feature_sums(sums: Sums, xs: list[Side], ys: list[Side], unbiased: bool):
+def feature_sums(sums: Sums, xs: list[Tiled], ys: list[Tiled], unbiased: bool):
     """|X'Y|^2 for each pair; rows of a centred K sum to zero; the diagonal is subtracted where it is left out."""
     for start in range(0, len(ys), TOGETHER):
         part = slice(start, start + TOGETHER)
@@ -242,7 +240,7 @@ class Layers:
     def fits(self) -> bool:
         return edge(self.n, self.together, self.dtype.itemsize) == self.n
 
-    def gram(self, place: int, side: Side):
+    def gram(self, place: int, side: Tiled):
         """K of one layer takes the place of its rows."""
         slot, like = self.slots.setdefault(place, len(self.slots)), side.left
         if self.grams is None or self.grams.shape[1] != self.n or self.grams.device != like.device:
@@ -290,13 +288,13 @@ class Layers:
         return K
 
 
-def light(side: Side) -> Side:
+def light(side: Tiled) -> Tiled:
     """Without what `ready` makes again from the rows."""
     return side._replace(left=None, right=None)
 
 
-def ready(side: Side) -> Side:
-    return maps.side_of(side.P, side.spec, side.stable)._replace(u=side.u)
+def ready(side: Tiled) -> Tiled:
+    return prepared.side_of(side.P, side.spec, side.stable)._replace(u=side.u)
 
 
 class Groups:

@@ -23,8 +23,8 @@ import math
 import torch
 
 from .. import checks
+from ..autograd import at_least_float32
 from ..differentiable import operator
-from ..dtypes import at_least_float32
 from ..rank import op
 
 __all__ = ["soft_rank", "soft_sort"]

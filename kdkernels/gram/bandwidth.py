@@ -9,8 +9,7 @@ An operator of its own, `kdkernels::gram_bandwidth`: traced, its index arithmeti
 
 import torch
 
-from ..autograd import register
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32, register
 
 EXACT = 1024
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import torch
 
+from ..autograd import at_least_float32
 from ..differentiable import operator
-from ..dtypes import at_least_float32
 
 HALVES = 64  # rows of a block below which two products are dearer than their symmetry saves
 SMALL = 512  # rows of the shorter side up to which its products are the cheaper way whatever the longer side is

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records that travel: from the door (`Question`, `Rows`) and below the operator (`Problem`, `Side`, `Call`)."""
+"""The records that travel, and what the family requires of tensors.
+
+`Question` and `Rows` from the door, `Problem`, `Side` and `Call` below the operator."""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..dtypes import at_least_float32
-from .checks import check_bandwidths, check_mask
+from .. import checks
+from ..autograd import at_least_float32
 from .kernels import Kernel, KernelSpec, spec_of
 
 # where a statistic is not called as its op: sum (K - L)^2, the same on unit rows (SP), sum K L
@@ -178,3 +180,61 @@ class Steps(NamedTuple):
     moments: Callable  # (K, L, columns) -> float64 row sums (and column sums) a, b, kk, kl, ll
     weights: Callable  # (call, pairs, sums) -> value, the row vectors for backward
     rescale: bool = False  # centre and scale the rows even where the problem takes them as given
+
+
+def check_features(x, y, same_rows: bool = True, empty: bool = False):
+    """empty: no rows are enough, as on one of several ranks."""
+    checks.floating(x, "x")
+    checks.floating(y, "y")
+    checks.same_device(x, y, "x", "y")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x has shape {tuple(x.shape)}: give [n, p], or [G, n, p] for G groups")
+    if y.dim() != x.dim():
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, x has {tuple(x.shape)}: give both with the same number of dims"
+        )
+    for side, name in ((x, "x"), (y, "y")):
+        if not (empty and side.shape[-2] == 0 and side.shape[-1] > 0):
+            checks.not_empty(side, name)
+    if x.dim() == 3 and y.shape[0] != x.shape[0]:
+        raise ValueError(f"y has {y.shape[0]} groups, x has {x.shape[0]}: groups are compared one to one")
+    if same_rows and x.shape[-2] != y.shape[-2]:
+        raise ValueError(
+            f"y has {y.shape[-2]} rows, x has {x.shape[-2]}: both sides must describe the same samples, in one order"
+        )
+    checks.finite(x, "x")
+    checks.finite(y, "y")
+
+
+def check_mask(mask, x, name):
+    checks.is_tensor(mask, name)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} is {mask.dtype}: pass a bool tensor, True for the rows that count")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: one entry a row of x is {tuple(x.shape[:-1])}")
+    checks.same_device(mask, x, name, "x")
+
+
+def check_mmd_masks(mask, x, y):
+    if mask is None:
+        return None, None
+    if not isinstance(mask, (tuple, list)) or len(mask) != 2:
+        raise ValueError(
+            "mask: mmd takes a pair (mask_x, mask_y), each a bool tensor or None, as x and y are different rows"
+        )
+    for one, features, name in ((mask[0], x, "mask[0]"), (mask[1], y, "mask[1]")):
+        if one is not None:
+            check_mask(one, features, name)
+    return tuple(mask)
+
+
+def check_bandwidths(kernels, x):
+    for kernel in kernels:
+        sigma = kernel.sigma
+        if not isinstance(sigma, torch.Tensor):
+            continue
+        groups = x.shape[0] if x.dim() == 3 else 1
+        if sigma.dim() == 1 and len(sigma) not in (1, groups):
+            raise ValueError(f"sigma has {len(sigma)} values: give one, or one for each of the {groups} groups")
+        if checks.may_read(sigma) and not bool((sigma > 0).all()):
+            raise ValueError("sigma holds a value that is not positive: a bandwidth must be > 0")

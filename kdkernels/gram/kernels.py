@@ -3,7 +3,7 @@
 
 Every kernel here is either a function of the dot product (linear, polynomial, cosine on unit rows) or of the squared
 distance d2_ij = g_ii + g_jj - 2 g_ij (rbf, laplacian). For the second kind dk/dg_ii = -(dk/dg_ij)/2, so one slope
-serves both. The maps themselves stand in `torch_impl/maps.py` (PyTorch), `triton_impl/maps.py` (Triton) and, as the
+serves both. The maps themselves stand in `torch_impl/prepared.py` (PyTorch), `triton_impl/maps.py` (Triton) and, as the
 textbook has them, in `reference.py`.
 """
 

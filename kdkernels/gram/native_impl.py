@@ -16,7 +16,7 @@ from .. import native
 from . import torch_impl
 from .call import Call, Problem, Question, Rows, Steps, working_dtype
 from .kernels import KernelSpec
-from .torch_impl import forms, panels, prepare
+from .torch_impl import forms, panels, prepared
 from .torch_impl.panels import Pairs, Sums
 
 _KERNELS = ("linear", "rbf")
@@ -106,9 +106,9 @@ def _numbers(sigmas: tuple[float, ...]) -> torch.Tensor:
 
 
 def centre(x, mask, spec: KernelSpec, problem: Problem):
-    """`prepare.centre` in two passes over x."""
+    """`prepared.centre` in two passes over x."""
     if x.dtype != torch.float32:
-        return prepare.centre(x, mask, spec, problem)
+        return prepared.centre(x, mask, spec, problem)
     centred = problem.stable or spec.of_distance
     x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
     mask = None if mask is None else mask.contiguous()

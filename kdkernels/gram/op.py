@@ -11,8 +11,7 @@ import torch
 from ..autograd import device_type, in_pytorch, without_autocast
 from ..backend import resolve
 from . import distributed, reference, two_sample
-from .call import Question, Rows
-from .checks import check_bandwidths, check_features
+from .call import Question, Rows, check_bandwidths, check_features
 from .operator import statistic
 
 __all__ = ["cka", "gram_mse", "hsic", "mmd"]

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import torch
 
+from ..autograd import at_least_float32
 from ..backend import implementation
 from ..differentiable import of_rows, operator
-from ..dtypes import at_least_float32
 from .bandwidth import sigma_of
 from .call import Problem, Question, Rows, call_of
 from .kernels import spec_from

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..autograd import at_least_float32
 from ..differentiable import operator
-from ..dtypes import at_least_float32
 from .both_ways import of_ways
 
 PATCH = 16

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from . import reference
-from .call import Question, Rows
-from .checks import check_features, check_mmd_masks
+from .call import Question, Rows, check_features, check_mmd_masks
 from .kernels import spec_of
 
 LINEAR = spec_of("linear")[0]

@@ -11,8 +11,7 @@ import torch
 
 from .. import backend as backends
 from .. import checks
-from ..autograd import device_type, in_pytorch
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32, device_type, in_pytorch
 from . import lerp, operator, reference
 from .call import Extras, Problem
 from .checks import (

@@ -10,10 +10,9 @@ import math
 
 import torch
 
-from ..autograd import NoSecondDerivative, applied, plain
+from ..autograd import NoSecondDerivative, applied, at_least_float32, plain
 from ..backend import implementation
 from ..differentiable import of_rows, operator
-from ..dtypes import at_least_float32
 from .call import STUDENT, TEACHER, Extras, Problem
 
 EXTRAS = len(Extras._fields)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from .call import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem
 
 CPU_CHUNK, CUDA_CHUNK = 1 << 16, 1 << 25  # elements: a few temporaries fit the second-level cache; the launches count

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from .. import checks, distributed
-from ..autograd import ordinary
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32, ordinary
 from .means import has_samples, mean_of_groups, nothing_of
 from .weights import level_weights, weight_tensor, weight_text
 

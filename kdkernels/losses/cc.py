@@ -9,8 +9,7 @@ import math
 import torch
 
 from .. import native
-from ..autograd import apply, plain
-from ..dtypes import at_least_float32
+from ..autograd import apply, at_least_float32, plain
 from .base import FeatureLoss, rows_of_pair, zero_where_masked
 
 VARIANTS = ("neighbour", "taylor")

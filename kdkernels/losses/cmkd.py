@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from ..rank.op import spearman
 from ..rank.scores import score
 from .base import (

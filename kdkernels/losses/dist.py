@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from ..logits.checks import check_tau
 from .base import Loss, full_precision, row_mask, zero_where_masked
 from .kd import check_classes

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn.functional import softplus
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from ..logits.checks import check_tau
 from ..logits.op import distillation_kl
 from .base import Loss, constant, full_precision, row_mask, zero_where_masked

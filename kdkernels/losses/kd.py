@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from ..logits.checks import check_rows, check_tau
 from ..logits.op import divergence
 from .base import Loss, check_pair, constant, full_precision, row_mask, zero_where_masked

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from .base import FeatureLoss, check_pair, constant, zero_of
 
 

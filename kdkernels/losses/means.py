@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 
 
 def check_normalizer(normalizer, reduction: str):

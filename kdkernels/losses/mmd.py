@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from ..gram.bandwidth import bandwidth
 from ..gram.kernels import RBF, spec_of
 from ..gram.op import mmd

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import device_type
+from ..autograd import at_least_float32, device_type
 from ..backend import resolve
-from ..dtypes import at_least_float32
 from ..gram import both_ways
 from ..gram.both_ways import cka_both_ways
 from ..gram.call import minimum_rows

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import distributed
 from ..accumulator import summed
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from ..projection import StreamingPCA, autoencoder_basis, random_basis
 from ..projection.checks import check_mask, mask_of_positions
 from ..projection.op import projected_mse

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..autograd import device_type
+from ..autograd import at_least_float32, device_type
 from ..backend import implementation
-from ..dtypes import at_least_float32
 from . import landmarks, maps
 from .call import Question, Side
 from .landmarks import Landmarks

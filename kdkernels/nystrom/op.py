@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
-from ..autograd import device_type, in_pytorch, without_autocast
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32, device_type, in_pytorch, without_autocast
 from ..gram.bandwidth import sigma_of
 from ..gram.kernels import Kernel, spec_of
 from ..gram.op import gram_mse, hsic

@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import torch
 
+from ..autograd import at_least_float32
 from ..differentiable import operator
-from ..dtypes import at_least_float32
 from ..gram.kernels import spec_from
 from . import chunks, landmarks, statistics
 from .call import Call, Question, Side

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import device_type, register, without_autocast
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32, device_type, register, without_autocast
 from ..gram.kernels import spec_from
 from . import maps
 from .landmarks import bandwidths

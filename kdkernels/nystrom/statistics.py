@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..autograd import at_least_float32
 from ..backend import implementation
-from ..dtypes import at_least_float32
 from . import landmarks, maps
 from .call import Call
 from .chunks import Puller, chunks

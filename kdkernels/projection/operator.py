@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from ..autograd import at_least_float32
 from ..backend import implementation
 from ..differentiable import of_rows, operator
-from ..dtypes import at_least_float32
 from . import torch_impl
 
 

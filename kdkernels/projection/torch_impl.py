@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..autograd import device_type
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32, device_type
 from .layout import by_rows, planes, positions, write
 
 # elements of a difference: 16 MiB on a CPU. Smaller ones fit a core's own cache and take the same time, but each block

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from . import torch_impl
 from .layout import planes, write
 from .torch_impl import divisors

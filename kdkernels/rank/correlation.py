@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from ..autograd import at_least_float32
 from ..backend import implementation
 from ..differentiable import of_rows, operator
-from ..dtypes import at_least_float32
 from . import metrics
 
 X, Y = 1, 2  # bits of `need`

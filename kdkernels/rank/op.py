@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backend as backends
-from ..autograd import device_type, without_autocast
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32, device_type, without_autocast
 from . import correlation, metrics, operator, reference
 from .checks import check_pair, check_regularization, check_rows
 from .strength import Strength, of_rows, parse

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ..autograd import at_least_float32
 from ..backend import implementation
 from ..differentiable import operator
-from ..dtypes import at_least_float32
 from . import torch_impl
 
 X, STRENGTHS = 1, 2  # bits of `need`

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from . import isotonic, metrics, strength
 
 

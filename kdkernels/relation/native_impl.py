@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from . import torch_impl
 
 

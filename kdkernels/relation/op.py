@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
-from ..autograd import device_type, in_pytorch
+from ..autograd import at_least_float32, device_type, in_pytorch
 from ..distributed import agreed, rows_first
-from ..dtypes import at_least_float32
-from ..gram.checks import check_features, check_mask
+from ..gram.call import check_features, check_mask
 from . import reference
 from .operator import relation
 from .problem import EPS, MINIMUM

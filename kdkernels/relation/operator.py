@@ -6,9 +6,9 @@ Or all of its gradient but the upstream factor: `kept_of` of the implementation 
 
 from __future__ import annotations
 
+from ..autograd import at_least_float32
 from ..backend import implementation
 from ..differentiable import of_rows, operator
-from ..dtypes import at_least_float32
 
 
 def _grouped(x, mask):

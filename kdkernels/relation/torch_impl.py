@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dtypes import at_least_float32
+from ..autograd import at_least_float32
 from . import pairs
 from .pairs import Distances, distances, inverse, laplacian, rows_kept
 from .problem import EPS, sides

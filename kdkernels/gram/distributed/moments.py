@@ -6,11 +6,10 @@ from __future__ import annotations
 import torch
 
 from ... import distributed
-from ...autograd import device_type, without_autocast
+from ...autograd import at_least_float32, device_type, without_autocast
 from ...distributed import Agreed
-from ...dtypes import at_least_float32
 from ..call import Question, Rows, minimum_rows
-from ..torch_impl.prepare import unit_rows
+from ..torch_impl.prepared import unit_rows
 
 
 def serve(question: Question, kernels) -> bool:

@@ -16,17 +16,15 @@ from typing import NamedTuple
 import torch
 
 from ... import distributed
-from ...autograd import NoSecondDerivative, device_type, without_autocast
-from ...dtypes import at_least_float32
+from ...autograd import NoSecondDerivative, at_least_float32, device_type, without_autocast
 from .. import bandwidth as rules
 from .. import two_sample
-from ..call import Call, Problem, Question, Rows, call_of, working_dtype
-from ..checks import check_bandwidths
-from ..torch_impl import maps, panels
-from ..torch_impl.combine import RowStats, combine, over_rows
-from ..torch_impl.forms import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
+from ..call import Call, Problem, Question, Rows, call_of, check_bandwidths, working_dtype
+from ..torch_impl import panels, prepared
+from ..torch_impl.combine import SIDE_ROWS, RowStats, combine, over_rows, pack_rows, unpack_weights
+from ..torch_impl.forms import sigma_gradient
 from ..torch_impl.panels import Pairs
-from ..torch_impl.prepare import centre, prepare, unprepare_gradient
+from ..torch_impl.prepared import centre, prepare, unprepare_gradient
 from . import rounds
 
 # Bytes of all ranks' features from which the ring is taken. There gathering needs three to six times as much on every
@@ -177,7 +175,7 @@ class Ring(NamedTuple):
             of_all = partial(centre, over=overs[k])
             P = prepare(side, mask, self.problem, self.dtype, of_all, rescale=True)
             u = rows[:, SIDE_ROWS * k] if rows is not None and self.with_means(k) else None
-            sides.append(maps.Side(P, side.spec, self.problem.stable, None, None, u))
+            sides.append(prepared.Tiled(P, side.spec, self.problem.stable, None, None, u))
         return Pairs(self.problem, *sides, None if mask is None else mask.to(self.dtype))
 
     def told(self, sums):
@@ -335,5 +333,5 @@ def _between(own: Pairs, other: Pairs, i, j):
         P, Q = mine.P, theirs.P
         vectors = P._replace(z=None, square=joined(P.square, Q.square), alpha=joined(P.alpha, Q.alpha))
         sides.append(mine._replace(P=vectors, u=joined(mine.u, theirs.u)))
-        products.append(maps.product_of(sides[-1], P.z[:, i], Q.z[:, j], a, b))
+        products.append(prepared.product_of(sides[-1], P.z[:, i], Q.z[:, j], a, b))
     return Pairs(own.problem, *sides, joined(own.weight, other.weight)), products, a, b

@@ -13,8 +13,7 @@ from ... import distributed
 from ...autograd import device_type
 from ...distributed import Agreed, rows_first
 from .. import two_sample
-from ..call import Question, Rows
-from ..checks import check_features, check_mask
+from ..call import Question, Rows, check_features, check_mask
 from . import moments, ring
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family in PyTorch: `forms` chooses between feature space (`feature`) and Gram space in tiles (`panels`).
+"""The family in PyTorch: `forms` chooses between feature space and Gram space in tiles (`panels`).
 
-Rows are prepared in `prepare`, kernel functions are `maps` of their products, `combine` makes the value of row sums.
+A side is `prepared` first: its rows, and the kernel maps of their products; `combine` makes the value of row sums.
 """
 
 from .forms import STEPS, backward, forward, kept

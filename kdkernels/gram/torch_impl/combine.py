@@ -17,6 +17,7 @@ import torch
 from ..call import Problem
 
 ZERO_ROW = 1e-36  # |K_i|^2 up to which a row counts as zero in float32, the mean K_ii being 1
+SIDE_ROWS = 6  # vectors a side that the backward pass reads: u, p, q, e, f, h
 
 
 class RowStats(NamedTuple):
@@ -202,3 +203,29 @@ def _mse(problem: Problem, stats: RowStats, count, eps: float, total):
     value = total(r * ((stats.kk > least).double() + (stats.ll > least).double() - 2 * cos))
     p = -2 * r * cross
     return value, (_side(p, 2 * r * cos / kk, zero), _side(p, 2 * r * cos / ll, zero))
+
+
+def pack_rows(value, sides, u, count, problem: Problem, need: int, dtype):
+    """The value and [G, 12, n] = u, p, q, e, f, h of x and of y; both 0 for a group whose mask leaves too few rows."""
+    if isinstance(count, torch.Tensor):
+        enough = count >= problem.minimum
+        value = torch.where(enough, value, torch.zeros_like(value))
+    if not need:
+        return value.to(dtype), value.new_empty(0, dtype=dtype)
+    some = next(side for side in sides if side is not None)
+    rows = some.e.new_zeros((some.e.shape[0], 2 * SIDE_ROWS, some.e.shape[1]), dtype=dtype)
+    for k, (means, side) in enumerate(zip(u, sides, strict=True)):
+        for place, vector in enumerate((means, *(side or ()))):
+            if vector is not None and vector.shape[-1]:
+                rows[:, SIDE_ROWS * k + place] = vector
+    if isinstance(count, torch.Tensor):
+        rows = torch.where(enough[:, None, None], rows, torch.zeros_like(rows))
+    return value.to(dtype), rows
+
+
+def unpack_weights(rows, grad, side: int, problem: Problem) -> Weights:
+    """One side's weights times the upstream gradient [G]: multiplying n-vectors here spares a pass over n x p later."""
+    p, q, e, f, h = rows[:, SIDE_ROWS * side + 1 : SIDE_ROWS * (side + 1)].unbind(1)
+    p, q, e, h = (v * grad[:, None] for v in (p, q, e, h))
+    none = f[:, :0]
+    return Weights(p, q, e, f, h) if problem.row_normalize else Weights(p, q, e, none, none)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Portable PyTorch with the good algebra: feature space or tiles, whichever is cheaper; memory linear in n. Any device.
 
+Feature space, for kernels linear in the rows: every sum over pairs is a p x q matrix product, and n x n never exists.
+With X, Y the prepared rows sum_ij f_i h_i K_ij L_ij = <X' diag(f h) Y, X'Y>, row i of it x_i'(X'Y)y_i, row sums
+x_i'(sum_j x_j). The diagonal, where it is left out, is subtracted row by row: k_i = |x_i|^2. Tiles: `panels`.
+
 Also what `native_impl` leaves to it: there the row moments of a tile, centred rows and the weights are compiled steps.
 """
 
@@ -8,13 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from ...dtypes import at_least_float32
+from ...autograd import at_least_float32
 from ..call import Call, Problem, Steps
-from . import feature, panels, prepare
-from .combine import Weights, combine
-from .panels import Pairs, Sums
-
-SIDE_ROWS = 6  # vectors a side that the backward pass reads: u, p, q, e, f, h
+from . import panels, prepared
+from .combine import SIDE_ROWS, RowStats, Weights, combine, pack_rows, unpack_weights
+from .panels import Gradient, Pairs, Sums
 
 
 def in_feature_space(problem: Problem, n: int, p: int, q: int) -> bool:
@@ -35,7 +37,7 @@ def forward(call: Call, steps: Steps | None = None):
     problem, steps = call.problem, steps or STEPS
     pairs = panels.build(call, call.dtype, steps)
     if in_feature_space(problem, *call.sizes):
-        sums = Sums(feature.row_stats(pairs))
+        sums = Sums(feature_sums(pairs))
     else:
         sums = panels.row_sums(pairs, steps.moments)
     value, rows = steps.weights(call, pairs, sums)
@@ -65,25 +67,7 @@ def weights(call: Call, pairs: Pairs, sums: Sums):
     return pack_rows(value, sides, sums.u, count, problem, call.need, call.dtype)
 
 
-STEPS = Steps(prepare.centre, panels.moments, weights)
-
-
-def pack_rows(value, sides, u, count, problem: Problem, need: int, dtype):
-    """The value and [G, 12, n] = u, p, q, e, f, h of x and of y; both 0 for a group whose mask leaves too few rows."""
-    if isinstance(count, torch.Tensor):
-        enough = count >= problem.minimum
-        value = torch.where(enough, value, torch.zeros_like(value))
-    if not need:
-        return value.to(dtype), value.new_empty(0, dtype=dtype)
-    some = next(side for side in sides if side is not None)
-    rows = some.e.new_zeros((some.e.shape[0], 2 * SIDE_ROWS, some.e.shape[1]), dtype=dtype)
-    for k, (means, side) in enumerate(zip(u, sides, strict=True)):
-        for place, vector in enumerate((means, *(side or ()))):
-            if vector is not None and vector.shape[-1]:
-                rows[:, SIDE_ROWS * k + place] = vector
-    if isinstance(count, torch.Tensor):
-        rows = torch.where(enough[:, None, None], rows, torch.zeros_like(rows))
-    return value.to(dtype), rows
+STEPS = Steps(prepared.centre, panels.moments, weights)
 
 
 def backward(call: Call, saved, grad, steps: Steps | None = None):
@@ -105,12 +89,12 @@ def backward(call: Call, saved, grad, steps: Steps | None = None):
         weights = unpack_weights(rows, grad.to(call.dtype), k, problem)
         want_sigma = bool(need & (0b100 << k))
         if in_features:
-            gradient = feature.apply(side, weights)
+            gradient = feature_gradient(side, weights)
         else:
             own = products if products is None or k == 0 else products[::-1]
             gradient = panels.apply(side, weights, own, want_sigma)
         if need & (1 << k):
-            out[k] = prepare.unprepare_gradient(*gradient[:2], features, side.x.P, spec, call.mask)
+            out[k] = prepared.unprepare_gradient(*gradient[:2], features, side.x.P, spec, call.mask)
         if want_sigma:
             out[2 + k] = sigma_gradient(gradient.dsigma * side.x.P.scale, sigma)
     return tuple(out)
@@ -121,9 +105,83 @@ def sigma_gradient(per_group, sigma):
     return total.reshape(sigma.shape).to(sigma.dtype)
 
 
-def unpack_weights(rows, grad, side: int, problem: Problem) -> Weights:
-    """One side's weights times the upstream gradient [G]: multiplying n-vectors here spares a pass over n x p later."""
-    p, q, e, f, h = rows[:, SIDE_ROWS * side + 1 : SIDE_ROWS * (side + 1)].unbind(1)
-    p, q, e, h = (v * grad[:, None] for v in (p, q, e, h))
-    none = f[:, :0]
-    return Weights(p, q, e, f, h) if problem.row_normalize else Weights(p, q, e, none, none)
+def feature_sums(pairs: Pairs) -> RowStats:
+    """RowStats from three products (X'X, X'Y, Y'Y), with sums per row only where the problem needs them."""
+    X, Y = pairs.x.P.z, pairs.y.P.z
+    k, l = pairs.x.P.square.double(), pairs.y.P.square.double()
+    a, b = _times_sum(X, X.sum(-2)), _times_sum(Y, Y.sum(-2))
+    columns = (None, None)
+    if pairs.problem.row_normalize and pairs.problem.center:
+        columns = [_times_sum(s.P.z, (panels.rho_of(s)[..., None] * s.P.z).sum(-2)) for s in (pairs.x, pairs.y)]
+    if pairs.problem.rowwise:
+        kk, kl, ll = (_row_sums(A, B) for A, B in ((X, X), (X, Y), (Y, Y)))
+    else:
+        kk, kl, ll = (_total(A, B, k) for A, B in ((X, X), (X, Y), (Y, Y)))
+    if pairs.problem.unbiased:
+        a, b, kk, kl, ll = a - k, b - l, kk - k * k, kl - k * l, ll - l * l
+    if pairs.problem.stat == "mse":
+        kl = _difference(X, Y, k)
+    return RowStats(a, b, kk, kl, ll, *columns)
+
+
+def _times_sum(X, s):
+    return (X.double() * s[..., None, :].double()).sum(-1)
+
+
+def _row_sums(A, B):
+    """sum_j (a_i.a_j)(b_i.b_j) = a_i'(A'B)b_i."""
+    return ((A @ (A.mT @ B)).double() * B.double()).sum(-1)
+
+
+def _total(A, B, like):
+    """The same, only its total is right: |A'B|^2 spread evenly over the rows."""
+    total = (A.mT @ B).double().square().sum((-2, -1))
+    return (total / like.shape[-1])[..., None].expand_as(like)
+
+
+def _pad(X, Y):
+    """Zero columns change no Gram matrix and give both sides one width."""
+    width = max(X.shape[-1], Y.shape[-1])
+    return [torch.nn.functional.pad(Z, (0, width - Z.shape[-1])) for Z in (X, Y)]
+
+
+def _difference(X, Y, like):
+    """|XX' - YY'|^2 = 1/2 [<D'D, M'M> + tr(D'M D'M)], D = X - Y, M = X + Y: nothing cancels as X nears Y."""
+    X, Y = _pad(X, Y)
+    D, M = X - Y, X + Y
+    DD, MM, DM = ((A.mT @ B).double() for A, B in ((D, D), (M, M), (D, M)))
+    total = ((DD * MM).sum((-2, -1)) + (DM * DM.mT).sum((-2, -1))) / 2
+    return (total / like.shape[-1])[..., None].expand_as(like)
+
+
+def feature_gradient(pairs: Pairs, weights: Weights) -> Gradient:
+    """dz = sum_j (c_ij + c_ji) x_j, matrix-free."""
+    X, Y = pairs.x.P.z, pairs.y.P.z
+    none = X.new_zeros(X.shape[:-1])
+    if pairs.problem.stat == "mse":
+        D, M = (A for A in _difference_pair(X, Y))
+        dz = (D @ (M.mT @ X) + M @ (D.mT @ X)) * weights.q[..., :1, None]
+        return Gradient(dz, none, none[..., 0])
+    p, q, e, f, h = (None if v.shape[-1] == 0 else v[..., None] for v in weights)
+    if not pairs.problem.rowwise:
+        dz = Y @ (Y.mT @ X) * (2 * p[..., :1, :]) + X @ (X.mT @ X) * (2 * q[..., :1, :])
+        dz += e * X.sum(-2, keepdim=True) + (e * X).sum(-2, keepdim=True)
+    else:
+        forward = p * (Y @ (Y.mT @ X)) + q * (X @ (X.mT @ X)) + e * X.sum(-2, keepdim=True)
+        backward = Y @ (Y.mT @ (p * X)) + X @ (X.mT @ (q * X)) + (e * X).sum(-2, keepdim=True)
+        if f is not None:
+            forward = forward + f * (h * X).sum(-2, keepdim=True)
+            backward = backward + h * (f * X).sum(-2, keepdim=True)
+            forward = forward - f.square() * (X * forward).sum(-1, keepdim=True) * X
+        dz = forward + backward
+    if pairs.problem.unbiased:
+        k, l = pairs.x.P.square[..., None], pairs.y.P.square[..., None]
+        own = p * l + q * k + e
+        dz = dz - 2 * own * X
+    return Gradient(dz, none, none[..., 0])
+
+
+def _difference_pair(X, Y):
+    """D and M of `_difference`; the padded columns of the result would be dropped by X anyway."""
+    X, Y = _pad(X, Y)
+    return X - Y, X + Y

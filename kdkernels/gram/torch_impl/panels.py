@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 
 from ..call import SMALL, Call, Problem, Steps
-from . import maps
+from . import prepared
 from .combine import RowStats, Weights
-from .maps import Side
-from .prepare import diagonal, prepare
+from .prepared import Tiled, diagonal, prepare
 
 LANDMARKS = 64  # rows whose mean stands in for the row mean of K^ above SMALL
 TILE = 1024  # edge of a tile above SMALL: 4 MB in float32, so a tile and its temporaries stay in cache
@@ -26,8 +25,8 @@ class Pairs(NamedTuple):
     """Both sides and which pairs count."""
 
     problem: Problem
-    x: Side
-    y: Side
+    x: Tiled
+    y: Tiled
     weight: torch.Tensor | None  # [..., n] 1 for a row that counts, 0 for a masked one
 
     @property
@@ -42,9 +41,9 @@ class Pairs(NamedTuple):
         weight = None if self.weight is None else self.weight[g]
         return self._replace(x=self.x.group(g), y=self.y.group(g), weight=weight)
 
-    def gram(self, side: Side, t, i, j):
+    def gram(self, side: Tiled, t, i, j):
         """K^ - u_i - u_j on a tile, zero for the pairs that do not count."""
-        K = maps.kernel(side, t, i, j)
+        K = prepared.kernel(side, t, i, j)
         if side.u is not None:
             K = K - side.u[..., i][..., None] - side.u[..., j][..., None, :]
         return self.only_counted(K, i, j, K is t)
@@ -73,10 +72,10 @@ def build(call: Call, dtype, steps: Steps, kept_only=(False, False)) -> Pairs:
     problem, mask, sides = call.problem, call.mask, []
     for side, skip in zip(call.sides, kept_only, strict=True):
         if skip:
-            sides.append(Side(None, side.spec, problem.stable, None, None))
+            sides.append(Tiled(None, side.spec, problem.stable, None, None))
         else:
             P = prepare(side, mask, problem, dtype, steps.centre, steps.rescale)
-            sides.append(maps.side_of(P, side.spec, problem.stable))
+            sides.append(prepared.side_of(P, side.spec, problem.stable))
     return Pairs(problem, *sides, None if mask is None else mask.to(dtype))
 
 
@@ -85,7 +84,7 @@ def landmarks(n: int, device) -> torch.Tensor:
     return torch.arange(0, n, max(1, n // LANDMARKS), device=device)
 
 
-def landmark_means(side: Side, weight, subset=None, t=None) -> torch.Tensor | None:
+def landmark_means(side: Tiled, weight, subset=None, t=None) -> torch.Tensor | None:
     """u_i = mean_{j in S} K^_ij - mean/2 over a fixed subset S of rows: takes most of what cancels out of K^.
 
     t: the products of all rows and those of S, where they are at hand.
@@ -95,8 +94,8 @@ def landmark_means(side: Side, weight, subset=None, t=None) -> torch.Tensor | No
     everything = slice(0, side.P.square.shape[-1])
     if t is None:
         subset = landmarks(everything.stop, side.left.device)
-        t = maps.product(side, everything, subset)
-    K = maps.kernel(side, t, everything, subset)
+        t = prepared.product(side, everything, subset)
+    K = prepared.kernel(side, t, everything, subset)
     w = torch.ones_like(side.P.square) if weight is None else weight
     w = w.index_select(-1, subset)
     total = w.sum(-1, keepdim=True).clamp(min=1)
@@ -144,10 +143,10 @@ def row_sums(pairs: Pairs, run=moments) -> Sums:
     """The sums over all pairs; run: the moments of a tile."""
     if pairs.small:
         i = slice(0, pairs.n)
-        t, u, grams = [maps.product(side, i, i) for side in (pairs.x, pairs.y)], [], []
+        t, u, grams = [prepared.product(side, i, i) for side in (pairs.x, pairs.y)], [], []
         scale = _scaled(t) if pairs.problem.stat == "row_mse" else None
         for side, products in zip((pairs.x, pairs.y), t, strict=True):
-            K, means = maps.kernel(side, products, i, i), None
+            K, means = prepared.kernel(side, products, i, i), None
             K = pairs.only_counted(K, i, i, K is products)
             if side.stable and not side.spec.linear:  # rows of a centred linear K sum to about zero by themselves
                 means = exact_means(K, pairs.weight)
@@ -188,7 +187,7 @@ def _needs_columns(problem: Problem) -> bool:
     return problem.row_normalize and problem.center
 
 
-def rho_of(side: Side) -> torch.Tensor:
+def rho_of(side: Tiled) -> torch.Tensor:
     """1 / sqrt(K^_ii), 0 for a zero row."""
     k = diagonal(side.P, side.spec)
     return torch.where(k == 0, torch.zeros_like(k), torch.where(k == 0, torch.ones_like(k), k).rsqrt()).double()
@@ -207,7 +206,7 @@ def _tiled_stats(pairs: Pairs, run):
     total = torch.zeros(7, n, dtype=torch.float64, device=pairs.x.left.device)
     rho = [rho_of(side) for side in (pairs.x, pairs.y)] if _needs_columns(pairs.problem) else None
     for i, j in tiles(n, False):
-        K, L = (pairs.gram(side, maps.product(side, i, j), i, j) for side in (pairs.x, pairs.y))
+        K, L = (pairs.gram(side, prepared.product(side, i, j), i, j) for side in (pairs.x, pairs.y))
         rows, columns = moments_of(pairs.problem, K, L, i != j, run)
         total[:5, i] += rows
         if i != j:
@@ -262,11 +261,11 @@ def _apply_tiles(pairs, weights, kept, want_sigma):
 def weighted_slopes(pairs: Pairs, weights: Weights, kept, i, j, row_norm, want_sigma: bool):
     """V on a tile, and sum_ij W_ij dK^_ij/dsigma^ where it is wanted; sum_j c_ij K_ij is added to `row_norm`."""
     x = pairs.x
-    t_x, t_y = kept if kept is not None else (maps.product(side, i, j) for side in (pairs.x, pairs.y))
+    t_x, t_y = kept if kept is not None else (prepared.product(side, i, j) for side in (pairs.x, pairs.y))
     K, L = pairs.gram(x, t_x, i, j), pairs.gram(pairs.y, t_y, i, j)
     W = _pair_weights(pairs, weights, K, L, i, j, row_norm)
-    sigma_sum = (W * maps.sigma_slope(x, t_x)).sum((-2, -1), dtype=torch.float64) if want_sigma else None
-    V = maps.slope(x, t_x, i, j)
+    sigma_sum = (W * prepared.sigma_slope(x, t_x)).sum((-2, -1), dtype=torch.float64) if want_sigma else None
+    V = prepared.slope(x, t_x, i, j)
     V = W if V is None else V.mul_(W)
     if x.spec.of_distance and i == j:  # a point has no distance to itself: keep its large k_ii out of the sums
         V.diagonal(dim1=-2, dim2=-1).zero_()
@@ -292,7 +291,7 @@ def _pair_weights(pairs, weights, K, L, i, j, row_norm):
     return pairs.only_counted(forward + backward, i, j, False)
 
 
-def row_norm_diagonal(x: Side, weights, row_norm, dz, row_sums):
+def row_norm_diagonal(x: Tiled, weights, row_norm, dz, row_sums):
     """1/sqrt(K_ii) also moves: an extra diagonal weight -rho_i^2 sum_j c_ij K_ij, times dK_ii/dg_ii."""
     d = -weights.f.square() * row_norm
     if x.spec.name == "polynomial":

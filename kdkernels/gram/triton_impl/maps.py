@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel maps of `maps.py` on Triton tiles: t -> K^, dK^/dg^, dK^/dsigma^, and the pair weights of the gradient.
+"""The kernel maps of `prepared.py` on Triton tiles: t -> K^, dK^/dg^, dK^/dsigma^, and pair weights of the gradient.
 
 Letters as there; tiles are [BM, BN] float32. A side's bandwidths come from `par` [S] or, for one known number, from the
 scalar `sigma`: a temperature never recompiles.

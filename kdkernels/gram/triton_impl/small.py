@@ -11,7 +11,7 @@ import triton
 
 from ..call import Call, Problem, Side
 from ..torch_impl.forms import sigma_gradient
-from ..torch_impl.prepare import bandwidths, prepare, unprepare_gradient
+from ..torch_impl.prepared import bandwidths, prepare, unprepare_gradient
 from .maps import KINDS, precision
 from .small_kernels import STATS, finish, row_sums, split_gram, weighted_rows
 

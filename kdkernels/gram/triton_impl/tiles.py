@@ -11,11 +11,10 @@ import triton
 from .. import torch_impl
 from ..call import Call, Problem
 from ..torch_impl import panels
-from ..torch_impl.combine import RowStats, combine
-from ..torch_impl.forms import SIDE_ROWS, pack_rows, sigma_gradient, unpack_weights
-from ..torch_impl.maps import Side
+from ..torch_impl.combine import SIDE_ROWS, RowStats, combine, pack_rows, unpack_weights
+from ..torch_impl.forms import sigma_gradient
 from ..torch_impl.panels import Gradient, Pairs
-from ..torch_impl.prepare import unprepare_gradient
+from ..torch_impl.prepared import Tiled, unprepare_gradient
 from .maps import KINDS, precision
 from .tile_kernels import gradient_rows, tile_sums, weight_panel
 
@@ -100,7 +99,7 @@ def _row_constants(problem: Problem) -> dict:
     return {"ROWWISE": problem.rowwise, "ROW_NORM": problem.row_normalize}
 
 
-def _with_means(side: Side, weight) -> Side:
+def _with_means(side: Tiled, weight) -> Tiled:
     """Landmark means of all groups."""
     if not side.stable or side.spec.linear:
         return side
@@ -174,7 +173,7 @@ def backward(call: Call, saved, grad):
     return tuple(out)
 
 
-def _scaled(weights, side: Side, teacher: Side, stat: str):
+def _scaled(weights, side: Tiled, teacher: Tiled, stat: str):
     """Weights as [G, 3, n] over their largest and the slope of a typical pair: V is then of order 1, fit for halves."""
     p, q, e = weights[:3]
     own, other = _typical_value(side, stat)[..., None], _typical_value(teacher, stat)[..., None]
@@ -185,7 +184,7 @@ def _scaled(weights, side: Side, teacher: Side, stat: str):
     return torch.stack([p, q, e], dim=1) / over[:, None], scale
 
 
-def _typical_value(side: Side, stat: str):
+def _typical_value(side: Tiled, stat: str):
     """[G]: the size of K^ for a typical pair: a wide kernel's k - exp(level) is as small as its exponent."""
     if stat == "mse":  # unscaled rows: the bound of |K_ij|
         return side.P.square.amax(-1)
@@ -195,7 +194,7 @@ def _typical_value(side: Side, stat: str):
     return (levels.exp().clamp(min=1e-3) * levels.abs().clamp(max=1.0)).amax(0)
 
 
-def _typical_slope(side: Side):
+def _typical_slope(side: Tiled):
     """[G] or 1: the size of dK^/dg^ for a typical pair, so that V stays in float16's range at any bandwidth."""
     if side.spec.linear:
         return 1.0

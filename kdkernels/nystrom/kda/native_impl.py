@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ...autograd import NoSecondDerivative, applied, ordinary, plain
-from ...dtypes import at_least_float32
+from ...autograd import NoSecondDerivative, applied, at_least_float32, ordinary, plain
 from . import torch_impl
 
 __all__ = ["backward", "directly", "forward", "kept_shape", "sums"]

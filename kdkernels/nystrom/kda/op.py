@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from ... import backend as backends
-from ...autograd import device_type, in_pytorch
-from ...dtypes import at_least_float32
+from ...autograd import at_least_float32, device_type, in_pytorch
 from . import distributed, reference
 from .checks import check_call
 from .operator import similarity

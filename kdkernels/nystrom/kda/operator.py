@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
+from ...autograd import at_least_float32
 from ...backend import implementation
 from ...differentiable import operator
-from ...dtypes import at_least_float32
 from ..operator import distinct
 from . import torch_impl
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ...autograd import device_type
-from ...dtypes import at_least_float32
+from ...autograd import at_least_float32, device_type
 
 # elements of a block of a similarity matrix
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
