@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,23 +17,44 @@ from pathlib import Path
 AGAINST = {"gram": ("eager", "algebra", "compiled"), "rank": ("torchsort", "eager", "reference", "sort", "cpp")}
 FLOORS = ("sort", "cpp", "torch", "cuda", "triton")
 RANKING = ("soft_rank", "soft_sort", "spearman")
+# what every row has for the heading of its run
+HEADING = {"kind", "run", "device", "gpu", "cpu", "threads", "commit", "dirty", "python", "torch", "triton"}
 
 
 def load(paths) -> list[dict]:
     rows = []
     for path in paths:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(_row(line, f"{path}, line {number}"))
+    if not rows:
+        raise ValueError(f"no rows in {', '.join(map(str, paths))}")
     return rows
 
 
+def _row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not row.keys() >= HEADING:
+        raise ValueError(f"{where} is no row that `python -m bench run` or accuracy wrote")
+    return row
+
+
 def run(options) -> int:
-    rows = load(options.rows)
-    print(markdown(rows))
-    if options.plots:
-        for path in plots(rows, Path(options.plots)):
-            print(f"![{path.stem}]({path.name})")
+    try:
+        rows = load(options.rows)
+        text = markdown(rows)
+        drawn = plots(rows, Path(options.plots)) if options.plots else None
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    for path in drawn or ():
+        print(f"![{path.stem}]({path.name})")
+    if drawn == []:
+        print("no plots: no cases differ in n alone at three sizes or more", file=sys.stderr)
     return 0
 
 
@@ -289,6 +311,8 @@ def _series(rows) -> dict:
         if row["options"].get("relative") is None if row["op"] in RANKING else row["options"]:
             continue
         shape = row["shape"]
+        if "n" not in shape:
+            continue
         rest = tuple((name, size) for name, size in shape.items() if name not in ("n", "groups"))
         key = (row["device"], row["op"], row["kernel"], rest, row["dtype"], row["method"])
         label = f"{row['contender']} ({row['backend']})" if row["backend"] else row["contender"]

@@ -314,10 +314,29 @@ def test_plots_have_a_line_for_every_contender_and_the_roof(tmp_path):
     assert all(f"<!-- {label} -->" in figure for label in ("kdkernels (torch)", "eager", "algebra", "roof (measured)"))
 
 
-def test_the_committed_rows_can_be_read_and_reported():
+def test_the_committed_rows_can_be_read_reported_and_drawn():
     paths = sorted((machine.ROOT / "bench" / "results").glob("*.jsonl"))
     assert paths
     for path in paths:
         rows = report.load([path])
         assert rows and all(row.keys() >= PROVENANCE and row["dirty"] is False for row in rows), path.name
         assert rows[0]["commit"] in report.markdown(rows)
+        assert all(len(series["roof"]) >= 3 for series in report._series(rows).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory"),
+        ("", "no rows"),
+        ('{"kind": "time"}', "line 1 is no row that"),
+        (json.dumps(timed_row("a", 2.0)) + '\n{"kind": "ti', "line 2 is not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_reported_is_named_in_one_line(text, message, tmp_path, capsys):
+    source = tmp_path / "rows.jsonl"
+    if text is not None:
+        source.write_text(text)
+    assert main("report", str(source)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err and "rows.jsonl" in shown.err
