@@ -86,6 +86,12 @@ def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...
     return _choose_cached(op, requested, device, dtypes, interpreting())[0]
 
 
+@torch.compiler.assume_constant_result
+def runs_compiled(requested: str, device: str, operators: tuple[str, ...]) -> bool:
+    """Whether a step that is no op by itself runs in the compiled CPU library: these operators of it."""
+    return requested in ("auto", "cpp") and device == "cpu" and native.lack("cpu", operators) is None
+
+
 @cache
 def implementation(family: str, backend: str):
     """The module of a family (its package) that runs a backend, loaded when it is first needed."""

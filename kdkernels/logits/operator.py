@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The differentiable operator of both losses: `logits_fwd` and `logits_bwd`, and a shorter way for the commonest call.
+"""The differentiable operator of both losses: `logits_fwd` and `logits_bwd`.
 
 They take [..., C], as a view made outside would cost a graph node. Kept beside the inputs are a few numbers a row.
 """
@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..autograd import NoSecondDerivative, applied, at_least_float32, plain
+from ..autograd import at_least_float32
 from ..backend import implementation
 from ..differentiable import of_rows, operator
 from .call import STUDENT, TEACHER, Extras, Problem
@@ -82,45 +82,11 @@ def row_loss(student, teacher, problem: Problem, extras: Extras, reduction: str,
 
 def divergence(student, teacher, tau: float, reduction: str, backend: str, weight=None):
     """`row_loss` of the plain divergence, times a weight (a tensor of one number, a constant)."""
-    if backend == "cpp" and reduction != "none" and student.requires_grad and _direct(student, teacher, weight):
-        weight = weight if weight is None or weight.dtype == torch.float32 else weight.float()
-        return _kl(student, teacher, weight, tau, reduction == "mean")
+    if reduction != "none" and student.requires_grad and not torch.compiler.is_compiling():
+        directly = getattr(implementation(__package__, backend), "directly", None)
+        value = directly and directly(student, teacher, weight, tau, reduction == "mean")
+        if value is not None:
+            return value
     problem = Problem(tau, 1.0, 1.0, 0.0, 0.0, 1.0, False)
     value = row_loss(student, teacher, problem, Extras(), reduction, backend)
     return value if weight is None else value * weight.to(value.dtype)
-
-
-def _direct(student, teacher, weight) -> bool:
-    """Whether the gradient is the student's alone, the compiled rows read all as it is, and nobody watches."""
-    if student.dim() != 2 or teacher.requires_grad or not torch.is_grad_enabled():
-        return False
-    for side in (student, teacher):
-        if side.stride(1) != 1 or side.dtype == torch.float64:
-            return False
-    return (weight is None or weight.is_cpu) and plain(student, teacher, weight) and not teacher.is_inference()
-
-
-class Divergence(torch.autograd.Function):
-    """One number, the commonest call on a CPU, through operators of fewer arguments; the maker's takes 12 % longer."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, weight, tau, mean):
-        value, statistics = torch.ops.kdkernels.kl_rows.default(student, teacher, weight, tau, mean)
-        ctx.how = tau, mean
-        ctx.save_for_backward(student, teacher, weight, statistics)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad):
-        run = torch.ops.kdkernels.kl_rows_backward.default
-        run = DivergenceGradient.apply if torch.is_grad_enabled() else run
-        return run(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
-
-
-class DivergenceGradient(NoSecondDerivative):
-    @staticmethod
-    def forward(*a):
-        return torch.ops.kdkernels.kl_rows_backward(*a)
-
-
-_kl = applied(Divergence)

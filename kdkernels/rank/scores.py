@@ -15,6 +15,7 @@ import torch
 
 from .. import native
 from ..autograd import apply, device_type, in_forward_mode, in_transform, ordinary
+from ..backend import runs_compiled
 
 NATIVE = {
     # x, y [R, C] of one dtype, float32 or float64, rows dense; scale, count float64 [R]: 1 / deviation of x, entries
@@ -44,7 +45,7 @@ def _score_rows_backward(grad, grad_pearson, z_x, z_y, scale, count):
 def score(x, y, tau: float, backend: str):
     """(z_x, z_y, share, pearson) of x, y in one dtype, float32 or float64, y detached; tau = 0: share is not wanted."""
     dual, (y,) = in_forward_mode(), ordinary((y,))
-    if backend in ("auto", "cpp") and device_type(x) == "cpu" and _compiled() and not (dual or in_transform()):
+    if runs_compiled(backend, device_type(x), tuple(NATIVE)) and not (dual or in_transform()):
         z_x, z_y, _, _, share, pearson = apply(ScoreRows, x, y, tau)
         return z_x, z_y, share, pearson
     absent = torch.fmin(x.detach(), y) == -math.inf  # whatever the other side holds
@@ -55,11 +56,6 @@ def score(x, y, tau: float, backend: str):
     x, y = (z_score(side.masked_fill(absent, 0), keep, count)[0] for side in (x, y))
     # of z-scored rows, Pearson is the mean product
     return x, y.masked_fill(absent, -math.inf), share, torch.linalg.vecdot(x, y) / count[..., 0]
-
-
-@torch.compiler.assume_constant_result
-def _compiled() -> bool:
-    return native.lack("cpu", tuple(NATIVE)) is None
 
 
 def _rows(t):
