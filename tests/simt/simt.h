@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels on the host: every CUDA thread is an OS thread and every barrier a real one, so the sanitizers see what
-// the kernels do. Blocks run one after another on a pool; shared memory holds garbage when a block starts.
+// CUDA kernels on the host: under a sanitizer a CUDA thread is an OS thread and every barrier a real one, so that it
+// sees what the kernels do; elsewhere on Linux the threads are fibers, many times faster.
+// Blocks run one after another; shared memory holds garbage when a block starts.
 // Checked beside the results: all threads meet at the same __syncthreads, the lanes of a warp collective name the same
 // mask, no lane reads one that does not take part, and a barrier that cannot complete ends the launch with a report.
 #pragma once
 
-#include <pthread.h>
-
-#include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -17,30 +14,15 @@
 #include <type_traits>
 #include <utility>
 
-#include "simt_barrier.h"
-
-struct uint3 {
-  unsigned x, y, z;
-};
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
-// the built-in variables of a kernel; each OS thread has its own
-inline constinit thread_local uint3 threadIdx{}, blockIdx{};
-inline constinit thread_local dim3 blockDim{}, gridDim{};
-inline constexpr int warpSize = 32;
+#include "simt_block.h"
 
 namespace simt {
 
 // segments that a segmented sort on the host, in the place of cub's, did not find empty
 inline std::vector<int> sorted_segments;
 
-constexpr int kNamedBarriers = 16;
 constexpr unsigned kMaxThreads = 1024;      // of a block
 constexpr std::size_t kMaxShared = 232448;  // bytes of a block, sm_90 and later
-constexpr std::size_t kStack = 1 << 20;     // bytes of an OS thread
 
 // NaN and -1, a huge float, small nonsense: whatever is read before it is written shows in the result
 inline void poison(void* memory, std::size_t bytes, unsigned seed) {
@@ -76,57 +58,27 @@ class StaticShared {
   void* memory_;
 };
 
-struct Block {
-  Progress progress;
-  Barrier syncthreads, named[kNamedBarriers];
-  std::vector<Warp> warps;
-  unsigned char* shared = nullptr;
-  std::mutex mutex;
-  std::string failure;
+}  // namespace simt
 
-  explicit Block(unsigned threads) : warps((threads + 31) / 32) {}
-  template <class Visit>
-  void each(Visit visit) {
-    visit(syncthreads);
-    for (auto& barrier : named) visit(barrier);
-    for (auto& warp : warps) warp.each(visit);
-  }
-  void reset(unsigned threads) {
-    progress.alive = static_cast<int>(threads), progress.waiting = 0, progress.stopped = false;
-    syncthreads.reset(&progress, "__syncthreads", static_cast<int>(threads));
-    for (auto& barrier : named) barrier.reset(&progress, "named barrier", 0);
-    for (std::size_t w = 0; w < warps.size(); ++w) warps[w].reset(&progress, static_cast<int>(threads - 32 * w));
-    failure.clear();
-  }
-  void fail(const std::string& reason) {
-    {
-      std::lock_guard lock(mutex);
-      if (!failure.empty()) return;
-      failure = reason;
-    }
-    progress.stopped = true;
-    each([](Barrier& barrier) { barrier.stop(); });
-  }
-};
+#ifdef KDK_SIMT_FIBERS
+#include "simt_fibers.h"
+#else
+#include "simt_threads.h"
+#endif
 
-struct Self {
-  Block* block;
-  Warp* warp;
-  int lane;
-};
-inline constinit thread_local Self self{};
+namespace simt {
 
-// the OS threads of one block size, made once and used by every later launch of that size
-class Pool {
+// Runs launches of one block size, block after block; a crew (simt_threads.h, simt_fibers.h) runs a block's threads.
+class Runner {
  public:
-  static Pool& of(unsigned threads) {
-    // never destroyed: its threads sleep until the process ends
-    static auto* pools = new std::map<unsigned, std::unique_ptr<Pool>>;
+  static Runner& of(unsigned threads) {
+    // never destroyed: a crew's OS threads sleep until the process ends
+    static auto* runners = new std::map<unsigned, std::unique_ptr<Runner>>;
     static std::mutex mutex;
     std::lock_guard lock(mutex);
-    auto& pool = (*pools)[threads];
-    if (!pool) pool.reset(new Pool(threads));
-    return *pool;
+    auto& runner = (*runners)[threads];
+    if (!runner) runner.reset(new Runner(threads));
+    return *runner;
   }
 
   void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel, bool reversed) {
@@ -145,18 +97,8 @@ class Pool {
   }
 
  private:
-  explicit Pool(unsigned threads) : threads_(threads), block_(threads) {
-    pthread_attr_t attributes;
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, kStack);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    for (unsigned i = 0; i < threads; ++i) {
-      auto* start = new std::pair<Pool*, unsigned>(this, i);
-      pthread_t thread;
-      if (pthread_create(&thread, &attributes, &Pool::work, start)) throw Failure("no more OS threads");
-    }
-    pthread_attr_destroy(&attributes);
-  }
+  explicit Runner(unsigned threads)
+      : threads_(threads), block_(threads), crew_(threads, block_, [this](unsigned index) { run_thread(index); }) {}
 
   void run_block(std::size_t shared_bytes) {
     static std::atomic<unsigned> seed{0};
@@ -169,35 +111,7 @@ class Pool {
     StaticShared::poison_all(garbage);
     block_.reset(threads_);
     block_.shared = static_cast<unsigned char*>(memory);
-    running_ = static_cast<int>(threads_);
-    epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
-
-    std::unique_lock lock(done_mutex_);
-    unsigned seen = ~0u;
-    while (!done_.wait_for(lock, std::chrono::milliseconds(200), [&] { return running_ == 0; })) {
-      const unsigned before = block_.progress.completed;
-      const int waiting = block_.progress.waiting, alive = block_.progress.alive;
-      if (waiting == alive && alive > 0 && before == seen && before == block_.progress.completed) {
-        std::string text = "deadlock: " + std::to_string(alive) + " threads left";
-        block_.each([&](Barrier& barrier) { text += barrier.report(); });
-        block_.fail(text);
-      }
-      seen = before;
-    }
-  }
-
-  static void* work(void* argument) {
-    std::unique_ptr<std::pair<Pool*, unsigned>> start(static_cast<std::pair<Pool*, unsigned>*>(argument));
-    auto [pool, index] = *start;
-    for (unsigned epoch = 0;;) {
-      pool->epoch_.wait(epoch, std::memory_order_acquire);
-      if (pool->epoch_.load(std::memory_order_acquire) == epoch) continue;
-      ++epoch;
-      pool->run_thread(index);
-      std::lock_guard lock(pool->done_mutex_);
-      if (--pool->running_ == 0) pool->done_.notify_one();
-    }
+    crew_.run(garbage);
   }
 
   void run_thread(unsigned index) {
@@ -212,19 +126,17 @@ class Pool {
     }
     // an early return counts as an arrival at every later barrier, as on the device
     block_.syncthreads.drop();
-    self.warp->exit(self.lane);
+    block_.warps[index / 32].exit(int(index % 32));
     block_.progress.alive.fetch_sub(1);
   }
 
   const unsigned threads_;
   Block block_;
-  std::mutex launch_, done_mutex_;
-  std::condition_variable done_;
-  int running_ = 0;
-  std::atomic<unsigned> epoch_{0};
+  std::mutex launch_;
   const std::function<void()>* kernel_ = nullptr;
   dim3 grid_, dim_;
   uint3 index_{};
+  Crew crew_;
 };
 
 // blocks from the last to the first: a result that changes depended on another block
@@ -240,7 +152,7 @@ void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(Para
   }
   if (shared_bytes > kMaxShared) throw Failure("a block asks for " + std::to_string(shared_bytes) + " shared bytes");
   std::function<void()> call = [=] { kernel(static_cast<Parameters>(arguments)...); };
-  Pool::of(threads).run(grid, block, shared_bytes, call, reverse_blocks);
+  Runner::of(threads).run(grid, block, shared_bytes, call, reverse_blocks);
 }
 
 inline unsigned char* dynamic_shared() { return self.block->shared; }

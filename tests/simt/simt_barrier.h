@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Barriers of OS threads that lose members as threads exit; for a block, and for the lanes that a mask names.
+// Barriers that lose members as threads exit; for a block, and for the lanes that a mask names.
 #pragma once
 
 #include <atomic>
@@ -39,6 +39,9 @@ struct Progress {
   std::atomic<bool> stopped{false};
 };
 
+// returns when the value may have changed: the crew's business
+void wait_while(const std::atomic<unsigned>& value, unsigned old);
+
 // A barrier for a number of threads that shrinks as threads exit, with a sum over the arrivals' votes.
 class Barrier {
  public:
@@ -68,7 +71,7 @@ class Barrier {
       }
     }
     while (generation_.load(std::memory_order_acquire) == generation) {
-      generation_.wait(generation, std::memory_order_acquire);
+      wait_while(generation_, generation);
     }
     if (progress_->stopped.load(std::memory_order_relaxed)) throw Stopped{};
     return votes_[generation & 1];
