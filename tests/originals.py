@@ -44,9 +44,9 @@ def dkd(student, teacher, labels, alpha, beta, tau):
 
 
 def to_lower(student, teacher):
-    """The higher of two square maps pooled to the lower."""
+    """Of two heights the higher map, whatever its width, pooled to height x height of the lower."""
     side = min(student.shape[2], teacher.shape[2])
-    return [F.adaptive_avg_pool2d(f, side) if f.shape[2] > side else f for f in (student, teacher)]
+    return [F.adaptive_avg_pool2d(f, (side, side)) if f.shape[2] > side else f for f in (student, teacher)]
 
 
 def attention(student, teacher, p):

@@ -13,13 +13,14 @@ from originals import every, features, logits
 from kdkernels.compat import mdistiller, shared
 
 
-def maps(channels, side, dtype, batch=5):
-    return torch.randn(batch, channels, side, side, dtype=dtype)
+def maps(channels, side, dtype, batch=5, width=None):
+    return torch.randn(batch, channels, side, width or side, dtype=dtype)
 
 
 def pairs_of_maps(dtype):
-    """Two levels; other channels on the two sides, and at the second level a higher student."""
-    return [maps(4, 6, dtype), maps(3, 8, dtype)], [maps(5, 6, dtype), maps(6, 4, dtype)]
+    """Three levels; other channels on the two sides, then a higher student, then a student higher and narrower."""
+    student = [maps(4, 6, dtype), maps(3, 8, dtype), maps(3, 8, dtype, width=2)]
+    return student, [maps(5, 6, dtype), maps(6, 4, dtype), maps(2, 4, dtype)]
 
 
 LABELS = torch.tensor([0, 6, 3, 3, 1])
@@ -47,6 +48,7 @@ SIGNATURES = {
     "nst_loss": "(g_s, g_t)",
     "single_stage_nst_loss": "(f_s, f_t)",
     "pkt_loss": "(f_s, f_t, eps=1e-07)",
+    "poly_kernel": "(a, b)",
     "rkd_loss": "(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weight=50)",
     "sp_loss": "(g_s, g_t)",
     "similarity_loss": "(f_s, f_t)",
@@ -56,7 +58,7 @@ ONE_LEVEL = {"at_loss": "single_stage_at_loss", "nst_loss": "single_stage_nst_lo
 
 def test_the_names_and_signatures_are_the_originals():
     assert {name: str(inspect.signature(getattr(mdistiller, name))) for name in mdistiller.__all__} == SIGNATURES
-    assert set(CASES) | set(ONE_LEVEL.values()) == set(SIGNATURES)
+    assert set(CASES) | set(ONE_LEVEL.values()) | {"poly_kernel"} == set(SIGNATURES)
 
 
 @pytest.fixture(params=CASES)

@@ -11,24 +11,25 @@ from originals import every, features, logits
 
 from kdkernels.compat import repdistiller
 
+SIZES = ((6, 6), (6, 6)), ((8, 8), (4, 4)), ((2, 2), (4, 4)), ((4, 4), (8, 2))
 
-def maps(dtype, channels=((4, 5), (3, 6), (2, 2)), sides=((6, 6), (8, 4), (2, 4))):
-    """Levels on both sides: other channels, and a higher student, then a higher teacher."""
-    return tuple(
-        [torch.randn(5, c[k], s[k], s[k], dtype=dtype) for c, s in zip(channels, sides, strict=True)] for k in (0, 1)
-    )
+
+def maps(dtype, channels=((4, 5), (3, 6), (2, 2), (3, 4))):
+    """Levels on both sides: other channels, and a higher student, then a higher teacher, then one also narrower."""
+    levels = list(zip(channels, SIZES, strict=True))
+    return tuple([torch.randn(5, c[k], *size[k], dtype=dtype) for c, size in levels] for k in (0, 1))
 
 
 def stages(dtype):
     """For FSP: the same channels on both sides, sizes that fall and rise."""
-    return maps(dtype, channels=((4, 4), (3, 3), (2, 2)))
+    return maps(dtype, channels=((4, 4), (3, 3), (2, 2), (3, 3)))
 
 
 def per_level(formula):
     return lambda student, teacher: [formula(s, t) for s, t in zip(student, teacher, strict=True)]
 
 
-SHAPES = [(5, 4, 6, 6), (5, 3, 8, 8), (5, 2, 2, 2)]
+SHAPES = [(5, 4, 6, 6), (5, 3, 8, 8), (5, 2, 2, 2), (5, 3, 4, 4)]
 # name: (constructor's arguments, inputs, the original's formula: a number, or a list of them)
 CASES = {
     "DistillKL": ((4,), logits, lambda s, t: originals.kl(s, t, 4).mean()),
@@ -130,7 +131,7 @@ def test_inputs_stay_as_they_are_and_only_DistillKL_differentiates_the_teacher(n
 def test_a_longer_list_is_cut_to_the_shorter(name):
     student, teacher = CASES[name][1](torch.float64)
     whole = made(name)(student, teacher)
-    for cut in (made(name)(student[:2], teacher), made(name)(student, teacher[:2])):
+    for cut in (made(name)(student[:-1], teacher), made(name)(student, teacher[:-1])):
         assert len(cut) == len(whole) - 1 and all(a.equal(b) for a, b in zip(cut, whole, strict=False))
 
 
@@ -151,7 +152,7 @@ def test_FSP_refuses_shapes_as_the_original_does():
     with pytest.raises(AssertionError, match="unequal length"):
         repdistiller.FSP(SHAPES, SHAPES[:2])
     with pytest.raises(ValueError, match="num of channels not equal"):
-        repdistiller.FSP(SHAPES, [(5, 4, 6, 6), (5, 4, 8, 8), (5, 2, 2, 2)])
+        repdistiller.FSP(SHAPES, [(5, 4, 6, 6), (5, 4, 8, 8), *SHAPES[2:]])
 
 
 def test_the_default_weights_of_RKDLoss_are_25_and_50():
@@ -162,6 +163,33 @@ def test_the_default_weights_of_RKDLoss_are_25_and_50():
 def test_PKT_has_its_static_method_with_the_originals_default():
     student, teacher = features(torch.float64)
     assert repdistiller.PKT.cosine_similarity_loss(student, teacher, 1e-7).equal(repdistiller.PKT()(student, teacher))
+
+
+def test_the_methods_that_the_originals_expose_make_up_their_losses():
+    student, teacher = stages(torch.float64)
+    flows = [repdistiller.FSP.compute_fsp(side) for side in (student, teacher)]
+    assert [flow.shape for flow in flows[0]] == [(5, 3, 4), (5, 2, 3), (5, 3, 2)]  # the next map's channels first
+    found = [repdistiller.FSP.compute_loss(*pair) for pair in zip(*flows, strict=True)]
+    torch.testing.assert_close(found, originals.flow(student, teacher))
+    s, t = originals.to_lower(student[-1], teacher[-1])
+    attention = repdistiller.Attention()
+    torch.testing.assert_close((attention.at(s) - attention.at(t)).square().mean(), originals.attention(s, t, 2))
+    s, t = (f.flatten(2) / f.flatten(2).norm(dim=2, keepdim=True) for f in (s, t))
+    kernel = repdistiller.NSTLoss().poly_kernel
+    assert kernel(s, t).shape == (5, t.shape[1], s.shape[1])
+    found = kernel(t, t).mean() + kernel(s, s).mean() - 2 * kernel(s, t).mean()
+    torch.testing.assert_close(found, originals.nst(s[..., None], t[..., None]))
+
+
+def test_pdist_is_the_originals_with_its_floor_under_the_squares():
+    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    expected = originals.distances(rows)
+    torch.testing.assert_close(repdistiller.RKDLoss.pdist(rows), expected)
+    torch.testing.assert_close(repdistiller.RKDLoss.pdist(rows, squared=True), expected.square())
+    gradients = [torch.autograd.grad(d.sum(), rows)[0] for d in (repdistiller.RKDLoss.pdist(rows), expected)]
+    torch.testing.assert_close(*gradients)
+    same = repdistiller.RKDLoss.pdist(torch.ones(2, 3).bfloat16(), eps=0.25)
+    assert same.tolist() == [[0, 0.5], [0.5, 0]] and same.dtype == torch.float32
 
 
 def test_correlation_sums_over_dimension_1_alone():

@@ -121,6 +121,47 @@ def test_a_strength_may_be_a_tensor_and_gets_no_gradient(function):
         assert not function(x, "l2", strength).requires_grad
 
 
+# [B, 1] is one a row, [n] one a column even where B = n; recorded from torchsort 0.1.10, upstream gradient 0, 1, 4
+BROADCAST = {
+    "rows": (
+        [[0.1], [10.0], [-0.5]],
+        [[2.0, 3.0, 1.0], [1.9, 2.0, 2.1], [1.25, 1.75, 3.0]],
+        [[0.0, 0.0, 0.0], [-0.1666667, -0.0666667, 0.2333333], [1.0, -1.0, 0.0]],
+    ),
+    "columns": (
+        [0.1, 10.0, -0.5],
+        [[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [2.75, 1.0, 2.25]],
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [-20.0, 0.0, -4.0]],
+    ),
+    "entries": (
+        [[0.1, 1.0, 2.0], [3.0, 0.2, 1.0], [1.0, 1.0, 5.0]],
+        [[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.2333333, 1.9833333, 1.7833333]],
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [-1.6666667, -0.6666667, 0.4666667]],
+    ),
+}
+
+
+@pytest.mark.parametrize("which", BROADCAST)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_tensor_of_strengths_broadcasts_against_the_values_as_in_torchsort(which, dtype):
+    strength, ranks, gradient = BROADCAST[which]
+    x = torch.tensor([[1.0, 2, 0.5], [1, 2, 3], [0.25, 0, -1]], dtype=dtype, requires_grad=True)
+    rank = torchsort.soft_rank(x, "l2", torch.tensor(strength))
+    (rank * torch.tensor([0.0, 1, 4], dtype=dtype)).sum().backward()
+    bound = 1e-6 if dtype == torch.float64 else 4e-3
+    torch.testing.assert_close(rank.tolist(), ranks, rtol=bound, atol=bound)
+    torch.testing.assert_close(x.grad.tolist(), gradient, rtol=bound, atol=bound)
+
+
+def test_strengths_that_have_no_meaning_are_refused(function):
+    for shape in ((4,), (2, 3), (2, 1), (1, 1, 3)):
+        with pytest.raises(ValueError, match=r"regularization_strength has shape .*: it must broadcast to \(3, 3\)"):
+            function(torch.randn(3, 3), "l2", torch.ones(shape))
+    for shape in ((3,), (1, 3), (3, 3)):
+        with pytest.raises(ValueError, match=r"soft_sort needs one number, or one a row \(3, 1\)"):
+            torchsort.soft_sort(torch.randn(3, 3), "l2", torch.ones(shape))
+
+
 @pytest.mark.parametrize("regularization", REGULARIZATIONS)
 def test_a_negative_strength_ranks_downwards_and_is_refused_by_soft_sort(regularization):
     x = torch.randn(3, 6, dtype=torch.float64)

@@ -3,8 +3,10 @@
 
     from kdkernels.compat.mdistiller import dkd_loss    # in place of: from mdistiller.distillers.DKD import dkd_loss
 
-Formulas, defaults, shapes of the results (`similarity_loss` and `sp_loss` are [1]) and the pooling of the larger map
-are the original's, and what it sums over lists here is summed too: a longer list is cut to the shorter.
+Formulas, defaults and shapes of the results (`similarity_loss` and `sp_loss` are [1]) are the original's, and what it
+sums over lists here is summed too: a longer list is cut to the shorter. Of two heights the higher map is pooled to
+H x H, H the lower height, as there; where that leaves two sizes, an error or worse there, to the lesser height and
+width.
 
 What differs: half inputs are computed in float32 and give float32. Only `kd_loss` has a gradient to the teacher; in the
 others the teacher is detached (there it is differentiated wherever it requires a gradient, which its distillers never
@@ -15,6 +17,7 @@ The methods without a counterpart in kdkernels (CRD, OFD, VID, ReviewKD, KDSVD, 
 from __future__ import annotations
 
 from ..logits.op import distillation_kl
+from ..losses.maps import pooled
 from .shared import shared
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "kd_loss",
     "nst_loss",
     "pkt_loss",
+    "poly_kernel",
     "rkd_loss",
     "similarity_loss",
     "single_stage_at_loss",
@@ -62,7 +66,7 @@ def single_stage_at_loss(f_s, f_t, p):
 
     |f|^p is the paper's: for odd p the original keeps the sign of negative features, for other p it is NaN there.
     """
-    return shared(f_s, "ATLoss", p)(f_s, f_t)
+    return shared(f_s, "ATLoss", p)(*to_lower(f_s, f_t))
 
 
 def nst_loss(g_s, g_t):
@@ -72,7 +76,21 @@ def nst_loss(g_s, g_t):
 
 def single_stage_nst_loss(f_s, f_t):
     """Squared MMD between channels, kernel (s.t)^2, of maps [B, C, H, W]; never B x C x C x HW. `kd.losses.NSTLoss`."""
-    return shared(f_s, "NSTLoss")(f_s, f_t)
+    return shared(f_s, "NSTLoss")(*to_lower(f_s, f_t))
+
+
+def poly_kernel(a, b):
+    """(b_j . a_i)^2 of channels a [B, C, L] and b [B, D, L]: [B, D, C]."""
+    return (b @ a.mT).square()
+
+
+def to_lower(f_s, f_t):
+    """Both maps [B, C, H, W] in one size, the original's where it has one."""
+    sizes = f_s.shape[2:], f_t.shape[2:]
+    lower = min(sizes)
+    square = sizes[0][0] != sizes[1][0] and lower[0] == lower[1]
+    size = lower if square else tuple(map(min, *sizes))
+    return pooled(f_s, size), pooled(f_t, size)
 
 
 def sp_loss(g_s, g_t):

@@ -3,9 +3,11 @@
 
     from kdkernels.compat.repdistiller import NSTLoss   # in place of: from distiller_zoo import NSTLoss
 
-Constructors, formulas, pooling of the larger map and what is returned are the original's: `Attention`, `FSP`, `NSTLoss`
-and `Similarity` take lists and return lists (of [1] tensors in `Similarity`), the others take tensors and return a
-scalar. The modules have no parameters and an empty state dict. A longer list is cut to the shorter, as there.
+Constructors, methods, formulas and what is returned are the original's: `Attention`, `FSP`, `NSTLoss` and `Similarity`
+take lists and return lists (of [1] tensors in `Similarity`), the others take tensors and return a scalar. The modules
+have no parameters and an empty state dict. A longer list is cut to the shorter, as there. Of two heights the higher map
+is pooled to H x H, H the lower height, as there; where that leaves two sizes, an error or worse there, to the lesser
+height and width.
 
 What differs: half inputs are computed in float32 and give float32. Only `DistillKL` has a gradient to the teacher; in
 the others the teacher is detached, which RepDistiller's training loop does itself. Nothing waits for the GPU or changes
@@ -17,8 +19,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
+from torch.nn.functional import normalize
 
+from ..autograd import at_least_float32
 from ..logits.op import distillation_kl
 from . import mdistiller
 from .shared import shared
@@ -69,6 +74,10 @@ class Attention(nn.Module):
     def at_loss(self, f_s, f_t):
         return mdistiller.single_stage_at_loss(f_s, f_t, self.p)
 
+    def at(self, f):
+        """The attention map [B, H W] of f [B, C, H, W], of norm 1."""
+        return normalize((f if self.p == 2 else f.abs()).pow(self.p).mean(1).flatten(1))
+
 
 class NSTLoss(nn.Module):
     """Neuron selectivity transfer: a list of scalars, one a pair of maps [B, C, H, W]. `kd.losses.NSTLoss`.
@@ -81,6 +90,9 @@ class NSTLoss(nn.Module):
 
     def nst_loss(self, f_s, f_t):
         return mdistiller.single_stage_nst_loss(f_s, f_t)
+
+    def poly_kernel(self, a, b):
+        return mdistiller.poly_kernel(a, b)
 
 
 class FSP(nn.Module):
@@ -98,8 +110,21 @@ class FSP(nn.Module):
             raise ValueError("num of channels not equal (error in FSP)")
 
     def forward(self, g_s, g_t):
-        flows = min(len(g_s), len(g_t)) - 1
-        return [shared(g_s[i], "FSPLoss")(list(g_s[i : i + 2]), list(g_t[i : i + 2])) for i in range(flows)]
+        pairs = zip(_consecutive(g_s), _consecutive(g_t))  # noqa: B905
+        return [shared(s[0], "FSPLoss")(s, t) for s, t in pairs]
+
+    @staticmethod
+    def compute_fsp(g):
+        """The flows of maps g: one [B, C of the next map, C of the map] a pair, products averaged over positions."""
+        return [top.flatten(2) @ bot.flatten(2).mT / bot[0, 0].numel() for bot, top in _consecutive(g)]
+
+    @staticmethod
+    def compute_loss(s, t):
+        return (s - t).square().mean()
+
+
+def _consecutive(g):
+    return [list(mdistiller.to_lower(*g[i : i + 2])) for i in range(len(g) - 1)]
 
 
 class RKDLoss(nn.Module):
@@ -116,6 +141,14 @@ class RKDLoss(nn.Module):
 
     def forward(self, f_s, f_t):
         return mdistiller.rkd_loss(f_s, f_t, distance_weight=self.w_d, angle_weight=self.w_a)
+
+    @staticmethod
+    def pdist(e, squared=False, eps=1e-12):
+        """Distances [B, B] of rows e [B, d], their squares at least eps (there those of Gram matrices); diagonal 0."""
+        e = e.to(at_least_float32(e))
+        distance = torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=eps**0.5)
+        distance = distance.square() if squared else distance
+        return distance.masked_fill(torch.eye(len(e), dtype=torch.bool, device=e.device), 0)
 
 
 class PKT(nn.Module):

@@ -4,16 +4,18 @@
     from kdkernels.compat import torchsort      # in place of: import torchsort
 
 What torchsort 0.1.10 does and this keeps: values [B, n] only; ranks from 1, ascending; the result and the gradient in
-the dtype of the input, integers giving float32; a strength that is a number or a tensor, without gradient to it; a
-negative strength of soft_rank ranks downwards; an infinite value has the rank NaN and the others count it (in
-kd.soft_rank -inf is absent and +inf spoils the row); under l2, soft_sort of a row with infinities is their sum n times.
+the dtype of the input, integers giving float32; a strength that is a number, or a tensor that broadcasts against the
+values, without gradient to it (so [n] is one a column, in soft_rank); a negative strength of soft_rank ranks downwards;
+an infinite value has the rank NaN and the others count it (in kd.soft_rank -inf is absent and +inf spoils the row);
+under l2, soft_sort of a row with infinities is their sum n times.
 
 What it does not keep is what rounding spoils there: float32 ranks are here within rounding of the exact ones at any
 strength (there 0.11 off at n = 5000), float16 rows beyond n = 361 are finite (there NaN, and no return from n = 2049),
 and so are kl gradients where exp underflows; bfloat16 is accepted. torchsort is compiled with -ffast-math, so what it
 does with NaN, and under kl with infinities in soft_sort, follows no rule: here the row is NaN, or the sum as under l2.
-Its backward joins neighbouring blocks whose solutions differ by less than 1e-9; this one does not. Strength 0 raises
-in both functions, a negative one in soft_sort.
+Its backward joins neighbouring blocks whose solutions differ by less than 1e-9; this one does not. Its soft_sort hands
+the gradients of equal values to them in any order in rows longer than 16, here in theirs. Strength 0 raises in both
+functions; a negative one, and one that differs within a row, in soft_sort.
 """
 
 from __future__ import annotations
@@ -38,12 +40,15 @@ def soft_rank(values, regularization="l2", regularization_strength=1.0):
     tensor([[8., 1., 5., 4., 3., 2., 6., 7., 9.]])
     """
     values, strength = _arguments(values, regularization, regularization_strength)
-    if isinstance(strength, torch.Tensor):
-        values, strength = values * strength.sign().reshape(-1, 1).to(values.dtype), strength.abs()
+    dtype = values.dtype
+    if isinstance(strength, torch.Tensor) and _within_rows(strength):
+        values, strength = (values / strength).to(at_least_float32(values)), 1.0
+    elif isinstance(strength, torch.Tensor):
+        values, strength = values * strength.sign().to(dtype), strength.abs()
     elif strength < 0:
         values, strength = -values, -strength
     finite, beyond = _without_infinities(values, strength, regularization == "kl")
-    rank = op.soft_rank(finite, regularization, strength).to(values.dtype)
+    rank = op.soft_rank(finite, regularization, strength).to(dtype)
     if beyond is None:
         return rank
     # inf - inf; the gradient passes all the same
@@ -58,7 +63,14 @@ def soft_sort(values, regularization="l2", regularization_strength=1.0):
     tensor([[1., 2., 3., 5., 6., 7., 8., 9.]])
     """
     values, strength = _arguments(values, regularization, regularization_strength)
-    negative = bool((strength < 0).any()) if isinstance(strength, torch.Tensor) else strength < 0
+    negative = strength < 0
+    if isinstance(strength, torch.Tensor):
+        if _within_rows(strength):
+            raise ValueError(
+                f"regularization_strength has shape {tuple(strength.shape)}: soft_sort needs one number, or one a row "
+                f"{(len(values), 1)}"
+            )
+        negative = bool(negative.any())
     if negative:
         raise ValueError(f"regularization_strength is {regularization_strength!r}: soft_sort needs a positive one")
     spoilt = ~values.detach().isfinite().all(1, keepdim=True)
@@ -79,11 +91,19 @@ def _arguments(values, regularization, strength):
     if not values.is_floating_point():
         values = values.to(torch.get_default_dtype())
     if isinstance(strength, torch.Tensor):
+        shape = tuple(strength.shape)
+        if len(shape) > 2 or any(m not in (1, n) for m, n in zip(shape[::-1], values.shape[::-1], strict=False)):
+            raise ValueError(f"regularization_strength has shape {shape}: it must broadcast to {tuple(values.shape)}")
         strength = strength.detach().to(values.device, torch.float64)
-        return values, strength if strength.numel() == 1 else strength.reshape(values.shape[0])
+        return values, strength.reshape(()) if strength.numel() == 1 else strength
     if strength == 0:
         raise ZeroDivisionError("regularization_strength is 0: give a positive number; kd.soft_rank takes 0")
     return values, float(strength)
+
+
+def _within_rows(strength) -> bool:
+    """Whether it differs between the entries of a row: [n], [1, n] or [B, n]."""
+    return strength.dim() > 0 and strength.shape[-1] > 1
 
 
 def _without_infinities(values, strength, kl: bool):
