@@ -179,7 +179,8 @@ def test_labels_follow_the_model_where_layers_are_called_in_another_order():
             return self.last(self.first(x.flatten(1)).tanh())
 
     a, b, data = Backwards(0).eval(), Backwards(1).eval(), images()
-    found = compare(a, b, data)  # `unused` is a leaf that no pass calls
+    with pytest.warns(UserWarning, match=r"of both models unused \(not called\)"):
+        found = compare(a, b, data)
     assert found.labels_a == found.labels_b == ("last", "first")
     torch.testing.assert_close(found.cka, by_hand(a, b, data, found.labels_a), rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match="does not call unused"):
@@ -240,8 +241,9 @@ def test_of_an_output_that_is_a_tuple_or_a_dict_the_first_tensor_counts():
             return self.odd(self.plain(x)), self.empty(x)
 
     net = Holder().eval()
-    found = compare(net, net, images())
-    assert found.labels_a == ("plain", "odd")  # among all leaves, those without features are left out
+    with pytest.warns(UserWarning, match=r"of model_a empty \(no features\)"):
+        found = compare(net, net, images())
+    assert found.labels_a == ("plain", "odd")
     assert found.cka[0, 1] == pytest.approx(1, abs=1e-6)
     with pytest.raises(TypeError, match="the output of model_a.empty is a str without a tensor"):
         compare(net, net, images(), "empty")

@@ -12,12 +12,12 @@ from ..autograd import at_least_float32, device_type, without_autocast
 from ..gram.call import check_bandwidths, minimum_rows
 from ..gram.kernels import spec_of
 from ..gram.op import cka
-from . import sums
+from . import masks, sums
 from .sums import Hsics
 
 
 @torch.no_grad()
-def cka_matrix(xs, ys, *, kernel="linear", unbiased=True, backend="auto") -> torch.Tensor:
+def cka_matrix(xs, ys, *, mask=None, kernel="linear", unbiased=True, backend="auto") -> torch.Tensor:
     """CKA of every layer of `xs` with every layer of `ys`: entry [l, m] is `kd.cka(xs[l], ys[m])`.
 
     A tile of a layer's Gram matrix is computed once, not once a pair, and the sums of all pairs are one matrix product
@@ -28,6 +28,7 @@ def cka_matrix(xs, ys, *, kernel="linear", unbiased=True, backend="auto") -> tor
     Args:
         xs: features of L layers, tensors [n, p_l]; float16, bfloat16, float32 or float64, each its own width and dtype.
         ys: features [n, q_m] of M layers for the same samples; `ys=xs` compares the layers of one network.
+        mask: bool [n], which rows count; the others may hold NaN. On CUDA their number is waited for.
         kernel: as in `kd.cka`: a name, an object, or a pair (for xs, for ys); a bandwidth rule sees each layer alone.
         unbiased: HSIC_1 (n >= 4; may be negative), else HSIC_0.
         backend: "auto", "torch", "cpp" or "reference" (one `kd.cka` a pair). It runs in PyTorch on any device.
@@ -48,7 +49,15 @@ def cka_matrix(xs, ys, *, kernel="linear", unbiased=True, backend="auto") -> tor
     """
     xs, ys = check_layers(xs, "xs"), check_layers(ys, "ys")
     kernels = spec_of(kernel)
-    check_together(xs, ys, unbiased)
+    check_together(xs, ys)
+    both = masks.counted([*xs, *ys], mask)
+    xs, ys = both[: len(xs)], both[len(xs) :]
+    least = minimum_rows(unbiased, True)
+    if xs[0].shape[0] < least:
+        which = "" if mask is None else " that count"
+        raise ValueError(
+            f"xs and ys have {xs[0].shape[0]} rows{which}: CKA with unbiased={unbiased} needs at least {least}"
+        )
     for x in (*xs, *ys):
         check_bandwidths(kernels, x)
     dtype = at_least_float32(*xs, *ys)
@@ -99,8 +108,8 @@ def check_layer(x, name: str):
     checks.finite(x, name)
 
 
-def check_together(xs, ys, unbiased: bool):
-    """One device, one number of rows, enough of them."""
+def check_together(xs, ys):
+    """One device, one number of rows."""
     first, n = xs[0], xs[0].shape[0]
     for name, layers in (("xs", xs), ("ys", ys)):
         for place, x in enumerate(layers):
@@ -110,6 +119,3 @@ def check_together(xs, ys, unbiased: bool):
                     f"{name}[{place}] has {x.shape[0]} rows, xs[0] has {n}: all layers must describe the same samples, "
                     "in one order"
                 )
-    least = minimum_rows(unbiased, True)
-    if n < least:
-        raise ValueError(f"xs and ys have {n} rows: CKA with unbiased={unbiased} needs at least {least}")

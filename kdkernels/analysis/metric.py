@@ -20,7 +20,7 @@ from ..accumulator import Accumulator, summed, without_rounding
 from ..autograd import at_least_float32, device_type, without_autocast
 from ..gram.call import check_bandwidths, minimum_rows
 from ..gram.kernels import spec_of
-from . import matrix, stream, sums
+from . import masks, matrix, stream, sums
 
 COUNT, WIDE = stream.SUMS, stream.SUMS + 1  # batches that counted; of them, those in float64
 
@@ -41,16 +41,17 @@ class CKAMetric(Accumulator):
         unbiased: HSIC_1 (batches of at least 4 rows), else HSIC_0 (at least 2).
         process_group: over which processes compute() adds up; None: the default group.
 
-    `update(x, y)`: features [n, p] and [n, q] of the same n samples; any float dtypes. No gradient. Every batch counts
-        once, so a small last batch adds noise (`drop_last=True`). A batch below the minimum is left out, with one
-        warning a metric: one does not lose an epoch to its last three rows.
+    `update(x, y, mask=None)`: features [n, p] and [n, q] of the same n samples; any float dtypes. No gradient. mask:
+        bool [n], which rows count (padded tokens do not). Every batch counts once, so a small last batch adds noise
+        (`drop_last=True`). A batch below the minimum is left out, with one warning a metric: one does not lose an epoch
+        to its last three rows.
     `compute(return_error=False)`: a scalar, float32, or float64 once an input was float64; with return_error=True a
         pair (value, standard error). Where torch.distributed is initialised it first adds up the state of all ranks:
         each has to call it, also one that saw nothing. 0 where a side was constant in every batch. ValueError where no
         batch counted, on every rank.
     `standard_error()`: of the value, by the delta method over batches (O(1) state), which takes batches for
         independent draws: shuffle the data. NaN for fewer than two batches.
-    `metric(x, y)`: adds a batch and returns its own CKA, NaN for one that was left out.
+    `metric(x, y, mask=None)`: adds a batch and returns its own CKA, NaN for one that was left out.
     `merge_state(other)`: adds what another metric (or its `state_dict()`) has seen. `.to(device)`, `state_dict`: the
         state is one float64 tensor `sums` [11], which half() and float() leave as it is.
 
@@ -90,9 +91,9 @@ class CKAMetric(Accumulator):
     def _zeros():
         return torch.zeros(stream.SUMS + 2, dtype=torch.float64)
 
-    def update(self, x, y) -> None:
+    def update(self, x, y, mask=None) -> None:
         """Adds one batch."""
-        self._add(x, y)
+        self._add(*self._rows(x, y, mask))
 
     def compute(self, return_error: bool = False):
         """The CKA of all batches of all processes so far; with return_error also its standard error."""
@@ -111,9 +112,9 @@ class CKAMetric(Accumulator):
         """Forgets all batches."""
         self.sums.zero_()
 
-    def forward(self, x, y) -> torch.Tensor:
+    def forward(self, x, y, mask=None) -> torch.Tensor:
         """Adds one batch and returns its own CKA."""
-        batch = self._add(x, y)
+        batch = self._add(*self._rows(x, y, mask))
         return _nan(x) if batch is None else self._result(batch, False)
 
     def merge_state(self, incoming_state) -> None:
@@ -138,8 +139,8 @@ class CKAMetric(Accumulator):
         return [(repr(k), self.unbiased) for k in self._kernels]
 
     @torch.no_grad()
-    def _add(self, x, y) -> torch.Tensor | None:
-        """Adds one batch and returns what it added, None for one that is left out."""
+    def _rows(self, x, y, mask):
+        """The rows of a batch that count."""
         matrix.check_layer(x, "x")
         matrix.check_layer(y, "y")
         checks.same_device(x, y, "x", "y")
@@ -149,6 +150,11 @@ class CKAMetric(Accumulator):
             raise ValueError(
                 f"x is on {x.device}, the metric on {self.sums.device}: move one, e.g. metric.to({str(x.device)!r})"
             )
+        return masks.counted([x, y], mask)
+
+    @torch.no_grad()
+    def _add(self, x, y) -> torch.Tensor | None:
+        """Adds one batch and returns what it added, None for one that is left out."""
         if x.shape[0] < self.minimum:
             self._left_out(x.shape[0])
             return None
@@ -214,8 +220,8 @@ def _collected():
             self._set(kernel, unbiased)
             self.add_state("sums", self._zeros(), dist_reduce_fx="sum", persistent=True)
 
-        def update(self, x, y) -> None:
-            self._add(x, y)
+        def update(self, x, y, mask=None) -> None:
+            self._add(*self._rows(x, y, mask))
 
         def compute(self, return_error: bool = False):
             try:
@@ -226,9 +232,10 @@ def _collected():
                     self.unsync()
                 raise
 
-        def forward(self, x, y):
-            if isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape[0] < self.minimum:
-                self.update(x, y)
+        def forward(self, x, y, mask=None):
+            x, y = self._rows(x, y, mask)
+            if x.shape[0] < self.minimum:
+                self._add(x, y)
                 return _nan(x)
             return Metric.forward(self, x, y)
 

@@ -8,94 +8,88 @@ layers never exist together and a later in-place operation changes nothing. Hook
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import inspect
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .. import checks
 from ..autograd import device_type, without_autocast
-from ..losses.base import as_rows
+from ..losses.base import MAPS, ROWS, TOKENS, as_rows
+from . import masks
+from .layers import chosen_layers, listed
 from .sums import Groups, Layers
 
-
-def chosen_layers(model: nn.Module, wanted, name: str) -> list[str]:
-    """Names of the modules that are named or matched, in the order of the model; without any wish all leaves."""
-    modules = dict(model.named_modules())
-    modules.pop("", None)
-    if not modules:
-        raise ValueError(f"{name} has no layers of its own: wrap it, e.g. nn.Sequential({name})")
-    if wanted is None:
-        return [layer for layer, module in modules.items() if next(module.children(), None) is None]
-    found = set()
-    for pattern in wanted:
-        matched = {pattern} if pattern in modules else set(fnmatch.filter(modules, pattern))
-        if not matched:
-            raise ValueError(f"layers: {name} has no layer {pattern!r}; it has {', '.join(modules)}")
-        found |= matched
-    return [layer for layer in modules if layer in found]
+ROWS = tuple(name for name in ROWS if name != "groups")  # of a comparison over batches
+FITTING = (
+    "for [B, T, d] pass rows='tokens', 'mean' or 'flatten', for [B, C, H, W] 'flatten' (the default), 'gap' or "
+    "'positions'; [B, d] needs none"
+)
+ONE_A_SAMPLE = "rows='flatten', 'gap' (maps) or 'mean' (tokens) gives one a sample, or name layers that fit"
+ONE_FOR_ALL = "this one has one row for all samples: leave it out"
 
 
-def patterns(layers) -> tuple[list[str] | None, list[str] | None]:
-    """One list of names or patterns for both models, or a pair of them."""
-    if layers is None or isinstance(layers, str):
-        return (_patterns(layers),) * 2
-    if not isinstance(layers, Sequence):
-        raise TypeError(
-            f"layers is a {type(layers).__name__}: give names or patterns such as 'conv*', or a pair of lists"
-        )
-    if len(layers) == 2 and not all(isinstance(entry, str) for entry in layers):
-        return _patterns(layers[0]), _patterns(layers[1])
-    return (_patterns(layers),) * 2
+class Asked(NamedTuple):
+    """What is compared of a network: names or patterns of layers, how outputs become rows, which rows count."""
 
-
-def _patterns(layers) -> list[str] | None:
-    if layers is None:
-        return None
-    layers = [layers] if isinstance(layers, str) else list(layers)
-    for entry in layers:
-        if not isinstance(entry, str):
-            raise TypeError(f"layers holds a {type(entry).__name__}: give names or patterns such as 'conv*'")
-    if not layers:
-        raise ValueError("layers is empty: name at least one layer, or leave it out for all of them")
-    return layers
+    layers: list[str] | None
+    rows: str | None
+    mask: object
 
 
 class Network:
     """A model under comparison; `features(batch)` is one forward pass."""
 
-    def __init__(self, model, name: str, wanted: list[str] | None, rows: str | None):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{name} is a {type(model).__name__}: pass an nn.Module")
-        self.model, self.name, self.rows, self.all_leaves = model, name, rows, wanted is None
-        self.wanted = chosen_layers(model, wanted, name)
+    def __init__(self, model: nn.Module, name: str, asked: Asked, other: nn.Module | None = None):
+        # other: a model for which the same list of layers stands
+        self.model, self.name, self.rows, self.mask = model, name, asked.rows, asked.mask
+        self.wanted = chosen_layers(model, asked.layers, name, other)
+        self.named = set(asked.layers or ()) & set(self.wanted)  # which must be there; others are left out as they come
         self.called: list[str] | None = None  # in the order of the model, known after the first batch
+        self.left_out: dict[str, str] = {}  # why
 
     def __len__(self) -> int:
         return len(self.wanted)
 
-    def features(self, arguments: tuple, options: dict, layers: Layers | Groups) -> Layers | Groups:
+    def features(self, arguments: tuple, options: dict, mask, layers: Layers | Groups) -> Layers | Groups:
         """`layers` filled by one forward pass, in the order of the calls: `order` sorts them."""
         self.places: dict[str, int] = {}
+        self.batch = _Batch(_samples(arguments, options), mask)
         with contextlib.ExitStack() as hooks, torch.no_grad():
             for layer in self.wanted:
                 module = self.model.get_submodule(layer)
                 hooks.callback(module.register_forward_hook(self._hook(layer, layers)).remove)
             self.model(*arguments, **options)
         called = [layer for layer in self.wanted if layer in self.places]
-        if not called or (not self.all_leaves and len(called) < len(self.wanted)):
-            missing = [layer for layer in self.wanted if layer not in self.places]
-            raise ValueError(
-                f"layers: the forward pass of {self.name} does not call {', '.join(missing)}, so there is no output to "
-                "compare: name a layer that is called"
-            )
-        if self.called is not None and called != self.called:
-            changed = ", ".join(sorted(set(called) ^ set(self.called)))
+        if self.called is None:
+            self._settle(called)
+        elif called != self.called:
+            changed = listed(layer for layer in self.called if layer not in self.places)
             raise ValueError(f"layers: {self.name} calls {changed} for some batches only: name layers it always calls")
-        self.called = called
         return layers
+
+    def _settle(self, called: list[str]):
+        """After the first batch: those that gave rows are the layers."""
+        for layer in self.wanted:
+            if layer not in self.places:
+                self.left_out.setdefault(layer, "not called")
+        missing = [layer for layer in self.left_out if layer in self.named] or (not called and self.wanted)
+        if missing:
+            raise ValueError(
+                f"layers: the forward pass of {self.name} does not call {listed(missing)}, or it has no features, so "
+                "there is no output to compare: name a layer that is called"
+            )
+        self.called = self.wanted = called
+
+    def why_left_out(self) -> str:
+        """Layers that nobody named, by the reason why they take no part."""
+        reasons = defaultdict(list)
+        for layer, why in self.left_out.items():
+            reasons[why].append(layer)
+        return ", ".join(f"{listed(layers)} ({why})" for why, layers in reasons.items())
 
     def order(self) -> list[int]:
         """Places of the layers, in the order of `called`."""
@@ -106,22 +100,71 @@ class Network:
 
         def hook(_module, _inputs, output):
             tensor = first_tensor(output)
-            if self.all_leaves and not (tensor is not None and tensor.is_floating_point() and tensor.dim() > 1):
+            why = self._unfit(tensor)
+            if why and layer not in self.named:
+                self.left_out[layer] = why
                 return
             if tensor is None:
                 raise TypeError(f"layers: {name} is a {type(output).__name__} without a tensor: name another layer")
-            checks.floating(tensor, name)
-            x, _ = as_rows(tensor.detach(), self.rows, None, name)
-            if len(layers) and x.shape[0] != layers.n:
-                raise ValueError(
-                    f"{name} gives {x.shape[0]} rows with rows={self.rows!r}, another layer {layers.n}: all layers "
-                    "need the same rows; rows='flatten', 'gap' or 'mean' give one a sample, or name layers that fit"
-                )
+            x = self._counted(tensor.detach(), name)
             with without_autocast(device_type(x)):
-                # a module that is called again stands for its last call
-                self.places[layer] = layers.put(x, self.places.get(layer))
+                # a module that is called again stands for its last call; of no rows the caller says so, later
+                self.places[layer] = layers.put(x, self.places.get(layer)) if len(x) else 0
 
         return hook
+
+    def _unfit(self, tensor) -> str | None:
+        """Why an output cannot take part, None if it can."""
+        if tensor is None or not tensor.is_floating_point() or tensor.dim() < 2:
+            return "no features"
+        if self.batch.shares(tensor):
+            return "one row for all samples"
+        if tensor.dim() == 2 and self.rows in ("tokens", "positions") and tensor.shape[0] == self.batch.samples:
+            return f"no {self.rows}"
+        return None if _fits(tensor, self.rows) or self.rows is None else f"shape that rows={self.rows!r} does not fit"
+
+    def _counted(self, output, name: str):
+        """The rows of an output that count, the same of every layer."""
+        checks.floating(output, name)
+        if not _fits(output, self.rows):
+            raise ValueError(f"{name} has shape {tuple(output.shape)} with rows={self.rows!r}: {FITTING}")
+        batch = self.batch
+        x, kept = as_rows(output, self.rows, masks.fitted(batch.mask, output), name)
+        if batch.rows not in (None, len(x)):
+            raise ValueError(
+                f"{name} gives {len(x)} rows with rows={self.rows!r}, another layer {batch.rows}: all layers need the "
+                f"same rows; {ONE_FOR_ALL if batch.shares(output) else ONE_A_SAMPLE}"
+            )
+        batch.rows = len(x)
+        if kept is None:
+            return x
+        if batch.index is None:
+            batch.index = masks.places(kept)
+        return x.index_select(0, batch.index)
+
+
+class _Batch:
+    """What the outputs of a batch share."""
+
+    def __init__(self, samples: int | None, mask):
+        self.samples, self.mask = samples, mask
+        self.rows = self.index = None  # how many before the mask; places of those that count
+
+    def shares(self, output) -> bool:
+        """Whether an output is one for all samples."""
+        return output.shape[0] == 1 and self.samples not in (None, 1)
+
+
+def _samples(arguments: tuple, options: dict) -> int | None:
+    """How many samples the model is given, as far as one can see."""
+    tensor = first_tensor((*arguments, *options.values()))
+    return None if tensor is None or not tensor.dim() else tensor.shape[0]
+
+
+def _fits(output, rows: str | None) -> bool:
+    """Whether `as_rows` takes the shape."""
+    allowed = {2: ROWS, 3: ("flatten", *TOKENS)}.get(output.dim(), ("flatten", *MAPS))
+    return output.dim() > 1 and (rows in allowed or (rows is None and output.dim() != 3))
 
 
 def first_tensor(output):
