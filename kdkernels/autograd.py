@@ -9,6 +9,8 @@ float64 stays what it is, whatever autocast says.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.autograd import forward_ad
 
@@ -147,15 +149,7 @@ def register(name: str, schema: str, function, fake):
 register("ordinary", "(Tensor x) -> Tensor", torch.clone, torch.empty_like)
 
 
-class _Nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-
-_NOTHING = _Nothing()
+_NOTHING = contextlib.nullcontext()  # one that Dynamo knows
 
 
 def at_least_float32(*tensors: torch.Tensor | None) -> torch.dtype:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ramp: when it counts a step, when it does not, and that nothing recompiles or breaks backward."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -94,9 +96,8 @@ def test_a_compiled_ramp_rises_in_one_graph():
 def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="loss is a function: Ramp wraps a loss module"):
         Ramp(lambda s, t: 0, 0, 1)
-    with pytest.raises(ValueError, match="start is 5, end is 3"):
-        Ramp(KDLoss(), 5, 3)
-    with pytest.raises(ValueError, match="start is -1"):
-        Ramp(KDLoss(), -1, 3)
+    for start, end in ((5, 3), (-1, 3), (True, 3), (0, True), ("0", 3), (None, 3), (0, float("nan")), (0, math.inf)):
+        with pytest.raises(ValueError, match=f"start is {start!r}, end is {end!r}: the steps must be numbers 0"):
+            Ramp(KDLoss(), start, end)
     with pytest.raises(ValueError, match="count is 'steps': give 'calls' or 'manual'"):
         Ramp(KDLoss(), 0, 1, count="steps")

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
+
+from ..logits.checks import is_number
 
 
 class Ramp(nn.Module):
@@ -34,8 +38,8 @@ class Ramp(nn.Module):
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss is a {type(loss).__name__}: Ramp wraps a loss module, e.g. kd.losses.RCKALoss()")
-        if not 0 <= start <= end:
-            raise ValueError(f"start is {start}, end is {end}: the steps must satisfy 0 <= start <= end")
+        if not (is_number(start) and is_number(end) and 0 <= start <= end < math.inf):
+            raise ValueError(f"start is {start!r}, end is {end!r}: the steps must be numbers 0 <= start <= end")
         if count not in ("calls", "manual"):
             raise ValueError(f"count is {count!r}: give 'calls' or 'manual'")
         self.loss, self.start, self.end, self.count = loss, start, end, count
@@ -44,8 +48,8 @@ class Ramp(nn.Module):
         self._set_weight()
 
     def forward(self, *args, return_parts: bool = False, **options):
-        # a copy: the buffer changes before backward reads what the product saved
-        weight = self.weight.clone()
+        # a copy, as the buffer changes before backward; by an operator, as a compiler would make a plain one again then
+        weight = torch.ops.kdkernels.ordinary(self.weight)
         if return_parts:
             total, parts = self.loss(*args, return_parts=True, **options)
             result = total * weight.to(total.dtype), {name: p * weight.to(p.dtype) for name, p in parts.items()}

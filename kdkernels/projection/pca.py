@@ -11,7 +11,6 @@ import torch
 
 from .. import checks
 from ..accumulator import Accumulator, summed
-from ..autograd import device_type, without_autocast
 from .checks import check_channel_dim, check_count, check_mask, mask_of_positions
 from .layout import planes
 
@@ -77,8 +76,7 @@ class StreamingPCA(Accumulator):
             n = keep.sum()
             mean = rows.sum(0) / n.clamp(min=1)
             centred = torch.where(keep[:, None], rows - mean, 0)
-        with without_autocast(device_type(rows)):
-            self._join(n, mean, centred.T @ centred)
+        self._join(n, mean, centred.T @ centred)  # float64, which autocast leaves alone
 
     def _join(self, n, mean, scatter):
         """Chan: M = M_a + M_b + d d' n_a n_b / n, d = mean_b - mean_a."""
