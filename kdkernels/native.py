@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,30 +57,7 @@ def status() -> Status:
     build = _read_build_record()
     cpu_reason = _load("cpu", build)
     cuda_reason = _load("cuda", build)
-    if not cpu_reason:
-        _register(*_FAKES)
     return Status(not cpu_reason, cpu_reason, not cuda_reason, cuda_reason, build)
-
-
-_FAKES: list[tuple[str, Callable]] = []  # a family is imported before the library is loaded that has its operators
-
-
-def fake(operator: str):
-    """Says what shapes an operator of the CPU library returns: to PyTorch as soon as that is loaded."""
-
-    def said(function):
-        _FAKES.append((operator, function))
-        if status.cache_info().currsize and status().cpu:
-            _register((operator, function))
-        return function
-
-    return said
-
-
-def _register(*fakes):
-    for operator, function in fakes:
-        if _implements("cpu", operator):
-            torch.library.register_fake(f"kdkernels::{operator}")(function)
 
 
 def _read_build_record() -> dict[str, Any]:

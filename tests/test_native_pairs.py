@@ -196,8 +196,8 @@ def test_the_operators_refuse_what_they_would_misread():
             run.pair_gradient(*arguments)
 
 
-def test_the_fakes_tell_the_truth():
-    x, y, tests = torch.randn(2, 6, 15), torch.randn(2, 6, 18), ("test_schema", "test_faketensor")
+def test_the_schemas_tell_the_truth():
+    x, y, tests = torch.randn(2, 6, 15), torch.randn(2, 6, 18), "test_schema"
     run, linear = torch.ops.kdkernels, (0, 1.0, None)
     for need in (0, 1, 3):
         arguments = (x, y, None, *linear, *linear, True, True, True, need, 4)

@@ -12,7 +12,6 @@ import functools
 
 import torch
 
-from .. import native
 from . import torch_impl
 from .call import Call, Problem, Question, Rows, Steps, working_dtype
 from .kernels import KernelSpec
@@ -136,36 +135,3 @@ def weights(call: Call, pairs: Pairs, sums: Sums):
 
 
 STEPS = Steps(centre, moments, weights)
-
-
-@native.fake("panel_moments")
-def panel_moments(k, l, diagonal, symmetric):
-    r, c = k.shape
-    rows = k.new_empty((5, r), dtype=torch.float64)
-    return rows, k.new_empty((5, c if symmetric else 0), dtype=torch.float64)
-
-
-@native.fake("centre_rows")
-def centre_rows(x, mask, centre, rescale):
-    (G, n, p), one = x.shape, x.new_empty(x.shape[0])
-    shift = x.new_empty(G, 1, p if centre else 0)
-    return x.new_empty(G, n, p), x.new_empty(G, n), one, shift, one.double(), torch.empty_like(one)
-
-
-@native.fake("weigh_rows")
-def weigh_rows(sums, count, unit_x, unit_y, u_x, u_y, like, *how):
-    (_, G, n), need = sums.shape, how[3]
-    return like.new_empty(G), like.new_empty((G, 12, n) if need else 0)
-
-
-@native.fake("pair_statistic")
-def pair_statistic(x, y, mask, *how):
-    need, (G, n, _) = how[-2], x.shape
-    sides = bool(need & 0b101) + bool(need & 0b1010)
-    rows, kept = ((G, 2, 3), (sides, G, n, n)) if need else ((0,), (0,))
-    return x.new_empty(G), x.new_empty(rows), x.new_empty(kept)
-
-
-@native.fake("pair_gradient")
-def pair_gradient(grad, x, mask, scales, V, centre):
-    return x.new_empty(x.shape)

@@ -13,7 +13,6 @@ import math
 
 import torch
 
-from .. import native
 from ..autograd import apply, device_type, in_forward_mode, in_transform, ordinary
 from ..backend import runs_compiled
 
@@ -30,14 +29,14 @@ for _name, _schema in NATIVE.items():
     torch.library.define(f"kdkernels::{_name}", _schema)
 
 
-@native.fake("score_rows")
+@torch.library.register_fake("kdkernels::score_rows")
 def _score_rows(x, y, tau):
     R = x.shape[:1]
     z, wide = (x.new_empty(x.shape) for _ in range(2)), (x.new_empty(R, dtype=torch.float64) for _ in range(2))
     return *z, *wide, x.new_empty(R), x.new_empty(R)
 
 
-@native.fake("score_rows_backward")
+@torch.library.register_fake("kdkernels::score_rows_backward")
 def _score_rows_backward(grad, grad_pearson, z_x, z_y, scale, count):
     return z_x.new_empty(z_x.shape)
 
