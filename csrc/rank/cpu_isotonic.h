@@ -141,17 +141,18 @@ KDK_INLINE double sum_lanes(int64_t n, Term term) {
 // sqrt(12) std / n of the values of a row that are present; 1 for a constant row and for none (strength.py)
 template <class Ends>
 double spread(const double* s, int64_t entries, Ends ends) {
-  constexpr double kSmallest = 0x1p-100;
-  if (entries == 0) return 1;
-  const double count = ends.end(entries - 1), top = s[0];
+  if (entries == 0 || s[0] == s[entries - 1]) return 1;
+  const double count = ends.end(entries - 1), top = s[0], range = top - s[entries - 1];
+  // a power of two: squares neither overflow nor vanish
+  const double unit = std::exp2(range > 0x1p-400 && range < 0x1p400 ? 0 : std::min(-std::ilogb(range), 1022));
   auto weight = [&](int64_t e) { return static_cast<double>(ends.end(e) - (e ? ends.end(e - 1) : 0)); };
-  const double mean = sum_lanes(entries, [&](int64_t e) { return weight(e) * (s[e] - top); }) / count;
+  const double mean = sum_lanes(entries, [&](int64_t e) { return weight(e) * ((s[e] - top) * unit); }) / count;
   const double square = sum_lanes(entries, [&](int64_t e) {
-    const double d = (s[e] - top) - mean;
+    const double d = (s[e] - top) * unit - mean;
     return weight(e) * (d * d);
   });
-  const double found = std::sqrt(12 * (square / count)) / count;
-  return found < kSmallest ? 1 : found;
+  const double found = std::sqrt(12 * (square / count)) / count / unit;
+  return std::max(found, std::numeric_limits<double>::min());  // 1 / eps stays finite
 }
 
 }  // namespace kdkernels

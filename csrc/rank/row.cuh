@@ -6,7 +6,7 @@
 
 namespace kdkernels {
 
-constexpr double kSmallestSpread = 0x1p-100;  // below it a row counts as constant, as in strength.py
+constexpr double kSmallestSpread = 0x1p-1022;  // 1 / eps stays finite, as in strength.py
 
 // x [R, n], rows `stride` apart; p null: there is none
 struct Rows {
@@ -129,7 +129,7 @@ __device__ double spread_of(const Group<T>& group, int m, Each each) {
     squares += d * d;
   });
   const double found = range * sqrt(12.0 * group.sum(squares) / m) / m;
-  return found < kSmallestSpread ? 1.0 : found;
+  return found < kSmallestSpread ? kSmallestSpread : found;
 }
 
 // of this thread: `count` elements are there; each(visit) visits its keys, those of absent elements among them

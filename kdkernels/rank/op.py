@@ -189,7 +189,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     chosen = backends.resolve("pearson", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
         valid, dtype = (x != -torch.inf) & (y != -torch.inf), at_least_float32(x, y)
-        return reference.correlation(x.to(dtype), y.to(dtype), valid)
+        return reference.correlation(x, y, valid).to(dtype)
     return correlation.pearson(x, y)
 
 

@@ -176,10 +176,13 @@ def _stacked(rows, x):
 
 
 def correlation(r, t, valid):
-    """<r - m_r, t - m_t> / (|r - m_r| |t - m_t|) of each row over its valid entries; 0 where a side is constant."""
+    """<r - m_r, t - m_t> / (|r - m_r| |t - m_t|) of each row over its valid entries; 0 where a side is constant.
+
+    In float64, whatever the dtypes are: squares of float32 entries have left its range at 1e20.
+    """
     rows = []
     for a, b, keep in zip(
-        *(v.reshape(r.shape[:-1].numel(), -1 if r.numel() else 0) for v in (r, t, valid)), strict=True
+        *(v.reshape(r.shape[:-1].numel(), -1 if r.numel() else 0) for v in (r.double(), t.double(), valid)), strict=True
     ):
         a, b = a[keep], b[keep]
         constant = len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all())

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..testing import REGIMES, Caps, Case, pair
+from ..testing import REGIMES, SCALES, Caps, Case, pair
 from . import op as ops
 from .strength import of_rows, parse
 
@@ -101,6 +101,10 @@ def _rows(op, backend, quick, generator):
         for regularization in REGULARIZATIONS:
             for strength in ("one", "auto", "hard"):
                 yield _row_case(op, x, regularization, strength, label, {}, dtypes=(SINGLE, *HALF))
+    for factor in SCALES if op == "soft_rank" else ():
+        for regularization in REGULARIZATIONS:
+            x = factor * _x("peaky", (2, 13), generator)
+            yield _row_case(op, x, regularization, "auto", f"scale {factor:g}", {}, dtypes=(SINGLE, DOUBLE))
     for dim in (0, 1):
         x = _x("peaky", (2, 9, 5), generator)
         yield _row_case(op, x, "l2", "one", f"dim {dim}", {"dim": dim})
@@ -202,6 +206,7 @@ def _spearman(op, backend, quick, generator):
         y = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         for sides in ((x, y), (y, x), (x, x)):
             yield _pair_case(op, *sides, "l2", "auto", label, {}, dtypes=(SINGLE, *HALF))
+    yield from _scaled(op, "l2", "auto", generator)
     for regularization, strength, hard in (("l2", "auto", False), ("kl", "rows", False), ("l2", "one", True)):
         x, y = _two("peaky", (4, 33), generator)
         yield _pair_case(op, x, y, regularization, strength, "probe", {"hard_target": hard}, probe=True)
@@ -222,9 +227,17 @@ def _linear(op, backend, quick, generator):
         y = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         for sides in ((x, y), (y, x), (x, x)):
             yield _pair_case(op, *sides, None, None, label, {}, dtypes=(SINGLE, *HALF))
+    yield from _scaled(op, None, None, generator)
     for count in range(2):
         x, y = _two("peaky", (4, 33 - count), generator)
         yield _pair_case(op, x, y, None, None, "probe", {}, probe=True)
+
+
+def _scaled(op, regularization, strength, generator):
+    for factor in SCALES:
+        x, y = _two("peaky", (2, 13), generator)
+        label, dtypes = f"scale {factor:g}", (SINGLE, DOUBLE, (DOUBLE, SINGLE))
+        yield _pair_case(op, factor * x, factor * y, regularization, strength, label, {}, dtypes=dtypes)
 
 
 def _two(regime, shape, generator):

@@ -14,8 +14,7 @@ import torch
 
 from ..checks import may_read
 
-# a row whose spread is below this counts as constant: its spread is 1, so that the gradient 1 / eps stays finite
-SMALLEST_SPREAD = 2.0**-100
+SMALLEST = torch.finfo(torch.float64).tiny  # of a spread: 1 / eps stays finite
 
 
 class Strength(NamedTuple):
@@ -63,17 +62,20 @@ def _checked(value, x, name, relative):
 def spread(x, valid) -> torch.Tensor:
     """sqrt(12) std / n_valid of each row of x [..., n] over its valid elements, float64 [...]; 1 for a constant row.
 
-    The row is centred at its maximum first: a constant row then has a spread of exactly 0 in any dtype.
+    The row is centred at its maximum and divided by its range first: a constant row is then exactly 0 in any dtype,
+    and no square leaves float64.
     """
     x, count = x.detach().double(), valid.sum(-1)
     if x.shape[-1] == 0:
         return x.new_ones(x.shape[:-1])
     top = x.masked_fill(~valid, -math.inf).amax(-1, keepdim=True)
     d = (x - top).masked_fill(~valid, 0.0)
+    reach = -d.amin(-1)
+    d = d / reach.masked_fill(reach == 0, 1.0)[..., None]
     some = count.clamp(min=1)
     d = (d - (d.sum(-1) / some)[..., None]).masked_fill(~valid, 0.0)
-    found = (12 * d.square().sum(-1) / some).sqrt() / some
-    return torch.where(found < SMALLEST_SPREAD, 1.0, found)
+    found = reach * (12 * d.square().sum(-1) / some).sqrt() / some
+    return torch.where(reach == 0, 1.0, found.clamp(min=SMALLEST))
 
 
 def of_rows(x, valid, poisoned, strength: Strength, spreads=None) -> torch.Tensor:

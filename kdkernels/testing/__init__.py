@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from .. import backend as backends
 from ..registry import OPS
 from . import transforms
-from .case import REGIMES, Caps, Case, generator_beside, pair, sample, seeded
+from .case import REGIMES, SCALES, Caps, Case, generator_beside, pair, sample, seeded
 from .checks import CUDA_ONLY, STRUCTURAL, accuracy, poison
 from .probe import Result, probe_of
 from .products import product_caps, small_blocks
@@ -26,6 +26,7 @@ __all__ = [
     "Case",
     "REGIMES",
     "Result",
+    "SCALES",
     "checks_for",
     "contract",
     "generator_beside",

@@ -12,6 +12,7 @@ import torch
 
 SEED = 5
 REGIMES = ("bland", "peaky", "edge", "offset3", "offset30", "near")
+SCALES = (1e-30, 1e-20, 1e20, 1e30)  # finite in float32, while squares are not
 
 
 class Caps(NamedTuple):

@@ -12,15 +12,21 @@ import rows
 LATTICES = {"ties", "evenly", "constant", "zeros", "denormal", "convex", "clusters"}
 # of the oracle's own arithmetic and a float64 kernel's, relative to the terms that enter
 FLOAT64 = 1e-11
+KINDS = {"float16": np.float16, "bfloat16": np.float32, "float32": np.float32, "float64": np.float64}
+LARGEST_BFLOAT16 = (2 - 2.0**-7) * 2.0**127
 
 
 def ulp(value, dtype):
     """The spacing of the dtype at |value|, at the largest number beyond it."""
-    if dtype == "bfloat16":
-        return np.maximum(np.spacing(np.abs(value).astype(np.float32)).astype(np.float64) * 2.0**16, 2.0**-133)
-    kind = {"float16": np.float16, "float32": np.float32, "float64": np.float64}[dtype]
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.spacing(np.minimum(np.abs(value), np.finfo(kind).max).astype(kind)).astype(np.float64)
+    kind, size = KINDS[dtype], np.abs(finite(value, dtype))
+    spacing = np.spacing(size.astype(kind)).astype(np.float64)
+    return np.maximum(spacing * 2.0**16, 2.0**-133) if dtype == "bfloat16" else spacing
+
+
+def finite(value, dtype):
+    """Infinity, and what would become it, as the largest number of the dtype: a gradient may end there."""
+    most = LARGEST_BFLOAT16 if dtype == "bfloat16" else float(np.finfo(KINDS[dtype]).max)
+    return np.clip(value, -most, most)
 
 
 def near(found, expected, allowed, what, names):
@@ -28,7 +34,6 @@ def near(found, expected, allowed, what, names):
     missing = np.isnan(expected)
     allowed = np.broadcast_to(allowed, expected.shape)
     with np.errstate(invalid="ignore"):
-        # an infinite gradient of the right sign is right where the dtype ends
         wrong = np.where(missing, ~np.isnan(found), ~((np.abs(found - expected) <= allowed) | (found == expected)))
     if wrong.any():
         at = tuple(np.argwhere(wrong)[0])
@@ -101,7 +106,7 @@ def compare_rank(
         4 * (np.abs(rank) if kl else 1) * np.abs(grad).max(1, initial=0)[:, None] / np.where(eps > 0, eps, 1)[:, None]
     )
     slack = (2e-7 if work == "float32" else FLOAT64) * terms
-    near(found, expected, slack + ulp(expected, dtype), f"backward, {what}", names)
+    near(finite(found, dtype), finite(expected, dtype), slack + ulp(expected, dtype), f"backward, {what}", names)
 
 
 def compare_sort(kernels, n, dtype, strength, relative=False, kl=False, factor=None, seed=0, names=None, twice=False):
@@ -166,7 +171,8 @@ def compare_spearman(
         for found, expected, length, eps in sides:
             # d rho/dr is at most 1 / length; the Jacobian brings 1 / eps, and with kl a rank of up to n
             terms = (n if kl else 1) / (length * eps) if eps > 0 else 0
-            near(found[r][None], expected[None], (1e-9 if tight else 1e-6) * terms, f"gradient, {what}", [name])
+            found, expected = (finite(g, "float64" if tight else "float32") for g in (found[r], expected))
+            near(found[None], expected[None], (1e-9 if tight else 1e-6) * terms, f"gradient, {what}", [name])
 
 
 class Textbook:

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 Wide = np.longdouble
-SMALLEST_SPREAD = 2.0**-100
+SMALLEST_SPREAD = 2.0**-1022
 
 
 def pool_l2(s, eps, w):
@@ -59,7 +59,7 @@ def strength_of(row, factor, strength, relative):
             d = x - x.max()
             d = (d - d.mean()).astype(Wide)
             found = float(np.sqrt(12 * (d * d).mean()) / len(x))
-            spread = found if found >= SMALLEST_SPREAD else 1.0
+            spread = max(found, SMALLEST_SPREAD) if d.any() else 1.0
         eps *= spread
     return eps
 
