@@ -31,6 +31,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `make demo` once, which installs what is needed, or: pip install -e '.[demo]'")
 
 import kdkernels as kd
+from kdkernels.analysis.command import check_writable
 
 WEIGHTS = Path(__file__).with_name("weights.json")
 BATCH = 63  # ten batches of the 630 test images
@@ -83,21 +84,20 @@ def draw(path: Path, found: dict[str, kd.Comparison], tests: dict[str, float]):
     from matplotlib.figure import Figure
 
     columns, start, labels = len(found), found["as it starts"], found["labels alone"]
+    limits = min(0.0, *(float(one.cka.min()) for one in found.values())), 1.0
     figure = Figure(figsize=(3.4 * columns + 1, 7.4), layout="constrained")
     panels = figure.subplots(2, columns, squeeze=False)
     for place, (what, one) in enumerate(found.items()):
         title = f"{what}\ntest accuracy {tests[what]:.1f} %"
-        image = one.draw(panels[0][place], title=title, names=("teacher", "student"))
+        image = one.draw(panels[0][place], title=title, names=("teacher", "student"), limits=limits)
         if one is start:
             panels[1][place].set_axis_off()
             continue
         against, what = (start, "the start") if one is labels else (labels, "labels alone")
-        moved = dataclasses.replace(one, cka=one.cka - against.cka)
-        change = moved.draw(panels[1][place], title=f"change against {what}", names=("teacher", "student"))
-        change.set(cmap="RdBu_r", clim=(-0.3, 0.3))
+        how = {"title": f"change against {what}", "names": ("teacher", "student"), "limits": (-0.3, 0.3)}
+        change = (one - against).draw(panels[1][place], **how)
     figure.colorbar(image, ax=panels[0].tolist(), label="CKA")
     figure.colorbar(change, ax=panels[1].tolist(), label="change of CKA")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
@@ -115,6 +115,10 @@ def table(found: dict[str, kd.Comparison], tests: dict[str, float]) -> str:
 
 def main(arguments=None) -> int:
     options, began = parse(arguments), time.perf_counter()
+    try:
+        check_writable(options.out.parent, [options.out.name], "--out")
+    except OSError as error:
+        sys.exit(f"error: {error}")
     matplotlib.use("Agg")
     torch.set_num_threads(1)  # the nets are small: a second thread only waits
     data, setup = load("digits"), SETUPS["digits", "A"]

@@ -28,6 +28,8 @@ try:
     from distill_report import CAVEAT, against_control, legend, make_row, save_plot, save_records, table
     from distill_train import accuracy, time_method, train_teacher
     from tqdm import tqdm
+
+    from kdkernels.analysis.command import check_writable, device_of
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run `make demo`, which installs what is needed, or: pip install -e '.[demo]'")
 
@@ -90,11 +92,9 @@ def finish(parser, options):
     # a dry run must not replace the committed record
     options.record = options.weights or (options.out.with_suffix(".weights.json") if options.dry_run else WEIGHTS)
     try:
-        options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        parser.error(f"--device {options.device}: {error}")
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no CUDA device; python -m kdkernels info says more")
+        options.device = device_of(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     options.processes = 1 if options.device.type != "cpu" or options.dry_run else options.threads
 
 
@@ -104,9 +104,12 @@ def main(arguments=None) -> int:
     # one thread a run: results then do not depend on --threads
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
+    written = options.record if options.tune else options.out
     try:
+        check_writable(written.parent, [written.with_suffix(end).name for end in (written.suffix, ".json", ".csv")],
+                       "--weights" if options.tune else "--out")  # fmt: skip
         data = load(options.data, options.root)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if options.dry_run:
         data = data.first(256)
@@ -180,7 +183,6 @@ def report(options, data, teacher, setup, runs):
     print(f"The teacher reaches {teacher_test:.1f} %.\n{against_control(rows)}\n\n{CAVEAT}\n")
     if options.dry_run:
         print("This was a dry run: one epoch on 256 images, so the figures mean nothing.\n")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "data": options.data, "setup": options.setup, "seeds": options.seeds, "seed": options.seed,
         "epochs": options.epochs, "device": str(options.device), "torch": torch.__version__,
@@ -220,8 +222,9 @@ def record_weights(options, runs):
             "command": f"python examples/distill.py --tune --data {options.data} --setup {options.setup}",
         }
     record[options.data][options.setup] = {name: entries[name] for name in METHODS if name in entries}
-    options.record.parent.mkdir(parents=True, exist_ok=True)
-    options.record.write_text(json.dumps(record, indent=1) + "\n")
+    whole = options.record.with_name(options.record.name + ".new")
+    whole.write_text(json.dumps(record, indent=1) + "\n")
+    whole.replace(options.record)  # what is there stays until all is written
     print(f"Saved {options.record}.")
 
 

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CKA between the layers of two networks: its value and error, layers, rows, batches, bad input, files, command."""
+"""CKA between the layers of two networks: its value and error, layers, rows, batches, bad input."""
 
-import csv
-import sys
-import warnings
 import weakref
 from collections import namedtuple
 
@@ -12,7 +9,6 @@ import torch
 from torch import nn
 
 import kdkernels as kd
-from kdkernels import __main__ as command
 
 MEMBERS = ("conv1", "act", "conv2", "norm", "fc")
 
@@ -319,70 +315,3 @@ def test_a_nan_stays_in_its_layer(nets):
     found = compare(*nets, images(), ["conv1", "fc"])
     assert found.cka[:, 1].isnan().all() and torch.equal(found.cka[:, 0], expected.cka[:, 0])
     assert "CKA nan" not in repr(found) and found.nearest().count("conv1") == 3
-
-
-def test_the_files_hold_the_matrix(nets, tmp_path):
-    pytest.importorskip("matplotlib")
-    found = compare(*nets, images())
-    assert repr(found).startswith("Comparison(5 x 5 layers, 96 rows in 6 batches, kernel='linear', unbiased=True: CKA ")
-    with found.to_csv(tmp_path / "cka.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 25
-    for line in lines:
-        place = MEMBERS.index(line["layer_a"]), MEMBERS.index(line["layer_b"])
-        assert float(line["cka"]) == found.cka[place] and float(line["standard_error"]) == found.standard_error[place]
-    png, svg = found.plot(tmp_path / "map", title="two nets")
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5_000
-    assert "<svg" in svg.read_text()[:500] and (png.name, svg.name) == ("map.png", "map.svg")
-    (only,) = found.plot(tmp_path / "one.svg")
-    assert only.stat().st_size > 1000 and not (tmp_path / "one.png").exists()
-    nearest = found.nearest().splitlines()
-    assert len(nearest) == 5 and nearest[4].startswith("fc")
-
-
-MODULE = """
-import torch
-from torch import nn
-
-def teacher():
-    return nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 5))
-
-student = teacher()
-
-def loader():
-    return torch.randn(5, 20, 12)
-"""
-
-
-@pytest.fixture
-def nets_module(tmp_path, monkeypatch):
-    (tmp_path / "nets.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-
-
-def test_the_command_compares_two_importable_models_into_a_folder(nets_module, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "new" / "out"
-    arguments = ["compare", "nets:teacher", "nets:student", "nets:loader", "--out", str(out), "--layers", "[02]"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the command puts the models into evaluation mode
-        assert command.main(arguments) == 0
-    done = capsys.readouterr()
-    assert "2 x 2 layers, 100 rows in 5 batches" in done.out and "comparing" in done.err
-    assert {path.name for path in out.iterdir()} == {"cka.csv", "cka.png", "cka.svg"}
-
-
-@pytest.mark.parametrize(
-    ("first", "more", "message"),
-    [
-        ("nets", [], "'nets' is no import path: give module:name"),
-        ("nets:techer", [], "nets has no techer; it has torch, nn, teacher, student, loader"),
-        ("nets:loader", [], "nets:loader is a Tensor: name an nn.Module"),
-        ("no_such_module:x", [], "No module named 'no_such_module'"),
-        ("nets:teacher", ["--layers", "7"], "model_a has no layer '7'; it has 0, 1, 2"),
-    ],
-)
-def test_the_command_names_what_is_wrong(first, more, message, nets_module, capsys):
-    assert command.main(["compare", first, "nets:student", "nets:loader", "--quiet", *more]) == 2
-    assert message in capsys.readouterr().err

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
-LABELS = 60  # layers up to which each has its name at the axis
+from . import picture
+
+FACTS = {"rows": int, "batches": int, "kernel": str, "unbiased": lambda text: text == "True", "quantity": str}
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +21,9 @@ class Comparison:
 
     cka [La, Lb] and standard_error [La, Lb] (NaN for one batch): float64, on the CPU. labels_a, labels_b: names of the
     layers. rows: how many rows were compared, in how many batches.
+
+    `a - b` of two comparisons of the same layers: the difference, whose error takes the two for independent; on the
+    same batches it is smaller than that. `Comparison.load(path)` reads what `to_csv(path)` wrote.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh()).eval()
     >>> kd.compare_models(model, model, torch.randn(10, 32, 8), "0", progress=False)
@@ -32,15 +38,16 @@ class Comparison:
     batches: int
     kernel: str
     unbiased: bool
+    quantity: str = "CKA"
 
     def __repr__(self) -> str:
         shape = f"{len(self.labels_a)} x {len(self.labels_b)} layers, {self.rows:,} rows in {self.batches:,} batches"
         how = f"kernel={self.kernel}, unbiased={self.unbiased}"
         known = self.cka[~self.cka.isnan()]
         if not len(known):
-            return f"Comparison({shape}, {how}: CKA nan)"
+            return f"Comparison({shape}, {how}: {self.quantity} nan)"
         error = self.standard_error[~self.cka.isnan()].max()
-        return f"Comparison({shape}, {how}: CKA {known.min():.3f} to {known.max():.3f} +- {error:.3f})"
+        return f"Comparison({shape}, {how}: {self.quantity} {known.min():.3f} to {known.max():.3f} +- {error:.3f})"
 
     def nearest(self) -> str:
         """One line a layer of the first network: the layer of the second that is most like it."""
@@ -51,46 +58,69 @@ class Comparison:
             lines.append(f"{name:{width}}  {row[best]:6.3f} +- {errors[best]:.3f}  {self.labels_b[best]}")
         return "\n".join(lines)
 
+    def table(self) -> str:
+        """The matrix, a line a layer of the first network; common beginnings of names are left out."""
+        rows, columns = picture.shortened(self.labels_a)[1], picture.shortened(self.labels_b)[1]
+        first, width = max(map(len, rows)), max(5, *map(len, columns))
+        lines = [" " * first + "".join(f"  {name:>{width}}" for name in columns)]
+        for name, line in zip(rows, self.cka.tolist(), strict=True):
+            lines.append(f"{name:{first}}" + "".join(f"  {picture.two_digits(value):>{width}}" for value in line))
+        return "\n".join(lines)
+
+    def __sub__(self, other) -> Comparison:
+        if not isinstance(other, Comparison):
+            return NotImplemented
+        for name in ("labels_a", "labels_b", "kernel", "unbiased", "quantity"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"a - b: {name} is {mine!r} in a and {theirs!r} in b: compare the same layers in the same way "
+                    "(dataclasses.replace renames labels)"
+                )
+        error = (self.standard_error.square() + other.standard_error.square()).sqrt()
+        least = {name: min(getattr(self, name), getattr(other, name)) for name in ("rows", "batches")}
+        return replace(self, cka=self.cka - other.cka, standard_error=error, quantity="CKA difference", **least)
+
     def to_csv(self, path) -> Path:
-        """One line a pair of layers: layer_a, layer_b, cka, standard_error."""
+        """One line a pair of layers: layer_a, layer_b, cka, standard_error, and how they were found."""
         path = Path(path)
+        facts = [getattr(self, name) for name in FACTS]
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["layer_a", "layer_b", "cka", "standard_error"])
+            writer.writerow(["layer_a", "layer_b", "cka", "standard_error", *FACTS])
             for name, row, errors in zip(self.labels_a, self.cka.tolist(), self.standard_error.tolist(), strict=True):
                 for other, value, error in zip(self.labels_b, row, errors, strict=True):
-                    writer.writerow([name, other, repr(value), repr(error)])
+                    writer.writerow([name, other, repr(value), repr(error), *facts])
         return path
 
-    def plot(self, path, *, title: str | None = None, names=("model_a", "model_b")) -> list[Path]:
-        """A heat map: to `path` if it ends in .png, .svg or .pdf, else to path.png and path.svg. Needs matplotlib."""
-        figure_of = _matplotlib()
-        path = Path(path)
-        paths = [path] if path.suffix else [path.with_name(path.name + end) for end in (".png", ".svg")]
-        size = [min(14.0, 2.5 + 0.22 * len(labels)) for labels in (self.labels_b, self.labels_a)]
-        figure = figure_of(figsize=(size[0] + 1.2, size[1] + 0.6), layout="constrained")
-        axes = figure.add_subplot()
-        figure.colorbar(self.draw(axes, title=title, names=names), ax=axes, label="CKA")
-        for one in paths:
-            figure.savefig(one, dpi=150)
-        return paths
+    @classmethod
+    def load(cls, path) -> Comparison:
+        """What `to_csv` wrote; ValueError if `path` is anything else."""
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            try:
+                return cls._of(list(csv.DictReader(file)))
+            except (csv.Error, KeyError, TypeError, ValueError, IndexError) as error:
+                raise ValueError(f"{path} is no table that Comparison.to_csv wrote: {error!r}") from None
 
-    def draw(self, axes, *, title: str | None = None, names=("model_a", "model_b")):
+    @classmethod
+    def _of(cls, lines: list[dict]) -> Comparison:
+        pairs = [(line["layer_a"], line["layer_b"]) for line in lines]
+        labels = [tuple(dict.fromkeys(side)) for side in zip(*pairs, strict=True)]
+        if pairs != list(product(*labels)):
+            raise ValueError("lines are missing, or in another order")
+        values = [[float(line[name]) for name in ("cka", "standard_error")] for line in lines]
+        cka, error = torch.tensor(values, dtype=torch.float64).view(*map(len, labels), 2).unbind(-1)
+        facts = {name: read(lines[0][name]) for name, read in FACTS.items()}
+        return cls(cka.contiguous(), error.contiguous(), *labels, **facts)
+
+    def plot(self, path, *, title: str | None = None, names=("model_a", "model_b"), limits=None) -> list[Path]:
+        """A heat map: to `path` if it ends in .png, .svg or .pdf, else to path.png and path.svg. Needs matplotlib.
+
+        limits: (lowest, highest) of the colours; None: the range of the values with zero, which is white. Up to 12 x 12
+        layers the values stand in the cells, NaN is grey. Equal comparisons give equal files.
+        """
+        return picture.save(self, path, title=title, names=names, limits=limits)
+
+    def draw(self, axes, *, title: str | None = None, names=("model_a", "model_b"), limits=None):
         """The heat map in a matplotlib Axes, first layers at the lower left; returns the image, for a colour bar."""
-        image = axes.imshow(self.cka.numpy(), origin="lower", vmin=0, vmax=1, cmap="magma", aspect="auto")
-        sides = ((axes.xaxis, self.labels_b, names[1]), (axes.yaxis, self.labels_a, names[0]))
-        for axis, labels, name in sides:
-            step = -(-len(labels) // LABELS)
-            axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=7)
-            axis.set_label_text(name)
-        axes.tick_params(axis="x", labelrotation=90)
-        axes.set_title(title or f"{'unbiased' if self.unbiased else 'biased'} CKA, {self.rows:,} rows", fontsize=9)
-        return image
-
-
-def _matplotlib():
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no global state, no display
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("plot needs matplotlib: pip install matplotlib; to_csv does without") from None
-    return Figure
+        return picture.draw(self, axes, title=title, names=names, limits=limits)
