@@ -17,6 +17,8 @@ try:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] not in ("accelerate", "torch", "transformers"):
+        raise  # one that these import in turn: the traceback says which
     sys.exit(f"{error}: pip install -e '.[integrations]' installs what is needed")
 
 import kdkernels as kd

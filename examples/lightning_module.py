@@ -20,6 +20,8 @@ try:
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] not in ("lightning", "sklearn", "torch"):
+        raise  # one that these import in turn: the traceback says which
     sys.exit(f"{error}: pip install -e '.[demo,integrations]' installs what is needed")
 
 import kdkernels as kd

@@ -55,11 +55,15 @@ def obstacle(backend: str, device: str, dtypes=(), op: str | None = None) -> str
     return native.lack("cuda", OPS[op].operators("cuda") if op else ())
 
 
+def check_name(requested) -> str:
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {requested!r}: give one of {('auto', *BACKENDS)}")
+    return requested
+
+
 def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -> tuple[str, str]:
     backends = OPS[op].backends
-    if requested != "auto":
-        if requested not in BACKENDS:
-            raise ValueError(f"backend is {requested!r}: give one of {('auto', *BACKENDS)}")
+    if check_name(requested) != "auto":
         if requested not in backends:
             raise ValueError(f"backend is {requested!r}: {op} has {('auto', *backends)}")
         why = obstacle(requested, device, dtypes, op)

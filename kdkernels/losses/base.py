@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import checks, distributed
 from ..autograd import at_least_float32, ordinary
+from ..backend import check_name
 from .means import has_samples, mean_of_groups, nothing_of
 from .weights import level_weights, weight_tensor, weight_text
 
@@ -44,6 +45,14 @@ class Loss(nn.Module):
         if self.weight.dim() != 0:
             raise ValueError(f"weight is {weight!r}: give one number")
         self._token = next(Loss._instances)
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @backend.setter
+    def backend(self, name):
+        self._backend = check_name(name)
 
     @property
     def group(self):

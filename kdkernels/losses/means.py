@@ -31,8 +31,11 @@ def mean_of_rows(values, mask, normalizer, reduction: str = "mean", group=None):
     if group is not None:
         total = group.sum(total)
     if normalizer is not None:
-        tensor = isinstance(normalizer, torch.Tensor)
-        return total / (normalizer.reshape(()).to(total.dtype) if tensor else normalizer)
+        if isinstance(normalizer, torch.Tensor):
+            normalizer = normalizer.reshape(()).to(total.dtype)
+            # nothing counted by nobody is 0, not 0 / 0
+            normalizer = torch.where(normalizer == 0, torch.finfo(total.dtype).tiny, normalizer)
+        return total / normalizer
     if reduction == "sum":
         return total
     if mask is None:

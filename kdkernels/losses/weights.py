@@ -11,13 +11,15 @@ import torch
 def weight_tensor(weight, name: str) -> torch.Tensor:
     """A weight, or a list of weights, as the buffer that holds it."""
     try:
+        if isinstance(weight, (bool, str)):
+            raise TypeError
         value = torch.as_tensor(weight, dtype=torch.float32).detach().clone()
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {weight!r}: give a number") from None
     if value.dim() > 1 or value.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number, or one number a level")
-    if not all(math.isfinite(w) for w in value.flatten().tolist()):
-        raise ValueError(f"{name} is {weight!r}: a weight must be finite")
+    if not all(0 <= w < math.inf for w in value.flatten().tolist()):
+        raise ValueError(f"{name} is {weight!r}: a weight must be finite, and not negative")
     return value
 
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights, backends and normalisers that losses take, refuse, or divide by, asked of each."""
+
+import inspect
+
+import pytest
+import torch
+from test_losses_contract import CASES, N, sides
+
+from kdkernels import losses
+
+
+@pytest.mark.parametrize(
+    "weight, error",
+    [
+        ("big", TypeError), ("1", TypeError), (True, TypeError), (-1.0, ValueError), (float("nan"), ValueError),
+        ([1.0, 2.0], ValueError),
+    ],
+)  # fmt: skip
+def test_a_weight_that_is_no_finite_number_is_refused(weight, error):
+    for make in (losses.KDLoss, losses.CKALoss, losses.RCKALoss, losses.CMKDLoss):
+        with pytest.raises(error, match="weight"):
+            make(weight=weight)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_unknown_backend_is_refused_when_the_loss_is_made(name):
+    loss = CASES[name].make()
+    loss = getattr(loss, "loss", loss)
+    if "backend" in inspect.signature(type(loss).__init__).parameters:
+        assert loss.backend == "auto"
+    with pytest.raises(ValueError, match=r"backend is 'tritn': give one of \('auto', 'reference'"):
+        loss.backend = "tritn"
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if "normalizer" in inspect.signature(CASES[n].make().forward).parameters]
+)
+def test_nothing_counted_over_a_normalizer_of_zero_is_zero_with_gradient_zero(name):
+    case = CASES[name]
+    student, teacher = sides(case)
+    for zero in (torch.tensor(0), torch.tensor([0.0])):
+        value = case.make()(student, teacher, mask=torch.zeros(N, dtype=torch.bool), normalizer=zero)
+        assert value == 0 and (torch.autograd.grad(value, student)[0] == 0).all()
+    counted = case.make()(student, teacher, normalizer=torch.tensor(0))
+    assert counted > 1e30  # rows over nothing are no mean
