@@ -87,6 +87,28 @@ def test_one_rounding_of_its_inputs_moves_no_probe_far_beyond_its_cap(op):
                     assert max(error) <= 5 * cap, (case.name, name, part, error, cap)
 
 
+def along(case, step):
+    """sum(upstream * value) of the textbook in float64, the leaves moved by this step, and its gradient's component."""
+    inputs = doubled(case, case.inputs)
+    ways = {name: torch.cos(torch.arange(inputs[name].numel())).reshape(inputs[name].shape) for name in case.leaves}
+    moved = inputs | {name: (inputs[name] + step * way).requires_grad_() for name, way in ways.items()}
+    with case.context():
+        value = case.call(moved, "reference")
+    total = (value * torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)).sum()
+    grads = torch.autograd.grad(total, [moved[name] for name in ways])
+    terms = [grad * way for grad, way in zip(grads, ways.values(), strict=True)]
+    return total.detach(), sum(t.sum() for t in terms), sum(t.abs().sum() for t in terms)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_textbooks_gradient_is_the_derivative_of_its_value(op):
+    for case in _probes(op, "reference"):
+        if case.gradient and not case.ruled:
+            ahead, behind = along(case, 1e-5)[0], along(case, -1e-5)[0]
+            _, slope, size = along(case, 0.0)
+            assert abs(slope - (ahead - behind) / 2e-5) <= 1e-6 * size, case.name
+
+
 # as another machine would run it: no vector instructions in ATen, in MKL those that every x86-64 has
 ANOTHER_CPU = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 NUMBERS = """

@@ -41,12 +41,6 @@ def test_value_and_gradient_are_the_formula(backend, size, dtype, tolerance):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_gradient_is_the_derivative_of_the_value(backend):
-    s, *others = problem()
-    assert torch.autograd.gradcheck(lambda a: kd.landmark_similarity_loss(a, *others, backend=backend), s)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_teacher_and_landmarks_are_constants(backend):
     inputs = [x.detach().requires_grad_() for x in problem()]
     kd.landmark_similarity_loss(*inputs, backend=backend).backward()

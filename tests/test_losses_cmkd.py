@@ -122,13 +122,6 @@ def test_the_class_term_is_pearson_over_the_batch_as_in_dist():
     assert parts["classes"] == 0 and parts["pearson"] > 0
 
 
-def test_the_gradient_is_the_derivative_through_the_z_score_for_every_option():
-    student, teacher = logits(4, 7)
-    for options in ({"strength": 0.4}, {"regularization": "kl"}, {"class_weight": 1.0}, {"hard_target": True}):
-        loss = CMKDLoss(**options)
-        assert torch.autograd.gradcheck(lambda s, loss=loss: loss(s, teacher), student)
-
-
 def test_the_gradient_moves_neither_mean_nor_scale_of_the_logits():
     student, teacher = logits(9, 12)
     CMKDLoss()(student, teacher).backward()

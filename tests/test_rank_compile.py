@@ -45,26 +45,6 @@ def assert_same(got, want):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@every
-@calls
-def test_gradients_to_rows_and_strengths_are_finite_differences(name, backend):
-    inputs = arguments(7, (2,), torch.float64)
-    if name in ("soft_rank auto, dim 0", "spearman", "spearman, hard"):  # "auto" is detached, differences see it move
-        strength = 0.4 if name != "spearman" else torch.tensor(0.4, dtype=torch.float64)
-        hard = "hard" in name
-
-        def f(x, y, e):
-            if "soft_rank" in name:
-                return kd.soft_rank(x, "l2", strength, dim=0, backend=backend)
-            return kd.spearman(x, y, regularization_strength=strength, hard_target=hard, backend=backend)
-    else:
-
-        def f(x, y, e):
-            return CALLS[name](x, y, e, backend)
-
-    assert torch.autograd.gradcheck(f, inputs)
-
-
 @fast
 @pytest.mark.parametrize("above", ["constant", "of the value"])
 @calls
