@@ -85,7 +85,7 @@ def draw(path: Path, found: dict[str, kd.Comparison], tests: dict[str, float]):
 
     columns, start, labels = len(found), found["as it starts"], found["labels alone"]
     limits = min(0.0, *(float(one.cka.min()) for one in found.values())), 1.0
-    figure = Figure(figsize=(3.4 * columns + 1, 7.4), layout="constrained")
+    figure = Figure(figsize=(5.4 * columns + 1, 11.4), layout="constrained")
     panels = figure.subplots(2, columns, squeeze=False)
     for place, (what, one) in enumerate(found.items()):
         title = f"{what}\ntest accuracy {tests[what]:.1f} %"
@@ -98,7 +98,7 @@ def draw(path: Path, found: dict[str, kd.Comparison], tests: dict[str, float]):
         change = (one - against).draw(panels[1][place], **how)
     figure.colorbar(image, ax=panels[0].tolist(), label="CKA")
     figure.colorbar(change, ax=panels[1].tolist(), label="change of CKA")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def table(found: dict[str, kd.Comparison], tests: dict[str, float]) -> str:

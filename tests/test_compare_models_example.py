@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example that shows what distillation moved: it runs small, and its picture, table and files are there."""
+"""The example that shows what distillation moved: it runs small, and its files are there, or are refused at once."""
 
 import csv
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -13,6 +15,7 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(ROOT / "examples"))
 
 import compare_models
+import distill
 
 
 @pytest.mark.demo
@@ -33,3 +36,32 @@ def test_the_example_draws_teacher_and_students_before_and_after_distillation(tm
         values[name] = table["features", "features"]
     # two epochs of it already bring the features it sees nearer to the teacher's
     assert values["CKA-of-features-ramp"] > values["as-it-starts"] + 0.05
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("example", [compare_models, distill])
+def test_a_folder_that_cannot_be_written_is_one_line_before_any_training(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "load", lambda *_: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: --out: .*file cannot be written: File exists"):
+        example.main(["--out", str(tmp_path / "file" / "picture.png")])
+
+
+def test_a_record_of_weights_stays_whole_where_writing_fails(tmp_path, monkeypatch):
+    record = tmp_path / "weights.json"
+    record.write_text(json.dumps({"digits": {"B": {"kd": {"weight": 7}}}}))
+    before = record.read_text()
+    options = SimpleNamespace(record=record, data="digits", setup="A", losses=[])
+    write = type(record).write_text
+
+    def torn(path, text):
+        write(path, text[: len(text) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(record), "write_text", torn)
+    with pytest.raises(OSError, match="No space"):
+        distill.record_weights(options, [])
+    assert record.read_text() == before
+    monkeypatch.setattr(type(record), "write_text", write)
+    distill.record_weights(options, [])
+    assert json.loads(record.read_text())["digits"] == {"B": {"kd": {"weight": 7}}, "A": {}}

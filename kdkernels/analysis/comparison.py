@@ -20,10 +20,10 @@ class Comparison:
     """CKA of the layers of two networks, from `kd.compare_models`.
 
     cka [La, Lb] and standard_error [La, Lb] (NaN for one batch): float64, on the CPU. labels_a, labels_b: names of the
-    layers. rows: how many rows were compared, in how many batches.
+    layers. rows: how many rows were compared, in how many batches. quantity: "CKA", of a difference "CKA difference".
 
-    `a - b` of two comparisons of the same layers: the difference, whose error takes the two for independent; on the
-    same batches it is smaller than that. `Comparison.load(path)` reads what `to_csv(path)` wrote.
+    `a - b` of two comparisons of the same layers: the difference, with the error of two independent values (too large
+    where both saw the same batches and move together). `Comparison.load(path)` reads what `to_csv(path)` wrote.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh()).eval()
     >>> kd.compare_models(model, model, torch.randn(10, 32, 8), "0", progress=False)
