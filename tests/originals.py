@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What RepDistiller and mdistiller compute, in loops over their formulas with their constants: oracles of compat tests.
+"""What RepDistiller, mdistiller, MMRazor and torchdistill compute, in loops over their formulas with their constants.
 
-Every formula takes the student first and gives one number a pair of tensors, or says what else. Inputs come first."""
+Oracles of the compat tests: every formula takes the student first and gives one number a pair of tensors, or says what
+else. Inputs come first."""
 
 import itertools
 import math
@@ -138,3 +139,30 @@ def congruence(student, teacher):
     """Mean over neighbours i, i + 1 in the batch of sum_c |d_ic| |d_(i+1)c|, d = student - teacher."""
     d = (student - teacher).abs()
     return sum((d[i] * d[i + 1]).sum() for i in range(len(d) - 1)) / (len(d) - 1)
+
+
+def inter_channel(student, teacher):
+    """Sum of squares between the row-normalised C x C Gram matrices of each sample, over C B."""
+    total = 0
+    for pair in zip(student.flatten(2), teacher.flatten(2), strict=True):
+        s, t = ([row / max(row.norm(), 1e-12) for row in f @ f.T] for f in pair)
+        total = total + sum((a - b).square().sum() for a, b in zip(s, t, strict=True))
+    return total / (student.shape[1] * len(student))
+
+
+def dist(student, teacher, inter, intra, tau):
+    """tau^2 times 1 - the mean Pearson correlation of tempered softmaxes, of rows and of columns."""
+
+    def apart(s, t):
+        total = 0
+        for a, b in zip(s, t, strict=True):
+            a, b = a - a.mean(), b - b.mean()
+            total = total + a @ b / (a.norm() * b.norm() + 1e-8)
+        return 1 - total / len(s)
+
+    s, t = ((z / tau).softmax(1) for z in (student, teacher))
+    return tau**2 * (inter * apart(s, t) + intra * apart(s.T, t.T))
+
+
+def unit_rows(features):
+    return torch.stack([f / f.norm() for f in features.flatten(1)])

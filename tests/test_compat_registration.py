@@ -13,7 +13,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels import losses
-from kdkernels.compat import mmrazor, torchdistill
+from kdkernels.compat import mmrazor, mmrazor_losses, torchdistill, torchdistill_losses
 from kdkernels.compat.names import NAMES
 
 OPTIONS = {  # of the constructors that need some
@@ -49,7 +49,8 @@ def registry(monkeypatch):
 
         parts = {"register_mid_level_loss": register_mid_level_loss, "get_mid_level_loss": get_mid_level_loss}
         monkeypatch.setitem(sys.modules, "torchdistill", module("torchdistill"))
-        monkeypatch.setitem(sys.modules, "torchdistill.losses", module("torchdistill.losses"))
+        own = module("torchdistill.losses.mid_level")
+        monkeypatch.setitem(sys.modules, "torchdistill.losses", module("torchdistill.losses", mid_level=own))
         monkeypatch.setitem(
             sys.modules, "torchdistill.losses.registry", module("torchdistill.losses.registry", **parts)
         )
@@ -82,6 +83,8 @@ class Models:
 def models(monkeypatch):
     if importlib.util.find_spec("mmrazor") is None:
         monkeypatch.setitem(sys.modules, "mmrazor", module("mmrazor"))
+        monkeypatch.setitem(sys.modules, "mmrazor.models", module("mmrazor.models"))
+        monkeypatch.setitem(sys.modules, "mmrazor.models.losses", module("mmrazor.models.losses"))
         monkeypatch.setitem(sys.modules, "mmrazor.registry", module("mmrazor.registry", MODELS=Models()))
     mmrazor.register()
     mmrazor.register()
@@ -158,6 +161,29 @@ def test_mmrazor_builds_every_loss_and_calls_it_by_the_names_of_its_mapping(mode
     assert loss(**mapping).equal(direct(*pair, **needs))
 
 
+def test_replace_puts_losses_in_the_places_of_torchdistills_own(registry):
+    registry.register_mid_level_loss(key="PKTLoss")(dict)
+    registry.register_mid_level_loss(key="ATLoss")(dict)
+    torchdistill.replace("ATLoss")
+    config = {
+        "key": "PKTLoss",
+        "kwargs": {f"{s}_module_{w}": "fc" for s in ("student", "teacher") for w in ("path", "io")},
+    }
+    assert type(registry.get_mid_level_loss(config)) is dict
+    assert registry.get_mid_level_loss({"key": "ATLoss", "kwargs": {"at_pairs": {}}})({}, {}) == 0
+    torchdistill.replace()
+    assert type(registry.get_mid_level_loss(config)) is torchdistill_losses.PKTLoss
+
+
+def test_replace_puts_losses_in_the_places_of_mmrazors_own(models):
+    models.register_module(name="KLDivergence", force=True, module=dict)
+    mmrazor.replace("DKDLoss")
+    assert type(models.build({"type": "KLDivergence"})) is dict
+    mmrazor.replace()
+    assert type(models.build({"type": "KLDivergence"})) is mmrazor_losses.KLDivergence
+    assert type(models.build({"type": "DKDLoss", "beta": 2.0})) is mmrazor_losses.DKDLoss
+
+
 def test_every_loss_with_labels_in_its_call_takes_data_samples_in_mmrazor():
     for registered, name in NAMES.items():
         labels = inspect.signature(getattr(losses, name).forward).parameters.get("labels")
@@ -200,9 +226,10 @@ def test_neither_library_is_imported_before_register_is_called(python):
         "import sys; sys.modules['torchdistill'] = sys.modules['mmrazor'] = None\n"
         "from kdkernels.compat import mmrazor, torchdistill\n"
         "for module in (mmrazor, torchdistill):\n"
-        "    try: module.register()\n"
-        "    except ImportError: continue\n"
-        "    raise AssertionError\n"
+        "    for call in (module.register, module.replace):\n"
+        "        try: call()\n"
+        "        except ImportError: continue\n"
+        "        raise AssertionError\n"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

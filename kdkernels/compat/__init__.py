@@ -5,5 +5,6 @@ from kdkernels.compat import torchsort              # in place of: import torchs
 from kdkernels.compat.repdistiller import NSTLoss   # in place of: from distiller_zoo import NSTLoss
 from kdkernels.compat.mdistiller import dkd_loss    # in place of: from mdistiller.distillers.DKD import dkd_loss
 
-`torchdistill.register()` and `mmrazor.register()` make every loss known to the configurations of these two.
+`torchdistill.replace()` and `mmrazor.replace()` take the places of these two's own losses in their configurations, and
+`register()` there makes every loss of `kd.losses` known to them.
 """

@@ -24,9 +24,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from ..autograd import at_least_float32
-from ..logits.op import distillation_kl
 from . import mdistiller
-from .shared import shared
+from .shared import kl_div, shared
 
 __all__ = ["FSP", "PKT", "Attention", "Correlation", "DistillKL", "NSTLoss", "RKDLoss", "Similarity"]
 
@@ -43,8 +42,7 @@ class DistillKL(nn.Module):
         self.T = T
 
     def forward(self, y_s, y_t):
-        total = distillation_kl(y_s.movedim(1, -1), y_t.movedim(1, -1), tau=self.T, reduction="sum")
-        return total / y_s.shape[0]
+        return kl_div(y_s, y_t, self.T)
 
 
 class Similarity(nn.Module):

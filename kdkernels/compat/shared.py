@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss modules behind functions: one for each set of constants and device, built once."""
+"""What the drop-ins share: loss modules behind functions, built once, and the divergence with F.kl_div's reductions."""
 
 from __future__ import annotations
 
 import torch
 
 from .. import losses
+from ..logits.op import distillation_kl
 
 _BUILT = {}
 KEPT = 64  # a temperature that changes with every step must not fill the memory
@@ -22,3 +23,18 @@ def shared(like: torch.Tensor, name: str, *arguments, **options) -> torch.nn.Mod
             _BUILT.clear()
         _BUILT[key] = getattr(losses, name)(*arguments, **options).to(like.device)
     return _BUILT[key]
+
+
+REDUCTIONS = ("batchmean", "sum", "mean")
+
+
+def check_reduction(reduction: str, known=REDUCTIONS) -> str:
+    if reduction not in known:
+        raise ValueError(f"reduction is {reduction!r}: {' and '.join(map(repr, known))} are computed here")
+    return reduction
+
+
+def kl_div(student: torch.Tensor, teacher: torch.Tensor, tau, reduction: str = "batchmean") -> torch.Tensor:
+    """tau^2 KL(p_t || p_s) of logits [B, C, ...]: the sum over all positions, over B or over the number of entries."""
+    total = distillation_kl(student.movedim(1, -1), teacher.movedim(1, -1), tau=tau, reduction="sum")
+    return total / {"batchmean": len(student), "sum": 1, "mean": student.numel()}[reduction]

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of kdkernels in torchdistill's configurations: one call registers them, module paths say what they get.
+"""The losses of kdkernels in torchdistill's configurations, under torchdistill's names and under our own.
 
-    from kdkernels.compat import torchdistill
-    torchdistill.register()                     # before the configuration is read, e.g. in a module of `dependencies`
+    from kdkernels.compat import torchdistill   # before the configuration is read, e.g. in a module of `dependencies`
+    torchdistill.replace()                      # 'KDLoss', 'RKDLoss', ... (all of `torchdistill_losses`) run here
+    torchdistill.register()                     # and all of kd.losses are known as 'KDKernels' + their name
 
-Then, wherever torchdistill takes a mid-level loss (a term of its WeightedSumLoss, for example):
+After `replace` a configuration stays as it is: arguments, defaults, values and the gradient to the student are those of
+torchdistill 1.1.5. What differs: half inputs are computed in float32 and give float32; only KDLoss has a gradient to
+the teacher; what is not computed here raises, and `torchdistill.replace("RKDLoss")` replaces that one alone.
+
+After `register`, wherever torchdistill takes a mid-level loss (a term of its WeightedSumLoss, for example):
 
     criterion:
       key: 'KDKernelsCKALoss'                   # 'KDKernels' + the name in kd.losses; see NAMES
@@ -14,6 +19,16 @@ Then, wherever torchdistill takes a mid-level loss (a term of its WeightedSumLos
           teacher_features: {path: 'layer3', io: 'output'}
         rows: 'gap'                             # everything else goes to the constructor
         ramp: [0, 2000]                         # and this wraps it in kd.losses.Ramp(loss, start, end)
+
+Formula, arguments and defaults are then those of `kd.losses`, which for some names is not what torchdistill computes:
+
+    KDLoss       there alpha CE + (1 - alpha) tau^2 KL; here tau^2 KL
+    SPLoss       there SPKDLoss: rows over their L1 norms, not L2: up to B times smaller
+    ICKDLoss     there ChSimLoss: the sum over the batch over B^2, here over B
+    DISTLoss     there each norm is at least 1e-8, here 1e-8 is added to their product: 1e-4 where all classes are alike
+    FSPLoss      there maps are pooled by maxima, and norms of the columns of differences summed, here means of squares
+    CCLoss       there CCKDLoss: |K_s - K_t|_F / B^2 of kernel matrices, here variant "taylor", which is not the default
+    ATLoss, PKTLoss, RKDLoss (factors 25 and 50 here) are the same
 
 A list of {path, io} gives a list of levels. Losses whose call has labels (DKDLoss, NystromTransferLoss) get the targets
 of the batch. Not registered: STKDLoss, which needs mixed images, and KDALoss, which needs a call after each epoch.
@@ -28,9 +43,20 @@ import torch
 from torch import nn
 
 from .. import losses
+from . import torchdistill_losses
 from .names import NAMES
+from .torchdistill_losses import recorded
 
-__all__ = ["NAMES", "IODictLoss", "register"]
+__all__ = ["NAMES", "IODictLoss", "register", "replace"]
+
+
+def replace(*names: str) -> None:
+    """torchdistill's losses of these names become those of `torchdistill_losses`: by default all that are there."""
+    from torchdistill.losses import mid_level  # noqa: F401  registers its own first
+    from torchdistill.losses.registry import register_mid_level_loss
+
+    for name in names or torchdistill_losses.__all__:
+        register_mid_level_loss(key=name)(getattr(torchdistill_losses, name))
 
 
 def register() -> None:
@@ -81,7 +107,7 @@ class IODictLoss(nn.Module):
 
     def forward(self, student_io_dict, teacher_io_dict, targets=None, *args, **kwargs):
         given = {
-            name: _recorded(student_io_dict if name.startswith("student_") else teacher_io_dict, where)
+            name: recorded(student_io_dict if name.startswith("student_") else teacher_io_dict, where)
             for name, where in self.arguments.items()
         }
         if self.takes_labels and targets is not None:
@@ -91,10 +117,3 @@ class IODictLoss(nn.Module):
         if any(buffer.device != device for buffer in self.loss.buffers()):
             self.loss.to(device)
         return self.loss(**given)
-
-
-def _recorded(io_dict, where):
-    """The tensor at {path, io}, or the list of them."""
-    if isinstance(where, (list, tuple)):
-        return [_recorded(io_dict, one) for one in where]
-    return io_dict[where["path"]][where["io"]]
