@@ -48,7 +48,8 @@ def test_the_table_holds_the_matrix_and_comes_back(nets, tmp_path):  # noqa: F81
 
 @pytest.mark.parametrize("damage", [
     lambda text: "", lambda text: "layer_a,layer_b\n1,2\n", lambda text: text.replace("0.25", "a lot"),
-    lambda text: text[: text.rindex("block.a.1")], lambda text: text.replace("True", "maybe").replace("1200", "x"),
+    lambda text: text[: text.rindex("block.a.1")], lambda text: text.replace("True", "maybe"),
+    lambda text: text.replace("1200", "many"), lambda text: "\n".join(reversed(text.splitlines())),
 ])  # fmt: skip
 def test_a_file_that_is_no_such_table_is_refused(damage, tmp_path):
     path = comparison([[0.25, 0.5], [0.75, 1.0]]).to_csv(tmp_path / "cka.csv")

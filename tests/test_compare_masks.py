@@ -9,6 +9,7 @@ from test_compare_models import Net, compare, images, outputs
 from torch import nn
 
 import kdkernels as kd
+from kdkernels.analysis import metric as module
 
 B, T, REAL = 24, 16, 4
 
@@ -153,8 +154,8 @@ def test_a_batch_in_which_too_little_counts_is_left_out(readers):
     [
         ("padding", ValueError, "mask is 'padding', and loader's batch has a, b, attention_mask"),
         (3, TypeError, "mask is a int: give a bool tensor, a key"),
-        (torch.ones(B, T), TypeError, "mask is torch.float32: pass bool, or integers 0 and 1"),
-        (torch.arange(T).expand(B, T), ValueError, "integers other than 0 and 1"),
+        (torch.zeros(B, T) - torch.inf, ValueError, "mask is torch.float32 and holds other numbers than 0 and 1"),
+        (torch.arange(T).expand(B, T), ValueError, "mask is torch.int64 and holds other numbers than 0 and 1"),
         (torch.ones(B, 5) > 0, ValueError, r"mask has shape \(24, 5\).*\(24,\) or \(24, 16\)"),
         (lambda batch: "all", TypeError, "mask is a str"),
         (("attention_mask",), ValueError, "mask has 1 entries: give one, or a pair"),
@@ -181,7 +182,12 @@ def test_rows_of_a_matrix_that_do_not_count_have_no_part(kernel, backend):
         kd.cka_matrix(xs, ys, mask=mask.long())
 
 
-def test_a_metric_sees_the_rows_that_count():
+@pytest.mark.parametrize("collected", [False, True])
+def test_a_metric_sees_the_rows_that_count(collected, monkeypatch):
+    if collected:
+        pytest.importorskip("torchmetrics")
+    else:
+        monkeypatch.setattr(module, "_collected", lambda: None)
     torch.manual_seed(0)
     x, y, masks = torch.randn(3, 30, 5), torch.randn(3, 30, 8), torch.rand(3, 30) < 0.6
     alone, masked, called = (kd.CKAMetric() for _ in range(3))

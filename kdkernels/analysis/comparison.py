@@ -12,7 +12,13 @@ import torch
 
 from . import picture
 
-FACTS = {"rows": int, "batches": int, "kernel": str, "unbiased": lambda text: text == "True", "quantity": str}
+FACTS = {
+    "rows": int,
+    "batches": int,
+    "kernel": str,
+    "unbiased": {"True": True, "False": False}.__getitem__,
+    "quantity": str,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,10 +47,11 @@ def _fields(batch) -> dict:
 
 def _as_bool(mask):
     checks.is_tensor(mask, "mask")
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask is {mask.dtype}: pass bool, or integers 0 and 1")
-    if mask.dtype != torch.bool and checks.may_read(mask) and bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError("mask holds integers other than 0 and 1: pass bool, True for what counts, e.g. labels != -100")
+    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):  # labels, or what is added to logits
+        raise ValueError(
+            f"mask is {mask.dtype} and holds other numbers than 0 and 1: pass bool, True for what counts, e.g. "
+            "lambda batch: batch['labels'] != -100"
+        )
     return mask.bool()
 
 
@@ -65,7 +66,7 @@ def fitted(mask, output):
 
 
 def places(mask) -> torch.Tensor:
-    """Of what counts: a CUDA device is waited for."""
+    """Of what counts; a CUDA device is waited for, once a batch."""
     return mask.nonzero()[:, 0]
 
 
