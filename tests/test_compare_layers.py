@@ -79,6 +79,21 @@ def test_default_layers_are_all_that_can_be_compared_and_the_rest_is_named_once(
     assert ("pooler (no tokens)" in text) == (rows == "tokens")
 
 
+def test_a_layer_that_once_gave_rows_is_not_left_out():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(6, 6), nn.Tanh()
+
+        def forward(self, x):
+            return self.linear(self.act(x)) * self.act(self.linear.bias[None])
+
+    net = Shared().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compare(net, net, torch.randn(3, 10, 6)).labels_a == ("linear", "act")
+
+
 def test_a_star_stays_within_dots_and_two_cross_them(berts):
     blocks = tuple(f"encoder.layer.{k}" for k in range(5))
     with warnings.catch_warnings():

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("model_a", metavar="module:model_a")
     add("model_b", metavar="module:model_b")
     add("loader", metavar="module:loader")
-    add("--layers", nargs="+", metavar="NAME", help="names or quoted patterns, ** crosses dots (default: layers without children)")
+    add("--layers", nargs="+", metavar="NAME", help="names or quoted patterns (default: all without children)")
     add("--layers-b", nargs="+", metavar="NAME", help="those of the second model, where they differ")
     add("--rows", choices=ROWS, help="how convolution and token features become rows (default for images: flatten)")
     mask = f"which tokens or positions count: a key of the batch, or module:function of it (default: {KEY} for tokens)"

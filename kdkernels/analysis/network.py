@@ -18,12 +18,14 @@ from torch import nn
 
 from .. import checks
 from ..autograd import device_type, without_autocast
-from ..losses.base import MAPS, ROWS, TOKENS, as_rows
+from ..losses.base import as_rows
 from . import masks
 from .layers import chosen_layers, listed
 from .sums import Groups, Layers
 
-ROWS = tuple(name for name in ROWS if name != "groups")  # of a comparison over batches
+TOKENS = ("flatten", "tokens", "mean")  # how [B, T, d] becomes rows
+MAPS = ("flatten", "gap", "positions")  # how [B, C, H, W] does
+ROWS = tuple(dict.fromkeys((*TOKENS, *MAPS)))
 FITTING = (
     "for [B, T, d] pass rows='tokens', 'mean' or 'flatten', for [B, C, H, W] 'flatten' (the default), 'gap' or "
     "'positions'; [B, d] needs none"
@@ -72,10 +74,10 @@ class Network:
         return layers
 
     def _settle(self, called: list[str]):
-        """After the first batch: those that gave rows are the layers."""
-        for layer in self.wanted:
-            if layer not in self.places:
-                self.left_out.setdefault(layer, "not called")
+        """After the first batch: those that gave rows, in any call, are the layers."""
+        self.left_out = {
+            layer: self.left_out.get(layer, "not called") for layer in self.wanted if layer not in self.places
+        }
         missing = [layer for layer in self.left_out if layer in self.named] or (not called and self.wanted)
         if missing:
             raise ValueError(
@@ -163,7 +165,7 @@ def _samples(arguments: tuple, options: dict) -> int | None:
 
 def _fits(output, rows: str | None) -> bool:
     """Whether `as_rows` takes the shape."""
-    allowed = {2: ROWS, 3: ("flatten", *TOKENS)}.get(output.dim(), ("flatten", *MAPS))
+    allowed = {2: ROWS, 3: TOKENS}.get(output.dim(), MAPS)
     return output.dim() > 1 and (rows in allowed or (rows is None and output.dim() != 3))
 
 
