@@ -7,20 +7,16 @@ again after centring (MATH.md, "Precision") is granted 1e-4 for them, and 1e-3 o
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from ..testing import REGIMES, Caps, Case, pair
+from ..testing.shared import DOUBLE, EVERY_DTYPE, HALF, SINGLE, cases_of, grid, instead, one_in, some_rows
 from . import call, reference
 from . import op as ops
 from .kernels import RBF, Laplacian, Polynomial, spec_of
 from .torch_impl import panels
-
-HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
-EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
 
 # each takes the tensor sigma of the case (or None) and the spread of its data, and gives the `kernel` argument
 KERNELS = {
@@ -53,7 +49,6 @@ WIDTHS = ((1, 1), (1, 17), (15, 16), (32, 33), (65, 2))
 TORCH_EDGES = (panels.SMALL - 1, panels.SMALL, panels.SMALL + 1)  # kept products end, tiles begin
 
 
-@contextlib.contextmanager
 def small_tiles(backend: str):
     """No kept products, in PyTorch tiles of 16 rows: the path of large n on a matrix that a test can afford."""
     places = [(call, "SMALL", 8), (panels, "SMALL", 8), (panels, "TILE", 16)]
@@ -61,14 +56,7 @@ def small_tiles(backend: str):
         from .triton_impl import schedule  # here, as importing it needs triton
 
         places.append((schedule, "SMALL", 8))
-    before = [getattr(module, name) for module, name, _ in places]
-    try:
-        for module, name, value in places:
-            setattr(module, name, value)
-        yield
-    finally:
-        for (module, name, _), value in zip(places, before, strict=True):
-            setattr(module, name, value)
+    return instead(*places)
 
 
 def caps(kernel: str, backend: str, shape: tuple[int, int]):
@@ -90,13 +78,6 @@ def caps(kernel: str, backend: str, shape: tuple[int, int]):
     return of
 
 
-def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
-    """The cases of one op, a few hundred; quick keeps each value of each option and leaves out combinations."""
-    generator = torch.Generator().manual_seed(0)
-    family = {"cka": _statistic, "hsic": _statistic, "mmd": _mmd, "gram_mse": _gram_mse}[op]
-    return family(op, backend, quick, generator)
-
-
 def _inputs(regime, shape, G, masked, sigma, generator, m=None):
     """x, y, and where asked for: sigma [G] or [], and masks; m is the number of rows of y if it is not n."""
     (n, p, q), lead = shape, () if G is None else (G,)
@@ -106,27 +87,18 @@ def _inputs(regime, shape, G, masked, sigma, generator, m=None):
         inputs["sigma"] = 1.3 * (x - x.mean(-2, keepdim=True)).square().sum(-1).mean(-1).sqrt()
     if masked:
         for name, rows in ({"mask": n} if m is None else {"mask_x": n, "mask_y": m}).items():
-            keep = torch.rand((*lead, rows), generator=generator) > 0.3
-            keep[..., :4] = True  # no estimator is left with fewer
-            keep[..., -1] = False
-            inputs[name] = keep
+            inputs[name] = some_rows((*lead, rows), generator)
     return inputs
 
 
 def _statistic(op, backend, quick, generator):
     function = getattr(ops, op)
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, kernel in enumerate(KERNELS):
-            for k, estimator in enumerate(ESTIMATORS):
-                count += 1
-                # a Latin square: each regime meets each kernel once, and every estimator equally often
-                if quick and (i + 2 * j + 3 * k) % len(ESTIMATORS):
-                    continue
-                shape, G = SHAPES[count % 3], (None, 2)[count % 7 < 3]
-                inputs = _inputs(regime, shape, G, count % 4 == 1, kernel == "rbf sigma", generator)
-                fields = {"dtypes": _dtypes(count, regime), "gradient": _known(estimator, regime)}
-                yield _pair_case(function, backend, kernel, estimator, regime, inputs, **fields)
+    # each regime meets each kernel once, and every estimator equally often
+    for count, regime, kernel, estimator in grid(quick, len(ESTIMATORS), REGIMES, KERNELS, ESTIMATORS, steps=(1, 2, 3)):
+        shape, G = SHAPES[count % 3], (None, 2)[count % 7 < 3]
+        inputs = _inputs(regime, shape, G, count % 4 == 1, kernel == "rbf sigma", generator)
+        fields = {"dtypes": _dtypes(count, regime), "gradient": _known(estimator, regime)}
+        yield _pair_case(function, backend, kernel, estimator, regime, inputs, **fields)
     if op == "cka" or not quick:  # hsic is cka without its last division: it need not try every size again
         yield from _sizes(function, backend, quick, generator)
         yield from _forced_tiles(function, backend, quick, generator)
@@ -218,20 +190,12 @@ def _sizes(function, backend, quick, generator):
 def _forced_tiles(function, backend, quick, generator):
     if backend == "reference":
         return
-    count = 0
-    for n in (32, 33, 47):
-        for kernel in KERNELS:
-            for estimator in ESTIMATORS:
-                count += 1
-                if quick and count % 4:
-                    continue
-                regime = REGIMES[count % len(REGIMES)]
-                inputs = _inputs(
-                    regime, (n, 30, 34), (None, 2)[count % 2], count % 3 == 0, kernel == "rbf sigma", generator
-                )
-                fields = {"context": partial(small_tiles, backend), "gradient": _known(estimator, regime)}
-                fields["dtypes"] = (SINGLE, *HALF) if count % 5 == 0 else (SINGLE,)
-                yield _pair_case(function, backend, kernel, estimator, f"{regime} tiles", inputs, **fields)
+    for count, n, kernel, estimator in one_in(quick, 4, (32, 33, 47), KERNELS, ESTIMATORS):
+        regime = REGIMES[count % len(REGIMES)]
+        inputs = _inputs(regime, (n, 30, 34), (None, 2)[count % 2], count % 3 == 0, kernel == "rbf sigma", generator)
+        fields = {"context": partial(small_tiles, backend), "gradient": _known(estimator, regime)}
+        fields["dtypes"] = (SINGLE, *HALF) if count % 5 == 0 else (SINGLE,)
+        yield _pair_case(function, backend, kernel, estimator, f"{regime} tiles", inputs, **fields)
 
 
 def _far_from_one(function, backend, generator):
@@ -260,16 +224,10 @@ def _degenerate(function, backend, generator):
 
 
 def _gram_mse(op, backend, quick, generator):
-    count = 0
-    for regime in REGIMES:
-        for normalize in (None, "row"):
-            for shape in (*SHAPES, WIDE):
-                for reduction in ("mean", "sum"):
-                    count += 1
-                    if quick and count % 2:
-                        continue
-                    inputs = _inputs(regime, shape, (None, 3)[count % 5 < 2], count % 3 == 1, False, generator)
-                    yield _mse_case(backend, normalize, reduction, regime, inputs, dtypes=_dtypes(count, regime))
+    options = REGIMES, (None, "row"), (*SHAPES, WIDE), ("mean", "sum")
+    for count, regime, normalize, shape, reduction in one_in(quick, 2, *options):
+        inputs = _inputs(regime, shape, (None, 3)[count % 5 < 2], count % 3 == 1, False, generator)
+        yield _mse_case(backend, normalize, reduction, regime, inputs, dtypes=_dtypes(count, regime))
     sizes = SIZES if quick else (*SIZES, *MORE_SIZES, *(TORCH_EDGES if backend in ("torch", "cpp") else ()))
     for n in sizes:
         inputs = _inputs("peaky", (n, 3, 4) if n % 2 else (n, n + 1, n), None, False, False, generator)
@@ -315,20 +273,14 @@ def _mse_case(backend, normalize, reduction, label, inputs, **fields):
 
 
 def _mmd(op, backend, quick, generator):
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, kernel in enumerate(MMD_KERNELS):
-            for unbiased in (True, False):
-                count += 1
-                if quick and (i + j + unbiased) % 2:
-                    continue
-                if kernel == "laplacian" and regime == "near":
-                    continue  # in float32 two samples this close are one: the cusp is cut off (MATH.md, "Precision")
-                n, p, _ = SHAPES[count % 3]
-                m = None if regime == "near" else n + 4
-                G, masked = (None, 2)[count % 7 < 3], count % 4 == 1
-                inputs = _inputs(regime, (n, p, p), G, masked and m is not None, kernel == "rbf sigma", generator, m)
-                yield _mmd_case(backend, kernel, unbiased, regime, inputs, dtypes=_dtypes(count, regime))
+    for count, regime, kernel, unbiased in grid(quick, 2, REGIMES, MMD_KERNELS, (True, False)):
+        if kernel == "laplacian" and regime == "near":
+            continue  # in float32 two samples this close are one: the cusp is cut off (MATH.md, "Precision")
+        n, p, _ = SHAPES[count % 3]
+        m = None if regime == "near" else n + 4
+        G, masked = (None, 2)[count % 7 < 3], count % 4 == 1
+        inputs = _inputs(regime, (n, p, p), G, masked and m is not None, kernel == "rbf sigma", generator, m)
+        yield _mmd_case(backend, kernel, unbiased, regime, inputs, dtypes=_dtypes(count, regime))
     for n in SIZES[::3] if quick else (*SIZES, *MORE_SIZES):
         inputs = _inputs("peaky", (n, 3 + n % 5, 3 + n % 5), None, False, False, generator, n + n % 3)
         yield _mmd_case(backend, "rbf", n > 1, "size", inputs)
@@ -390,3 +342,6 @@ def flops(G: int, n: int, p: int, q: int, linear: bool, backward: bool = False, 
         gram += sum(2 * n * n * w for w in widths)
         feature += sum(2 * n * w * (p + q) for w in widths)
     return G * (min(gram, feature) if linear else gram)
+
+
+cases = cases_of(cka=_statistic, hsic=_statistic, mmd=_mmd, gram_mse=_gram_mse)

@@ -7,19 +7,16 @@ gradient in units of the probabilities that it is a difference of. Half inputs a
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from ..testing import REGIMES, Caps, Case, generator_beside, pair, seeded
+from ..testing.shared import DOUBLE, EVERY_DTYPE, HALF, ONE_DTYPE, SINGLE, cases_of, grid, instead
 from . import op as ops
 from . import reference, torch_impl
 
-HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
-EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
 TAUS = (1.0, 4.0, 2.0, 3.7, 0.5)
 REDUCTIONS = ("none", "mean", "sum")
 MIXES = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 0.25, 0.25))
@@ -32,7 +29,6 @@ def caps(dtype: torch.dtype) -> Caps:
     return Caps(1e-13, 1e-12) if dtype == DOUBLE else Caps(1e-6, 2e-6)
 
 
-@contextlib.contextmanager
 def small_chunks(backend: str):
     """Several chunks of rows in PyTorch and several blocks of a row in Triton, on rows that a test can afford."""
     places = [(torch_impl, "CPU_CHUNK", 128), (torch_impl, "CUDA_CHUNK", 128)]
@@ -40,21 +36,7 @@ def small_chunks(backend: str):
         from . import triton_impl  # here, as importing it needs triton
 
         places.append((triton_impl, "ROWS", ((1 << 31, triton_impl.Config(16, 1)),)))
-    before = [getattr(module, name) for module, name, _ in places]
-    try:
-        for module, name, value in places:
-            setattr(module, name, value)
-        yield
-    finally:
-        for (module, name, _), value in zip(places, before, strict=True):
-            setattr(module, name, value)
-
-
-def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
-    """The cases of one op; quick leaves out combinations."""
-    generator = torch.Generator().manual_seed(0)
-    family = {"mixup": _mixup, "distillation_kl": _kl, "mixed_distillation": _mixed}[op]
-    return family(backend, quick, generator)
+    return instead(*places)
 
 
 def _finite(value):
@@ -75,17 +57,11 @@ def _share(reduction, rows):
 # ---- distillation_kl
 
 
-def _kl(backend, quick, generator):
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, tau in enumerate(TAUS):
-            for k, reduction in enumerate(REDUCTIONS):
-                count += 1
-                if quick and (i + j + k) % 3:
-                    continue
-                shape = ((9, 37), (2, 3, 40), (5, 100))[count % 3]
-                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
-                yield _kl_case(*pair(regime, shape, shape, generator), tau, reduction, regime, dtypes=dtypes)
+def _kl(op, backend, quick, generator):
+    for count, regime, tau, reduction in grid(quick, 3, REGIMES, TAUS, REDUCTIONS):
+        shape = ((9, 37), (2, 3, 40), (5, 100))[count % 3]
+        dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+        yield _kl_case(*pair(regime, shape, shape, generator), tau, reduction, regime, dtypes=dtypes)
     for C in SIZES if quick else (*SIZES, *MORE_SIZES):
         s, t = pair("peaky", (3, C), (3, C), generator)
         yield _kl_case(s, t, 2.0, "none", "size", dtypes=(SINGLE, HALF[C % 2]))
@@ -110,7 +86,7 @@ def _closed(generator):
     out = torch.rand(7, 12, generator=generator) < 0.3
     out[:, 0] = False
     both = [x.masked_fill(out, -math.inf) for x in (s, t)]
-    yield _kl_case(*both, 2.0, "none", "closed", dtypes=(SINGLE, *HALF, DOUBLE))
+    yield _kl_case(*both, 2.0, "none", "closed", dtypes=ONE_DTYPE)
     yield _kl_case(s, both[1], 2.0, "none", "closed teacher", dtypes=(SINGLE, *HALF))
     one = s.clone()
     one[2, 5] = -math.inf
@@ -149,17 +125,11 @@ def _kl_case(student, teacher, tau, reduction, label, **fields):
 # ---- mixed_distillation
 
 
-def _mixed(backend, quick, generator):
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, mix in enumerate(MIXES):
-            for k, alpha in enumerate((0.9, 0.3, 1.0, 0.0)):
-                count += 1
-                if quick and (i + j + k) % 3:
-                    continue
-                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
-                how = (TAUS[count % len(TAUS)], alpha, mix, REDUCTIONS[count % 3], ("rows", "one", "number")[count % 3])
-                yield _mixed_case(regime, (9, (37, 40, 100)[count % 3]), *how, regime, generator, dtypes=dtypes)
+def _mixed(op, backend, quick, generator):
+    for count, regime, mix, alpha in grid(quick, 3, REGIMES, MIXES, (0.9, 0.3, 1.0, 0.0)):
+        dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+        how = (TAUS[count % len(TAUS)], alpha, mix, REDUCTIONS[count % 3], ("rows", "one", "number")[count % 3])
+        yield _mixed_case(regime, (9, (37, 40, 100)[count % 3]), *how, regime, generator, dtypes=dtypes)
     for C in SIZES if quick else (*SIZES, *MORE_SIZES):
         for mix in (MIXES[0], MIXES[3]):
             how = (4.0, 0.6, mix, "none", "rows")
@@ -223,11 +193,11 @@ def _mixed_case(regime, shape, tau, alpha, mix, reduction, lam, label, generator
 # ---- mixup
 
 
-def _mixup(backend, quick, generator):
+def _mixup(op, backend, quick, generator):
     for regime in REGIMES:
         for shape in ((9, 37), (4, 3, 5, 5), (7, 1), (13,)):
             for lam in ("rows", "one", "number"):
-                yield _mixup_case(regime, shape, lam, regime, generator, dtypes=(SINGLE, *HALF, DOUBLE))
+                yield _mixup_case(regime, shape, lam, regime, generator, dtypes=ONE_DTYPE)
     for size in SIZES if quick else (*SIZES, *MORE_SIZES):
         yield _mixup_case("bland", (3, size), "rows", "size", generator, dtypes=(SINGLE, HALF[size % 2]))
         yield _mixup_case("bland", (size, 3), "one", "size", generator, dtypes=(SINGLE, HALF[size % 2]))
@@ -260,3 +230,6 @@ def bytes_moved(R: int, C: int, itemsize: int, backward: bool = False) -> int:
 def flops(R: int, C: int, exponentials: int = 2) -> int:
     """Exponentials, the arithmetic that counts."""
     return R * C * exponentials
+
+
+cases = cases_of(mixup=_mixup, distillation_kl=_kl, mixed_distillation=_mixed)

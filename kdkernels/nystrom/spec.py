@@ -9,18 +9,15 @@ itself where both sides have m landmarks).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 
 from ..gram.bandwidth import sigma_of
 from ..gram.kernels import RBF, Laplacian, Polynomial, spec_of
 from ..testing import REGIMES, Caps, Case, generator_beside, pair, seeded
+from ..testing.shared import DOUBLE, EVERY_DTYPE, ONE_DTYPE, SINGLE, cases_of, grid, instead
 from . import chunks, reference
 from . import op as ops
-
-HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
-EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
 
 # each takes the tensor sigma of the case (or None) and the spread of its data, and gives the `kernel` argument
 KERNELS = {
@@ -53,37 +50,14 @@ def statistic_caps(dtype: torch.dtype) -> Caps:
     return Caps(1e-10, 1e-7) if dtype == DOUBLE else Caps(1e-4, 5e-4)
 
 
-@contextlib.contextmanager
 def small_chunks(rows: int = 8, fused: int = 16):
     """Chunks of a few rows, and on the backend triton panels above a few landmarks."""
-    before, chunks.CHUNK = chunks.CHUNK, rows
-    try:
+    places = [(chunks, "CHUNK", rows)]
+    with contextlib.suppress(ImportError):
         from . import triton_impl
-    except ImportError:
-        triton_impl = None
-    kept = triton_impl and triton_impl.FUSED
-    try:
-        if triton_impl:
-            triton_impl.FUSED = fused
-        yield
-    finally:
-        chunks.CHUNK = before
-        if triton_impl:
-            triton_impl.FUSED = kept
 
-
-def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
-    """The cases of one op; quick keeps each value of each option and leaves out combinations."""
-    generator = torch.Generator().manual_seed(0)
-    family = {
-        "nystrom_features": _features,
-        "nystrom_cka": _pairs,
-        "nystrom_hsic": _pairs,
-        "nystrom_transfer": _pairs,
-        "select_landmarks": _selection,
-        "transfer_quality": _quality,
-    }[op]
-    return family(op, backend, quick, generator)
+        places.append((triton_impl, "FUSED", fused))
+    return instead(*places)
 
 
 def _spread(x) -> float:
@@ -102,22 +76,16 @@ def _sided(regime, shape, generator, sigma: bool):
 
 
 def _features(op, backend, quick, generator):
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, kernel in enumerate(KERNELS):
-            for k, whiten in enumerate(WHITENINGS):
-                count += 1
-                if quick and (i + j + k) % 2:
-                    continue
-                if kernel.startswith("laplacian") and regime == "near":
-                    continue  # in float32 distances of 1e-3 carry four digits: the cusp amplifies them
-                if (kernel, whiten, regime) == ("cosine", "sqrt", "offset30"):
-                    continue  # cosines within 1e-5 of 1: which eigenvalues count is decided by rounding
-                inputs = _sided(regime, SHAPES[count % 3], generator, "sigma" in kernel)
-                if kernel in ("cosine", "cubic") and regime == "offset30":
-                    continue  # entries of W within 1e-5 of each other: the whitener amplifies their rounding
-                dtypes = EVERY_DTYPE if count % 3 == 0 and regime != "offset30" else (SINGLE,)
-                yield _feature_case(kernel, whiten, 1e-3, regime, inputs, dtypes=dtypes)
+    for count, regime, kernel, whiten in grid(quick, 2, REGIMES, KERNELS, WHITENINGS):
+        if kernel.startswith("laplacian") and regime == "near":
+            continue  # in float32 distances of 1e-3 carry four digits: the cusp amplifies them
+        if (kernel, whiten, regime) == ("cosine", "sqrt", "offset30"):
+            continue  # cosines within 1e-5 of 1: which eigenvalues count is decided by rounding
+        inputs = _sided(regime, SHAPES[count % 3], generator, "sigma" in kernel)
+        if kernel in ("cosine", "cubic") and regime == "offset30":
+            continue  # entries of W within 1e-5 of each other: the whitener amplifies their rounding
+        dtypes = EVERY_DTYPE if count % 3 == 0 and regime != "offset30" else (SINGLE,)
+        yield _feature_case(kernel, whiten, 1e-3, regime, inputs, dtypes=dtypes)
     for n in ROWS:
         yield _feature_case("rbf", "cholesky", 1e-3, "rows", _sided("bland", (n, 5, 6), generator, False))
     for m in LANDMARKS if quick else (*LANDMARKS, *MORE_LANDMARKS):
@@ -222,19 +190,13 @@ def _two_sided(regime, shape, generator, sigma: bool, masked: bool):
 
 
 def _pairs(op, backend, quick, generator):
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, kernel in enumerate(KERNELS):
-            for k, how in enumerate(ESTIMATORS[op]):
-                count += 1
-                if quick and (i + j + k) % 2:
-                    continue
-                if not _known(op, kernel, regime):
-                    continue
-                inputs = _two_sided(regime, PAIR_SHAPES[count % 3], generator, "sigma" in kernel, count % 3 == 1)
-                dtypes = EVERY_DTYPE if count % 4 == 0 and regime != "offset30" else (SINGLE,)
-                whiten = WHITENINGS[count % 5 == 0]
-                yield _pair_case(op, kernel, whiten, how, regime, inputs, dtypes=dtypes)
+    for count, regime, kernel, how in grid(quick, 2, REGIMES, KERNELS, ESTIMATORS[op]):
+        if not _known(op, kernel, regime):
+            continue
+        inputs = _two_sided(regime, PAIR_SHAPES[count % 3], generator, "sigma" in kernel, count % 3 == 1)
+        dtypes = EVERY_DTYPE if count % 4 == 0 and regime != "offset30" else (SINGLE,)
+        whiten = WHITENINGS[count % 5 == 0]
+        yield _pair_case(op, kernel, whiten, how, regime, inputs, dtypes=dtypes)
     for n in ROWS:
         least = 1 if op == "nystrom_transfer" else 4
         if n >= least:
@@ -342,7 +304,7 @@ def _selection(op, backend, quick, generator):
 
                 name = f"{method} {kernel} {regime}"
                 fields = {"gradient": False, "probe": i == 0 and kernel == "rbf", "context": seeded}
-                yield Case(name, {"x": x}, call, caps, lambda t: 1.0, dtypes=(SINGLE, *HALF, DOUBLE), **fields)
+                yield Case(name, {"x": x}, call, caps, lambda t: 1.0, dtypes=ONE_DTYPE, **fields)
 
 
 def _quality(op, backend, quick, generator):
@@ -382,3 +344,13 @@ def bytes_moved(n: int, d: int, m: int, itemsize: int, backward: bool = False) -
 def flops(n: int, d: int, m: int) -> int:
     """X Z' and the triangular solve of each row, and the factor."""
     return 2 * n * m * d + n * m * m + m**3 // 3
+
+
+cases = cases_of(
+    nystrom_features=_features,
+    nystrom_cka=_pairs,
+    nystrom_hsic=_pairs,
+    nystrom_transfer=_pairs,
+    select_landmarks=_selection,
+    transfer_quality=_quality,
+)

@@ -7,16 +7,15 @@ teacher. Half inputs are computed in float32; Triton projects them in tf32, 11 b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from ..testing import REGIMES, Case, pair, product_caps, small_blocks
+from ..testing import REGIMES, Case, pair
+from ..testing.shared import DOUBLE, HALF, SINGLE, cases_of, grid, product_caps, small_blocks
 from . import op as ops
 from . import torch_impl
 
-HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
 # s, t, basis: one dtype, or one each
 EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (SINGLE, torch.bfloat16, SINGLE), (torch.float16, SINGLE, SINGLE))
 EVERY_DTYPE += ((torch.bfloat16, torch.bfloat16, SINGLE),)
@@ -47,19 +46,11 @@ MORE_SIZES = (127, 128, 129, 257)
 SMALL = partial(small_blocks, torch_impl.BLOCK, 40)
 
 
-def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
-    """The cases of one op; quick keeps each value of each option and leaves out combinations."""
-    generator = torch.Generator().manual_seed(0)
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, layout in enumerate(LAYOUTS):
-            for k, reduction in enumerate(REDUCTIONS):
-                count += 1
-                if quick and (i + j + k) % 3:
-                    continue
-                inputs = _inputs(regime, SHAPES[count % len(SHAPES)], layout, count % 4 == 1, generator)
-                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
-                yield _case(backend, layout, reduction, regime, inputs, dtypes=dtypes)
+def _cases(op, backend, quick, generator):
+    for count, regime, layout, reduction in grid(quick, 3, REGIMES, LAYOUTS, REDUCTIONS):
+        inputs = _inputs(regime, SHAPES[count % len(SHAPES)], layout, count % 4 == 1, generator)
+        dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+        yield _case(backend, layout, reduction, regime, inputs, dtypes=dtypes)
     for n in SIZES if quick else (*SIZES, *MORE_SIZES):
         for which, shape in (("rows", (n, 1, 5, 2)), ("channels", (3, 3, n, min(n, 3))), ("positions", (2, n, 4, 3)),
                              ("directions", (2, 3, n, n))):  # fmt: skip
@@ -155,3 +146,6 @@ def bytes_moved(rows: int, c: int, k: int, item_s: int, item_t: int, backward: b
 def flops(rows: int, c: int, k: int, backward: bool = False) -> int:
     """One product for both sides, one more for the gradient of s."""
     return 2 * rows * c * k * (2 if backward else 1)
+
+
+cases = cases_of(projected_mse=_cases)

@@ -8,16 +8,15 @@ last place. Correlations are judged absolutely, gradients against their own size
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
 from ..testing import REGIMES, SCALES, Caps, Case, pair
+from ..testing.shared import DOUBLE, HALF, SINGLE, cases_of, grid
+from ..testing.shared import ONE_DTYPE as EVERY_DTYPE
 from . import op as ops
 from .strength import of_rows, parse
 
-HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
-EVERY_DTYPE = (SINGLE, *HALF, DOUBLE)
 REGULARIZATIONS = ("l2", "kl")
 # a strength by name; "tensor" and "rows" are inputs of the case, with a gradient
 STRENGTHS = {
@@ -40,20 +39,6 @@ SHAPES = ((3, 37), (2, 2, 39), (41,), (1, 63), (7, 5))
 def caps(dtype: torch.dtype) -> Caps:
     """Blocks, means and offsets are float64 inside: half inputs are no worse than float32."""
     return Caps(1e-12, 1e-10) if dtype == DOUBLE else Caps(5e-7, 2e-6)
-
-
-def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
-    """The cases of one op; quick keeps each value of each option and leaves out combinations."""
-    generator = torch.Generator().manual_seed(0)
-    family = {
-        "soft_rank": _rows,
-        "soft_sort": _rows,
-        "rank_diagnostics": _diagnostics,
-        "spearman": _spearman,
-        "pearson": _linear,
-        "spearman_corr": _linear,
-    }[op]
-    return family(op, backend, quick, generator)
 
 
 def _x(regime, shape, generator):
@@ -80,19 +65,13 @@ def _masked(x, generator):
 
 
 def _rows(op, backend, quick, generator):
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, strength in enumerate(STRENGTHS):
-            for k, regularization in enumerate(REGULARIZATIONS):
-                count += 1
-                if quick and (i + j + k) % 2:
-                    continue
-                x = _x(regime, SHAPES[count % len(SHAPES)], generator)
-                masked = count % 3 == 1
-                x = _masked(x, generator) if masked else x
-                how = {"descending": count % 4 < 2}
-                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
-                yield _row_case(op, x, regularization, strength, regime + " masked" * masked, how, dtypes=dtypes)
+    for count, regime, strength, regularization in grid(quick, 2, REGIMES, STRENGTHS, REGULARIZATIONS):
+        x = _x(regime, SHAPES[count % len(SHAPES)], generator)
+        masked = count % 3 == 1
+        x = _masked(x, generator) if masked else x
+        how = {"descending": count % 4 < 2}
+        dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+        yield _row_case(op, x, regularization, strength, regime + " masked" * masked, how, dtypes=dtypes)
     for n in SIZES if quick else (*SIZES, *MORE_SIZES):
         for regularization in REGULARIZATIONS:
             x = _x("bland", (2, n), generator)
@@ -183,20 +162,15 @@ def _diagnostics(op, backend, quick, generator):
 
 
 def _spearman(op, backend, quick, generator):
-    count = 0
-    for i, regime in enumerate(REGIMES):
-        for j, strength in enumerate(("small", "one", "auto", "auto 4", "tensor", "rows")):
-            for k, regularization in enumerate(REGULARIZATIONS):
-                count += 1
-                if quick and (i + j + k) % 2:
-                    continue
-                x, y = _two(regime, SHAPES[count % len(SHAPES)], generator)
-                masked = count % 3 == 1
-                if masked:
-                    x, y = _masked(x, generator), _masked(y, generator)
-                how = {"hard_target": count % 4 == 0}
-                dtypes = EVERY_DTYPE if count % 2 else (SINGLE, (SINGLE, torch.bfloat16))
-                yield _pair_case(op, x, y, regularization, strength, regime + " masked" * masked, how, dtypes=dtypes)
+    strengths = "small", "one", "auto", "auto 4", "tensor", "rows"
+    for count, regime, strength, regularization in grid(quick, 2, REGIMES, strengths, REGULARIZATIONS):
+        x, y = _two(regime, SHAPES[count % len(SHAPES)], generator)
+        masked = count % 3 == 1
+        if masked:
+            x, y = _masked(x, generator), _masked(y, generator)
+        how = {"hard_target": count % 4 == 0}
+        dtypes = EVERY_DTYPE if count % 2 else (SINGLE, (SINGLE, torch.bfloat16))
+        yield _pair_case(op, x, y, regularization, strength, regime + " masked" * masked, how, dtypes=dtypes)
     for n in SIZES if quick else (*SIZES, *MORE_SIZES):
         x, y = _two("bland", (2, n), generator)
         yield _pair_case(op, x, y, "l2", "auto", "size", {}, dtypes=(SINGLE, HALF[n % 2]))
@@ -295,3 +269,13 @@ def bytes_moved(R: int, n: int, itemsize: int, op: str = "soft_rank", backward: 
 def flops(R: int, n: int) -> int:
     """Comparisons of the sort, which dwarf the rest."""
     return R * n * max(1, math.ceil(math.log2(max(n, 2))))
+
+
+cases = cases_of(
+    soft_rank=_rows,
+    soft_sort=_rows,
+    rank_diagnostics=_diagnostics,
+    spearman=_spearman,
+    pearson=_linear,
+    spearman_corr=_linear,
+)

@@ -8,18 +8,14 @@ judged by the slope times the cosines.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from ..testing import REGIMES, Caps, Case, pair
+from ..testing.shared import DOUBLE, EVERY_DTYPE, HALF, SINGLE, cases_of, instead, one_in, some_rows
 from . import op as ops
 from . import pairs, reference, torch_impl
 from .problem import EPS, MINIMUM
 
-HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
-EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.float16, SINGLE), (SINGLE, torch.bfloat16))
 # n, p, q: more rows than features, fewer, equal widths
 SHAPES = ((17, 7, 5), (13, 20, 23), (15, 9, 9))
 # the minimum, odd, prime, and around the vectors and tiles of every backend
@@ -37,33 +33,17 @@ def caps():
 FEW_SIZES = (3, 16, 33)
 
 
-@contextlib.contextmanager
 def small_chunks():
     """Blocks of a few columns and chunks of a few vertices."""
     places = [(table, key, size) for table, size in ((pairs.COLUMNS, 64), (torch_impl.TRIPLETS, 500)) for key in table]
-    before = [table[key] for table, key, _ in places]
-    try:
-        for table, key, size in places:
-            table[key] = size
-        yield
-    finally:
-        for (table, key, _), size in zip(places, before, strict=True):
-            table[key] = size
+    return instead(*places)
 
 
-def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
-    """The cases of one op; quick leaves out combinations."""
-    generator = torch.Generator().manual_seed(0)
-    interpreted = backend == "triton" and quick
-    count = 0
-    for regime in REGIMES:
-        for shape in SHAPES:
-            for G, masked in ((None, False), (2, False), (None, True), (2, True)):
-                count += 1
-                if quick and count % (7 if interpreted else 4):
-                    continue
-                inputs = _inputs(regime, shape, G, masked, generator)
-                yield _case(op, backend, regime, inputs, dtypes=_dtypes(count, regime))
+def _cases(op, backend, quick, generator):
+    interpreted, groups = backend == "triton" and quick, ((None, False), (2, False), (None, True), (2, True))
+    for count, regime, shape, (G, masked) in one_in(quick, 7 if interpreted else 4, REGIMES, SHAPES, groups):
+        inputs = _inputs(regime, shape, G, masked, generator)
+        yield _case(op, backend, regime, inputs, dtypes=_dtypes(count, regime))
     for n in FEW_SIZES if interpreted else SIZES if quick else (*SIZES, *MORE_SIZES):
         if n >= MINIMUM[op]:
             # the only distance is its own mean: the gradient is 0 but for rounding
@@ -91,10 +71,7 @@ def _inputs(regime, shape, G, masked, generator):
     x, y = pair(regime, (*lead, n, p), (*lead, n, q), generator)
     inputs = {"x": x, "y": y}
     if masked:
-        keep = torch.rand((*lead, n), generator=generator) > 0.3
-        keep[..., :4] = True
-        keep[..., -1] = False
-        inputs["mask"] = keep
+        inputs["mask"] = some_rows((*lead, n), generator)
     return inputs
 
 
@@ -175,3 +152,6 @@ def flops(op: str, n: int, p: int, q: int, backward: bool = False) -> int:
     if op == "rkd_angle":
         total += n**3 // 2 * (45 if backward else 15)
     return total + (2 * n * n * p if backward else 0)
+
+
+cases = cases_of(rkd_distance=_cases, rkd_angle=_cases, pkt=_cases)

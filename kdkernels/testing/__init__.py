@@ -19,7 +19,6 @@ from . import transforms
 from .case import REGIMES, SCALES, Caps, Case, generator_beside, pair, sample, seeded
 from .checks import CUDA_ONLY, STRUCTURAL, accuracy, poison
 from .probe import Result, probe_of
-from .products import product_caps, small_blocks
 
 __all__ = [
     "Caps",
@@ -33,10 +32,8 @@ __all__ = [
     "measure",
     "pair",
     "poison",
-    "product_caps",
     "sample",
     "seeded",
-    "small_blocks",
 ]
 
 

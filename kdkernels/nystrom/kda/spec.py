@@ -7,16 +7,15 @@ what the rounding of the products' terms can make of them. Triton rounds half in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from ...testing import REGIMES, Case, pair, product_caps, sample, small_blocks
+from ...testing import REGIMES, Case, pair, sample
+from ...testing.shared import DOUBLE, HALF, SINGLE, cases_of, one_in, product_caps, small_blocks
 from . import op as ops
 from . import torch_impl
 
-HALF, SINGLE, DOUBLE = (torch.float16, torch.bfloat16), torch.float32, torch.float64
 # s, t, s_centers, t_centers: one dtype, or one each; landmarks are float32 where a ClassCenters holds them
 EVERY_DTYPE = (SINGLE, *HALF, DOUBLE, (torch.bfloat16, torch.bfloat16, SINGLE, SINGLE))
 EVERY_DTYPE += ((SINGLE, torch.bfloat16, SINGLE, SINGLE), (torch.float16, SINGLE, SINGLE, SINGLE))
@@ -29,18 +28,10 @@ MORE_SIZES = (127, 128, 129, 257)
 SMALL = partial(small_blocks, torch_impl.BLOCK, 20)
 
 
-def cases(op: str, backend: str, quick: bool) -> Iterator[Case]:
-    """The cases of the op; quick leaves out the larger sizes."""
-    generator = torch.Generator().manual_seed(0)
-    count = 0
-    for regime in REGIMES:
-        for shape in SHAPES:
-            for how in ("far", "near", "class means"):
-                count += 1
-                if quick and count % 2:
-                    continue
-                dtypes = EVERY_DTYPE if count % 4 else (SINGLE, HALF[count // 4 % 2])
-                yield _case(backend, f"{regime} {how}", _inputs(regime, shape, how, generator), dtypes=dtypes)
+def _cases(op, backend, quick, generator):
+    for count, regime, shape, how in one_in(quick, 2, REGIMES, SHAPES, ("far", "near", "class means")):
+        dtypes = EVERY_DTYPE if count % 4 else (SINGLE, HALF[count // 4 % 2])
+        yield _case(backend, f"{regime} {how}", _inputs(regime, shape, how, generator), dtypes=dtypes)
     for n in SIZES if quick else (*SIZES, *MORE_SIZES):
         for shape in ((n, 5, 3, 4), (4, n, 3, 4), (4, 5, n, 3), (4, 5, 3, n)):
             yield _case(backend, "size", _inputs("edge", shape, "far", generator))
@@ -118,3 +109,6 @@ def bytes_moved(B: int, C: int, d: int, e: int, item: int, backward: bool = Fals
 def flops(B: int, C: int, d: int, e: int, backward: bool = False) -> int:
     """Two products; the gradient is a third."""
     return 2 * B * C * (d + e) + (2 * B * C * d if backward else 0)
+
+
+cases = cases_of(landmark_similarity_loss=_cases)
