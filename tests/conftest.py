@@ -64,6 +64,21 @@ def threads():
 
 
 @pytest.fixture
+def same_bits(threads):
+    """Asserts that a call gives the same bits twice on one thread, and on more."""
+
+    def check(call, *more: int):
+        results = []
+        for count in (1, 1, 2, 3, *more):
+            threads(count)
+            results.append(call())
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    return check
+
+
+@pytest.fixture
 def nothing_compiled_before():
     torch._dynamo.reset()
 

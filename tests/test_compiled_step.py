@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import kdkernels as kd
 from kdkernels import losses
 
 CLASSES, WIDTH, MAPS = 6, 8, 4
@@ -89,3 +90,16 @@ def test_a_compiled_step_leaves_the_parameters_that_an_eager_one_leaves():
     assert all((p - old).abs().max() > 1e-3 for p, old in zip(parameters, before, strict=True))
     assert counter.frame_count == 1  # three steps, each with other weights
     assert expected[0] != expected[1]
+
+
+def test_a_step_on_mixed_images_compiles():
+    torch._dynamo.reset()
+    model, loss, lam = nn.Linear(5, 9), losses.STKDLoss(), torch.tensor(0.3)
+
+    def step(x, labels, teacher):
+        mixed = kd.mixup(x, labels, lam=lam)
+        return loss(model(mixed.x), teacher, mixed)
+
+    inputs = torch.randn(8, 5), torch.randint(9, (8,)), torch.randn(8, 9)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs).backward()
+    assert model.weight.grad.isfinite().all() and model.weight.grad.abs().max() > 0

@@ -299,7 +299,7 @@ def test_a_loss_compiles_to_one_graph_and_a_new_weight_does_not_recompile_it(cas
     torch.testing.assert_close(compiled(student, teacher, mask=mask), loss(student, teacher, mask=mask))
 
 
-def test_gradients_through_a_compiled_loss_are_those_of_the_eager_one_also_of_a_second_batch_size(case):
+def test_a_compiled_loss_says_nothing_and_has_the_gradients_of_the_eager_one_also_of_a_second_batch_size(case):
     torch._dynamo.reset()
     loss = case.make()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -308,7 +308,13 @@ def test_gradients_through_a_compiled_loss_are_those_of_the_eager_one_also_of_a_
         expected = gradient(loss, student, teacher)
         with torch.inference_mode():  # as many teachers are called
             teacher = teacher.clone()
-        torch.testing.assert_close(gradient(compiled, student, teacher), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # PyTorch's own: shown to nobody by default, and of conftest.py's switch
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", "dynamo_pgo")
+            found = gradient(compiled, student, teacher)
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_compiled_loss_survives_a_last_batch_that_is_too_small(case):
@@ -373,14 +379,10 @@ def test_repr_shows_the_weight(case):
 
 
 @pytest.mark.parametrize("name", losses.__all__)
-def test_the_docstring_has_a_formula_a_default_and_four_lines_that_run(name):
-    found = doctest.DocTestFinder(recurse=False).find(getattr(losses, name), name, globs={"kd": kd, "torch": torch})
-    assert len(found) == 1 and len(found[0].examples) >= 4
-    torch.manual_seed(0)
-    report = []
-    outcome = doctest.DocTestRunner().run(found[0], out=report.append)
-    assert outcome.failed == 0, "".join(report)
-    assert "Args:" in inspect.getdoc(getattr(losses, name))
+def test_the_docstring_has_four_lines_that_run_and_says_what_the_arguments_are(name):
+    """They are run with all examples of the package."""
+    found = doctest.DocTestFinder(recurse=False).find(getattr(losses, name), name)
+    assert len(found[0].examples) >= 4 and "Args:" in inspect.getdoc(getattr(losses, name))
 
 
 @pytest.mark.parametrize("name", ["CKALoss", "SPLoss", "GramMSELoss", "MMDLoss", "RKDLoss", "PKTLoss", "CCLoss"])

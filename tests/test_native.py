@@ -112,13 +112,9 @@ class TestMoments:
         rows, _ = native_moments(k[:, 1:2], l[:, 2:3])
         assert_sums(rows, terms(k[:, 1:2], l[:, 2:3]), 2)
 
-    def test_the_bits_do_not_depend_on_the_run_or_the_number_of_threads(self, panels, threads):
+    def test_the_bits_do_not_depend_on_the_run_or_the_number_of_threads(self, panels, same_bits):
         k, l = panels(300, 1100)
-        results = []
-        for count in (1, 1, 2, 3):
-            threads(count)
-            results.append(native_moments(k, l, 7))
-        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+        same_bits(lambda: native_moments(k, l, 7))
 
     @pytest.mark.parametrize(
         ("change", "message"),
