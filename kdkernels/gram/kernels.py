@@ -97,7 +97,7 @@ class Cosine(Kernel):
 
 
 class Polynomial(Kernel):
-    """k(x, y) = (scale x . y + coef0)^degree, degree a positive integer."""
+    """k(x, y) = (scale x . y + coef0)^degree, degree a positive integer. scikit-learn: degree 3, scale 1 / p."""
 
     name = "polynomial"
 
@@ -134,14 +134,15 @@ class RBF(_Bandwidth):
 
     sigma: a number, a 0-d (or [G]) tensor (it gets a gradient if it asks for one), "median" (sigma^2 = median of the
     squared distances, zero diagonal included), ("median", factor), "mean" (sigma^2 = their mean), ("mean", factor),
-    or a sequence of numbers for a sum of kernels. Rules are detached: no gradient flows through them.
+    or a sequence of numbers for a sum of kernels. Rules are detached: no gradient flows through them. scikit-learn's
+    gamma is 1 / (2 sigma^2), by default 1 / p.
     """
 
     name = "rbf"
 
 
 class Laplacian(_Bandwidth):
-    """k(x, y) = exp(-|x - y| / sigma), gradient 0 where x = y; sigma as in `RBF`."""
+    """k(x, y) = exp(-|x - y| / sigma), gradient 0 where x = y; sigma as in `RBF`. scikit-learn: the L1 norm."""
 
     name = "laplacian"
 

@@ -37,7 +37,8 @@ def cka(
         x: features [n, p] or, for G independent groups at once, [G, n, p]; float16, bfloat16, float32 or float64.
         y: features [n, q] or [G, n, q] of the same samples; its own width and float dtype.
         kernel: a name ("linear", "polynomial", "cosine", "rbf", "laplacian"), a kernel object, or a pair (x's, y's).
-        unbiased: HSIC_1 (n >= 4; does not drift with the batch size, may be negative), else HSIC_0.
+        unbiased: HSIC_1 (n >= 4; does not drift with the batch size, may be negative), else HSIC_0, the paper's,
+            the default of ckatorch and repsim; pytorch-cka has HSIC_1, cut to [0, 1].
         center: False drops the centring (RCKA); needs unbiased=False.
         row_normalize: K_ij / sqrt(K_ii), rows only (RCKA); needs unbiased=False.
         mask: bool [n] or [G, n], False rows take no part and get gradient 0.
@@ -118,6 +119,7 @@ def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="au
     """Squared maximum mean discrepancy, mean k(x, x') + mean k(y, y') - 2 mean k(x, y).
 
     Source: Gretton et al. 2012 (JMLR 13). unbiased leaves i = j out of the first two means (the value may be negative).
+    geomloss's SamplesLoss is half of the biased one.
 
     Args:
         x: samples [n, p] or [G, n, p]; y: samples [m, p] or [G, m, p] in the same space. n, m >= 2 (1 if biased).

@@ -20,9 +20,11 @@ class KDLoss(Loss):
     """tau^2 KL(p_t || p_s), p = softmax(z / tau), in nats, mean over the rows. Source: Hinton et al., arXiv 1503.02531.
 
     Args:
-        tau: temperature, 4 by default (the usual choice on CIFAR-100; the paper has no default).
+        tau: temperature, 4 by default (the usual choice on CIFAR-100; the paper has no default). TRL and Liger have 1
+            and no tau^2.
         divergence: "forward" KL(p_t || p_s), the paper's; "reverse" KL(p_s || p_t); "jsd" the Jensen-Shannon divergence
-            [KL(p_t || m) + KL(p_s || m)] / 2 with m = (p_t + p_s) / 2. Each times tau^2.
+            [KL(p_t || m) + KL(p_s || m)] / 2 with m = (p_t + p_s) / 2; beta = 0, 1 and 0.5 of TRL's GKD and Liger's
+            JSD (there a beta near 0 gives beta times the KL, not the KL). Each times tau^2.
         weight: factor of the loss, a buffer; 1 gives the formula.
         reduction: "mean" over the rows that count, or "sum".
         backend: as in `kd.distillation_kl`.

@@ -124,6 +124,7 @@ class StreamingPCA(Accumulator):
     def components(self, k: int, *, dtype: torch.dtype = torch.float32, group=None) -> torch.Tensor:
         """The k principal directions [c, k], orthonormal columns by falling variance; the largest entry is positive.
 
+        scikit-learn's components_ are their transpose, in the dtype of the features; here float32 is the default.
         Directions of equal variance are any orthonormal basis of their span. Reads values: not for CUDA graphs. With a
         group, of what all its ranks have seen: the same on each, up to how their processors round.
         """

@@ -65,7 +65,8 @@ def soft_sort(
     Source: as `soft_rank`. With s = x sorted descending, l2: v_i = mean_B s + ((a + b - 1) / 2 - i) / eps in block
     [a, b), kl: v_i = z_i - LSE_B z + LSE_B s with z_i = (n - i) / eps. Here a large eps pools everything (l2: to the
     mean of x) and a small one sorts. Unlike in `soft_rank`, ties may fall into different blocks: they are told apart
-    by their position (stable).
+    by their position (stable). Under l2 ascending is descending backwards; under kl it is -f(-x), f the descending one,
+    as in torchsort.
 
     Arguments, errors and NaN as in `soft_rank`; eps has the unit of 1 / x, and "auto" is no natural choice. Absent
     entries (-inf) come last, as -inf, in either direction. The dtype is that of `soft_rank`. Ascending by default.
@@ -196,6 +197,7 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
 def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     """Rank correlation of hard ranks, ties averaged, equal to scipy.stats.spearmanr: a metric, without gradient.
 
+    Of finite values, that is: scipy ranks infinities, where here a pair with -inf is absent and +inf gives NaN.
     Arguments, absent pairs, constant rows (0, where scipy has NaN), NaN and dtypes as in `spearman`.
 
     >>> kd.spearman_corr(torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0]))
