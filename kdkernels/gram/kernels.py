@@ -134,8 +134,9 @@ class RBF(_Bandwidth):
 
     sigma: a number, a 0-d (or [G]) tensor (it gets a gradient if it asks for one), "median" (sigma^2 = median of the
     squared distances, zero diagonal included), ("median", factor), "mean" (sigma^2 = their mean), ("mean", factor),
-    or a sequence of numbers for a sum of kernels. Rules are detached: no gradient flows through them. scikit-learn's
-    gamma is 1 / (2 sigma^2), by default 1 / p.
+    or a sequence of numbers for a sum of kernels. Rules are detached: no gradient flows through them, which is for
+    comparing; descent on it draws the rows together. To train, use `kd.losses.CKALoss` and its siblings, or a number.
+    scikit-learn's gamma is 1 / (2 sigma^2), by default 1 / p.
     """
 
     name = "rbf"

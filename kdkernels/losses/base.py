@@ -20,7 +20,7 @@ from torch import nn
 from .. import checks, distributed
 from ..autograd import at_least_float32, ordinary
 from ..backend import check_name
-from .means import has_samples, mean_of_groups, nothing_of
+from .means import has_samples, mean_of_groups, nothing_of, zero_where_masked
 from .weights import level_weights, weight_tensor, weight_text
 
 TOKENS = ("tokens", "mean", "groups")  # how [B, T, d] becomes rows
@@ -337,11 +337,6 @@ def rows_of_pair(student, teacher, rows, mask, what: str, index: int | None = No
             "both sides need the same tokens or positions; rows='mean', 'gap' or 'flatten' compare samples"
         )
     return x, y, kept
-
-
-def zero_where_masked(x, mask):
-    """x [..., d] with the masked rows 0: exact for what ignores zero rows, and their gradient is 0 even at NaN."""
-    return x if mask is None else torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def row_mask(mask, labels, ignore_index: int, like, name: str):

@@ -7,6 +7,7 @@ from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
 from ..gram.op import cka
 from .base import FeatureLoss
+from .means import with_spread
 
 
 class CKALoss(FeatureLoss):
@@ -19,7 +20,9 @@ class CKALoss(FeatureLoss):
     are small, a large weight can drown the cross-entropy and training may collapse. `kd.losses.Ramp` mends it.
 
     Args:
-        kernel: a name, a kernel object such as `kd.RBF()`, or a pair (student's, teacher's).
+        kernel: a name, a kernel object such as `kd.RBF()`, or a pair (student's, teacher's). A bandwidth that follows
+            from the student's rows ("median", "mean") counts in its gradient as their spread does, the root mean square
+            distance from their mean: taken for a constant, as `kd.cka` does, it rewards a student that collapses.
         unbiased, center: the estimator, see `kd.cka`. It needs 4 rows; 2 if biased; 1 if also uncentred.
         rows: what a row is, for more than two dimensions. [B, T, d]: "tokens", "mean" or "groups" (one CKA a sample,
             averaged), needed. [B, C, H, W]: "flatten" (default), "gap" or "positions". May also be given in the call.
@@ -60,11 +63,17 @@ class CKALoss(FeatureLoss):
         self.least = minimum_rows(unbiased, center)
 
     def _value(self, x, y, kept, group):
-        how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
-        return 1 - cka(x, y, mask=kept, group=group, **how)
+        return 1 - cka_of(self, x, y, kept, group)
 
     def _shown(self):
         return {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, **super()._shown()}
+
+
+def cka_of(loss, x, y, mask, group=None, row_normalize: bool = False):
+    """`kd.cka` of the student's rows x and the teacher's y with the options of a loss, to be trained."""
+    (x,) = with_spread(loss.kernel, mask, group, x)
+    how = {"kernel": loss.kernel, "unbiased": loss.unbiased, "center": loss.center, "backend": loss.backend}
+    return cka(x, y, mask=mask, row_normalize=row_normalize, group=group, **how)
 
 
 def check_estimator(kernel, unbiased: bool, center: bool, row_normalize: bool):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from ..autograd import at_least_float32
+from ..gram.kernels import spec_of
 
 
 def check_normalizer(normalizer, reduction: str):
@@ -66,6 +67,40 @@ def mean_of_groups(values, mask, least: int, group=None):
     both = torch.stack([torch.where(enough, values, 0).sum(dtype=torch.float64), enough.sum().double()])
     total, count = group.sum(both)
     return (total / count.clamp_min(1)).to(values.dtype)
+
+
+def zero_where_masked(x, mask):
+    """x [..., d] with the masked rows 0: exact for what ignores zero rows, and their gradient is 0 even at NaN."""
+    return x if mask is None else torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def with_spread(kernel, mask, group, x, *alike):
+    """The student's rows x, and what lies in their space, with the gradient of a bandwidth that follows from x.
+
+    Such a kernel function does not change where all is scaled, but its rule has no gradient: descent then shrinks the
+    features for what the next bandwidth takes back. Here everything is divided by the change of the spread of x: by 1.
+    """
+    if not spec_of(kernel)[0].has_rule:
+        return x, *alike
+    x = zero_where_masked(x, mask)  # NaN there would reach the gradient
+    mean, size = spread(x, mask, group)
+    change = (size.detach() / size - 1).to(mean.dtype)
+    return tuple(t + (t - mean) * change for t in (x, *alike))
+
+
+def spread(x, mask, group=None):
+    """The mean of the rows that count, [..., 1, d], and their root mean square distance from it, [..., 1, 1] in
+    float64, 1 where it is 0; with a process group, of the rows of all ranks.
+    """
+    over = group.sum if group is not None else lambda own: own
+    x, n = x.to(at_least_float32(x)), x.shape[-2] if group is None else group.total
+    if mask is not None:
+        n = over(mask.sum(-1)).clamp_min(1)[..., None, None]
+    mean = over(zero_where_masked(x, mask).sum(-2, keepdim=True)) / n
+    apart = zero_where_masked(x - mean, mask)
+    size = torch.linalg.vector_norm(apart, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    square = over(size.square()) / n
+    return mean, torch.where(square == 0, 1, square).sqrt()
 
 
 def has_samples(x, group, least: int) -> bool:

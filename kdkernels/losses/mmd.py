@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 
 from ..autograd import at_least_float32
-from ..gram.bandwidth import bandwidth
 from ..gram.kernels import RBF, spec_of
 from ..gram.op import mmd
-from .base import FeatureLoss, rows_of_pair, zero_where_masked
+from .base import FeatureLoss, rows_of_pair
+from .means import spread
 
 # five kernels exp(-d2 / (f m)), f = 1/4 to 4: the usual bandwidths of the transfer-learning libraries
 PRESETS = {"transfer": {"factors": (0.25, 0.5, 1.0, 2.0, 4.0), "unbiased": False}}
@@ -115,12 +115,8 @@ def check_factor(factor) -> float:
 def in_units_of_their_spread(x, y, kept):
     """Both sides over sqrt(m), m the mean squared distance between distinct rows of the two sides together."""
     dtype = at_least_float32(x, y)
-    rows = torch.cat([zero_where_masked(side.to(dtype), kept) for side in (x, y)], dim=-2)
+    rows = torch.cat([side.detach().to(dtype) for side in (x, y)], dim=-2)
     both = None if kept is None else torch.cat([kept, kept], dim=-1)
-    if x.dim() == 2:
-        rows, both = rows[None], None if both is None else both[None]
-    spread = bandwidth(rows, both, "mean", 1.0)  # over all pairs, each row with itself too; detached
-    count = rows.shape[1] if both is None else both.sum(1).clamp_min(2).to(dtype)
-    spread = spread * (count / (count - 1)) ** 0.5
-    spread = spread[:, None, None] if x.dim() == 3 else spread
-    return x / spread, y / spread
+    count = rows.shape[-2] if both is None else both.sum(-1, dtype=torch.float64)[..., None, None].clamp_min(2)
+    apart = (spread(rows, both)[1] * (2 * count / (count - 1)) ** 0.5).to(dtype)
+    return x / apart, y / apart

@@ -9,6 +9,7 @@ from ..gram.kernels import spec_of
 from ..nystrom.kda import ClassCenters
 from ..nystrom.op import nystrom_transfer, paired_landmarks
 from .base import Loss, check_rows, full_precision, row_mask, rows_of_pair, zero_where_masked
+from .means import with_spread
 
 RULES = ("greedy", "rpcholesky", "uniform", "kmeans++")
 
@@ -22,7 +23,8 @@ class NystromTransferLoss(Loss):
 
     Args:
         num_landmarks: m, at most; a batch with fewer rows takes all of them: K~ is then K itself up to jitter.
-        kernel: a name, a kernel object, or a pair (student's, teacher's).
+        kernel: a name, a kernel object, or a pair (student's, teacher's); a rule of the student's bandwidth has the
+            gradient of the spread of its rows, as in `kd.losses.CKALoss`.
         method: how landmarks are chosen among the teacher's rows, see `kd.select_landmarks`; the same samples serve
             both sides. "greedy" (the default) is deterministic.
         centers: a `kd.ClassCenters`: its class means are the landmarks instead, as in the paper. In training mode the
@@ -42,7 +44,8 @@ class NystromTransferLoss(Loss):
     With `group=` value and landmarks are those of the rows of all ranks, the same on each, and the gradient averaged
     over the ranks is that of one process. What travels is in `kd.nystrom_transfer`; landmarks from the batch add the
     teacher's rows of all ranks, m rows of the student's (again backward) and m numbers, `centers` nothing a step:
-    `end_epoch()`, called by all ranks, joins their class means. A drawn `method` draws as rank 0 does.
+    `end_epoch()`, called by all ranks, joins their class means. The spread adds d + 1 numbers. A drawn
+    `method` draws as rank 0 does.
 
     >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 64)
     >>> loss = kd.losses.NystromTransferLoss(num_landmarks=16)
@@ -108,7 +111,7 @@ class NystromTransferLoss(Loss):
         if self._too_small(total, 1):
             return self._nothing(["transfer"], student_features, return_parts)
         with full_precision(s):
-            landmarks = self._landmarks(s, t, kept, min(self.num_landmarks, total), group)
+            s, landmarks = self._landmarks(s, t, kept, min(self.num_landmarks, total), group)
             value = nystrom_transfer(
                 s, t, *landmarks, kernel=self.kernel, normalize=self.normalize, mask=kept, jitter=self.jitter,
                 group=group, backend=self.backend,
@@ -134,10 +137,13 @@ class NystromTransferLoss(Loss):
         return (s, t, kept), batch
 
     def _landmarks(self, s, t, kept, m: int, group):
+        """The student's rows, and the landmarks of both sides."""
         if self.centers is not None:
-            return self.centers.student_centers, self.centers.teacher_centers
+            s, z = with_spread(self.kernel, kept, group, s, self.centers.student_centers)
+            return s, (z, self.centers.teacher_centers)
+        (s,) = with_spread(self.kernel, kept, group, s)
         how = {"method": self.method, "kernel": spec_of(self.kernel)[1], "mask": kept, "group": group}
-        return paired_landmarks(s, t, m, **how)
+        return s, paired_landmarks(s, t, m, **how)
 
     def end_epoch(self, group=None) -> None:
         """With `centers`: the epoch's class means, over `group` or else the loss' own, become the landmarks."""

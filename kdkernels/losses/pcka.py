@@ -9,10 +9,9 @@ from ..autograd import device_type
 from ..backend import resolve
 from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
-from ..gram.op import cka
 from ..gram.patches import PATCH, patch_cka, patch_rows
 from .base import FeatureLoss, check_pair, constant, weight_tensor, weight_text, zero_of
-from .cka import check_estimator
+from .cka import check_estimator, cka_of
 from .maps import mask_of_positions, same_channels
 
 PRESETS = {
@@ -38,7 +37,8 @@ class PCKALoss(FeatureLoss):
         weight: factor of the loss, a buffer. weights: one factor a level, a buffer; default 1 each.
         transposed: w_T, a buffer; 0, the default, drops the term for good. Its rows are the 256 B positions.
         row_normalize: divide the rows of the Gram matrices by sqrt(K_ii), an option of the public class.
-        center, unbiased, kernel: the textbook variants, see `kd.cka`. They need more patches: 2 centred, 4 unbiased.
+        center, unbiased, kernel: the textbook variants, see `kd.cka` and, for bandwidths, `CKALoss`. They need more
+            patches: 2 centred, 4 unbiased.
         group: "world" or a process group: the loss of the samples of all its ranks, see `kdkernels.distributed`. A row
             is the same patch in every sample, so the maps of all ranks are gathered: B is then the global batch.
         backend: as in `kd.cka`.
@@ -137,16 +137,13 @@ class PCKALoss(FeatureLoss):
         if not textbook and all(spec.name == "linear" for spec in spec_of(self.kernel)):
             return patch_cka(student, teacher, size, kept, self.transposed is not None).unbind()
         x, y = (patch_rows(side, size, kept) for side in (student, teacher))
-        between_patches = self._cka(x, y, None)
+        between_patches = cka_of(self, x, y, None, row_normalize=self.row_normalize)
         if self.transposed is None:
             return (between_patches,)
         # a row is a position of a sample; masked positions of single patches are zeros
         rows = None if kept is None or kept.dim() == 3 else kept.repeat_interleave(PATCH**2, dim=0)[:, 0]
-        return between_patches, self._cka(x.mT, y.mT, None if rows is None else rows.expand(len(x), -1))
-
-    def _cka(self, x, y, mask):
-        how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
-        return cka(x, y, mask=mask, row_normalize=self.row_normalize, **how)
+        rows = None if rows is None else rows.expand(len(x), -1)
+        return between_patches, cka_of(self, x.mT, y.mT, rows, row_normalize=self.row_normalize)
 
     def _shown(self):
         shown = super()._shown()

@@ -11,7 +11,6 @@ from ..gram import both_ways
 from ..gram.both_ways import cka_both_ways
 from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
-from ..gram.op import cka
 from .base import (
     Loss,
     check_rows,
@@ -25,7 +24,7 @@ from .base import (
     weight_text,
     zero_where_masked,
 )
-from .cka import check_estimator
+from .cka import check_estimator, cka_of
 from .maps import unit
 
 PRESETS = {
@@ -54,8 +53,9 @@ class RCKALoss(Loss):
         feature_weight: None: 1 a stage if the call has features. A number, or one a stage: the call must have features.
             0: it must have none. A buffer.
         first_stage: the first stage of a list of features that is compared (FCKA).
-        row_normalize, center, unbiased, kernel: the estimator, see `kd.cka`; unbiased=True needs center=True and
-            row_normalize=False. In the class term a class is a row, so centring is over the classes.
+        row_normalize, center, unbiased, kernel: the estimator, see `kd.cka` and, for bandwidths, `CKALoss`;
+            unbiased=True needs center=True and row_normalize=False. In the class term a class is a row, so centring is
+            over the classes.
         rows: for logits [B, T, C] (tokens) or [B, C, H, W] (positions), as in `CKALoss`; feature_rows: the same for
             features, [B, C, H, W] being flattened by default.
         weight: factor of the whole loss, a buffer. backend: as in `kd.cka`.
@@ -181,11 +181,11 @@ class RCKALoss(Loss):
                 return {name: value for name, value in zip(TERMS, values.unbind(), strict=False) if name in names}
         aligned = {}
         if "rows" in names:
-            aligned["rows"] = self._cka(x, y, kept, self.row_normalize)
+            aligned["rows"] = cka_of(self, x, y, kept, row_normalize=self.row_normalize)
         if "classes" in names:
             # a masked sample is a zero feature of each class: it enters no product, norm, distance or mean over classes
             x, y = zero_where_masked(x, kept), zero_where_masked(y, kept)
-            aligned["classes"] = self._cka(x.mT, y.mT, None, self.row_normalize)
+            aligned["classes"] = cka_of(self, x.mT, y.mT, None, row_normalize=self.row_normalize)
         return aligned
 
     @property
@@ -197,16 +197,12 @@ class RCKALoss(Loss):
         total = 0
         for i, (s, t, kept, group) in enumerate(stages):
             if has_samples(s, group, least):
-                aligned = self._cka(relations(s, kept), relations(t, kept), kept, False)
+                aligned = cka_of(self, relations(s, kept), relations(t, kept), kept)
             else:
                 aligned, kept = nothing_of(s, t), None
             weight = self.feature_weight if self.feature_weight.dim() == 0 else self.feature_weight[i]
             total = total - mean_of_groups(aligned, kept, least, group) * weight.to(aligned.dtype)
         return total
-
-    def _cka(self, x, y, mask, row_normalize):
-        how = {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, "backend": self.backend}
-        return cka(x, y, mask=mask, row_normalize=row_normalize, **how)
 
     def _stages(self, student, teacher):
         """(index, pair) of each stage to compare."""
