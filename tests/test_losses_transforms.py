@@ -14,6 +14,7 @@ from originals import every
 from torch.autograd import forward_ad
 
 from kdkernels.compat import mdistiller, repdistiller
+from kdkernels.testing import transforms
 
 
 class Entry(NamedTuple):
@@ -119,11 +120,30 @@ def test_an_ordinary_teacher_is_not_copied():
     assert copy.equal(inside) and not copy.is_inference()
 
 
+CHECKED = set()
+
+
+def test_what_is_run_keeps_its_schema_and_its_fake(name):
+    """Each operator once for what is None among its arguments."""
+    entry = MAKERS[name]()
+    students, teachers = to(torch.float32, entry.students), to(torch.float32, entry.teachers)
+    with transforms._Operators() as seen:
+        for options in ({}, entry.options) if entry.options else ({},):
+            gradient(lambda s: entry.value(s, teachers, **options), students)  # noqa: B023
+    for operator, arguments in seen.calls:
+        kind = operator.name(), *(a is None for a in arguments)
+        if kind not in CHECKED:
+            CHECKED.add(kind)
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_tangents_are_the_gradients_or_refused(name):
     entry = MAKERS[name]()
     f = lambda *students: entry.value(students, entry.teachers)  # noqa: E731
     directions = tuple(map(torch.randn_like, entry.students))
-    want = along(gradient(lambda s: f(*s), entry.students)[1], directions)
+    _, gradients = gradient(lambda s: f(*s), entry.students)
+    want = along(gradients, directions)
+    torch.testing.assert_close(torch.func.grad(f, tuple(range(len(gradients))))(*entry.students), gradients)
     try:
         _, transformed = torch.func.jvp(f, entry.students, directions)
         with forward_ad.dual_level():

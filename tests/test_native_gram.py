@@ -157,14 +157,3 @@ def test_weights_refuse_what_does_not_fit():
         torch.ops.kdkernels.weigh_rows(torch.zeros(5, 1, 4), None, one, one, *how)
     with pytest.raises(ValueError, match=r"float64 \[1\]"):
         torch.ops.kdkernels.weigh_rows(torch.zeros(5, 1, 4).double(), None, one.float(), one, *how)
-
-
-def test_the_schemas_tell_the_truth():
-    x, mask, tests = torch.randn(2, 6, 5), torch.ones(2, 6, dtype=torch.bool), "test_schema"
-    torch.library.opcheck(torch.ops.kdkernels.centre_rows, (x, mask, True, True), test_utils=tests)
-    torch.library.opcheck(torch.ops.kdkernels.centre_rows, (x, None, False, False), test_utils=tests)
-    unit, like = torch.ones(2, dtype=torch.float64), torch.empty(0)
-    sums = torch.rand(5, 2, 6, dtype=torch.float64)
-    for need in (0, 1):
-        arguments = (sums, None, unit, unit, None, None, like, True, True, True, need, 4, 1e-7)
-        torch.library.opcheck(torch.ops.kdkernels.weigh_rows, arguments, test_utils=tests)

@@ -122,24 +122,6 @@ def test_an_empty_batch_gives_zero_and_an_empty_gradient(C):
             assert value.sum() == 0 and all(g.shape == shape for g in gradients)
 
 
-@pytest.mark.parametrize("C", [3, 9])
-def test_the_public_operators_pass_opcheck_on_this_backend(C):
-    run, how = torch.ops.kdkernels, {"test_utils": ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")}
-    inputs = torch.randn(7, 5), torch.randn(7, 6), torch.randn(C, 5), torch.randn(C, 6)
-    for need in (1, 0):
-        torch.library.opcheck(run.landmark_similarity_fwd.default, (*inputs, "cpp", need), **how)
-    value, *kept = run.landmark_similarity_fwd(*inputs, "cpp", 1)
-    backward = (torch.ones_like(value), *inputs, *kept, "cpp", 1)
-    torch.library.opcheck(run.landmark_similarity_bwd.default, backward, **how)
-    maps = [torch.randn(2, 5, C), torch.randn(2, 5, C), torch.randn(5, 2), None]
-    for reduction in ("mean", "none"):
-        options = (1, reduction, "cpp", 7)
-        torch.library.opcheck(run.projected_mse_fwd.default, (*maps, *options), **how)
-        value, projected = run.projected_mse_fwd(*maps, *options)
-        backward = (torch.ones_like(value), *maps, projected, *options)
-        torch.library.opcheck(run.projected_mse_bwd.default, backward, **how)
-
-
 def test_the_operators_refuse_what_they_would_misread():
     run = torch.ops.kdkernels
     s, P = torch.randn(2, 5, 7), torch.randn(5, 3)
