@@ -68,6 +68,14 @@ def same_device(a, b, name_a: str, name_b: str):
         raise ValueError(f"{name_a} is on {a.device}, {name_b} on {b.device}: move both to one device")
 
 
+def boolean(mask, like, of: str, name: str = "mask", what: str = "what counts"):
+    """A mask, on the device of `like`, the argument named `of`."""
+    is_tensor(mask, name)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} is {mask.dtype}: pass a bool tensor, True for {what}, e.g. {name}.bool()")
+    same_device(mask, like, name, of)
+
+
 def not_empty(tensor, name: str):
     if tensor.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(tensor.shape)}: it needs at least one sample and one feature")

@@ -207,12 +207,9 @@ def check_features(x, y, same_rows: bool = True, empty: bool = False):
 
 
 def check_mask(mask, x, name):
-    checks.is_tensor(mask, name)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} is {mask.dtype}: pass a bool tensor, True for the rows that count")
+    checks.boolean(mask, x, "x", name, "the rows that count")
     if mask.shape != x.shape[:-1]:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}: one entry a row of x is {tuple(x.shape[:-1])}")
-    checks.same_device(mask, x, name, "x")
 
 
 def check_mmd_masks(mask, x, y):

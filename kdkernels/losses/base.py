@@ -35,6 +35,7 @@ class Loss(nn.Module):
     included, so that they sum to it. They carry gradients: detach them before logging.
     """
 
+    shown = ()  # the attributes, and the weights of terms, that `repr` shows before the weight
     _instances = itertools.count()
 
     def __init__(self, weight: float = 1.0, group=None):
@@ -122,8 +123,14 @@ class Loss(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def _shown(self) -> dict:
-        """What `repr` shows before the weight; subclasses add their own."""
-        return {}
+        """What `repr` shows before the weight."""
+        return {name: self._text(name) for name in self.shown}
+
+    def _text(self, name: str):
+        value = getattr(self, name)
+        if name in self._buffers:
+            return 0 if value is None else weight_text(value)
+        return value
 
 
 class FeatureLoss(Loss):
@@ -192,7 +199,7 @@ class FeatureLoss(Loss):
         return mean_of_groups(values, kept, self.least if least is None else least, group)
 
     def _shown(self):
-        shown = {} if self.rows is None else {"rows": self.rows}
+        shown = super()._shown() | ({} if self.rows is None else {"rows": self.rows})
         return shown if self.weights is None else {**shown, "weights": weight_text(self.weights)}
 
 
@@ -286,10 +293,7 @@ def as_rows(x, rows: str | None, mask, name: str):
             "positions for [B, C, H, W], flatten for any, [B, d] needs none"
         )
     if mask is not None:
-        checks.is_tensor(mask, "mask")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
-        checks.same_device(mask, x, "mask", name)
+        checks.boolean(mask, x, name)
         mask = constant(mask)
     if x.dim() == 2 or rows in (None, "flatten"):
         return x.flatten(1), _fit_mask(mask, shape[:1], (), name, rows)
@@ -344,14 +348,14 @@ def row_mask(mask, labels, ignore_index: int, like, name: str):
     if mask is None and labels is None:
         return None
     shape = tuple(like.shape[:-1])
+    if mask is not None:
+        checks.boolean(mask, like, name)
     for given, what in ((mask, "mask"), (labels, "labels")):
         if given is not None:
             checks.is_tensor(given, what)
             checks.same_device(given, like, what, name)
             if tuple(given.shape) != shape:
                 raise ValueError(f"{what} has shape {tuple(given.shape)}: one entry a row of {name} is {shape}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
     if labels is None:
         return constant(mask)
     if labels.is_floating_point() or labels.dtype == torch.bool:

@@ -43,6 +43,7 @@ class CKALoss(FeatureLoss):
     True
     """
 
+    shown = ("kernel", "unbiased", "center")
     part = "cka"
 
     def __init__(
@@ -64,9 +65,6 @@ class CKALoss(FeatureLoss):
 
     def _value(self, x, y, kept, group):
         return 1 - cka_of(self, x, y, kept, group)
-
-    def _shown(self):
-        return {"kernel": self.kernel, "unbiased": self.unbiased, "center": self.center, **super()._shown()}
 
 
 def cka_of(loss, x, y, mask, group=None, row_normalize: bool = False):

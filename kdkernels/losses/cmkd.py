@@ -10,19 +10,13 @@ import torch
 from ..autograd import at_least_float32
 from ..rank.op import spearman
 from ..rank.scores import score
-from .base import (
-    Loss,
-    check_pair,
-    full_precision,
-    row_mask,
-    weight_tensor,
-    weight_text,
-    zero_where_masked,
-)
+from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
 from .dist import centred
 from .means import check_normalizer, mean_of_rows, number_of_rows
+from .weights import term_weight
 
 REGULARIZATIONS = ("l2", "kl")
+TERMS = {"pearson": "pearson_weight", "spearman": "spearman_weight", "classes": "class_weight"}
 
 
 class CMKDLoss(Loss):
@@ -66,6 +60,8 @@ class CMKDLoss(Loss):
     >>> bool(loss(3 * teacher + 1, teacher).abs() < 1e-5)
     True
     """
+
+    shown = ("weight_tau", "spearman_share", *TERMS.values(), "regularization", "strength", "hard_target", "reduction")
 
     def __init__(
         self,
@@ -167,25 +163,6 @@ class CMKDLoss(Loss):
             what = tuple(share.shape) if isinstance(share, torch.Tensor) else type(share).__name__
             raise ValueError(f"spearman_share gave {what}: it must give one number a row, {teacher.shape[:-1]}")
         return share.to(teacher.dtype)
-
-    def _shown(self):
-        shown = {"weight_tau": self.weight_tau, "spearman_share": self.spearman_share}
-        for name in TERMS.values():
-            weight = getattr(self, name)
-            shown[name] = 0 if weight is None else weight_text(weight)
-        names = ("regularization", "strength", "hard_target", "reduction")
-        return {**shown, **{name: getattr(self, name) for name in names}}
-
-
-TERMS = {"pearson": "pearson_weight", "spearman": "spearman_weight", "classes": "class_weight"}
-
-
-def term_weight(weight, name: str):
-    """The buffer of a term's weight, None where it is 0: the term is then never computed."""
-    value = weight_tensor(weight, name)
-    if value.dim():
-        raise ValueError(f"{name} is {weight!r}: give one number")
-    return value if bool(value.any()) else None
 
 
 def check_share(share):

@@ -44,6 +44,8 @@ class DISTLoss(Loss):
     True
     """
 
+    shown = ("beta", "gamma", "tau", "reduction")
+
     def __init__(
         self,
         beta: float = 1.0,
@@ -101,9 +103,6 @@ class DISTLoss(Loss):
                 apart = 1 - cosine(*(centred(side, counted, n, group)[0] for side in (s, t)), 0, group).mean()
                 parts["columns"] = self.gamma * self.tau**2 * torch.where(n > 1, apart, 0)
             return self._total(parts, return_parts)
-
-    def _shown(self):
-        return {"beta": self.beta, "gamma": self.gamma, "tau": self.tau, "reduction": self.reduction}
 
 
 def centred(x, mask, n, group=None):

@@ -45,6 +45,8 @@ class DKDLoss(Loss):
     >>> loss(student, teacher, labels).backward()
     """
 
+    shown = ("alpha", "beta", "tau", "warmup", "reduction")
+
     def __init__(
         self,
         alpha: float = 1.0,
@@ -126,7 +128,3 @@ class DKDLoss(Loss):
         of_label = softplus(-odds_s) - softplus(-odds_t)
         of_others = softplus(odds_s) - softplus(odds_t)
         return self.tau**2 * (p * of_label + (-odds_t).sigmoid() * of_others)
-
-    def _shown(self):
-        names = ("alpha", "beta", "tau", "warmup", "reduction")
-        return {name: getattr(self, name) for name in names}

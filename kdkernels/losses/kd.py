@@ -44,6 +44,8 @@ class KDLoss(Loss):
     0.0
     """
 
+    shown = ("tau", "divergence", "reduction")
+
     def __init__(
         self,
         tau: float = 4.0,
@@ -102,9 +104,6 @@ class KDLoss(Loss):
             log_m = torch.logaddexp(log_s.clamp_min(least), log_t.clamp_min(least)) - math.log(2)
             rows = (kl(log_t, log_m) + kl(log_s, log_m)) / 2 * self.tau**2
             return mean_of_rows(rows, counted, normalizer, self.reduction)
-
-    def _shown(self):
-        return {"tau": self.tau, "divergence": self.divergence, "reduction": self.reduction}
 
 
 def check_classes(student_logits, teacher_logits):

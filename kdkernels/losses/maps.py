@@ -71,10 +71,7 @@ def mask_of_positions(mask, like, size, name: str, one_size: bool):
     """[B, L], or None; from [B], or from one entry a position where no pooling mixes them."""
     if mask is None:
         return None
-    checks.is_tensor(mask, "mask")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
-    checks.same_device(mask, like, "mask", name)
+    checks.boolean(mask, like, name)
     mask = constant(mask)
     batch = (len(like),)
     if tuple(mask.shape) not in (batch, (*batch, *size)):

@@ -10,9 +10,10 @@ from ..backend import resolve
 from ..gram.call import minimum_rows
 from ..gram.kernels import spec_of
 from ..gram.patches import PATCH, patch_cka, patch_rows
-from .base import FeatureLoss, check_pair, constant, weight_tensor, weight_text, zero_of
+from .base import FeatureLoss, check_pair, constant, zero_of
 from .cka import check_estimator, cka_of
 from .maps import mask_of_positions, same_channels
+from .weights import term_weight
 
 PRESETS = {
     "detection": {"weight": 10.0},
@@ -61,6 +62,8 @@ class PCKALoss(FeatureLoss):
     -15.0
     """
 
+    shown = ("transposed", "row_normalize", "center", "unbiased", "kernel")
+
     def __init__(
         self,
         *,
@@ -78,10 +81,7 @@ class PCKALoss(FeatureLoss):
         check_estimator(kernel, unbiased, center, row_normalize)
         self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
         self.backend = backend
-        share = weight_tensor(transposed, "transposed")
-        if share.dim():
-            raise ValueError(f"transposed is {transposed!r}: give one number")
-        self.register_buffer("transposed", share if bool(share) else None)
+        self.register_buffer("transposed", term_weight(transposed, "transposed"))
 
     @classmethod
     def preset(cls, name: str, **changes) -> PCKALoss:
@@ -144,12 +144,6 @@ class PCKALoss(FeatureLoss):
         rows = None if kept is None or kept.dim() == 3 else kept.repeat_interleave(PATCH**2, dim=0)[:, 0]
         rows = None if rows is None else rows.expand(len(x), -1)
         return between_patches, cka_of(self, x.mT, y.mT, rows, row_normalize=self.row_normalize)
-
-    def _shown(self):
-        shown = super()._shown()
-        shown["transposed"] = 0 if self.transposed is None else weight_text(self.transposed)
-        names = ("row_normalize", "center", "unbiased", "kernel")
-        return {**shown, **{name: getattr(self, name) for name in names}}
 
 
 def to_patches(maps) -> tuple[int, ...]:

@@ -20,17 +20,17 @@ from .base import (
     mean_of_groups,
     nothing_of,
     rows_of_pair,
-    weight_tensor,
-    weight_text,
     zero_where_masked,
 )
 from .cka import check_estimator, cka_of
 from .maps import unit
+from .weights import term_weight
 
 PRESETS = {
     "lcka": {"row_weight": 15.0, "class_weight": 15.0, "feature_weight": 0.0},
     "dkcka": {"row_weight": 15.0, "class_weight": 0.0, "feature_weight": 1.0, "first_stage": 1},
 }
+TERMS = {"rows": "row_weight", "classes": "class_weight", "features": "feature_weight"}
 
 
 class RCKALoss(Loss):
@@ -77,6 +77,8 @@ class RCKALoss(Loss):
     >>> round(loss(teacher, teacher).item(), 3)
     -30.0
     """
+
+    shown = (*TERMS.values(), "first_stage", "row_normalize", "center", "unbiased", "kernel")
 
     def __init__(
         self,
@@ -235,27 +237,6 @@ class RCKALoss(Loss):
                 f"student_logits has {x.shape[-1]} classes: the class term with unbiased={self.unbiased}, "
                 f"center={self.center} needs {least}; class_weight=0 drops it"
             )
-
-    def _shown(self):
-        shown = {}
-        for name in TERMS.values():
-            weight = getattr(self, name)
-            shown[name] = 0 if weight is None else weight_text(weight)
-        if self.first_stage:
-            shown["first_stage"] = self.first_stage
-        names = ("row_normalize", "center", "unbiased", "kernel")
-        return {**shown, **{name: getattr(self, name) for name in names}}
-
-
-TERMS = {"rows": "row_weight", "classes": "class_weight", "features": "feature_weight"}
-
-
-def term_weight(weight, name: str, per_stage: bool = False):
-    """The buffer of a term's weight, None where it is 0: the term is then never computed."""
-    value = weight_tensor(weight, name)
-    if value.dim() and not per_stage:
-        raise ValueError(f"{name} is {weight!r}: give one number")
-    return value if bool(value.any()) else None
 
 
 def relations(features, mask):

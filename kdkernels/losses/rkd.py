@@ -107,6 +107,8 @@ class RKDLoss(FeatureLoss):
     ['rkd_angle', 'rkd_distance']
     """
 
+    shown = ("distance", "angle")
+
     def __init__(
         self,
         distance: float = 25.0,
@@ -141,6 +143,3 @@ class RKDLoss(FeatureLoss):
     def _op(self, op, x, y, kept, group):
         backend = self.backend if self.backend in backends.OPS[op.__name__].backends else "auto"
         return op(x, y, mask=kept, group=group, backend=backend)
-
-    def _shown(self):
-        return {"distance": self.distance, "angle": self.angle, **super()._shown()}

@@ -41,6 +41,8 @@ class STKDLoss(Loss):
     >>> loss(student(batch.x), teacher(batch.x), batch).backward()
     """
 
+    shown = ("tau", "alpha", "mix", "reduction")
+
     def __init__(
         self,
         *,
@@ -113,6 +115,3 @@ class STKDLoss(Loss):
             counted = used if counted is None else counted & used
             pair.append(torch.where(used, labels, 0))
         return *pair, counted
-
-    def _shown(self):
-        return {"tau": self.tau, "alpha": self.alpha, "mix": self.mix, "reduction": self.reduction}

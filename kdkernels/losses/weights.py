@@ -30,6 +30,14 @@ def level_weights(weights, name: str) -> torch.Tensor:
     return value
 
 
+def term_weight(weight, name: str, per_stage: bool = False) -> torch.Tensor | None:
+    """The buffer of a term's weight, None where it is 0: the term is then never computed."""
+    value = weight_tensor(weight, name)
+    if value.dim() and not per_stage:
+        raise ValueError(f"{name} is {weight!r}: give one number")
+    return value if bool(value.any()) else None
+
+
 def weight_text(weight: torch.Tensor) -> str:
     numbers = [f"{w:g}" for w in weight.flatten().tolist()]
     return numbers[0] if weight.dim() == 0 else f"[{', '.join(numbers)}]"

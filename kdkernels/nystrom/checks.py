@@ -43,12 +43,9 @@ def check_same_rows(x, y, name_x: str, name_y: str):
 def check_mask(mask, x, name_x: str):
     if mask is None:
         return
-    checks.is_tensor(mask, "mask")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for the rows that count")
+    checks.boolean(mask, x, name_x, what="the rows that count")
     if mask.shape != x.shape[:1]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}: one entry a row of {name_x} is {tuple(x.shape[:1])}")
-    checks.same_device(mask, x, "mask", name_x)
 
 
 def check_whitening(whiten, jitter) -> float:

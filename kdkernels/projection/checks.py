@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from .. import checks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -69,16 +67,13 @@ def _check_size(k, channels: int, what: str):
 
 
 def check_mask(mask, s, dim: int):
-    checks.is_tensor(mask, "mask")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
+    checks.boolean(mask, s, "s")
     # not `i in (0, dim)`: Dynamo has no equality there for a symbolic dim
     where = (s.shape[0], *(n for i, n in enumerate(s.shape) if i != 0 and i != dim))
     if tuple(mask.shape) not in ((s.shape[0],), where):
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}: give one entry a sample, ({s.shape[0]},), or a position, {where}"
         )
-    checks.same_device(mask, s, "mask", "s")
 
 
 def mask_of_positions(mask, s, dim: int):

@@ -154,10 +154,7 @@ class ClassCenters(Accumulator):
             raise TypeError(f"labels is {labels.dtype}: give class indices, e.g. labels.long()")
         checks.same_device(labels, s, "labels", "s")
         if mask is not None:
-            checks.is_tensor(mask, "mask")
-            if mask.dtype != torch.bool:
-                raise TypeError(f"mask is {mask.dtype}: pass a bool tensor, True for what counts, e.g. mask.bool()")
-            checks.same_device(mask, s, "mask", "s")
+            checks.boolean(mask, s, "s")
         for tensor, name in ((t, "t"), (labels, "labels"), *(((mask, "mask"),) if mask is not None else ())):
             if tensor.shape[:1] != s.shape[:1] or (name != "t" and tensor.dim() != 1):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: one entry a row of s is ({s.shape[0]},)")
