@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that add something up over batches: their float64 sums stay float64, whatever the model is cast to."""
+"""Modules whose buffers keep their dtypes, whatever the model is cast to: sums over batches, constants of losses."""
 
 import torch
 from torch import nn
 
 from . import distributed
+from .autograd import at_least_float32
 
 
-class Accumulator(nn.Module):
-    """`.to(device)` moves the buffers, `.half()` and `.float()` do not round them."""
+class Unrounded(nn.Module):
+    """`.to(device)` moves its own buffers, `.half()` and a default dtype leave them float32 or wider."""
+
+    def register_buffer(self, name, tensor, persistent=True):
+        if tensor is not None and tensor.is_floating_point():
+            tensor = tensor.to(at_least_float32(tensor))
+        super().register_buffer(name, tensor, persistent)
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(without_rounding(fn), recurse)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(without_rounding(fn), recurse=False)
+
+
+class Accumulator(Unrounded):
+    """What adds something up over batches, and over ranks."""
 
     def _over_ranks(self, group, names, words: str = "", options=None):
         """The group's handle, once its ranks have found buffers, `words` and options alike on all of them."""

@@ -15,9 +15,9 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from .. import checks, distributed
+from ..accumulator import Unrounded
 from ..autograd import at_least_float32, ordinary
 from ..backend import check_name
 from .means import has_samples, mean_of_groups, nothing_of, zero_where_masked
@@ -28,8 +28,8 @@ MAPS = ("gap", "positions")  # how [B, C, H, W] becomes rows
 ROWS = ("flatten", *TOKENS, *MAPS)
 
 
-class Loss(nn.Module):
-    """A scalar loss with a `weight` buffer: `loss.weight.fill_(w)` changes it and never recompiles.
+class Loss(Unrounded):
+    """A scalar loss with a `weight` buffer: `loss.weight.fill_(w)` changes it and never recompiles, `.half()` keeps it.
 
     `return_parts=True` in the call gives `(total, parts)`: a dict of the terms as they enter the total, weights
     included, so that they sum to it. They carry gradients: detach them before logging.

@@ -8,10 +8,11 @@ import math
 import torch
 from torch import nn
 
+from ..accumulator import Unrounded
 from ..logits.checks import is_number
 
 
-class Ramp(nn.Module):
+class Ramp(Unrounded):
     """weight * loss(...), weight = clamp((steps - start) / (end - start), 0, 1); 0 before `start`, 1 from `end` on.
 
     Needed where a loss is scale-invariant (the CKA family): its gradient is largest at initialisation.
