@@ -7,7 +7,9 @@ With the oldest Triton that pyproject.toml allows, which `make test` keeps besid
 once per set of argument types, for one architecture: `python tests/test_compile_only.py each` in its process.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -63,25 +65,25 @@ def compiled_for(case, architecture: int):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
+def assembled(ptx: str, architecture: int) -> str:
+    """What the assembler says of a kernel, where Triton has it in its cache."""
+    suffix = "a" if architecture >= 90 else ""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        how = ["-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{architecture}{suffix}", source.name, "-o", os.devnull]
+        done = subprocess.run([_ptxas(architecture), *how], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def resources(case, architecture: int) -> dict:
     """Registers, spill bytes, shared memory and whether the products use wgmma."""
-    compiled = compiled_for(case, architecture)
-    suffix = "a" if architecture >= 90 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        command = [
-            _ptxas(architecture),
-            "-v",
-            "--regAllocOptLevel=2",
-            f"--gpu-name=sm_{architecture}{suffix}",
-            str(ptx),
-            "-o",
-            os.devnull,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    report = done.stderr
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = compiled_for(case, architecture)
+    report = log.getvalue() or assembled(compiled.asm["ptx"], architecture)
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     assert spills, f"ptxas reported no spill line for {case.name}: {report}"
     return {
