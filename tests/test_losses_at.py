@@ -26,14 +26,6 @@ def test_it_is_the_public_formula(student, teacher, p):
     same_value_and_gradient(ATLoss(p)(student, teacher), attention(student, teacher, p), student)
 
 
-def test_levels_are_summed_with_their_weights():
-    levels = [maps((2, 3, 4, 4), (2, 5, 4, 4)), maps((2, 6, 2, 2), (2, 6, 3, 3))]
-    total, parts = ATLoss(weights=[2.0, 0.5], weight=1000.0)(*zip(*levels, strict=True), return_parts=True)
-    assert list(parts) == ["at_0", "at_1"]
-    one, two = (attention(s, t) for s, t in levels)
-    torch.testing.assert_close(total, 2000 * one + 500 * two)
-
-
 def test_tokens_are_positions_and_masked_ones_enter_neither_norm_nor_mean():
     student, teacher = maps((4, 6, 5), (4, 6, 8))
     expected = attention(student.mT[..., None], teacher.mT[..., None])

@@ -48,20 +48,6 @@ def test_on_unit_rows_a_long_series_is_the_rbf_kernel():
     torch.testing.assert_close(got, torch.dist(*rbf) / 81, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["neighbour", "taylor"])
-def test_masked_rows_are_passed_over(variant):
-    """A neighbour is the next row that counts, for each group its own."""
-    student, teacher = torch.randn(4, 7, 3), torch.randn(4, 7, 3)
-    mask = torch.rand(4, 7) > 0.4
-    mask[:, 2] = mask[:3, 4] = True
-    mask[3] = torch.arange(7) == 2  # one row has no neighbour
-    loss = losses.CCLoss(variant)
-    each = [loss(s[m], t[m]) for s, t, m in zip(student, teacher, mask, strict=True) if m.sum() >= loss.least]
-    assert len(each) == (3 if variant == "neighbour" else 4)
-    got = losses.CCLoss(variant, rows="groups")(student, teacher, mask=mask)
-    torch.testing.assert_close(got, sum(each) / len(each))
-
-
 def test_a_student_that_is_its_teacher_has_gradient_zero():
     teacher = torch.randn(9, 4)
     for module in (losses.CCLoss(), losses.CCLoss("taylor"), losses.CCLoss("taylor", normalize=True)):

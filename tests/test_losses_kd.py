@@ -45,37 +45,6 @@ def test_jsd_does_not_change_when_the_sides_are_swapped_and_is_at_most_log_2():
     assert 0 < loss(student, teacher) <= torch.tensor(2.0).log()
 
 
-def test_tokens_are_rows():
-    student, teacher = logits(3, 5, 7)
-    mask = torch.rand(3, 5) > 0.4
-    loss = KDLoss()
-    flat = loss(student.flatten(0, 1), teacher.flatten(0, 1), mask=mask.flatten())
-    assert loss(student, teacher, mask=mask).equal(flat)
-
-
-def test_ignored_labels_do_not_count_and_combine_with_the_mask():
-    student, teacher = logits(3, 5, 7)
-    labels = torch.randint(7, (3, 5))
-    labels[0, :2] = labels[2, 3] = -100
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    mask[1, 1] = False
-    loss = KDLoss()
-    assert loss(student, teacher, labels=labels).equal(loss(student, teacher, mask=labels != -100))
-    assert loss(student, teacher, labels=labels, mask=mask).equal(loss(student, teacher, mask=mask & (labels != -100)))
-    assert loss(student, teacher, labels=labels, ignore_index=7).equal(loss(student, teacher))
-
-
-@pytest.mark.parametrize("as_number", [float, torch.tensor])
-def test_micro_batches_with_a_common_normalizer_add_up_to_the_whole_batch(as_number):
-    student, teacher = logits(12, 7)
-    mask = torch.rand(12) > 0.3
-    loss = KDLoss()
-    whole = loss(student, teacher, mask=mask)
-    count = as_number(int(mask.sum()))
-    parts = [loss(student[i], teacher[i], mask=mask[i], normalizer=count) for i in (slice(0, 5), slice(5, 12))]
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_a_class_closed_on_both_sides_adds_nothing_and_leaves_the_gradient_finite(divergence):
     student, teacher = logits(9, 7)

@@ -41,16 +41,6 @@ def test_the_transfer_preset_counts_masked_rows_nowhere():
     torch.testing.assert_close(MMDLoss.preset("transfer")(poisoned, teacher, mask=mask), expected, rtol=1e-9, atol=0)
 
 
-def test_the_transfer_preset_on_groups_is_one_formula_a_sample():
-    student, teacher = sides(3, 6, 5)
-    mask = torch.rand(3, 6) > 0.3
-    loss = MMDLoss.preset("transfer")
-    expected = sum(transfer(s[m], t[m]) for s, t, m in zip(student, teacher, mask, strict=True)) / 3
-    torch.testing.assert_close(loss(student, teacher, rows="groups", mask=mask), expected, rtol=1e-9, atol=0)
-    expected = transfer(student[mask], teacher[mask])
-    torch.testing.assert_close(loss(student, teacher, rows="tokens", mask=mask), expected, rtol=1e-9, atol=0)
-
-
 def test_the_transfer_preset_takes_identical_samples():
     same = torch.ones(4, 3, requires_grad=True)
     value = MMDLoss.preset("transfer")(same, torch.ones(4, 3))
@@ -90,15 +80,6 @@ def test_it_compares_sets_and_not_pairs_of_rows():
     student, teacher = sides(9, 5)
     for loss in (MMDLoss(), MMDLoss.preset("transfer")):
         torch.testing.assert_close(loss(student, teacher.flip(0)), loss(student, teacher))
-
-
-def test_levels_are_summed_and_maps_are_read_as_rows():
-    maps, rows = sides(6, 3, 4, 4), sides(6, 5)
-    loss = MMDLoss(weights=[2.0, 1.0])
-    value = loss([maps[0], rows[0]], [maps[1], rows[1]])
-    torch.testing.assert_close(value, 2 * MMDLoss()(*(m.flatten(1) for m in maps)) + MMDLoss()(*rows))
-    gap = MMDLoss(rows="gap")(*maps)
-    torch.testing.assert_close(gap, kd.mmd(*(m.mean((2, 3)) for m in maps)))
 
 
 def test_a_single_sample_has_no_unbiased_mmd():

@@ -38,14 +38,6 @@ def test_it_is_the_public_formula(student, teacher):
     same_value_and_gradient(NSTLoss()(student, teacher), selectivity(student, teacher), student)
 
 
-def test_levels_are_summed_with_their_weights():
-    levels = [maps((2, 3, 4, 4), (2, 5, 4, 4)), maps((2, 6, 2, 2), (2, 6, 3, 3))]
-    total, parts = NSTLoss(weights=[2.0, 0.5], weight=50.0)(*zip(*levels, strict=True), return_parts=True)
-    one, two = (selectivity(s, t) for s, t in levels)
-    assert list(parts) == ["nst_0", "nst_1"]
-    torch.testing.assert_close(total, 100 * one + 25 * two)
-
-
 def test_tokens_are_positions_and_features_are_channels():
     student, teacher = maps((3, 6, 5), (3, 6, 8))
     expected = selectivity(student.mT[..., None], teacher.mT[..., None])

@@ -65,25 +65,6 @@ def test_two_rows_have_a_distance_and_no_angle():
 
 
 @both
-def test_levels_have_weights_and_maps_become_rows(module):
-    student = [torch.randn(8, 4, 3, 3), torch.randn(8, 6)]
-    teacher = [torch.randn(8, 5, 6, 6), torch.randn(8, 9)]
-    maps = value_and_gradient(lambda s, t: module()(s.mean((2, 3)), t.mean((2, 3))), student[0], teacher[0])[0]
-    got = module(rows="gap", weights=[2.0, 3.0])(student, teacher)
-    torch.testing.assert_close(got, 2 * maps + 3 * module()(student[1], teacher[1]), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("module", [*FORMULAS, losses.RKDLoss], ids=lambda module: module.__name__)
-def test_groups_are_compared_one_by_one_and_masked_tokens_left_out(module):
-    student, teacher = torch.randn(3, 7, 4), torch.randn(3, 7, 6)
-    mask = torch.ones(3, 7, dtype=torch.bool)
-    mask[0, 5:] = False
-    mask[2, 1:] = False  # too few: not in the mean over samples
-    want = (module()(student[0, :5], teacher[0, :5]) + module()(student[1], teacher[1])) / 2
-    torch.testing.assert_close(module(rows="groups")(student, teacher, mask=mask), want)
-
-
-@both
 def test_features_far_from_zero_and_a_student_close_to_its_teacher_keep_their_digits(module):
     teacher = torch.randn(40, 64).relu() + 30
     student = teacher + 1e-3 * torch.randn(40, 64)

@@ -38,29 +38,6 @@ def test_it_is_the_public_formula_on_flattened_features(make, formula, student, 
 
 
 @BOTH
-def test_levels_are_summed_with_their_weights(make, formula):
-    levels = [maps(6, 5), maps(6, 3, 2, 2, teacher=(6, 4, 3, 3))]
-    students, teachers = zip(*levels, strict=True)
-    total, parts = make(weights=[2.0, 0.5], weight=3.0)(students, teachers, return_parts=True)
-    one, two = (formula(s, t) for s, t in levels)
-    torch.testing.assert_close(list(parts.values()), [6 * one, 1.5 * two])
-    torch.testing.assert_close(total, 6 * one + 1.5 * two)
-
-
-@BOTH
-def test_tokens_are_rows_of_one_matrix_or_of_one_a_sample(make, formula):
-    student, teacher = maps(4, 6, 5, teacher=(4, 6, 8))
-    mask = torch.rand(4, 6) > 0.3
-    mask[2] = False
-    loss = make()
-    torch.testing.assert_close(loss(student, teacher, rows="tokens", mask=mask), formula(student[mask], teacher[mask]))
-    groups = [formula(student[i, mask[i]], teacher[i, mask[i]]) for i in (0, 1, 3)]
-    torch.testing.assert_close(loss(student, teacher, rows="groups", mask=mask), sum(groups) / 3)
-    with pytest.raises(ValueError, match="rows is not given"):
-        loss(student, teacher)
-
-
-@BOTH
 def test_it_does_not_change_with_a_rotation_of_either_side(make, formula):
     student, teacher = maps(9, 5, teacher=(9, 7))
     rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q

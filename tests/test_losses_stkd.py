@@ -82,17 +82,6 @@ def test_rows_with_an_ignored_label_do_not_count_and_combine_with_the_mask():
     assert (grad[~kept] == 0).all() and (grad[kept] != 0).all()
 
 
-def test_micro_batches_with_a_common_normalizer_add_up_to_the_whole_batch():
-    student, teacher, batch, _ = mixed(10)
-    loss = STKDLoss()
-    parts = [
-        loss(student[i], teacher[i], batch._replace(labels=batch.labels[i], permuted_labels=batch.permuted_labels[i],
-             lam=batch.lam[i]), normalizer=10)
-        for i in (slice(0, 4), slice(4, 10))
-    ]  # fmt: skip
-    torch.testing.assert_close(sum(parts), loss(student, teacher, batch), rtol=1e-12, atol=0)
-
-
 def test_a_student_learns_from_it():
     torch.manual_seed(0)
     x = torch.randn(256, 8)

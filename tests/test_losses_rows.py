@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Levels, groups of tokens, masks and labels, asked of all losses of a kind: the loss on the rows that are left."""
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import losses
+
+# compare the samples of a batch; rows="groups" compares the tokens of each sample
+SAMPLES = {
+    "cka": losses.CKALoss,
+    "cka biased": lambda **how: losses.CKALoss("rbf", unbiased=False, **how),
+    "sp": losses.SPLoss,
+    "gram mse": losses.GramMSELoss,
+    "mmd": losses.MMDLoss,
+    "mmd transfer": lambda **how: losses.MMDLoss.preset("transfer", **how),
+    "rkd distance": losses.RKDDistanceLoss,
+    "rkd angle": losses.RKDAngleLoss,
+    "rkd": losses.RKDLoss,
+    "pkt": losses.PKTLoss,
+    "cc": losses.CCLoss,
+    "cc taylor": lambda **how: losses.CCLoss("taylor", **how),
+}
+LEVELS = SAMPLES | {"at": losses.ATLoss, "ickd": losses.ICKDLoss, "nst": losses.NSTLoss}
+LOGITS = {
+    "kd": losses.KDLoss,
+    "kd reverse": lambda: losses.KDLoss(divergence="reverse"),
+    "kd jsd": lambda: losses.KDLoss(divergence="jsd"),
+    "dist": losses.DISTLoss,
+    "dkd": losses.DKDLoss,
+    "cmkd": losses.CMKDLoss,
+    "cmkd classes": lambda: losses.CMKDLoss(class_weight=1.0),
+}
+
+
+def sides(*shape):
+    student, teacher = torch.randn(2, *shape, dtype=torch.float64)
+    return student, teacher + student
+
+
+def poisoned(mask, *tensors):
+    return [torch.where(mask[..., None], t, torch.nan) for t in tensors]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_are_summed_with_their_weights(name):
+    make, levels = LEVELS[name], [sides(8, 10, 2, 2), sides(8, 6, 2, 2)]
+    total, parts = make(weights=[2.0, 0.5], weight=3.0)(*zip(*levels, strict=True), return_parts=True)
+    one, two = (make()(*pair) for pair in levels)
+    assert {part.rpartition("_")[2] for part in parts} == {"0", "1"}
+    torch.testing.assert_close(total, 6 * one + 1.5 * two, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sum(v for part, v in parts.items() if part.endswith("_0")), 6 * one, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_groups_are_compared_one_by_one_and_tokens_together_without_those_that_the_mask_leaves_out(name):
+    make, (student, teacher) = SAMPLES[name], sides(4, 9, 6)
+    mask = torch.rand(4, 9) > 0.3
+    mask[:3, :4] = True
+    mask[3] = torch.arange(9) == 2  # too few for most: such a group enters no mean
+    dirty, loss = poisoned(mask, student, teacher), make()
+    kept = [loss(s[m], t[m]) for s, t, m in zip(student, teacher, mask, strict=True) if m.sum() >= loss.least]
+    groups = make(rows="groups")(*dirty, mask=mask)
+    torch.testing.assert_close(groups, sum(kept) / len(kept), rtol=1e-9, atol=1e-13)
+    tokens = make(rows="tokens")(*dirty, mask=mask)
+    torch.testing.assert_close(tokens, loss(student[mask], teacher[mask]), rtol=1e-9, atol=1e-13)
+    with pytest.raises(ValueError, match="rows is not given"):
+        loss(student, teacher)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_tokens_are_rows_and_those_with_an_ignored_label_or_masked_do_not_count(name):
+    loss, (student, teacher) = LOGITS[name](), sides(3, 5, 7)
+    student.requires_grad_()
+    labels, mask = torch.randint(7, (3, 5)), torch.rand(3, 5) > 0.3
+    mask[:, 0], labels[0, 1], labels[2, 4] = True, 7, 7
+    kept = mask & (labels != 7)
+    classes = {"labels": labels[kept]} if isinstance(loss, losses.DKDLoss) else {}
+    want = loss(student[kept], teacher[kept], **classes)
+    value = loss(student, teacher, labels=labels, mask=mask, ignore_index=7)
+    torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-12)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert (gradient[~kept] == 0).all() and (gradient[kept] != 0).any(-1).all()
+
+
+def test_micro_batches_with_a_common_normalizer_add_up_to_the_whole_batch():
+    student, teacher = sides(12, 7)
+    mask, labels = torch.rand(12) > 0.3, torch.arange(12) % 7
+    whole = kd.mixup(student, labels, per_sample=True, generator=torch.Generator().manual_seed(0))
+    parts = slice(0, 5), slice(5, 12)
+    for loss, given in (
+        (losses.KDLoss(), lambda i: ()),
+        (losses.CMKDLoss(), lambda i: ()),
+        (losses.DISTLoss(gamma=0.0), lambda i: ()),  # columns are of the batch at hand
+        (losses.DKDLoss(), lambda i: (labels[i],)),
+        (losses.STKDLoss(), lambda i: (whole._replace(**{
+            name: getattr(whole, name)[i] for name in ("labels", "permuted_labels", "lam")
+        }),)),
+    ):  # fmt: skip
+        want = loss(student, teacher, *given(slice(None)), mask=mask)
+        for count in (float(mask.sum()), mask.sum()):
+            each = [loss(student[i], teacher[i], *given(i), mask=mask[i], normalizer=count) for i in parts]
+            torch.testing.assert_close(sum(each), want, rtol=1e-9, atol=0)
