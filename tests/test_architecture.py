@@ -54,7 +54,10 @@ INTERFACE = (
     ["scores"],
 )
 # all layers at once: sums over the same tiles, made from the same prepared rows
-REUSED = {"analysis": [["torch_impl", part] for part in ("combine", "panels", "prepared")]}
+REUSED = {
+    "analysis": [["torch_impl", part] for part in ("combine", "panels", "prepared")],
+    "nystrom": [["torch_impl", "prepared"]],  # values and slopes of kernels in PyTorch, as those on Triton tiles
+}
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 
 

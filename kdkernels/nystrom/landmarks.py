@@ -9,6 +9,7 @@ import torch
 
 from .. import checks
 from ..gram.kernels import KernelSpec
+from ..gram.torch_impl.prepared import sigma_slope
 from . import maps
 from .call import Question, Side
 
@@ -133,7 +134,7 @@ def landmark_gradient(s: Landmarks, z, weight, want_sigma: bool):
     par = s.par.double()
     slope = maps.kernel_slope(s.spec, t, par)
     V = 2 * weight if slope is None else 2 * weight * slope
-    dsigma = (weight * maps.sigma_slope(s.spec, t, par)).sum() if want_sigma else None
+    dsigma = (weight * sigma_slope(s.spec, t, par.unbind())).sum() if want_sigma else None
     if s.spec.of_distance:
         V.diagonal().zero_()
         return V @ z - V.sum(1, keepdim=True) * z, dsigma

@@ -9,26 +9,19 @@ from __future__ import annotations
 import torch
 
 from ..gram.kernels import KernelSpec
+from ..gram.torch_impl import prepared
 
 
 def prepared_rows(spec: KernelSpec, x, shift, dtype):
     """Rows as the tiles take them: unit rows (cosine), minus the landmarks' mean (distances), or as given."""
-    x = x.to(dtype)
     if spec.name == "cosine":
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / torch.where(norm == 0, torch.ones_like(norm), norm)
-    return x - shift if spec.of_distance else x
+        return prepared.unit_rows(x, None, dtype)
+    return x.to(dtype) - shift if spec.of_distance else x.to(dtype)
 
 
 def raw_gradient(spec: KernelSpec, x, gradient):
-    """The gradient of prepared rows as one of the rows themselves: for cosine through x/|x|, 0 for a zero row."""
-    if spec.name != "cosine":
-        return gradient
-    x = x.to(gradient.dtype)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    unit = x / torch.where(norm == 0, torch.ones_like(norm), norm)
-    gradient = gradient - unit * (unit * gradient).sum(-1, keepdim=True)
-    return gradient / torch.where(norm == 0, torch.inf, norm)
+    """The gradient of prepared rows as one of the rows themselves."""
+    return prepared.through_unit_rows(gradient, x) if spec.name == "cosine" else gradient
 
 
 def tf32_allowed(x) -> bool:
@@ -72,9 +65,9 @@ def kernel_value(spec: KernelSpec, t, par):
         degree, scale, coef0 = spec.params
         return (t * scale + coef0) ** int(degree)
     if spec.name == "rbf":
-        return _sum(torch.exp(t / s**2) for s in par.unbind())
+        return prepared.added_up(torch.exp(t / s**2) for s in par.unbind())
     root = (t * -2).sqrt_()
-    return _sum(torch.exp(root / -s) for s in par.unbind())
+    return prepared.added_up(torch.exp(root / -s) for s in par.unbind())
 
 
 def kernel_slope(spec: KernelSpec, t, par):
@@ -84,20 +77,7 @@ def kernel_slope(spec: KernelSpec, t, par):
     if spec.name == "polynomial":
         degree, scale, coef0 = spec.params
         return (t * scale + coef0) ** (int(degree) - 1) * (degree * scale)
-    if spec.name == "rbf":
-        return _sum(torch.exp(t / s**2) / s**2 for s in par.unbind())
-    d = (t * -2).sqrt_()
-    safe = torch.where(d == 0, torch.inf, d)
-    return _sum(torch.exp(-d / s) / (s * safe) for s in par.unbind())
-
-
-def sigma_slope(spec: KernelSpec, t, par):
-    """dk/dsigma, one bandwidth."""
-    (s,) = par.unbind()
-    if spec.name == "rbf":
-        return torch.exp(t / s**2) * (t * -2) / s**3
-    d = (t * -2).sqrt_()
-    return torch.exp(-d / s) * d / s**2
+    return prepared.slope_of_distance(spec, t, par.unbind())
 
 
 def kernel_diagonal(spec: KernelSpec, x, par):
@@ -106,10 +86,3 @@ def kernel_diagonal(spec: KernelSpec, x, par):
     if spec.of_distance:
         return torch.full_like(square, float(par.shape[0]))
     return kernel_value(spec, square, par)
-
-
-def _sum(terms):
-    total = None
-    for term in terms:
-        total = term if total is None else total.add_(term)
-    return total

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..gram.torch_impl.prepared import sigma_slope
 from . import maps
 from .chunks import SIGMA, Pulled, X, Z
 from .landmarks import Landmarks
@@ -47,7 +48,7 @@ def pull(s: Landmarks, rows, grad, need: int) -> Pulled:
     if need & (Z | SIGMA):
         product = grad.mT @ whitened(s, C) if s.whiten == "cholesky" else C.mT @ grad
     slope = maps.kernel_slope(s.spec, t, s.par)
-    dsigma = (dC * maps.sigma_slope(s.spec, t, s.par)).sum(dtype=torch.float64) if need & SIGMA else None
+    dsigma = (dC * sigma_slope(s.spec, t, s.par.unbind())).sum(dtype=torch.float64) if need & SIGMA else None
     return gradients(s, rows, dC if slope is None else slope.mul_(dC), product, dsigma, need)
 
 

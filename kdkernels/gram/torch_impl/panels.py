@@ -264,7 +264,9 @@ def weighted_slopes(pairs: Pairs, weights: Weights, kept, i, j, row_norm, want_s
     t_x, t_y = kept if kept is not None else (prepared.product(side, i, j) for side in (pairs.x, pairs.y))
     K, L = pairs.gram(x, t_x, i, j), pairs.gram(pairs.y, t_y, i, j)
     W = _pair_weights(pairs, weights, K, L, i, j, row_norm)
-    sigma_sum = (W * prepared.sigma_slope(x, t_x)).sum((-2, -1), dtype=torch.float64) if want_sigma else None
+    sigma_sum = None
+    if want_sigma:
+        sigma_sum = (W * prepared.sigma_slope(x.spec, t_x, x.parameters())).sum((-2, -1), dtype=torch.float64)
     V = prepared.slope(x, t_x, i, j)
     V = W if V is None else V.mul_(W)
     if x.spec.of_distance and i == j:  # a point has no distance to itself: keep its large k_ii out of the sums

@@ -117,6 +117,13 @@ def unit_rows(x, mask, dtype):
     return z / torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
+def through_unit_rows(grad, x, mask=None):
+    """The gradient of `unit_rows` as one of the rows x themselves, 0 for a zero row."""
+    norm = torch.linalg.vector_norm(_masked(x.to(grad.dtype), mask), dim=-1, keepdim=True)
+    unit = unit_rows(x, mask, grad.dtype)
+    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) / torch.where(norm == 0, torch.inf, norm)
+
+
 def diagonal(P: Prepared, spec: KernelSpec) -> torch.Tensor:
     """K^_ii [G, n] of a problem that is not `stable` (nothing was subtracted)."""
     if spec.of_distance:
@@ -135,9 +142,7 @@ def unprepare_gradient(dz, row_sums, x, P: Prepared, spec: KernelSpec, mask):
     if P.scale is not None:
         dz = dz.mul_(P.scale[:, None, None])
     if spec.name == "cosine":
-        norm = torch.linalg.vector_norm(_masked(x.to(dz.dtype), mask), dim=-1, keepdim=True)
-        unit = unit_rows(x, mask, dz.dtype)
-        dz = (dz - unit * (unit * dz).sum(-1, keepdim=True)) / torch.where(norm == 0, torch.inf, norm)
+        dz = through_unit_rows(dz, x, mask)
     return _masked(dz, mask).to(x.dtype)
 
 
@@ -211,12 +216,11 @@ def kernel(side: Tiled, t: torch.Tensor, i, j) -> torch.Tensor:
     if name == "polynomial":
         return _polynomial(side, t, i, j)
     root = None if name == "rbf" else (t * -2).sqrt_()
-    total = None
-    for s, level in zip(side.parameters(), side.levels(), strict=True):
-        exponent = t / s**2 if root is None else root / -s
-        term = exponent.sub_(level).expm1_().mul_(level.exp()) if side.stable else exponent.exp_()
-        total = term if total is None else total.add_(term)
-    return total
+    exponents = (t / s**2 if root is None else root / -s for s in side.parameters())
+    if not side.stable:
+        return added_up(exponent.exp_() for exponent in exponents)
+    pairs = zip(exponents, side.levels(), strict=True)
+    return added_up(exponent.sub_(level).expm1_().mul_(level.exp()) for exponent, level in pairs)
 
 
 def _delta(side, t, i, j):
@@ -245,17 +249,30 @@ def slope(side: Tiled, t: torch.Tensor, i, j) -> torch.Tensor | None:
     if name == "polynomial":
         degree, (t0, a) = int(side.spec.params[0]), side.parameters()
         return degree * a * (t0 + _delta(side, t, i, j)) ** (degree - 1)
-    if name == "rbf":
-        return sum(torch.exp(t / s**2) / s**2 for s in side.parameters())
-    d = (t * -2).sqrt()
+    return slope_of_distance(side.spec, t, side.parameters())
+
+
+def slope_of_distance(spec: KernelSpec, t, bandwidths):
+    """dk/dt of a distance kernel, t = -d2/2, summed over its bandwidths; 0 where a laplacian's distance is 0."""
+    if spec.name == "rbf":
+        return added_up(torch.exp(t / s**2) / s**2 for s in bandwidths)
+    d = (t * -2).sqrt_()
     safe = torch.where(d == 0, torch.inf, d)
-    return sum(torch.exp(-d / s) / (s * safe) for s in side.parameters())
+    return added_up(torch.exp(-d / s) / (s * safe) for s in bandwidths)
 
 
-def sigma_slope(side: Tiled, t: torch.Tensor) -> torch.Tensor:
-    """dK^/dsigma^ of a tile, one bandwidth."""
-    (s,) = side.parameters()
-    if side.spec.name == "rbf":
+def sigma_slope(spec: KernelSpec, t, bandwidths):
+    """dk/dsigma of a distance kernel, which has one bandwidth."""
+    (s,) = bandwidths
+    if spec.name == "rbf":
         return torch.exp(t / s**2) * (t * -2) / s**3
-    d = (t * -2).sqrt()
+    d = (t * -2).sqrt_()
     return torch.exp(-d / s) * d / s**2
+
+
+def added_up(terms):
+    """The sum of new tensors, in the first of them."""
+    total = None
+    for term in terms:
+        total = term if total is None else total.add_(term)
+    return total
