@@ -219,3 +219,10 @@ def test_bad_logits_are_named():
 def test_its_options_are_shown():
     shown = repr(CMKDLoss(strength=("auto", 2), class_weight=0.5))
     assert "class_weight=0.5" in shown and "strength=('auto', 2.0)" in shown and "spearman_share=entropy" in shown
+
+
+def test_one_row_keeps_all_but_the_class_term():
+    student, teacher = torch.randn(1, 9, dtype=torch.float64), torch.randn(1, 9, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="a batch of 1 rows for its class term and needs 2"):
+        value, parts = CMKDLoss(class_weight=3.0)(student, teacher, return_parts=True)
+    assert value.equal(CMKDLoss()(student, teacher)) and value != 0 and parts["classes"] == 0

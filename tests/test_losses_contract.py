@@ -63,12 +63,12 @@ CASES = {
     "rcka rows": Case(lambda **how: losses.RCKALoss(class_weight=0, **how), "logits", 1, 14),
     "cmkd": Case(lambda **how: losses.CMKDLoss(**how), "logits", 1),
     "cmkd classes": Case(
-        lambda **how: losses.CMKDLoss(class_weight=1, regularization="kl", strength=0.3, **how), "logits", 2
+        lambda **how: losses.CMKDLoss(class_weight=1, regularization="kl", strength=0.3, **how), "logits", 1
     ),
     "kda": Case(lambda **how: kda(**how), "features", 1, 14),
     "rdimkd": Case(lambda **how: losses.RdimKDLoss(10, 4, variant="R", seed=0, **how), "features", 1),
     "rdimkd adapter": Case(lambda **how: rdimkd(**how), "features", 1, 14),
-    "dist": Case(lambda **how: losses.DISTLoss(**how), "logits", 2),
+    "dist": Case(lambda **how: losses.DISTLoss(**how), "logits", 1),
     "dist rows": Case(lambda **how: losses.DISTLoss(2.0, 0.0, tau=4.0, **how), "logits", 1),
     "dkd": Case(lambda **how: labelled.DKDLoss(**how), "logits", 1),
     "stkd": Case(lambda **how: labelled.STKDLoss(**how), "logits", 1),

@@ -77,6 +77,17 @@ def test_a_batch_of_one_sample_repeated_has_no_columns_to_correlate():
     assert torch.autograd.grad(total, same)[0].isfinite().all()
 
 
+def test_a_batch_of_one_row_keeps_its_row_term():
+    student, teacher = logits(1, 7)
+    with pytest.warns(UserWarning, match="a batch of 1 rows for its column term and needs 2: it gives 0"):
+        total, parts = DISTLoss()(student, teacher, return_parts=True)
+    (rows, _) = original(student, teacher, 1.0, 1.0, 1.0)
+    torch.testing.assert_close(total, rows, rtol=1e-11, atol=0)
+    got, want = (torch.autograd.grad(value, student)[0] for value in (total, rows))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-13)
+    assert parts["columns"] == 0
+
+
 def test_a_mask_that_leaves_one_row_leaves_no_column_term():
     student, teacher = logits(5, 7)
     _, parts = DISTLoss()(student, teacher, mask=torch.arange(5) == 2, return_parts=True)

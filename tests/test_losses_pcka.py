@@ -71,12 +71,13 @@ def test_levels_are_summed_with_their_weights():
     students, teachers = ([pair[side] for pair in pairs] for side in (0, 1))
     each = [public(s, t) for s, t in pairs[:2]]
     loss = PCKALoss(weights=[1, 0.5, 2], weight=3.0)
-    total, parts = loss(students, teachers, return_parts=True)
+    # a level of one patch has nothing to learn from: the public code fails there
+    with pytest.warns(UserWarning, match="a batch of 1 patches of 16 x 16 and needs 2"):
+        total, parts = loss(students, teachers, return_parts=True)
     assert list(parts) == ["patches_0", "patches_1", "patches_2"]
-    # a level of one patch: CKA 1, where the public code fails
-    torch.testing.assert_close(total, 3 * (each[0] + 0.5 * each[1] - 2), rtol=1e-12, atol=0)
+    torch.testing.assert_close(total, 3 * (each[0] + 0.5 * each[1]), rtol=1e-12, atol=0)
     gradients = torch.autograd.grad(total, students)
-    assert gradients[0].abs().max() > 1e-5 and gradients[2].abs().max() < 1e-12
+    assert gradients[0].abs().max() > 1e-5 and (gradients[2] == 0).all()
     with pytest.raises(ValueError, match="student_features has 3 levels, weights has 2"):
         PCKALoss(weights=[1, 1])(students, teachers)
     with pytest.raises(ValueError, match="teacher_features has 2 levels, student_features has 3"):
@@ -208,7 +209,7 @@ def test_a_level_with_too_few_patches_for_the_estimator_adds_nothing_and_warns_o
     pairs = [maps(2, 3, 40, 30), maps(2, 3, 17, 12)]
     students, teachers = ([pair[side] for pair in pairs] for side in (0, 1))
     loss = PCKALoss(center=True, unbiased=True, transposed=1)
-    with pytest.warns(UserWarning, match="a batch of 2 patches and needs 4") as caught:
+    with pytest.warns(UserWarning, match="a batch of 2 patches of 16 x 16 and needs 4") as caught:
         total, parts = loss(students, teachers, return_parts=True)
         loss(students, teachers)
     assert len(caught) == 1 and "drop_last" not in str(caught[0].message)

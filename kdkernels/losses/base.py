@@ -97,19 +97,19 @@ class Loss(Unrounded):
         _warn_once(
             self._token,
             f"{type(self).__name__} got a batch of {n} {what} and needs {least}: it gives 0 with zero gradient for "
-            f"such a batch{' (drop_last=True in the data loader avoids it)' if what == 'rows' else ''}",
+            f"such a batch{' (drop_last=True in the data loader avoids it)' if what.startswith('rows') else ''}",
         )
         return True
 
-    def _level_too_small(self, x, least: int, group) -> bool:
-        """Whether a level is 0, on every rank, for want of rows."""
+    def _level_too_small(self, x, least: int, group, term: str = "") -> bool:
+        """Whether a level, or a term of it such as " for its column term", is 0 on every rank for want of rows."""
         if group is None:
             if x.dim() == 3 and len(x) == 0:
                 return self._too_small(0, 1, "samples")
-            return self._too_small(x.shape[-2], least)
+            return self._too_small(x.shape[-2], least, f"rows{term}")
         if x.dim() != 3:
-            return self._too_small(group.total, least, "rows on all ranks")
-        self._too_small(x.shape[-2], least, "rows a sample")
+            return self._too_small(group.total, least, f"rows on all ranks{term}")
+        self._too_small(x.shape[-2], least, f"rows a sample{term}")
         return False  # the samples of other ranks may have more
 
     def _nothing(self, names, student, return_parts: bool):

@@ -49,10 +49,10 @@ class CMKDLoss(Loss):
     `KDLoss`: logits [..., C], each leading index a row, C >= 2; float16 to float64, each side its own dtype, computed
     in at least float32; masked rows take no part. normalizer replaces the number of rows, of the row terms alone: the
     class term is one statistic of the batch, 0 where fewer than two rows count. A logit of -inf on either side takes
-    the class out of that row (in the class term it stands at the row's mean). A constant row correlates 0: it adds
-    w_P + w_S, with zero gradient. NaN or +inf in a row that counts gives NaN. A batch without rows (with class_weight:
-    fewer than 2) gives 0 with zero gradient and warns once; all masked gives 0. Gradient to the student only, through
-    its z-score too: it does not change the logits' mean or scale.
+    the class out of that row (in the class term it stands at the row's mean). A constant row correlates 0: it adds w_P
+    + w_S, with zero gradient. NaN or +inf in a row that counts gives NaN. A batch without rows gives 0 with zero
+    gradient and warns once; so does one row for the class term alone, which is 0; all masked gives 0. Gradient to the
+    student only, through its z-score too: it does not change the logits' mean or scale.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.CMKDLoss()
@@ -119,8 +119,10 @@ class CMKDLoss(Loss):
         ((student, teacher, counted),), (group,) = self._over_ranks(prepare, call)
         terms = [name for name in TERMS if getattr(self, TERMS[name]) is not None]
         n = math.prod(student.shape[:-1]) if group is None else group.total
-        if self._too_small(n, 2 if "classes" in terms else 1):
+        if self._too_small(n, 2 if terms == ["classes"] else 1):
             return self._nothing(terms, student_logits, return_parts)
+        if "classes" in terms:  # to say so: they are 0 then
+            self._too_small(n, 2, "rows for its class term")
         with full_precision(student):
             dtype = at_least_float32(student, teacher)
             x, y = (zero_where_masked(side, counted).to(dtype) for side in (student, teacher))

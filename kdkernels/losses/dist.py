@@ -33,9 +33,10 @@ class DISTLoss(Loss):
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
     `KDLoss`: logits [..., C], each leading index a row; masked rows enter no mean. normalizer replaces the number of
-    rows in the row term. The column term needs 2 rows: a batch of fewer gives 0 with zero gradient and warns once, a
-    mask that leaves fewer makes it 0. A row or column of equal probabilities correlates 0 and has no gradient through
-    its norm. NaN in a row that counts gives NaN. Gradient to the student only. parts: "rows", "columns".
+    rows in the row term. The column term needs 2 rows: it is 0 in a batch of one, which warns once, and where a mask
+    leaves fewer. A batch without rows gives 0 with zero gradient. A row or column of equal probabilities correlates 0
+    and has no gradient through its norm. NaN in a row that counts gives NaN. Gradient to the student only. parts:
+    "rows", "columns".
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.DISTLoss(beta=2.0, gamma=2.0, tau=4.0)
@@ -88,8 +89,10 @@ class DISTLoss(Loss):
 
         ((x, y, counted),), (group,) = self._over_ranks(prepare, "" if normalizer is None else " with a normalizer")
         terms = [name for name, factor in (("rows", self.beta), ("columns", self.gamma)) if factor]
-        if self._level_too_small(x, 2 if self.gamma else 1, group):
+        if self._level_too_small(x, 1 if self.beta else 2, group):
             return self._nothing(terms, student_logits, return_parts)
+        if self.gamma:  # to say so: its columns are 0 then
+            self._level_too_small(x, 2, group, " for its column term")
         with full_precision(x):
             dtype = at_least_float32(x, y)
             s, t = ((zero_where_masked(side, counted).to(dtype) / self.tau).softmax(-1) for side in (x, y))

@@ -17,7 +17,7 @@ class NSTLoss(MapLoss):
 
     Source: Huang & Wang 2017 (arXiv 1707.01219); formula and defaults as in RepDistiller and mdistiller: each channel's
     map divided by its L2 norm over the positions, the degree-2 kernel without a constant, its biased means over all
-    pairs of channels. Unlike there, the term of the teacher alone stays in the value and costs B x C x C x HW nowhere.
+    pairs of channels. The term of the teacher alone is part of the value, there too; B x C x C x HW is stored nowhere.
     The weight people use with it is 50: pass weight=50. 1 is the formula itself.
 
     Args:

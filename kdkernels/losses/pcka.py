@@ -46,14 +46,15 @@ class PCKALoss(FeatureLoss):
 
     Call: `(student_features, teacher_features, *, mask, return_parts)`; a tensor [B, C, H, W] or a list of levels.
     Batch and channels must agree; height and width may differ as long as both round up to one multiple of 16. Float16
-    to float64, each side its own dtype, resized and computed in at least float32. mask: bool [B], samples that count:
-    a masked one takes no part; or bool [B, H, W], positions: a masked one is 0 on both sides before the resize, which
-    leaves it out of every product (linear and uncentred only, both sides of one size). A level with one patch has CKA
-    1 (the public code fails there); with fewer than the estimator needs, or an empty batch, it adds 0 with zero
-    gradient and warns once. A channel that is zero on a side counts as CKA 0 (NaN in the public code). All masked gives
-    0. A NaN that counts gives NaN. Gradient to the student only; the resize adds it up with atomics on CUDA. The public
-    form keeps the maps and one n x n matrix a channel, side and term for backward, n patches; the variants keep the
-    patches of both sides, backend="reference" what autograd keeps (and it alone has second derivatives).
+    to float64, each side its own dtype, resized and computed in at least float32. mask: bool [B], samples that count: a
+    masked one takes no part; or bool [B, H, W], positions: a masked one is 0 on both sides before the resize, which
+    leaves it out of every product (linear and uncentred only, both sides of one size). A level with one patch, or fewer
+    than the estimator needs, and an empty batch, add 0 with zero gradient and warn once: the CKA of one patch is 1
+    whatever the maps hold (the public code raises there). A channel that is zero on a side counts as CKA 0 (NaN in the
+    public code). All masked gives 0. A NaN that counts gives NaN. Gradient to the student only; the resize adds it up
+    with atomics on CUDA. The public form keeps the maps and one n x n matrix a channel, side and term for backward, n
+    patches; the variants keep the patches of both sides, backend="reference" what autograd keeps (and it alone has
+    second derivatives).
 
     >>> student, teacher = torch.randn(2, 8, 40, 30, requires_grad=True), torch.randn(2, 8, 40, 30)
     >>> loss = kd.losses.PCKALoss()
@@ -81,6 +82,7 @@ class PCKALoss(FeatureLoss):
         check_estimator(kernel, unbiased, center, row_normalize)
         self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
         self.backend = backend
+        self.least_patches = max(2, minimum_rows(unbiased, center))  # one patch has CKA 1 with any other
         self.register_buffer("transposed", term_weight(transposed, "transposed"))
 
     @classmethod
@@ -118,7 +120,7 @@ class PCKALoss(FeatureLoss):
         patches = size[0] * size[1] // PATCH**2
         names = ["patches"] if self.transposed is None else ["patches", "transposed"]
         enough = not self._too_small(len(student) if group is None else group.total, 1)
-        if not enough or self._too_small(patches, minimum_rows(self.unbiased, self.center), "patches"):
+        if not enough or self._too_small(patches, self.least_patches, "patches of 16 x 16"):
             return {name: zero_of(student) for name in names}
         if group is not None:
             student, teacher, kept = group.gather(student, teacher, kept)
