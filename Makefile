@@ -22,7 +22,7 @@ PYTEST = $(ENV) && jobs="$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n
 help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
 	@echo "make test         the whole test suite      make test-quick   the faster part of it"
-	@echo "make lint         ruff                      make bench        measure this machine"
+	@echo "make lint         ruff, tools/house.py      make bench        measure this machine"
 	@echo "make resolve      whether what make installs exists for every Python; needs the network, installs nothing"
 	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"
 	@echo "make clean        remove build products and .venv"
@@ -37,7 +37,7 @@ test-quick:
 	@$(PYTEST) -m "not slow and not demo and not compile_only" $(ARGS)
 
 lint:
-	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check .
+	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" tools/house.py --check
 
 resolve:
 	@$(ENV) && sh tools/resolve.sh "$$python"

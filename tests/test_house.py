@@ -55,6 +55,11 @@ def test_each_figure_sees_its_fault_and_no_other(small):
     assert (operators.value, package.value, tests.value) == (6, 24, 3)
 
 
+@pytest.mark.parametrize(("held", "worse"), [(11, True), (12, False), (None, False)])
+def test_a_figure_is_worse_where_it_passes_what_it_is_held_at_whatever_is_asked(held, worse):
+    assert house.Figure("files", 12, 15, 10, held, []).worse == worse
+
+
 def test_the_modules_of_bench_import_each_other_in_no_circle():
     (circles,) = house.House(ROOT).circles()
     assert not [place for place in circles.places if "bench." in place]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of the house, counted: `python tools/house.py [FOLDER] [--list] [--check]`.
 
-FOLDER is a checkout, this one where none is given. --list names the places behind each figure; --check exits with 1
-where a figure misses what is asked of it. What each figure counts is the docstring of the function that counts it.
+FOLDER is a checkout, this one where none is given. --list names the places behind each figure; --check, a part of
+`make lint`, exits with 1 where a figure is worse than it is held at: what is asked of it or, where that is not reached,
+what is. Totals of lines are not held. What each figure counts is the docstring of the function that counts it.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ class Figure(NamedTuple):
     value: int
     before: int | None  # when the house was first counted; None: not counted then
     asked: int | None  # at most
+    held: int | None  # at most, by --check
     places: list[str]
 
     @property
-    def missed(self) -> bool:
-        return self.asked is not None and self.value > self.asked
+    def worse(self) -> bool:
+        return self.held is not None and self.value > self.held
 
 
 class House:
@@ -105,7 +107,8 @@ class House:
                     found.append((count, f"{path}:{f.lineno} {f.name}, {count}"))
         places, longest = [place for _, place in sorted(found, reverse=True)], max((n for n, _ in found), default=0)
         title = f"host functions with >= {PARAMETERS} parameters"
-        return [Figure(title, len(found), 33, 6, places), Figure("longest parameter list", longest, 17, 10, places[:1])]
+        most = Figure("longest parameter list", longest, 17, 10, 10, places[:1])
+        return [Figure(title, len(found), 33, 6, 6, places), most]
 
     def backend_names(self) -> list[Figure]:
         """Comparisons with the name of a backend: in a family's PyTorch code, that is all of its folder but the public
@@ -121,8 +124,8 @@ class House:
             places = inside if family and not apart else elsewhere
             places += [f"{path}:{node.lineno} {ast.unparse(node)}" for node in named]
         return [
-            Figure("backend names inside the families' PyTorch code", len(inside), 6, 0, inside),
-            Figure("backend names elsewhere, backend.py aside", len(elsewhere), None, None, elsewhere),
+            Figure("backend names inside the families' PyTorch code", len(inside), 6, 0, 0, inside),
+            Figure("backend names elsewhere, backend.py aside", len(elsewhere), None, None, 2, elsewhere),
         ]
 
     def circles(self) -> list[Figure]:
@@ -131,14 +134,14 @@ class House:
         reach = {module: _reached(graph, module) for module in graph}
         circles = {frozenset(b for b in reach[a] if a in reach[b]) for a in graph} - {frozenset()}
         places = [f"{len(circle)}: {', '.join(sorted(circle))}" for circle in circles]
-        return [Figure("import circles", len(circles), 2, 0, places)]
+        return [Figure("import circles", len(circles), 2, 0, 0, places)]
 
     def files_to_follow(self) -> list[Figure]:
         """Files with a function that runs in one `kd.cka(x, y, backend="torch")` and its backward pass."""
         how = {"cwd": self.root, "env": {**os.environ, "PYTHONPATH": str(self.root)}}
         done = subprocess.run([sys.executable, "-c", FOLLOW], stdout=subprocess.PIPE, text=True, check=True, **how)
         places = sorted(str(Path(line).relative_to(self.root)) for line in done.stdout.splitlines())
-        return [Figure("files to follow cka, portable way", len(places), 15, 10, places)]
+        return [Figure("files to follow cka, portable way", len(places), 15, 10, 12, places)]
 
     def sizes(self) -> list[Figure]:
         """Lines of `operator_files`, of the package's Python without kdkernels/testing, and of tests/*.py."""
@@ -146,9 +149,9 @@ class House:
         package = [path for path, _ in self.of_package() if path.parts[1] != "testing"]
         places = [f"{path}, {self.lines(path)}" for path in files]
         return [
-            Figure("lines of operator files", self.lines(*files), 1886, 1200, places),
-            Figure("lines of the package", self.lines(*package), 22511, 20500, []),
-            Figure("lines of tests", self.lines(*tests), 18897, 18297, []),
+            Figure("lines of operator files", self.lines(*files), 1886, 1200, 1800, places),
+            Figure("lines of the package", self.lines(*package), 22511, 20500, None, []),
+            Figure("lines of tests", self.lines(*tests), 18897, 18297, None, []),
         ]
 
     def figures(self) -> list[Figure]:
@@ -185,13 +188,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     figures = House(options.folder.resolve()).figures()
-    print(f"{'':52}{'now':>8}{'before':>8}{'asked':>8}")
+    print(f"{'':52}{'now':>8}{'before':>8}{'asked':>8}{'held':>8}")
     for f in figures:
-        before, asked = ("" if value is None else f"{value:,}" for value in (f.before, f.asked))
-        print(f"{f.name:52}{f.value:>8,}{before:>8}{asked:>8}{'  missed' if f.missed else ''}")
+        before, asked, held = ("" if value is None else f"{value:,}" for value in (f.before, f.asked, f.held))
+        print(f"{f.name:52}{f.value:>8,}{before:>8}{asked:>8}{held:>8}{'  worse' if f.worse else ''}")
         if options.list:
             print(*(f"    {place}" for place in f.places), sep="\n", end="\n" if f.places else "")
-    return int(options.check and any(f.missed for f in figures))
+    return int(options.check and any(f.worse for f in figures))
 
 
 if __name__ == "__main__":
