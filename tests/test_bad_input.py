@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bad input has one documented behaviour: an error that names the argument and the fix, never a wrong number."""
 
+import inspect
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import BACKENDS
 
 import kdkernels as kd
+from kdkernels.registry import OPS
 
 X, Y = torch.randn(8, 4), torch.randn(8, 5)
 PAIRED = [kd.cka, kd.hsic, kd.gram_mse]
@@ -18,6 +20,60 @@ by_name = {"ids": lambda f: getattr(f, "__name__", None)}
 def call(f, x, y, **how):
     """mmd wants features of one width."""
     return f(x, y[..., : x.shape[-1]] if f is kd.mmd and y.dim() > 1 else y, **how)
+
+
+# ---- of every op, by its positional arguments
+
+LANDMARKS = torch.randn(3, 4)
+GIVEN = {
+    **dict.fromkeys(("x", "y", "s", "t", "student", "teacher"), X),
+    **{name: LANDMARKS for op in OPS for name in inspect.signature(getattr(kd, op)).parameters if "landmarks" in name},
+    **{"basis": torch.eye(4)[:, :2], "s_centers": LANDMARKS, "t_centers": LANDMARKS, "m": 3, "lam": 0.3},
+    **dict.fromkeys(("labels", "permuted_labels"), torch.arange(8) % 4),
+}
+KEYWORDS = {"mixed_distillation": {"tau": 4.0, "alpha": 0.5}}
+
+
+def arguments(op):
+    return {name: GIVEN[name] for name in inspect.signature(getattr(kd, op)).parameters if name in GIVEN}
+
+
+def features():
+    for op in OPS:
+        given = arguments(op).items()
+        yield from ((op, name) for name, t in given if isinstance(t, torch.Tensor) and t.is_floating_point())
+
+
+def run(op, **change):
+    return getattr(kd, op)(**arguments(op) | KEYWORDS.get(op, {}) | change)
+
+
+@pytest.mark.parametrize("op, name", list(features()))
+def test_what_is_no_float_tensor_or_on_another_device(op, name):
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=rf"{name} is {dtype}: convert it to a float dtype, e.g. {name}.float\(\)"):
+            run(op, **{name: GIVEN[name].to(dtype)})
+    for value in (GIVEN[name].tolist(), GIVEN[name].numpy()):
+        with pytest.raises(TypeError, match=f"{name} is a {type(value).__name__}: pass a torch.Tensor"):
+            run(op, **{name: value})
+    if len(arguments(op)) > 1 and op != "select_landmarks":
+        with pytest.raises(ValueError, match=r"(is|are) on (cpu|meta), .* on (cpu|meta): move both to one device"):
+            run(op, **{name: GIVEN[name].to("meta")})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_unknown_or_missing_backend(op):
+    with pytest.raises(ValueError, match="backend is 'numpy': give one of"):
+        run(op, backend="numpy")
+    for backend in {"cpp", "triton", "cuda"} - set(OPS[op].backends):
+        with pytest.raises(ValueError, match=f"backend is '{backend}': {op} has"):
+            run(op, backend=backend)
+    for backend in {"triton", "cuda"} & set(OPS[op].backends):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run {op} here: "):
+            run(op, backend=backend)
+
+
+# ---- of the Gram family
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -50,29 +106,6 @@ def test_too_few_samples_for_mmd(backend):
     with pytest.raises(ValueError, match="y has 1 rows: mmd with unbiased=True needs at least 2"):
         kd.mmd(X, X[:1], backend=backend)
     assert kd.mmd(X, X[:1], unbiased=False, backend=backend).isfinite()
-
-
-@pytest.mark.parametrize("f", EVERY, **by_name)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
-def test_a_dtype_that_is_not_float(f, dtype):
-    with pytest.raises(TypeError, match=rf"x is {dtype}: convert it to a float dtype, e.g. x.float\(\)"):
-        call(f, X.to(dtype), Y)
-    with pytest.raises(TypeError, match=f"y is {dtype}: convert it to a float dtype"):
-        call(f, X, Y.to(dtype))
-
-
-@pytest.mark.parametrize("f", EVERY, **by_name)
-def test_something_that_is_no_tensor(f):
-    with pytest.raises(TypeError, match="x is a ndarray: pass a torch.Tensor"):
-        f(X.numpy(), Y)
-    with pytest.raises(TypeError, match="y is a list: pass a torch.Tensor"):
-        f(X, [[1.0]])
-
-
-@pytest.mark.parametrize("f", EVERY, **by_name)
-def test_two_devices(f):
-    with pytest.raises(ValueError, match="x is on cpu, y on meta: move both to one device"):
-        call(f, X, Y.to("meta"))
 
 
 @pytest.mark.parametrize("f", EVERY, **by_name)
@@ -111,14 +144,6 @@ def test_a_pair_of_kernels_that_is_none():
         kd.cka(X, Y, kernel=("rbf", "rbf", "rbf"))
     with pytest.raises(ValueError, match="kernel is a pair: mmd compares x and y under one kernel function"):
         kd.mmd(X, X, kernel=("rbf", "linear"))
-
-
-@pytest.mark.parametrize("f", EVERY, **by_name)
-def test_an_unknown_or_missing_backend(f):
-    with pytest.raises(ValueError, match="backend is 'numpy': give one of"):
-        call(f, X, Y, backend="numpy")
-    with pytest.raises(ValueError, match="backend is 'cuda': .* has"):
-        call(f, X, Y, backend="cuda")
 
 
 def test_an_explicit_backend_that_cannot_run_raises_and_says_why(python):

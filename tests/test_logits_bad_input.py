@@ -25,29 +25,10 @@ both = pytest.mark.parametrize("call", [call_kl, call_mixed])
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_a_dtype_that_is_not_float(call, dtype):
-    with pytest.raises(TypeError, match=rf"student is {dtype}: convert it to a float dtype, e.g. student.float\(\)"):
-        call(S.to(dtype))
-    with pytest.raises(TypeError, match=f"teacher is {dtype}: convert it to a float dtype"):
-        call(S, T.to(dtype))
-
-
-@both
-def test_something_that_is_no_tensor(call):
-    with pytest.raises(TypeError, match="student is a list: pass a torch.Tensor"):
-        call([1.0])
-    with pytest.raises(TypeError, match="teacher is a ndarray: pass a torch.Tensor"):
-        call(S, T.numpy())
-
-
-@both
-def test_other_batches_classes_or_devices(call):
+def test_other_batches_or_classes(call):
     for other in (T[:3], T[:, :5], T[0]):
         with pytest.raises(ValueError, match=r"teacher has shape .*, student has \(4, 6\): .* same rows and classes"):
             call(S, other)
-    with pytest.raises(ValueError, match="student is on cpu, teacher on meta: move both to one device"):
-        call(S, T.to("meta"))
 
 
 @both
@@ -67,13 +48,9 @@ def test_a_temperature_that_is_no_positive_number(call, tau):
 
 
 @both
-def test_an_unknown_reduction_or_backend(call):
+def test_an_unknown_reduction(call):
     with pytest.raises(ValueError, match="reduction is 'batchmean': give one of"):
         call(reduction="batchmean")
-    with pytest.raises(ValueError, match="backend is 'cuda': .* has"):
-        call(backend="cuda")
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run .* here: .*the tensors are on cpu"):
-        call(backend="triton")
 
 
 @both

@@ -26,19 +26,6 @@ def strength(f, value, **how):
 
 
 @every
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-def test_a_dtype_that_is_not_float(f, dtype):
-    with pytest.raises(TypeError, match=rf"x is {dtype}: convert it to a float dtype, e.g. x.float\(\)"):
-        call(f, X.to(dtype))
-
-
-@every
-def test_something_that_is_no_tensor(f):
-    with pytest.raises(TypeError, match="x is a list: pass a torch.Tensor"):
-        call(f, [1.0, 2.0])
-
-
-@every
 @pytest.mark.parametrize("dim", [2, -3, 100])
 def test_a_dim_out_of_range(f, dim):
     with pytest.raises(ValueError, match=rf"dim is {dim}: x has 2 dimensions, give one from -2 to 1"):
@@ -66,15 +53,11 @@ def test_a_row_longer_than_its_positions_can_count(f):
 
 
 @pytest.mark.parametrize("f", PAIRED, **by_name)
-def test_two_shapes_or_two_devices(f):
+def test_two_shapes(f):
     with pytest.raises(ValueError, match=r"y has shape \(3, 7\), x has \(3, 8\): rows are compared one to one"):
         f(X, Y[:, :7])
     with pytest.raises(ValueError, match=r"y has shape \(8,\), x has \(3, 8\)"):
         f(X, Y[0])
-    with pytest.raises(ValueError, match="x is on cpu, y on meta: move both to one device"):
-        f(X, Y.to("meta"))
-    with pytest.raises(TypeError, match="y is torch.int64: convert it to a float dtype"):
-        f(X, Y.long())
 
 
 @pytest.mark.parametrize("f", [kd.soft_rank, kd.soft_sort, kd.spearman], **by_name)
@@ -131,24 +114,6 @@ def test_a_strength_tensor_that_does_not_fit(f, backend):
     for bad in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="strength holds a value that is not positive and finite"):
             strength(f, torch.tensor([1.0, bad, 1.0]), backend=backend)
-
-
-@every
-def test_an_unknown_or_missing_backend(f):
-    with pytest.raises(ValueError, match="backend is 'numpy': give one of"):
-        call(f, X, backend="numpy")
-    with pytest.raises(ValueError, match="backend is 'triton': .* has"):
-        call(f, X, backend="triton")
-
-
-@every
-def test_a_backend_that_cannot_run_raises_and_says_why(f):
-    if f is kd.pearson:
-        with pytest.raises(ValueError, match="backend is 'cuda': pearson has"):
-            call(f, X, backend="cuda")
-        return
-    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run \w+ here: the tensors are on cpu"):
-        call(f, X, backend="cuda")
 
 
 def test_without_the_compiled_library_the_rest_runs_and_says_so(python):
