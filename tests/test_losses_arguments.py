@@ -2,6 +2,7 @@
 """Weights, backends and normalisers that losses take, refuse, or divide by, asked of each."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -44,3 +45,25 @@ def test_nothing_counted_over_a_normalizer_of_zero_is_zero_with_gradient_zero(na
         assert value == 0 and (torch.autograd.grad(value, student)[0] == 0).all()
     counted = case.make()(student, teacher, normalizer=torch.tensor(0))
     assert counted > 1e30  # rows over nothing are no mean
+
+
+@pytest.mark.parametrize("name, how", [*((name, "eager") for name in CASES), ("kd", "compiled"), ("cka", "compiled")])
+def test_a_teacher_that_asks_for_the_gradient_of_a_student_that_does_not_is_told_once(name, how):
+    case = CASES[name]
+    loss, (student, teacher) = case.make(), sides(case)
+    kind = type(getattr(loss, "loss", loss)).__name__
+
+    def found(student, teacher):
+        torch._dynamo.reset()
+        call = loss if how == "eager" else torch.compile(loss, backend="eager", fullgraph=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                call(student, teacher)
+        return [str(w.message) for w in caught if "requires grad" in str(w.message)]
+
+    assert found(student, teacher) == found(student, teacher.requires_grad_()) == []
+    with torch.no_grad():
+        assert found(student.detach(), teacher) == []
+    (text,) = found(student.detach(), teacher)
+    assert f"teacher_{case.what}" in text and f"{kind} has a gradient for the student only" in text

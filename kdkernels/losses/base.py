@@ -45,7 +45,7 @@ class Loss(Unrounded):
         self.register_buffer("weight", weight_tensor(weight, "weight"))
         if self.weight.dim() != 0:
             raise ValueError(f"weight is {weight!r}: give one number")
-        self._token = next(Loss._instances)
+        self._token = str(next(Loss._instances))
 
     @property
     def backend(self) -> str:
@@ -95,7 +95,7 @@ class Loss(Unrounded):
         if n >= least:
             return False
         _warn_once(
-            self._token,
+            f"{self._token} small",
             f"{type(self).__name__} got a batch of {n} {what} and needs {least}: it gives 0 with zero gradient for "
             f"such a batch{' (drop_last=True in the data loader avoids it)' if what.startswith('rows') else ''}",
         )
@@ -180,7 +180,7 @@ class FeatureLoss(Loss):
         return [self._compared(s, t, rows, mask, None if single else i) for i, (s, t) in enumerate(pairs)]
 
     def _compared(self, student, teacher, rows, mask, index) -> tuple:
-        return rows_of_pair(student, teacher, rows, mask, "features", index)
+        return rows_of_pair(self, student, teacher, rows, mask, "features", index)
 
     def _terms(self, x, y, kept, group=None) -> dict[str, torch.Tensor]:
         if self._level_too_small(x, self.least, group):
@@ -208,7 +208,7 @@ _warned = set()
 
 # while torch.compile traces, this runs once as plain Python; a warning in the graph would break it
 @torch.compiler.assume_constant_result
-def _warn_once(token: int, message: str) -> int:
+def _warn_once(token: str, message: str) -> int:
     if token not in _warned:
         _warned.add(token)
         checks.warn(message)
@@ -230,7 +230,7 @@ def full_precision(tensor):
     return contextlib.nullcontext()
 
 
-def check_pair(student, teacher, what: str, index: int | None = None):
+def check_pair(loss, student, teacher, what: str, index: int | None = None):
     """Both sides are float tensors of one device with the same number of samples; each may have its own dtype."""
     level = "" if index is None else f"[{index}]"
     names = f"student_{what}{level}", f"teacher_{what}{level}"
@@ -243,6 +243,12 @@ def check_pair(student, teacher, what: str, index: int | None = None):
         raise ValueError(
             f"{names[1]} has {teacher.shape[0]} rows, {names[0]} has {student.shape[0]}: "
             "both sides must describe the same samples, in one order"
+        )
+    if teacher.requires_grad and not student.requires_grad and torch.is_grad_enabled():
+        _warn_once(
+            loss._token,
+            f"{names[1]} requires grad and {names[0]} does not, but {type(loss).__name__} has a gradient for the "
+            "student only: call loss(student, teacher), in this order",
         )
     return names
 
@@ -330,9 +336,9 @@ def constant(tensor):
     return ordinary((tensor,))[0] if torch.is_grad_enabled() else tensor
 
 
-def rows_of_pair(student, teacher, rows, mask, what: str, index: int | None = None):
+def rows_of_pair(loss, student, teacher, rows, mask, what: str, index: int | None = None):
     """Both sides as rows, the teacher's detached, and the mask of these rows."""
-    names = check_pair(student, teacher, what, index)
+    names = check_pair(loss, student, teacher, what, index)
     x, kept = as_rows(student, rows, mask, names[0])
     y, _ = as_rows(constant(teacher), rows, mask, names[1])
     if x.shape[:-1] != y.shape[:-1]:

@@ -75,7 +75,7 @@ class CCLoss(FeatureLoss):
         self.least = 2 if variant == "neighbour" else 1
 
     def _compared(self, student, teacher, rows, mask, index):
-        x, y, kept = rows_of_pair(student, teacher, rows, mask, "features", index)
+        x, y, kept = rows_of_pair(self, student, teacher, rows, mask, "features", index)
         if self.variant == "neighbour" and x.shape[-1] != y.shape[-1]:
             level = "" if index is None else f"[{index}]"
             raise ValueError(

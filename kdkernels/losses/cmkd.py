@@ -143,7 +143,7 @@ class CMKDLoss(Loss):
             return self._total(weighted, return_parts)
 
     def _check(self, student, teacher):
-        names = check_pair(student, teacher, "logits")
+        names = check_pair(self, student, teacher, "logits")
         if student.shape != teacher.shape:
             raise ValueError(
                 f"{names[1]} has shape {tuple(teacher.shape)}, {names[0]} {tuple(student.shape)}: correlation over the "

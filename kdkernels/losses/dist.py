@@ -79,7 +79,7 @@ class DISTLoss(Loss):
         return_parts: bool = False,
     ):
         def prepare():
-            check_classes(student_logits, teacher_logits)
+            check_classes(self, student_logits, teacher_logits)
             if student_logits.dim() < 2:
                 raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}: give [..., C]")
             counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")

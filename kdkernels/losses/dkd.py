@@ -85,7 +85,7 @@ class DKDLoss(Loss):
         normalizer=None,
         return_parts: bool = False,
     ):
-        check_classes(student_logits, teacher_logits)
+        check_classes(self, student_logits, teacher_logits)
         if student_logits.dim() < 2 or student_logits.shape[-1] < 2:
             raise ValueError(
                 f"student_logits has shape {tuple(student_logits.shape)}: give [..., C] with C >= 2 classes"

@@ -52,7 +52,7 @@ class FSPLoss(MapLoss):
         self.pool = pool
 
     def _ready(self, pairs, single, rows, mask):
-        names = [check_pair(s, t, "features", None if single else i) for i, (s, t) in enumerate(pairs)]
+        names = [check_pair(self, s, t, "features", None if single else i) for i, (s, t) in enumerate(pairs)]
         if len(pairs) < 2:
             raise ValueError(
                 f"student_features is one layer of shape {tuple(pairs[0][0].shape)}: this loss compares consecutive "

@@ -73,7 +73,7 @@ class KDLoss(Loss):
         normalizer=None,
         return_parts: bool = False,
     ):
-        check_classes(student_logits, teacher_logits)
+        check_classes(self, student_logits, teacher_logits)
         counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
         if student_logits.numel() == 0 and self._too_small(math.prod(student_logits.shape[:-1]), 1):
             return self._nothing(["kd"], student_logits, return_parts)
@@ -106,9 +106,9 @@ class KDLoss(Loss):
             return mean_of_rows(rows, counted, normalizer, self.reduction)
 
 
-def check_classes(student_logits, teacher_logits):
+def check_classes(loss, student_logits, teacher_logits):
     """Both sides are logits of the same rows and classes."""
-    names = check_pair(student_logits, teacher_logits, "logits")
+    names = check_pair(loss, student_logits, teacher_logits, "logits")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"{names[1]} has shape {tuple(teacher_logits.shape)}, {names[0]} {tuple(student_logits.shape)}: "

@@ -89,7 +89,7 @@ class KDALoss(Loss):
 
         def prepare():
             nonlocal batch
-            names = check_pair(student_features, teacher_features, "features")
+            names = check_pair(self, student_features, teacher_features, "features")
             s, t = student_features.flatten(1), constant(teacher_features).flatten(1)
             for x, name, width in (
                 (s, names[0], self.centers.student_dim),

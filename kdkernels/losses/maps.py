@@ -21,7 +21,7 @@ class MapLoss(FeatureLoss):
     one_width = False  # channels are compared one to one
 
     def _compared(self, student, teacher, rows, mask, index):
-        names = check_pair(student, teacher, "features", index)
+        names = check_pair(self, student, teacher, "features", index)
         size, other = (check_map(side, rows, name) for side, name in zip((student, teacher), names, strict=True))
         kept = mask_of_positions(mask, student, size, names[0], size == other)
         teacher = constant(teacher)

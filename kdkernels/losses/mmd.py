@@ -84,7 +84,7 @@ class MMDLoss(FeatureLoss):
         return cls(**{**PRESETS[name], **changes})
 
     def _compared(self, student, teacher, rows, mask, index):
-        x, y, kept = rows_of_pair(student, teacher, rows, mask, "features", index)
+        x, y, kept = rows_of_pair(self, student, teacher, rows, mask, "features", index)
         if x.shape[-1] != y.shape[-1]:
             level = "" if index is None else f"[{index}]"
             raise ValueError(

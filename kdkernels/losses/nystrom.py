@@ -126,7 +126,7 @@ class NystromTransferLoss(Loss):
             raise ValueError(
                 "rows is 'groups': the transfer compares one kernel matrix a batch, give 'tokens' or 'mean'"
             )
-        s, t, kept = rows_of_pair(student_features, teacher_features, rows, mask, "features")
+        s, t, kept = rows_of_pair(self, student_features, teacher_features, rows, mask, "features")
         kept = row_mask(kept, labels, ignore_index, s, "the rows of student_features")
         s, t = zero_where_masked(s, kept), zero_where_masked(t, kept)
         batch = None

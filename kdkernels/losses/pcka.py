@@ -93,7 +93,7 @@ class PCKALoss(FeatureLoss):
         return cls(**{**PRESETS[name], **changes})
 
     def _compared(self, student, teacher, rows, mask, index):
-        names = check_pair(student, teacher, "features", index)
+        names = check_pair(self, student, teacher, "features", index)
         for side, name in zip((student, teacher), names, strict=True):
             if side.dim() != 4 or rows is not None:
                 how = "" if rows is None else f" with rows={rows!r}"

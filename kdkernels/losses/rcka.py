@@ -134,12 +134,12 @@ class RCKALoss(Loss):
         feature_rows = self.feature_rows if feature_rows is None else feature_rows
 
         def prepare():
-            x, y, kept = rows_of_pair(student_logits, teacher_logits, check_rows(rows), mask, "logits")
+            x, y, kept = rows_of_pair(self, student_logits, teacher_logits, check_rows(rows), mask, "logits")
             if self.class_weight is not None:
                 self._check_classes(x, y)
             ready, single = {"logits": (x, y, kept)}, isinstance(student_features, torch.Tensor)
             for i, (s, t) in self._stages(student_features, teacher_features):
-                compared = rows_of_pair(s, t, check_rows(feature_rows), mask, "features", None if single else i)
+                compared = rows_of_pair(self, s, t, check_rows(feature_rows), mask, "features", None if single else i)
                 ready["features" if single else f"features[{i}]"] = compared
             return ready
 

@@ -169,7 +169,7 @@ class RdimKDLoss(Loss):
 
     def _checked(self, student_features, teacher_features, mask, rows):
         """(student, teacher, mask, channel dim) as `projected_mse` takes them."""
-        names = check_pair(student_features, teacher_features, "features")
+        names = check_pair(self, student_features, teacher_features, "features")
         if not self._ready:
             raise RuntimeError(
                 f"variant {self.variant!r} with normalizer={self.normalizer!r} has nothing fitted yet: call "

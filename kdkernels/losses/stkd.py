@@ -71,7 +71,7 @@ class STKDLoss(Loss):
         normalizer=None,
         return_parts: bool = False,
     ):
-        check_classes(student_logits, teacher_logits)
+        check_classes(self, student_logits, teacher_logits)
         if not isinstance(mixup_batch, MixupBatch):
             raise TypeError(f"mixup_batch is a {type(mixup_batch).__name__}: give what kd.mixup returns")
         if student_logits.dim() != 2:
