@@ -187,35 +187,6 @@ def test_ratios_compare_one_round_with_itself():
     assert measure.pair_ratios([20.0, 20.0, 10.0, 10.0], [10.0, 10.0, 5.0, 5.0]) == (2.0, 2.0, 2.0)
 
 
-def shrunk():
-    """One case of each kind that the CPU's list has, small: more samples than features where the original has."""
-    kinds = {(c.op, c.kernel, str(c.options), c.transpose, c.groups > 0, c.n > 2 * c.p): c for c in cases.cpu_cases()}
-    for (_, _, _, _, grouped, long), case in kinds.items():
-        n, p = (40, 10) if long else (14, 20)
-        yield case._replace(n=n, p=p, q=p, regime="randn", sigma="number", groups=2 * grouped)
-
-
-@pytest.mark.parametrize("case", list(shrunk()), ids=lambda case: case.name)
-@pytest.mark.parametrize("name", ["eager", "algebra"])
-def test_every_contender_computes_what_the_op_computes(case, name):
-    (x, y), sigma = drive.draw(case, "cpu", 0)
-    values, gradients = [], []
-    for function in (getattr(contenders, name)(case, sigma), contenders.ours(case, sigma, "reference")):
-        leaf = x.double().requires_grad_()
-        value = function(leaf, y.double())
-        value.sum().backward()
-        values.append(value.detach())
-        gradients.append(leaf.grad)
-    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-7, atol=1e-12)
-
-
-def test_case_names_are_unique_on_every_device():
-    for listing in (cases.cpu_cases(), cases.cuda_cases()):
-        names = [case.name for case in listing]
-        assert len(names) == len(set(names))
-
-
 def test_relu_features_have_the_mean_scale_and_the_common_signal_they_are_named_for():
     x, y = data.features(256, 64, 64, "relu:30:1000", 0)
     assert x.mean().item() == pytest.approx(30e3) and x.std().item() == pytest.approx(1e3)

@@ -95,10 +95,9 @@ def test_a_relative_strength_is_that_of_auto():
     assert 0.2 < pooled < 1 and abs(pooled - auto) < 0.05
 
 
-def test_case_names_are_unique_and_the_stated_figures_stand_on_them():
+def test_the_stated_figures_stand_on_the_cases():
     for device, listing in (("cpu", ranking.cpu_cases()), ("cuda", ranking.cuda_cases())):
-        names = [case.name for case in cases.cases(device)]
-        assert len(names) == len(set(names)) and set(names) > {case.name for case in listing}
+        assert {case.name for case in cases.cases(device)} > {case.name for case in listing}
     speeds = {(c.rows, c.n): t.bound for c in ranking.cpu_cases() if c.op == "soft_rank" and c.kernel == "l2"
               for t in c.targets if t.against == "torchsort" and t.bound > 1}  # fmt: skip
     assert speeds == {(256, 1000): 3.0, (1024, 100): 3.0, (64, 21841): 2.0, (8, 128256): 4.0}
