@@ -4,8 +4,8 @@
 # With 2,048 features and batches of 256, a mean of 3 standard deviations costs 0.1, one of 10 everything: a layer does
 # not agree with itself, or fully with another that is independent of it. Who is hurt: whoever compares layers with a
 # bias, residual streams, outputs before a normalisation; the matrix looks like a matrix.
-# Where: cka/hsic.py takes the unbiased HSIC as three terms of uncentred Gram matrices, in the dtype of the features; they
-# cancel to what the mean leaves of 24 bits. cka/cka.py (compute_cka and cka_from_features) then clamps the quotient.
+# Where: cka/hsic.py takes the unbiased HSIC as three terms of uncentred Gram matrices, in the dtype of the features,
+# and they cancel to what the mean leaves of 24 bits. cka/cka.py (compute_cka, cka_from_features) clamps the quotient.
 # Belief: CKA centres, so a constant added to a layer changes nothing; and what is wrong would be NaN or out of range.
 # Seen with pytorch-cka 1.1.3, torch 2.13.0 (x, y independent; worst entry of the 2 x 2 matrix of CKA, eight draws):
 #   mean  0: right to 1e-3 in 8 of 8 draws
@@ -16,7 +16,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip --disable-pip-version-check install -q "torch==2.13.0" "numpy==2.4.6" "pytorch-cka==1.1.3"
+"$folder/venv/bin/python" -m pip --disable-pip-version-check install -q \
+  "torch==2.13.0" "numpy==2.4.6" "pytorch-cka==1.1.3"
 
 cat >"$folder/offset.py" <<'PY'
 import torch
