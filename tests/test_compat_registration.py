@@ -101,7 +101,7 @@ def what(name):
 
 def recorded():
     """What hooks on two networks recorded, a batch of 16: two layers and the logits."""
-    shapes = {"layer1": (16, 10, 16, 16), "layer2": (16, 10, 16, 16), "fc": (16, 10)}
+    shapes = {"layer1": (16, 10, 16, 32), "layer2": (16, 10, 16, 32), "fc": (16, 10)}
     return [{path: {"output": torch.randn(shape)} for path, shape in shapes.items()} for _ in range(2)]
 
 
