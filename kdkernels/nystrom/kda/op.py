@@ -6,13 +6,16 @@ Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch) 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ... import backend as backends
+from ... import checks
 from ...autograd import at_least_float32, device_type, in_pytorch
-from . import distributed, reference
-from .checks import check_call
-from .operator import similarity
+from ..distributed import agreed
+from . import reference
+from .operator import similarity, similarity_over_ranks
 
 __all__ = ["landmark_similarity_loss"]
 
@@ -48,17 +51,48 @@ def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend=
     True
     """
     if group is None:
-        check_call(s, t, s_centers, t_centers)
+        _check(s, t, s_centers, t_centers)
     else:
-        value, s, t = distributed.answer(s, t, s_centers, t_centers, group, backend)
-        if value is not None:
-            return value
+        landmarks, check = {"s_centers": s_centers, "t_centers": t_centers}, partial(_check, s, t, s_centers, t_centers)
+        group = agreed("landmark_similarity_loss", {"s": s, "t": t}, landmarks, group, check, {"backend": backend})
     if t.requires_grad or s_centers.requires_grad or t_centers.requires_grad:
         t, s_centers, t_centers = t.detach(), s_centers.detach(), t_centers.detach()
     chosen = backends.resolve("landmark_similarity_loss", backend, device_type(s), (s.dtype, t.dtype))
     if chosen == "reference":
+        s, t = (s, t) if group is None else group.gather(s, t)  # the textbook sees rows: all of them travel
         return in_pytorch(_reference, (s, t, s_centers, t_centers))
+    if group is not None:
+        return similarity_over_ranks(s, t, s_centers, t_centers, chosen, group)
     return similarity(s, t, s_centers, t_centers, chosen)
+
+
+def _check(s, t, s_centers, t_centers):
+    named = ((s, "s"), (t, "t"), (s_centers, "s_centers"), (t_centers, "t_centers"))
+    shapes = []
+    for tensor, name in named:
+        checks.floating(tensor, name)
+        shape = tensor.shape
+        if len(shape) != 2 or shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(shape)}: give rows of features, [rows, width]")
+        if tensor is not s:
+            checks.same_device(s, tensor, "s", name)
+        shapes.append(shape)
+    (B, d), (b, e), (C, width), (c, t_width) = shapes
+    if B != b:
+        raise ValueError(f"t has {b} rows, s has {B}: both sides must describe the same samples, in one order")
+    if C != c:
+        raise ValueError(f"t_centers has {c} rows, s_centers has {C}: landmarks come in pairs")
+    if C == 0:
+        raise ValueError("s_centers has no rows: it needs at least one landmark")
+    if (d, e) != (width, t_width):
+        name, own, other = ("s", d, width) if d != width else ("t", e, t_width)
+        raise ValueError(
+            f"{name}_centers has {other} columns, {name} has {own}: landmarks live in the space of their side's "
+            "features"
+        )
+    if checks.debugging():
+        for tensor, name in named:
+            checks.finite(tensor, name)
 
 
 def _reference(*tensors):
