@@ -10,7 +10,8 @@ width.
 
 What differs: half inputs are computed in float32 and give float32. Only `kd_loss` has a gradient to the teacher; in the
 others the teacher is detached (there it is differentiated wherever it requires a gradient, which its distillers never
-let it). No function waits for the GPU or changes its input. Where the original is NaN or wrong the functions say so.
+let it). Second derivatives raise in all but the attention losses. No function waits for the GPU or changes its input.
+Where the original is NaN or wrong the functions say so.
 The methods without a counterpart in kdkernels (CRD, OFD, VID, ReviewKD, KDSVD, FitNet's mean square) stay as they are.
 """
 

@@ -6,8 +6,8 @@
     mmrazor.register()                          # and all of kd.losses are known as 'KDKernels' + their name
 
 After `replace` a configuration stays as it is: arguments, defaults, values and the gradient to the student are those of
-MMRazor 1.0.0. What differs: half inputs are computed in float32 and give float32; what is not computed here raises, and
-`mmrazor.replace("DKDLoss", "ATLoss")` replaces those two alone.
+MMRazor 1.0.0. What differs: half inputs are computed in float32 and give float32; what is not computed here raises,
+second derivatives of all but ATLoss and DISTLoss too, and `mmrazor.replace("DKDLoss", "ATLoss")` replaces those alone.
 
 After `register`, in a ConfigurableDistiller:
 

@@ -10,9 +10,10 @@ is pooled to H x H, H the lower height, as there; where that leaves two sizes, a
 height and width.
 
 What differs: half inputs are computed in float32 and give float32. Only `DistillKL` has a gradient to the teacher; in
-the others the teacher is detached, which RepDistiller's training loop does itself. Nothing waits for the GPU or changes
-its input. Where the original is NaN or wrong the classes say so. ABLoss, FactorTransfer, HintLoss, KDSVD and VIDLoss
-have no counterpart here: keep the original's.
+the others the teacher is detached, which RepDistiller's training loop does itself. Second derivatives raise, except in
+`Attention`, `FSP` and `Correlation`. Nothing waits for the GPU or changes its input. Where the
+original is NaN or wrong the classes say so. ABLoss, FactorTransfer, HintLoss, KDSVD and VIDLoss have no counterpart
+here: keep the original's.
 """
 
 from __future__ import annotations
