@@ -14,8 +14,10 @@ from kdkernels.registry import OPS
 from kdkernels.testing import transforms
 from kdkernels.testing.case import evaluate, rounded
 from kdkernels.testing.checks import CUDA_ONLY, STRUCTURAL, viewed, views
+from kdkernels.testing.probe import probe_of
 from kdkernels.testing.yardstick import Yardstick, doubled, expanded, moved
 
+TRACED = ("traced", "compiled", "exported")
 ON_THE_CPU = ["accuracy", *(name for name in STRUCTURAL if name not in CUDA_ONLY)]
 
 
@@ -43,7 +45,11 @@ def test_an_op_keeps_the_contract(op, backend, check):
     if check not in testing.checks_for(backend, "cpu"):
         assert backend == "reference" and check in ("accuracy", "autocast", *transforms.CHECKS)
         return
-    results = testing.contract(op, backend, "cpu", quick=True, checks=[check])
+    if check in TRACED and backend == "torch" and backends.obstacle("cpp", "cpu", op=op) is None:
+        # asked of cpp in full: what is traced are the same operators with another word among their arguments
+        results = list(STRUCTURAL[check](probe_of(_probes(op)[0], backend, "cpu")))
+    else:
+        results = testing.contract(op, backend, "cpu", quick=True, checks=[check])
     if not asks(check, op, backend):
         assert not results
         return

@@ -261,9 +261,10 @@ def test_centres_that_make_no_sense_are_refused():
         kd.ClassCenters(2, 3, 3, counts="all")
 
 
-CLASS_SUMS = """
+SUMS = """
 import torch
 import kdkernels as kd
+from kdkernels.nystrom.kda import torch_impl, triton_impl
 from kdkernels.nystrom.kda.triton_centers import add_rows
 torch.manual_seed(0)
 for B, C, d, e in ((70, 6, 5, 130), (1, 3, 64, 65), (33, 40, 1, 7)):
@@ -276,20 +277,6 @@ for B, C, d, e in ((70, 6, 5, 130), (1, 3, 64, 65), (33, 40, 1, 7)):
     add_rows(s, t, labels, counted, *got)
     for a, b in zip(got, (want.student_sums, want.teacher_sums, want.counts), strict=True):
         torch.testing.assert_close(a - 1, b, rtol=1e-12, atol=1e-12)
-print("equal")
-"""
-
-
-@pytest.mark.interpret
-def test_the_kernel_of_the_class_sums_equals_index_add_in_the_interpreter(python):
-    done = python("-c", CLASS_SUMS, TRITON_INTERPRET="1")
-    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
-
-
-SUMS = """
-import torch
-from kdkernels.nystrom.kda import torch_impl, triton_impl
-torch.manual_seed(0)
 for B, C, d, e in ((70, 33, 20, 40), (1, 3, 64, 65), (0, 4, 5, 6)):
     tensors = torch.randn(B, d), torch.randn(B, e), torch.randn(C, d), torch.randn(C, e)
     found, want = (run.sums(*tensors, True)[0] for run in (triton_impl, torch_impl))
@@ -299,7 +286,7 @@ print("equal")
 
 
 @pytest.mark.interpret
-def test_the_sums_that_ranks_send_are_the_same_from_the_kernel_in_the_interpreter(python):
+def test_class_sums_and_the_sums_that_ranks_send_are_the_same_from_their_kernels_in_the_interpreter(python):
     done = python("-c", SUMS, TRITON_INTERPRET="1")
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 
