@@ -130,7 +130,7 @@ def test_levels_that_do_not_match_are_refused():
     student, teacher = features(12, 5)
     with pytest.raises(ValueError, match="teacher_features has 1 levels, student_features has 2"):
         CKALoss()([student, student], [teacher])
-    with pytest.raises(TypeError, match="two tensors, or two lists"):
+    with pytest.raises(TypeError, match="give two tensors, two lists"):
         CKALoss()([student], teacher)
     with pytest.raises(ValueError, match="student_features is an empty list"):
         CKALoss()([], [])

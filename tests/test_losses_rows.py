@@ -53,6 +53,49 @@ def test_levels_are_summed_with_their_weights(name):
     torch.testing.assert_close(sum(v for part, v in parts.items() if part.endswith("_0")), 6 * one, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", [*LEVELS, "pcka"])
+def test_levels_have_masks_of_their_own_and_dicts_are_matched_by_key(name):
+    make, sizes = (LEVELS | {"pcka": losses.PCKALoss})[name], {"p3": (17, 20), "p2": (6, 33)}
+    how = {} if name == "pcka" else {"rows": "positions"}
+    keep = {key: torch.rand(3, *size) > 0.3 for key, size in sizes.items()}
+    pairs = {key: sides(3, 4, *size) for key, size in sizes.items()}
+    student, teacher = ({key: pair[side] for key, pair in pairs.items()} for side in (0, 1))
+    dirty = {key: torch.where(keep[key][:, None], x, torch.nan) for key, x in student.items()}
+    loss = make(weights=[2.0, 0.5])
+    want = sum(w * make()(*pairs[key], mask=keep[key], **how) for key, w in (("p3", 2.0), ("p2", 0.5)))
+    total, parts = loss(dirty, dict(reversed(teacher.items())), mask=keep, return_parts=True, **how)
+    torch.testing.assert_close(total, want, rtol=1e-6, atol=0)
+    assert {part.rpartition("_")[2] for part in parts} == {"p3", "p2"}
+    of_lists = [list(side.values()) for side in (dirty, teacher)]
+    assert loss(*of_lists, mask=list(keep.values()), **how).equal(total)
+    one = torch.tensor([True, False, True])
+    want = sum(w * make()(*pairs[key], mask=one, **how) for key, w in (("p3", 2.0), ("p2", 0.5)))
+    torch.testing.assert_close(loss(student, teacher, mask=one, **how), want, rtol=1e-6, atol=0)
+
+
+def test_levels_that_do_not_match_are_named():
+    loss, (x, y) = losses.CKALoss(), sides(5, 4)
+    mask = torch.ones(5, dtype=torch.bool)
+    for student, teacher, given, text in (
+        (
+            {"a": x, "b": x},
+            {"a": y, "c": y},
+            None,
+            r"teacher_features has \['a', 'c'\] levels, student_features has \['a', 'b'\]",
+        ),
+        ([x, x], [y], None, "teacher_features has 1 levels, student_features has 2"),
+        ({"a": x}, {"a": y[:4]}, None, r"teacher_features\['a'\] has 4 rows, student_features\['a'\] has 5"),
+        ([x, x], [y, y], [mask], r"mask has levels \[0\], student_features \[0, 1\]"),
+        ({"a": x}, {"a": y}, {"b": mask}, r"mask has levels \['b'\], student_features \['a'\]"),
+        ({}, {}, None, "student_features is an empty dict"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            loss(student, teacher, mask=given)
+    for student, teacher, given in (({"a": x}, [y], None), ([x], y, None), (x, y, [mask]), ([x], [y], 3)):
+        with pytest.raises(TypeError, match="give two|mask is a"):
+            loss(student, teacher, mask=given)
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_groups_are_compared_one_by_one_and_tokens_together_without_those_that_the_mask_leaves_out(name):
     make, (student, teacher) = SAMPLES[name], sides(4, 9, 6)

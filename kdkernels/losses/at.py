@@ -26,12 +26,13 @@ class ATLoss(MapLoss):
             [B, C, L]: "positions". Other values are refused, as the loss is one of each sample's own positions.
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Channels
-    may differ between the sides; of two sizes [H, W] the larger map is pooled to the smaller by adaptive means (of
-    tokens there must be as many). Each side its own float dtype, computed in at least float32. mask: bool [B], or
-    [B, T] or [B, H, W] where both sides have one size: masked positions enter neither the norms nor the mean; all
-    masked gives 0. A single sample is no special case; an empty batch gives 0 and warns once. A map that is zero
-    everywhere has a = 0, with gradient 0. A NaN that counts gives NaN. Gradient to the student only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. Channels may differ between the sides; of two sizes [H, W] the larger map is
+    pooled to the smaller by adaptive means (of tokens there must be as many). Each side its own float dtype, computed
+    in at least float32. mask: bool [B], or [B, T] or [B, H, W] where both sides have one size: masked positions enter
+    neither the norms nor the mean; all masked gives 0. A single sample is no special case; an empty batch gives 0 and
+    warns once. A map that is zero everywhere has a = 0, with gradient 0. A NaN that counts gives NaN. Gradient to the
+    student only.
 
     The loss does not change with the scale of a sample's map, nor with the order of its channels; nor with their sign.
 

@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
 
 import torch
 
@@ -20,6 +19,7 @@ from .. import checks, distributed
 from ..accumulator import Unrounded
 from ..autograd import at_least_float32, ordinary
 from ..backend import check_name
+from .levels import at, levels, masks
 from .means import has_samples, mean_of_groups, nothing_of, zero_where_masked
 from .weights import level_weights, weight_tensor, weight_text
 
@@ -140,7 +140,7 @@ class FeatureLoss(Loss):
     than one part). Levels are checked before any of them is computed; one too small for the estimator adds 0.
     """
 
-    part = "features"  # the name of a level's part; a list of levels adds _0, _1, ...
+    part = "features"  # the name of a level's part; a list of levels adds _0, _1, ..., a dict its keys
     least = 1  # rows, or samples, that a level needs
     unit = "levels"  # what `weights` counts
 
@@ -153,34 +153,37 @@ class FeatureLoss(Loss):
         self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
     ):
         rows = self.rows if rows is None else rows
-        single = isinstance(student_features, torch.Tensor)
+        keys = None
 
         def prepare():
+            nonlocal keys
             check_rows(rows)
             pairs = levels(student_features, teacher_features)
-            with full_precision(pairs[0][0]):
-                ready = self._ready(pairs, single, rows, mask)
+            with full_precision(pairs[0][1]):
+                ready = self._ready(pairs, rows, mask)
             if self.weights is not None and len(self.weights) != len(ready):
                 raise ValueError(f"student_features has {len(ready)} {self.unit}, weights has {len(self.weights)}")
-            return {"features" if single else f"features[{i}]": compared for i, compared in enumerate(ready)}
+            keys = list(ready)
+            return {at("features", key): compared for key, compared in ready.items()}
 
         ready, groups = self._over_ranks(prepare, f" with rows={rows!r}")
         with full_precision(ready[0][0]):
             parts = {}
-            for i, (compared, group) in enumerate(zip(ready, groups, strict=True)):
+            for i, (key, compared, group) in enumerate(zip(keys, ready, groups, strict=True)):
                 terms = self._terms(*compared) if group is None else self._terms(*compared, group=group)
                 for name, value in terms.items():
                     if self.weights is not None:
                         value = value * self.weights[i].to(value.dtype)
-                    parts[name if single else f"{name}_{i}"] = value
+                    parts[name if key is None else f"{name}_{key}"] = value
         return self._total(parts, return_parts)
 
-    def _ready(self, pairs, single: bool, rows, mask) -> list[tuple]:
-        """What `_terms` takes, for each level; checks everything."""
-        return [self._compared(s, t, rows, mask, None if single else i) for i, (s, t) in enumerate(pairs)]
+    def _ready(self, pairs, rows, mask) -> dict:
+        """What `_terms` takes, by the key of each level; checks everything."""
+        given = masks(mask, [key for key, *_ in pairs])
+        return {key: self._compared(s, t, rows, m, key) for (key, s, t), m in zip(pairs, given, strict=True)}
 
-    def _compared(self, student, teacher, rows, mask, index) -> tuple:
-        return rows_of_pair(self, student, teacher, rows, mask, "features", index)
+    def _compared(self, student, teacher, rows, mask, key) -> tuple:
+        return rows_of_pair(self, student, teacher, rows, mask, "features", key)
 
     def _terms(self, x, y, kept, group=None) -> dict[str, torch.Tensor]:
         if self._level_too_small(x, self.least, group):
@@ -230,10 +233,9 @@ def full_precision(tensor):
     return contextlib.nullcontext()
 
 
-def check_pair(loss, student, teacher, what: str, index: int | None = None):
+def check_pair(loss, student, teacher, what: str, key=None):
     """Both sides are float tensors of one device with the same number of samples; each may have its own dtype."""
-    level = "" if index is None else f"[{index}]"
-    names = f"student_{what}{level}", f"teacher_{what}{level}"
+    names = at(f"student_{what}", key), at(f"teacher_{what}", key)
     for tensor, name in ((student, names[0]), (teacher, names[1])):
         checks.floating(tensor, name)
         if tensor.dim() == 0 or (tensor.numel() == 0 and 0 in tensor.shape[1:]):
@@ -251,27 +253,6 @@ def check_pair(loss, student, teacher, what: str, index: int | None = None):
             "student only: call loss(student, teacher), in this order",
         )
     return names
-
-
-def levels(student, teacher, what: str = "features") -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pairs to compare, from a tensor or a list of levels on each side."""
-    named = ((student, f"student_{what}"), (teacher, f"teacher_{what}"))
-    for side, name in named:
-        if not isinstance(side, (torch.Tensor, Sequence)):
-            raise TypeError(f"{name} is a {type(side).__name__}: pass a torch.Tensor or a list of them")
-    single = isinstance(student, torch.Tensor)
-    if single != isinstance(teacher, torch.Tensor):
-        raise TypeError(f"student_{what} and teacher_{what}: give two tensors, or two lists of levels")
-    if single:
-        return [(student, teacher)]
-    for side, name in named:
-        for i, level in enumerate(side):
-            checks.is_tensor(level, f"{name}[{i}]")
-    if len(student) != len(teacher):
-        raise ValueError(f"teacher_{what} has {len(teacher)} levels, student_{what} has {len(student)}")
-    if not student:
-        raise ValueError(f"student_{what} is an empty list: it needs at least one level")
-    return list(zip(student, teacher, strict=True))
 
 
 def check_rows(rows):
@@ -336,9 +317,9 @@ def constant(tensor):
     return ordinary((tensor,))[0] if torch.is_grad_enabled() else tensor
 
 
-def rows_of_pair(loss, student, teacher, rows, mask, what: str, index: int | None = None):
+def rows_of_pair(loss, student, teacher, rows, mask, what: str, key=None):
     """Both sides as rows, the teacher's detached, and the mask of these rows."""
-    names = check_pair(loss, student, teacher, what, index)
+    names = check_pair(loss, student, teacher, what, key)
     x, kept = as_rows(student, rows, mask, names[0])
     y, _ = as_rows(constant(teacher), rows, mask, names[1])
     if x.shape[:-1] != y.shape[:-1]:

@@ -11,6 +11,7 @@ import torch
 from .. import native
 from ..autograd import apply, at_least_float32, plain
 from .base import FeatureLoss, rows_of_pair, zero_where_masked
+from .levels import at
 
 VARIANTS = ("neighbour", "taylor")
 
@@ -36,12 +37,12 @@ class CCLoss(FeatureLoss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`. The
             neighbour of a rank's last row is the first of the next.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. "neighbour"
-    needs one width on both sides (project the student's); "taylor" does not. float dtypes may differ; computed in at
-    least float32, "taylor" in float64. mask: bool [B], [B, T] or [B, H, W]: the neighbour of a row is the next one that
-    counts. "neighbour" needs 2 rows: fewer give 0 with zero gradient, and a warning once where the batch itself is that
-    small. "taylor" has gradient 0 where both sides agree. A NaN in a row that counts gives NaN. Gradient to the student
-    only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. "neighbour" needs one width on both sides (project the student's); "taylor"
+    does not. float dtypes may differ; computed in at least float32, "taylor" in float64. mask: bool [B], [B, T] or [B,
+    H, W]: the neighbour of a row is the next one that counts. "neighbour" needs 2 rows: fewer give 0 with zero
+    gradient, and a warning once where the batch itself is that small. "taylor" has gradient 0 where both sides agree. A
+    NaN in a row that counts gives NaN. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 16)
     >>> loss = kd.losses.CCLoss(weight=0.02)
@@ -74,12 +75,11 @@ class CCLoss(FeatureLoss):
         self.variant, self.gamma, self.order, self.normalize = variant, float(gamma), order, bool(normalize)
         self.least = 2 if variant == "neighbour" else 1
 
-    def _compared(self, student, teacher, rows, mask, index):
-        x, y, kept = rows_of_pair(self, student, teacher, rows, mask, "features", index)
+    def _compared(self, student, teacher, rows, mask, key):
+        x, y, kept = rows_of_pair(self, student, teacher, rows, mask, "features", key)
         if self.variant == "neighbour" and x.shape[-1] != y.shape[-1]:
-            level = "" if index is None else f"[{index}]"
             raise ValueError(
-                f"teacher_features{level} has rows of {y.shape[-1]} features, student_features{level} of "
+                f"{at('teacher_features', key)} has rows of {y.shape[-1]} features, {at('student_features', key)} of "
                 f"{x.shape[-1]}: the neighbour variant subtracts them; project the student's to the teacher's width"
             )
         return x, y, kept

@@ -30,11 +30,12 @@ class CKALoss(FeatureLoss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.cka`.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths and
-    float dtypes may differ between the sides; computed in at least float32. mask: bool [B], [B, T] or [B, H, W]: False
-    rows do not count. A batch with fewer rows than the estimator needs gives 0 with zero gradient and warns once; so
-    does, without a warning, a mask that leaves too few. Where a side is constant CKA is undefined: it counts as 0, so
-    the loss is 1 there, with zero gradient. A NaN in a row that counts gives NaN. Gradient to the student only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. Widths and float dtypes may differ between the sides; computed in at least
+    float32. mask: bool [B], [B, T] or [B, H, W]: False rows do not count. A batch with fewer rows than the estimator
+    needs gives 0 with zero gradient and warns once; so does, without a warning, a mask that leaves too few. Where a
+    side is constant CKA is undefined: it counts as 0, so the loss is 1 there, with zero gradient. A NaN in a row that
+    counts gives NaN. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 64)
     >>> loss = kd.losses.CKALoss(kernel="rbf")

@@ -51,14 +51,14 @@ class FSPLoss(MapLoss):
             raise ValueError(f"pool is {pool!r}: give one of {POOLS}")
         self.pool = pool
 
-    def _ready(self, pairs, single, rows, mask):
-        names = [check_pair(self, s, t, "features", None if single else i) for i, (s, t) in enumerate(pairs)]
+    def _ready(self, pairs, rows, mask):
+        names = [check_pair(self, s, t, "features", key) for key, s, t in pairs]
         if len(pairs) < 2:
             raise ValueError(
-                f"student_features is one layer of shape {tuple(pairs[0][0].shape)}: this loss compares consecutive "
+                f"student_features is one layer of shape {tuple(pairs[0][1].shape)}: this loss compares consecutive "
                 "layers, give lists of at least 2 on both sides"
             )
-        sizes = []
+        sizes, pairs = [], [(s, constant(t)) for _, s, t in pairs]
         for both, named in zip(pairs, names, strict=True):
             sizes.append([check_map(x, rows, name) for x, name in zip(both, named, strict=True)])
             axis = 2 if both[0].dim() == 3 and rows == "groups" else 1
@@ -70,7 +70,6 @@ class FSPLoss(MapLoss):
                 )
         one_size = len({size for both in sizes for size in both}) == 1
         kept = mask_of_positions(mask, pairs[0][0], sizes[0][0], names[0][0], one_size)
-        pairs = [(s, constant(t)) for s, t in pairs]
         ready = []
         for i in range(len(pairs) - 1):
             sides = []
@@ -78,7 +77,7 @@ class FSPLoss(MapLoss):
                 layers = pairs[i][k], pairs[i + 1][k]
                 sides += self._two_layers(*layers, sizes[i][k], sizes[i + 1][k], names[i + 1][k], rows, kept)
             ready.append((*sides, kept))
-        return ready
+        return dict(enumerate(ready))
 
     def _two_layers(self, below, above, size, other, name, rows, kept):
         """Both as [B, C, L], the larger map pooled to the smaller."""

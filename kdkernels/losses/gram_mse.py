@@ -22,11 +22,11 @@ class GramMSELoss(FeatureLoss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.gram_mse`.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths,
-    spatial sizes and float dtypes may differ between the sides; computed in at least float32. mask: bool [B], [B, T] or
-    [B, H, W]: False rows enter neither the matrices nor n; all masked gives 0. With one row the loss is
-    (|x|^2 - |y|^2)^2; an empty batch gives 0 and warns once. A NaN in a row that counts gives NaN. Gradient to the
-    student only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. Widths, spatial sizes and float dtypes may differ between the sides; computed
+    in at least float32. mask: bool [B], [B, T] or [B, H, W]: False rows enter neither the matrices nor n; all masked
+    gives 0. With one row the loss is (|x|^2 - |y|^2)^2; an empty batch gives 0 and warns once. A NaN in a row that
+    counts gives NaN. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 64)
     >>> loss = kd.losses.GramMSELoss()

@@ -23,13 +23,13 @@ class ICKDLoss(MapLoss):
         weights: one weight a level, a buffer; default 1 each. weight: factor of the loss, a buffer.
         backend: as in `kd.gram_mse`.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Sizes
-    [H, W], numbers of tokens and float dtypes may differ between the sides, as the sums run over each side's own
-    positions; computed in at least float32. mask: bool [B], or [B, T] or [B, H, W] where both sides have one size:
-    masked positions are left out of the sums, a sample with none left out of the mean; all masked gives 0. A single
-    sample is no special case; an empty batch gives 0 and warns once. A row of G that is zero stays zero, and the
-    gradient is finite there (1e10 and more in the public code). A NaN that counts gives NaN. Gradient to the student
-    only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. Sizes [H, W], numbers of tokens and float dtypes may differ between the sides,
+    as the sums run over each side's own positions; computed in at least float32. mask: bool [B], or [B, T] or [B, H, W]
+    where both sides have one size: masked positions are left out of the sums, a sample with none left out of the mean;
+    all masked gives 0. A single sample is no special case; an empty batch gives 0 and warns once. A row of G that is
+    zero stays zero, and the gradient is finite there (1e10 and more in the public code). A NaN that counts gives NaN.
+    Gradient to the student only.
 
     The loss does not change with the scale of a sample's map or with the order of its positions.
 

@@ -20,8 +20,8 @@ class MapLoss(FeatureLoss):
     one_size = True  # the larger map is pooled to the smaller; else each side has its own positions
     one_width = False  # channels are compared one to one
 
-    def _compared(self, student, teacher, rows, mask, index):
-        names = check_pair(self, student, teacher, "features", index)
+    def _compared(self, student, teacher, rows, mask, key):
+        names = check_pair(self, student, teacher, "features", key)
         size, other = (check_map(side, rows, name) for side, name in zip((student, teacher), names, strict=True))
         kept = mask_of_positions(mask, student, size, names[0], size == other)
         teacher = constant(teacher)

@@ -9,6 +9,7 @@ from ..autograd import at_least_float32
 from ..gram.kernels import RBF, spec_of
 from ..gram.op import mmd
 from .base import FeatureLoss, rows_of_pair
+from .levels import at
 from .means import spread
 
 # five kernels exp(-d2 / (f m)), f = 1/4 to 4: the usual bandwidths of the transfer-learning libraries
@@ -37,11 +38,11 @@ class MMDLoss(FeatureLoss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.mmd`.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Both sides
-    need one width, as their rows lie in one space; float dtypes may differ; computed in at least float32. mask: bool
-    [B], [B, T] or [B, H, W], of both sides: False rows do not count; too few rows give 0 with zero gradient, and a
-    warning once where the batch itself is too small (a single sample, if unbiased). A NaN in a row that counts gives
-    NaN. Gradient to the student only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. Both sides need one width, as their rows lie in one space; float dtypes may
+    differ; computed in at least float32. mask: bool [B], [B, T] or [B, H, W], of both sides: False rows do not count;
+    too few rows give 0 with zero gradient, and a warning once where the batch itself is too small (a single sample, if
+    unbiased). A NaN in a row that counts gives NaN. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 16) + 1
     >>> loss = kd.losses.MMDLoss.preset("transfer")
@@ -83,12 +84,11 @@ class MMDLoss(FeatureLoss):
             raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
-    def _compared(self, student, teacher, rows, mask, index):
-        x, y, kept = rows_of_pair(self, student, teacher, rows, mask, "features", index)
+    def _compared(self, student, teacher, rows, mask, key):
+        x, y, kept = rows_of_pair(self, student, teacher, rows, mask, "features", key)
         if x.shape[-1] != y.shape[-1]:
-            level = "" if index is None else f"[{index}]"
             raise ValueError(
-                f"teacher_features{level} has rows of {y.shape[-1]} features, student_features{level} of "
+                f"{at('teacher_features', key)} has rows of {y.shape[-1]} features, {at('student_features', key)} of "
                 f"{x.shape[-1]}: MMD compares samples of one space; project the student's to the teacher's width"
             )
         return x, y, kept

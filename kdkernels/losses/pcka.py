@@ -44,17 +44,17 @@ class PCKALoss(FeatureLoss):
             is the same patch in every sample, so the maps of all ranks are gathered: B is then the global batch.
         backend: as in `kd.cka`.
 
-    Call: `(student_features, teacher_features, *, mask, return_parts)`; a tensor [B, C, H, W] or a list of levels.
-    Batch and channels must agree; height and width may differ as long as both round up to one multiple of 16. Float16
-    to float64, each side its own dtype, resized and computed in at least float32. mask: bool [B], samples that count: a
-    masked one takes no part; or bool [B, H, W], positions: a masked one is 0 on both sides before the resize, which
-    leaves it out of every product (linear and uncentred only, both sides of one size). A level with one patch, or fewer
-    than the estimator needs, and an empty batch, add 0 with zero gradient and warn once: the CKA of one patch is 1
-    whatever the maps hold (the public code raises there). A channel that is zero on a side counts as CKA 0 (NaN in the
-    public code). All masked gives 0. A NaN that counts gives NaN. Gradient to the student only; the resize adds it up
-    with atomics on CUDA. The public form keeps the maps and one n x n matrix a channel, side and term for backward, n
-    patches; the variants keep the patches of both sides, backend="reference" what autograd keeps (and it alone has
-    second derivatives).
+    Call: `(student_features, teacher_features, *, mask, return_parts)`; a tensor [B, C, H, W], or a list or dict of
+    levels with one mask for all or one a level. Batch and channels must agree; height and width may differ as long as
+    both round up to one multiple of 16. Float16 to float64, each side its own dtype, resized and computed in at least
+    float32. mask: bool [B], samples that count: a masked one takes no part; or bool [B, H, W], positions: a masked one
+    is 0 on both sides before the resize, which leaves it out of every product (linear and uncentred only, both sides of
+    one size). A level with one patch, or fewer than the estimator needs, and an empty batch, add 0 with zero gradient
+    and warn once: the CKA of one patch is 1 whatever the maps hold (the public code raises there). A channel that is
+    zero on a side counts as CKA 0 (NaN in the public code). All masked gives 0. A NaN that counts gives NaN. Gradient
+    to the student only; the resize adds it up with atomics on CUDA. The public form keeps the maps and one n x n matrix
+    a channel, side and term for backward, n patches; the variants keep the patches of both sides, backend="reference"
+    what autograd keeps (and it alone has second derivatives).
 
     >>> student, teacher = torch.randn(2, 8, 40, 30, requires_grad=True), torch.randn(2, 8, 40, 30)
     >>> loss = kd.losses.PCKALoss()
@@ -92,8 +92,8 @@ class PCKALoss(FeatureLoss):
             raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
-    def _compared(self, student, teacher, rows, mask, index):
-        names = check_pair(self, student, teacher, "features", index)
+    def _compared(self, student, teacher, rows, mask, key):
+        names = check_pair(self, student, teacher, "features", key)
         for side, name in zip((student, teacher), names, strict=True):
             if side.dim() != 4 or rows is not None:
                 how = "" if rows is None else f" with rows={rows!r}"

@@ -24,12 +24,12 @@ class PKTLoss(FeatureLoss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.pkt`.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths,
-    spatial sizes and float dtypes may differ between the sides; computed in at least float32. mask: bool [B], [B, T] or
-    [B, H, W]: False rows are in no distribution. Fewer than 2 rows give 0 with zero gradient, and a warning once where
-    the batch itself is that small. A zero row has cosine 0 to all and gradient 0. The loss does not change with the
-    length of a row, or with an orthogonal transform. A NaN in a row that counts gives NaN. Gradient to the student
-    only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. Widths, spatial sizes and float dtypes may differ between the sides; computed
+    in at least float32. mask: bool [B], [B, T] or [B, H, W]: False rows are in no distribution. Fewer than 2 rows give
+    0 with zero gradient, and a warning once where the batch itself is that small. A zero row has cosine 0 to all and
+    gradient 0. The loss does not change with the length of a row, or with an orthogonal transform. A NaN in a row that
+    counts gives NaN. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 16, requires_grad=True), torch.randn(32, 64)
     >>> loss = kd.losses.PKTLoss(weight=30000.0)

@@ -16,13 +16,13 @@ from .base import (
     check_rows,
     full_precision,
     has_samples,
-    levels,
     mean_of_groups,
     nothing_of,
     rows_of_pair,
     zero_where_masked,
 )
 from .cka import check_estimator, cka_of
+from .levels import at, by_key, levels
 from .maps import unit
 from .weights import term_weight
 
@@ -63,13 +63,13 @@ class RCKALoss(Loss):
             and features are gathered.
 
     Call: `(student_logits, teacher_logits, student_features=None, teacher_features=None, *, mask, rows, feature_rows,
-    return_parts)`; features are one tensor or a list of stages. mask: bool [B] (or a token, a position): False rows
-    take no part in any term. A batch with fewer rows than the estimator needs (1; centred 2; unbiased 4) gives 0 with
-    zero gradient and warns once; so does, without a warning, a mask that leaves too few. A zero row gives a finite
+    return_parts)`; features are one tensor, or a list or dict of stages. mask: bool [B] (or a token, a position): False
+    rows take no part in any term. A batch with fewer rows than the estimator needs (1; centred 2; unbiased 4) gives 0
+    with zero gradient and warns once; so does, without a warning, a mask that leaves too few. A zero row gives a finite
     value; where a side is zero (or, centred, constant) CKA is undefined and counts as 0. A NaN in a row that counts
-    gives NaN. FCKA holds n x n matrices. So do the logit terms (C x C where C < n) on the backends torch and cpp,
-    six for backward, unless both sizes are above 512 and within a factor of two.
-    Any float dtypes; computed in at least float32. Gradient to the student only.
+    gives NaN. FCKA holds n x n matrices. So do the logit terms (C x C where C < n) on the backends torch and cpp, six
+    for backward, unless both sizes are above 512 and within a factor of two. Any float dtypes; computed in at least
+    float32. Gradient to the student only.
 
     >>> student, teacher = torch.randn(32, 10, requires_grad=True), torch.randn(32, 10)
     >>> loss = kd.losses.RCKALoss()
@@ -137,10 +137,10 @@ class RCKALoss(Loss):
             x, y, kept = rows_of_pair(self, student_logits, teacher_logits, check_rows(rows), mask, "logits")
             if self.class_weight is not None:
                 self._check_classes(x, y)
-            ready, single = {"logits": (x, y, kept)}, isinstance(student_features, torch.Tensor)
-            for i, (s, t) in self._stages(student_features, teacher_features):
-                compared = rows_of_pair(self, s, t, check_rows(feature_rows), mask, "features", None if single else i)
-                ready["features" if single else f"features[{i}]"] = compared
+            ready = {"logits": (x, y, kept)}
+            for key, s, t in self._stages(student_features, teacher_features):
+                compared = rows_of_pair(self, s, t, check_rows(feature_rows), mask, "features", key)
+                ready[at("features", key)] = compared
             return ready
 
         ready, groups = self._over_ranks(prepare, f" with rows={rows!r}, feature_rows={feature_rows!r}")
@@ -148,8 +148,8 @@ class RCKALoss(Loss):
         names += ["features"] if len(ready) > 1 else []
         least = minimum_rows(self.unbiased, self.center)
         if any(self._level_too_small(level[0], least, group) for level, group in zip(ready, groups, strict=True)):
-            everything = [student_logits, *levels_or_none(student_features)]
-            return self._nothing(names, everything, return_parts)
+            stages = [] if student_features is None else by_key(student_features, "student_features").values()
+            return self._nothing(names, [student_logits, *stages], return_parts)
         with full_precision(ready[0][0]):
             levels_of_all = [self._gathered(*level, group) for level, group in zip(ready, groups, strict=True)]
             parts = self._logits(*levels_of_all[0], names, least)
@@ -207,7 +207,7 @@ class RCKALoss(Loss):
         return total
 
     def _stages(self, student, teacher):
-        """(index, pair) of each stage to compare."""
+        """(key, student's, teacher's) of each stage to compare."""
         if (student is None) != (teacher is None):
             raise ValueError("student_features and teacher_features: give both or neither")
         if student is None:
@@ -218,7 +218,7 @@ class RCKALoss(Loss):
             return []
         if self.feature_weight is None:
             raise ValueError("student_features is given and feature_weight is 0: pass a feature_weight, or no features")
-        pairs = list(enumerate(levels(student, teacher)))[self.first_stage :]
+        pairs = levels(student, teacher)[self.first_stage :]
         if not pairs:
             raise ValueError(f"student_features has no stage from first_stage={self.first_stage} on: pass all stages")
         if self.feature_weight.dim() == 1 and len(self.feature_weight) != len(pairs):
@@ -247,9 +247,3 @@ def relations(features, mask):
     largest = F.detach().abs().amax((-2, -1), keepdim=True)
     F = F / torch.where(largest == 0, 1, largest)
     return unit(F @ F.mT, -1)
-
-
-def levels_or_none(features):
-    if features is None:
-        return []
-    return [features] if isinstance(features, torch.Tensor) else list(features)

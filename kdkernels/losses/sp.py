@@ -21,12 +21,12 @@ class SPLoss(FeatureLoss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`.
         backend: as in `kd.gram_mse`.
 
-    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor or a list of levels. Widths,
-    spatial sizes and float dtypes may differ between the sides; computed in at least float32. mask: bool [B], [B, T] or
-    [B, H, W]: False rows enter neither the matrices nor n; all masked gives 0. With one row both matrices are 1 and
-    loss and gradient are 0 up to rounding; an empty batch gives 0 and warns once. A row of a matrix that is zero stays
-    zero, and the gradient is finite there (1e10 and more in the public code). A NaN in a row that counts gives NaN.
-    Gradient to the student only.
+    Call: `(student_features, teacher_features, *, mask, rows, return_parts)`; a tensor, or a list or dict of levels
+    with one mask for all or one a level. Widths, spatial sizes and float dtypes may differ between the sides; computed
+    in at least float32. mask: bool [B], [B, T] or [B, H, W]: False rows enter neither the matrices nor n; all masked
+    gives 0. With one row both matrices are 1 and loss and gradient are 0 up to rounding; an empty batch gives 0 and
+    warns once. A row of a matrix that is zero stays zero, and the gradient is finite there (1e10 and more in the public
+    code). A NaN in a row that counts gives NaN. Gradient to the student only.
 
     The loss does not change with an orthogonal transform or the scale of the features.
 
