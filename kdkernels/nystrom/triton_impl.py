@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..gram.triton_impl.maps import KINDS
+from ..gram.triton_impl.maps import map_of
 from . import torch_impl
 from .chunks import SIGMA, Pulled, X, Z
 from .landmarks import Landmarks
-from .triton_kernels import PANEL, ROOT, TRIANGLE, feature_rows, pull_rows, root_rows
+from .triton_kernels import PANEL, ROOT, TRIANGLE, Operands, feature_rows, pull_rows, root_rows
 
 FUSED = 256  # most landmarks whose whitening is fused
 
@@ -40,21 +40,13 @@ def precision() -> str:
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _arguments(s: Landmarks, rows):
-    """(tensors, numbers, constants) that every kernel takes first, from prepared rows."""
-    rows = rows.contiguous()
-    half = rows.square().sum(-1).div_(2) if s.spec.of_distance else rows
-    par = s.par if s.spec.of_distance else rows
-    polynomial = s.spec.name == "polynomial"
-    degree, scale, coef0 = s.spec.params if polynomial else (1, 1.0, 0.0)
-    constants = {
-        "KIND": KINDS[s.spec.name],
-        "DEGREE": int(degree),
-        "S": max(1, s.par.shape[0]),
-        "PRECISION": precision(),
-    }
-    numbers = (rows.shape[0], s.z.shape[0], rows.shape[1], scale, coef0)
-    return (rows, half, s.z.contiguous(), s.half, par), numbers, constants
+def _operands(s: Landmarks, rows) -> Operands:
+    """What every kernel takes first, from prepared rows."""
+    rows, spec = rows.contiguous(), s.spec
+    half = rows.square().sum(-1).div_(2) if spec.of_distance else None
+    numbers = spec.params[:0:-1] if spec.name == "polynomial" else ()  # coef0, then the scale
+    kernel = map_of(spec, s.par[None] if spec.of_distance else None, numbers)
+    return Operands(rows, half, s.z.contiguous(), s.half, rows.shape[0], *s.z.shape, kernel)
 
 
 def _padded(s: Landmarks, block: int, width: int = 0):
@@ -85,6 +77,7 @@ def _launch(config: Config):
         "BM": config.rows,
         "BN": config.columns,
         "BK": config.depth,
+        "PRECISION": precision(),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
@@ -92,12 +85,9 @@ def _launch(config: Config):
 
 def kernel_panel(s: Landmarks, rows):
     """C of prepared rows."""
-    tensors, numbers, constants = _arguments(s, rows)
     C = rows.new_empty(rows.shape[0], s.z.shape[0])
     with torch.cuda.device_of(rows):
-        feature_rows[_grid(rows, FEATURES)](
-            *tensors, C, C, C, *numbers, MODE=PANEL.value, **constants, **_launch(FEATURES)
-        )  # fmt: skip
+        feature_rows[_grid(rows, FEATURES)](_operands(s, rows), None, None, C, MODE=PANEL.value, **_launch(FEATURES))
     return C
 
 
@@ -105,22 +95,18 @@ def phi_of(s: Landmarks, rows):
     """Phi of prepared rows, float32."""
     if s.z.shape[0] > FUSED:
         return torch_impl.whitened(s, kernel_panel(s, rows))
-    tensors, numbers, constants = _arguments(s, rows)
+    operands = _operands(s, rows)
     phi = rows.new_empty(rows.shape[0], s.z.shape[0])
     with torch.cuda.device_of(rows):
         if s.whiten == "cholesky":
             R = _padded(s, FEATURES.columns)
             inverse = _inverted(s, FEATURES.columns, R)
-            feature_rows[_grid(rows, FEATURES)](
-                *tensors, R, inverse, phi, *numbers, MODE=TRIANGLE.value, **constants, **_launch(FEATURES)
-            )  # fmt: skip
+            feature_rows[_grid(rows, FEATURES)](operands, R, inverse, phi, MODE=TRIANGLE.value, **_launch(FEATURES))
         else:
             config = next(config for most, config in ROOTS if s.z.shape[0] <= most)
             width = max(16, triton.next_power_of_2(s.z.shape[0]))
             A = _padded(s, config.columns, max(width, config.columns))
-            root_rows[_grid(rows, config)](
-                *tensors, A, phi, *numbers, MP=A.shape[1], **constants, **_launch(config)
-            )  # fmt: skip
+            root_rows[_grid(rows, config)](operands, A, phi, MP=A.shape[1], **_launch(config))
     return phi
 
 
@@ -129,10 +115,9 @@ def pull(s: Landmarks, rows, grad, need: int) -> Pulled:
     grad, product = grad.contiguous(), None
     if need & (Z | SIGMA):
         product = grad.mT @ phi_of(s, rows) if s.whiten == "cholesky" else kernel_panel(s, rows).mT @ grad
-    mode, R = (TRIANGLE if s.whiten == "cholesky" else ROOT).value, grad
-    inverse = grad
+    mode, R, inverse = TRIANGLE if s.whiten == "cholesky" else ROOT, None, None
     if s.z.shape[0] > FUSED:
-        mode = PANEL.value
+        mode = PANEL
         grad = torch_impl.unwhitened(s, grad).contiguous()
     else:
         R = _padded(s, PULL.columns)
@@ -140,13 +125,11 @@ def pull(s: Landmarks, rows, grad, need: int) -> Pulled:
             inverse = _inverted(s, PULL.columns, R)
     V = torch.empty_like(grad)
     # linear kernels: V is dL/dC itself
-    dC = torch.empty_like(grad) if mode == TRIANGLE.value and not s.spec.linear else V
-    dsigma = rows.new_empty(rows.shape[0]) if need & SIGMA else V
-    tensors, numbers, constants = _arguments(s, rows)
+    dC = torch.empty_like(grad) if mode is TRIANGLE and not s.spec.linear else V
+    dsigma = rows.new_empty(rows.shape[0]) if need & SIGMA else None
     with torch.cuda.device_of(rows):
         pull_rows[_grid(rows, PULL)](
-            *tensors, R, inverse, grad, dC, V, dsigma, *numbers, MODE=mode, SIGMA=bool(need & SIGMA), **constants,
-            **_launch(PULL),
-        )  # fmt: skip
-    total = dsigma.sum(dtype=torch.float64) if need & SIGMA else None
+            _operands(s, rows), R, inverse, grad, dC, V, dsigma, MODE=mode.value, **_launch(PULL)
+        )
+    total = None if dsigma is None else dsigma.sum(dtype=torch.float64)
     return torch_impl.gradients(s, rows, V, product, total, need & (X | Z))

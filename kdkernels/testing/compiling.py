@@ -32,14 +32,34 @@ def compile_case(
     stages: int,
     tensor_cores: bool = False,
     architectures: tuple[int, ...] = ALL,
-    **constants,
+    **given,
 ) -> CompileCase:
-    """type_of(argument) is a dtype's name for a pointer, else a Triton type; pointers and `aligned` divide by 16."""
-    signature, attributes = {}, {}
+    """type_of(argument) is a dtype's name for a pointer, else a Triton type; pointers and `aligned` divide by 16.
+
+    given: constants of the kernel, or what a tuple argument holds: types as type_of gives them (":16" where a number
+    divides by 16), constants as tl.constexpr or None.
+    """
+    types, attributes, constants = {}, {}, {}
+
+    def typed(path: tuple, value):
+        """The type at a place of the signature; its attribute and its constant go on the lists."""
+        if isinstance(value, tuple):
+            parts = [typed((*path, i), part) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if not isinstance(value, str):
+            constants[path] = getattr(value, "value", value)
+            return "constexpr"
+        kind, _, divides = value.partition(":")
+        if divides or kind in POINTERS:
+            attributes[path] = [["tt.divisibility", 16]]
+        return POINTERS.get(kind, kind)
+
     for i, argument in enumerate(kernel.arg_names):
-        found = "constexpr" if argument in constants else type_of(argument)
-        signature[argument] = POINTERS[found] if argument.endswith("_ptr") else found
-        if argument not in constants and (argument.endswith("_ptr") or argument in aligned):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        if argument in given and isinstance(given[argument], tuple):
+            types[argument] = typed((i,), given[argument])
+        elif argument in given:
+            types[argument], constants[i,] = "constexpr", given[argument]
+        else:
+            types[argument] = typed((i,), type_of(argument) + ":16" * (argument in aligned))
     name += "" if architectures == ALL else f"-sm{architectures[0]}"
-    return CompileCase(name, kernel, signature, attributes, constants, warps, stages, tensor_cores, architectures)
+    return CompileCase(name, kernel, types, attributes, constants, warps, stages, tensor_cores, architectures)

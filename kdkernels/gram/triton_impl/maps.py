@@ -1,19 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel maps of `prepared.py` on Triton tiles: t -> K^, dK^/dg^, dK^/dsigma^, and pair weights of the gradient.
+"""The kernel maps of `prepared.py` on Triton tiles: g^ -> t -> K^, dK^/dg^, dK^/dsigma^; and what tiles are made from.
 
-Letters as there; tiles are [BM, BN] float32. A side's bandwidths come from `par` [S] or, for one known number, from the
-scalar `sigma`: a temperature never recompiles.
+Letters as there; tiles are [BM, BN] float32. NaN stays NaN.
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 LINEAR, POLYNOMIAL, RBF, LAPLACIAN = (tl.constexpr(k) for k in range(4))
-KINDS = {"linear": 0, "cosine": 0, "polynomial": 1, "rbf": 2, "laplacian": 3}
+KINDS = {"linear": LINEAR, "cosine": LINEAR, "polynomial": POLYNOMIAL, "rbf": RBF, "laplacian": LAPLACIAN}
 # in units of |z_i|^2 + |z_j|^2: 16 eps, the rounding of a zero distance
 ROUNDING = tl.constexpr(16 * 2.0**-23)
-NAN = tl.constexpr(tl.PropagateNan.ALL)  # minimum and maximum would drop it
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # of minimum and maximum, which would drop it
+
+
+class Map(NamedTuple):
+    """A kernel function as the argument of a Triton kernel."""
+
+    kind: tl.constexpr
+    degree: tl.constexpr  # of a polynomial
+    count: tl.constexpr  # bandwidths that are added up
+    par: torch.Tensor | None  # parameters of each group: bandwidths, or t0 and a of (t0 + a t)^degree
+    stride: int  # from one group's parameters to the next; a number, as Triton 3.6 loses a tuple of constants
+    numbers: tuple[float, ...]  # where par is None: the parameters themselves, of which none recompiles
+
+
+def map_of(spec, par=None, numbers=()) -> Map:
+    """par [1 or G, parameters]; spec: `kernels.KernelSpec`."""
+    stride = 0 if par is None or par.shape[0] == 1 else par.stride(0)
+    degree = int(spec.params[0]) if spec.name == "polynomial" else 1
+    count = 1 if not spec.of_distance else len(numbers) if par is None else par.shape[-1]
+    return Map(KINDS[spec.name], tl.constexpr(degree), tl.constexpr(count), par, stride, tuple(numbers))
 
 
 def precision(*tensors) -> str:
@@ -21,6 +43,29 @@ def precision(*tensors) -> str:
     if any(t.dtype == torch.float32 for t in tensors) and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+@triton.jit
+def vector(ptr, o, m):
+    return tl.load(ptr + o, mask=m, other=0)
+
+
+@triton.jit
+def counting(keep_ptr, o, m):
+    """Which rows count: all of them where there is no mask."""
+    if keep_ptr is None:
+        return m
+    else:
+        return tl.load(keep_ptr + o, mask=m, other=0) != 0
+
+
+@triton.jit
+def alpha_of(side, g, n, o, m):
+    """The rank-one terms of a polynomial; of any other kernel no one asks."""
+    if side.map.kind == POLYNOMIAL:
+        return vector(side.alpha + g * n, o, m)
+    else:
+        return 0.0  # Triton 3.6 returns no None
 
 
 @triton.jit
@@ -33,11 +78,19 @@ def expm1(x):
 
 
 @triton.jit
-def bandwidth(par, sigma, k: tl.constexpr, HAS_PAR: tl.constexpr):
-    if HAS_PAR:
-        return tl.load(par + k)
+def power(x, N: tl.constexpr):
+    y = tl.full(x.shape, 1.0, x.dtype)
+    for _ in tl.static_range(N):
+        y = y * x
+    return y
+
+
+@triton.jit
+def parameter(of, g, k: tl.constexpr):
+    if of.par is None:
+        return tl.cast(of.numbers[k], tl.float32)
     else:
-        return sigma
+        return tl.load(of.par + g * of.stride + k)
 
 
 @triton.jit
@@ -47,52 +100,44 @@ def spoilt(square):
 
 
 @triton.jit
-def tile_product(g, square_i, square_j, diagonal, KIND: tl.constexpr):
+def kernel_argument(of, product, square_i, square_j, diagonal):
     """t from g^ = z_i . z_j: g^ itself, or -d2/2 <= 0 and exactly 0 on the diagonal."""
-    if KIND >= RBF:
+    if of.kind >= RBF:
         s = spoilt(square_i)[:, None] + spoilt(square_j)[None, :]
-        t = tl.minimum(g - 0.5 * s, 0.0, propagate_nan=NAN)
-        if KIND == LAPLACIAN:
+        t = tl.minimum(product - 0.5 * s, 0.0, propagate_nan=NAN)
+        if of.kind == LAPLACIAN:
             t = tl.where(t > s * -ROUNDING, 0.0, t)
         return tl.where(diagonal, 0.0, t)
     else:
-        return g
+        return product
 
 
 @triton.jit
-def power(x, N: tl.constexpr):
-    y = tl.full(x.shape, 1.0, tl.float32)
-    for _ in tl.static_range(N):
-        y = y * x
-    return y
-
-
-@triton.jit
-def kernel_value(
-    t, alpha_i, alpha_j, par, sigma, typical,
-    KIND: tl.constexpr, DEGREE: tl.constexpr, S: tl.constexpr, HAS_PAR: tl.constexpr, STABLE: tl.constexpr,
-):  # fmt: skip
-    if KIND == LINEAR:
+def kernel_value(of, g, t, alpha_i, alpha_j, typical, STABLE: tl.constexpr):
+    """K^, or under STABLE K^ without what has the form u_i + u_j; `typical` is a squared distance."""
+    if of.kind == LINEAR:
         return t
-    elif KIND == POLYNOMIAL:
-        t0, a = tl.load(par), tl.load(par + 1)
-        delta = a * t + alpha_i[:, None] + alpha_j[None, :]
+    elif of.kind == POLYNOMIAL:
+        t0, a = parameter(of, g, 0), parameter(of, g, 1)
+        delta = a * t
+        if alpha_i is not None:
+            delta = delta + alpha_i[:, None] + alpha_j[None, :]
         if STABLE:  # (t0 + delta)^d without t0^d and without d t0^(d-1) (alpha_i + alpha_j)
             rest, binomial, t0k = tl.zeros_like(delta), 1.0, 1.0
-            for m in tl.static_range(DEGREE - 1):
+            for m in tl.static_range(of.degree - 1):
                 rest = rest * delta + binomial * t0k
-                binomial = binomial * (DEGREE - m) / (m + 1)
+                binomial = binomial * (of.degree - m) / (m + 1)
                 t0k = t0k * t0
             return rest * delta * delta + binomial * t0k * a * t
         else:
-            return power(t0 + delta, DEGREE)
+            return power(t0 + delta, of.degree)
     else:
         total = tl.zeros_like(t)
-        for k in tl.static_range(S):
-            s = bandwidth(par, sigma, k, HAS_PAR)
-            x = t / (s * s) if KIND == RBF else tl.sqrt(-2 * t) / (-s)
+        for k in tl.static_range(of.count):
+            s = parameter(of, g, k)
+            x = t / (s * s) if of.kind == RBF else tl.sqrt(-2 * t) / (-s)
             if STABLE:
-                level = typical / (-2 * s * s) if KIND == RBF else tl.sqrt(typical) / (-s)
+                level = typical / (-2 * s * s) if of.kind == RBF else tl.sqrt(typical) / (-s)
                 level = tl.maximum(level, -30.0, propagate_nan=NAN)
                 total += tl.exp(level) * expm1(x - level)
             else:
@@ -101,21 +146,22 @@ def kernel_value(
 
 
 @triton.jit
-def kernel_slope(
-    t, alpha_i, alpha_j, par, sigma,
-    KIND: tl.constexpr, DEGREE: tl.constexpr, S: tl.constexpr, HAS_PAR: tl.constexpr,
-):  # fmt: skip
-    if KIND == LINEAR:
+def kernel_slope(of, g, t, alpha_i, alpha_j):
+    """dK^/dg^"""
+    if of.kind == LINEAR:
         return 1.0
-    elif KIND == POLYNOMIAL:
-        t0, a = tl.load(par), tl.load(par + 1)
-        return DEGREE * a * power(t0 + a * t + alpha_i[:, None] + alpha_j[None, :], DEGREE - 1)
+    elif of.kind == POLYNOMIAL:
+        t0, a = parameter(of, g, 0), parameter(of, g, 1)
+        slope, base = of.degree * a, t0 + a * t  # in an order that costs no spills
+        if alpha_i is not None:
+            base = base + alpha_i[:, None] + alpha_j[None, :]
+        return slope * power(base, of.degree - 1)
     else:
         total = tl.zeros_like(t)
         d = tl.sqrt(-2 * t)
-        for k in tl.static_range(S):
-            s = bandwidth(par, sigma, k, HAS_PAR)
-            if KIND == RBF:
+        for k in tl.static_range(of.count):
+            s = parameter(of, g, k)
+            if of.kind == RBF:
                 total += tl.exp(t / (s * s)) / (s * s)
             else:
                 total += tl.where(d == 0, 0.0, tl.exp(-d / s) / (s * tl.where(d == 0, 1.0, d)))
@@ -123,9 +169,10 @@ def kernel_slope(
 
 
 @triton.jit
-def sigma_slope(t, par, sigma, KIND: tl.constexpr, HAS_PAR: tl.constexpr):
-    s = bandwidth(par, sigma, 0, HAS_PAR)
-    if KIND == RBF:
+def sigma_slope(of, g, t):
+    """dK^/dsigma^, one bandwidth."""
+    s = parameter(of, g, 0)
+    if of.kind == RBF:
         return tl.exp(t / (s * s)) * (-2 * t) / (s * s * s)
     else:
         d = tl.sqrt(-2 * t)

@@ -14,8 +14,7 @@ from .. import torch_impl
 from ..call import SMALL, Call
 from ..torch_impl import forms
 from . import small, tiles
-
-SMALL_ROWS = 14  # vectors a group that the small schedule saves, see `small_kernels.py`
+from .small_kernels import SAVED
 
 
 def _in_pytorch(call: Call) -> bool:
@@ -31,7 +30,7 @@ def kept(call: Call):
     G, n, _ = call.x.features.shape
     if not call.need or n > SMALL or _in_pytorch(call):
         return torch_impl.kept(call)
-    return ((G, SMALL_ROWS, n), (2, G, n, n)), call.dtype
+    return ((G, SAVED.value, n), (2, G, n, n)), call.dtype
 
 
 def _schedule(call: Call):

@@ -6,103 +6,106 @@ Used by the compile-only test leg, which has no GPU: kernel, argument types, com
 
 from __future__ import annotations
 
+import triton.language as tl
+
 from ...testing.compiling import ALL, CompileCase, compile_case
-from .maps import KINDS
+from . import small_kernels, tile_kernels
+from .maps import KINDS, Map
 from .small import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
-from .small_kernels import finish, row_sums, split_gram, weighted_rows
+from .small_gradient import weighted_rows
+from .small_kernels import finish, row_sums, split_gram
 from .tile_kernels import gradient_rows, tile_sums, weight_panel
 from .tiles import FLASH, PANEL, SUMS
 
 DTYPES = ("float32", "float16", "bfloat16")
 ALIGNED = ("n", "p", "q", "x_g", "x_n", "y_g", "y_n", "per_x", "per_y")
-_FLOAT32 = ("part", "square", "kept", "value", "rows", "alpha", "par", "typical", "rho", "row", "column", "weights")
-_FLOAT32 += ("dz", "extra", "u_x", "u_y", "grad", "sums", "dsigma")
+EXACT = {"stats_ptr": "float64", "unit_ptr": "float64", "keep_ptr": "uint8", "ref_ptr": "int64"}
+# what training uses: unbiased CKA without a mask, gradient to one side and none to sigma
+NO_MASK = {"keep_ptr": None}
+SMALL = small_kernels.Asked(small_kernels.CKA, *map(tl.constexpr, (True, True, True, False, True, 4)))
+LARGE = tile_kernels.Asked(*map(tl.constexpr, (True, True, False, False, False)))
 
 
-def _type(argument: str, dtype: str) -> str:
-    """The dtype of what a pointer points to, else the Triton type, by the argument's name."""
-    stem = argument.removesuffix("_ptr")
-    if stem == argument:
-        return "fp32" if argument.startswith("sigma") else "i32"
-    if stem in ("stats", "unit"):
-        return "float64"
-    if stem in ("mask", "keep"):
-        return "uint8"
-    if stem == "ref":
-        return "int64"
-    return "float32" if stem.startswith(_FLOAT32) else dtype
+def _case(name, kernel, dtype, *launch, **given) -> CompileCase:
+    def type_of(argument):
+        if not argument.endswith("_ptr"):
+            return "i32"
+        return EXACT.get(argument, dtype if argument in ("x_ptr", "y_ptr", "dx_ptr", "panel_ptr") else "float32")
+
+    return compile_case(f"{name}-{dtype}", kernel, type_of, ALIGNED, *launch, **given)
 
 
-def _case(name, kernel, dtype, *launch, **constants) -> CompileCase:
-    return compile_case(f"{name}-{dtype}", kernel, lambda a: _type(a, dtype), ALIGNED, *launch, **constants)
+def _map(kind: str, number: bool) -> Map:
+    """number: the bandwidth is one, given by value."""
+    degree = tl.constexpr(2 if kind == "polynomial" else 1)
+    par = None if number or kind == "linear" else "float32"
+    return Map(KINDS[kind], degree, tl.constexpr(1), par, "i32:16", ("fp32",) if number and kind != "linear" else ())
 
 
-def _sides(kind: str) -> dict:
-    out = {}
-    for name in "XY":
-        out |= {f"KIND_{name}": KINDS[kind], f"DEGREE_{name}": 2 if kind == "polynomial" else 1, f"S_{name}": 1}
-    return out
+def _small_side(kind: str) -> small_kernels.Side:
+    polynomial = kind == "polynomial"
+    return small_kernels.Side(_map(kind, number=not polynomial), "float32" if polynomial else None, None)
+
+
+def _tile_side(kind: str, dtype: str) -> tile_kernels.Side:
+    alpha = "float32" if kind == "polynomial" else None
+    typical = "float32" if kind in ("rbf", "laplacian") else None
+    return tile_kernels.Side(dtype, "i32:16", _map(kind, number=False), "float32", "float32", alpha, typical)
 
 
 def compile_cases():
-    """Default configurations with the options that training uses: unbiased CKA, gradient to one side."""
-    flags = {"STABLE": True, "UNBIASED": True, "MASK": False, "ROW_NORM": False}
     for dtype in DTYPES:
         half = dtype != "float32"
-        pick = 0 if half else 1
+        rows = small_kernels.Rows(dtype, "i32:16", "i32:16", tl.constexpr(1), "i32:16", tl.constexpr(True))
         for limit, *pair in SPLIT_CONFIGS:
-            c = pair[pick]
+            c = pair[0 if half else 1]
             yield _case(
-                f"split_gram-n{limit}", split_gram, dtype, c.warps, c.stages, half, BM=c.tile, BK=c.depth, SHIFT_X=True,
-                SHIFT_Y=True, MASK=False, HALVE_X=dtype == "float16", HALVE_Y=dtype == "float16", PRECISION="ieee",
-                x_p=1, y_p=1,
+                f"split_gram-n{limit}", split_gram, dtype, c.warps, c.stages, half, BM=c.tile, BK=c.depth,
+                SHIFT_X=True, SHIFT_Y=True, PRECISION="ieee", x_p=1, y_p=1, ref_ptr=None, **NO_MASK,
             )  # fmt: skip
         BM, BN, BP, warps, stages = BACKWARD_HALF if half else BACKWARD_FLOAT
         for kind in ("linear", "rbf"):
+            side = _small_side(kind)
             yield _case(
-                f"weighted_rows-{kind}", weighted_rows, dtype, warps, stages, half, BM=BM, BN=BN, BP=BP, **_sides(kind),
-                HAS_PAR_X=False, HAS_PAR_Y=False, **flags, ROWWISE=False, PREPARED=False, SHIFT=True,
-                HALVE=dtype == "float16", SIGMA=False, PRECISION="ieee", x_p=1,
+                f"weighted_rows-{kind}", weighted_rows, dtype, warps, stages, half, rows=rows, x=side, y=side, BM=BM,
+                BN=BN, BP=BP, PRECISION="ieee", asked=SMALL, ref_ptr=None, sums_ptr=None, dsigma_ptr=None, **NO_MASK,
             )  # fmt: skip
-    for kind in KINDS:
-        if kind == "cosine":
-            continue
-        for rows, fused in ((SUMS_BLOCK, False), (64, True), (FUSED_ROWS, True)):
+    for kind in ("linear", "polynomial", "rbf", "laplacian"):
+        side, given = _small_side(kind), {"asked": SMALL, **NO_MASK}
+        if kind != "polynomial":
+            given["unit_ptr"] = None
+        for block, fused in ((SUMS_BLOCK, False), (64, True), (FUSED_ROWS, True)):
             step, warps = FUSED_SUMS if fused else SPLIT_SUMS
+            stats = {"stats_ptr": None} if fused else {}
             yield _case(
-                f"row_sums-{kind}-{rows}", row_sums, "float32", warps, 3, BM=rows, BN=step, **_sides(kind),
-                HAS_PAR_X=kind == "polynomial", HAS_PAR_Y=kind == "polynomial",
-                STAT=0, CENTER=True, MEAN=True, PREPARED=kind == "polynomial", KEEP=True, FUSED=fused, MINIMUM=4,
-                **flags,
+                f"row_sums-{kind}-{block}", row_sums, "float32", warps, 3, x=side, y=side, BM=block, BN=step, **given,
+                **stats,
             )  # fmt: skip
-    yield _case(
-        "finish", finish, "float32", 4, 3, BLOCK=1024, STAT=0, CENTER=True, MEAN=True, PREPARED=False, KEEP=True,
-        MINIMUM=4, **flags,
-    )  # fmt: skip
-    yield from _tile_cases(flags)
+    yield _case("finish", finish, "float32", 4, 3, BLOCK=1024, asked=SMALL, unit_ptr=None, **NO_MASK)
+    yield from _tile_cases()
 
 
-def _tile_cases(flags):
+def _tile_cases():
     for dtype in ("float16", "float32"):  # bfloat16 rows are prepared as float16
         half = dtype == "float16"
         picks = ((0, (80, 90)), (2, (100,))) if half else ((1, ALL),)
         for kind in ("linear", "polynomial", "rbf", "laplacian"):
-            shared = {**_sides(kind), **flags, "ROWWISE": False, "PRECISION": "ieee"}
-            sums = {key: value for key, value in shared.items() if key != "ROW_NORM"}
+            side = _tile_side(kind, dtype)
+            shared = {"x": side, "y": side, "asked": LARGE, "PRECISION": "ieee", **NO_MASK}
             for pick, architectures in picks:
                 c = SUMS[pick]
                 yield _case(
                     f"tile_sums-{kind}", tile_sums, dtype, c.warps, c.stages, half, architectures, BM=c.rows,
-                    BK=c.depth, MSE=False, **sums,
+                    BK=c.depth, **shared,
                 )  # fmt: skip
                 c = PANEL[pick]
                 yield _case(
                     f"weight_panel-{kind}", weight_panel, dtype, c.warps, c.stages, half, architectures, BM=c.rows,
-                    BN=c.columns, BK=c.depth, SIGMA=False, **shared,
+                    BN=c.columns, BK=c.depth, OF_SIGMA=False, **shared,
                 )  # fmt: skip
             for width, *pair in FLASH:
                 c = pair[0 if half else 1]
                 yield _case(
                     f"gradient_rows-{kind}-p{width}", gradient_rows, dtype, c.warps, c.stages, half, BM=c.rows,
-                    BN=c.columns, BK=c.depth, BP=width, SIGMA=False, **shared,
+                    BN=c.columns, BK=c.depth, BP=width, OF_SIGMA=False, **shared,
                 )  # fmt: skip

@@ -7,16 +7,17 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 from .. import torch_impl
-from ..call import Call, Problem
+from ..call import Call
 from ..torch_impl import panels
 from ..torch_impl.combine import SIDE_ROWS, RowStats, combine, pack_rows, unpack_weights
 from ..torch_impl.forms import sigma_gradient
 from ..torch_impl.panels import Gradient, Pairs
 from ..torch_impl.prepared import Tiled, unprepare_gradient
-from .maps import KINDS, precision
-from .tile_kernels import gradient_rows, tile_sums, weight_panel
+from .maps import map_of, precision
+from .tile_kernels import Asked, Side, gradient_rows, tile_sums, weight_panel
 
 BAND_BYTES = 64 << 20  # workspace of one launch of tile_sums, and of one panel of V
 FLASH_WIDTH = 256  # widest feature whose gradient tile stays in registers
@@ -51,52 +52,37 @@ class Operands(NamedTuple):
     """Both sides as the kernels take them; `half` is whether the products run on half-precision tensor cores."""
 
     pairs: Pairs
-    tensors: tuple[torch.Tensor, ...]  # z, w, square x2, u x2, alpha x2, par x2, typical x2, keep
+    x: Side
+    y: Side
+    keep: torch.Tensor | None
+    asked: Asked
     half: bool
-
-    def group(self, g: int) -> tuple[torch.Tensor, ...]:
-        return tuple(t[g] for t in self.tensors)
 
 
 def _operands(pairs: Pairs, x, y, mask) -> Operands:
+    half, problem = x.dtype != torch.float32 and y.dtype != torch.float32, pairs.problem
+    sides = (
+        _side(side, features.dtype if problem.stat == "mse" else torch.float16, half)
+        for side, features in ((pairs.x, x), (pairs.y, y))
+    )
+    flags = (problem.stable, problem.unbiased, problem.stat == "mse", problem.rowwise, problem.row_normalize)
+    asked = Asked(*map(tl.constexpr, flags))
+    return Operands(pairs, *sides, None if mask is None else mask.contiguous().view(torch.uint8), asked, half)
+
+
+def _side(side: Tiled, dtype, half: bool) -> Side:
     """Prepared rows have norm about 1: float16 then holds them with 11 bits, whatever the half dtype of the input.
 
     Those of "mse" are the caller's own, of any size: their own dtype holds them exactly.
     """
-    half = x.dtype != torch.float32 and y.dtype != torch.float32
-    columns = []
-    for side, features in ((pairs.x, x), (pairs.y, y)):
-        P = side.P
-        z = P.z
-        if half:
-            z = z.to(features.dtype) if pairs.problem.stat == "mse" else z.half()
-        square = z.float().square().sum(-1) if half and side.spec.of_distance else P.square
-        zero = torch.zeros_like(P.square)
-        par = torch.zeros_like(P.square[:, :1]) if P.par is None else P.par
-        typical = zero[:, 0] if P.typical is None else P.typical
-        u = zero if side.u is None else side.u
-        columns.append((z, square, u, zero if P.alpha is None else P.alpha, par, typical))
-    keep = pairs.x.P.square if mask is None else mask.view(torch.uint8)
-    tensors = [t.contiguous() for both in zip(*columns, strict=True) for t in both] + [keep.contiguous()]
-    return Operands(pairs, tuple(tensors), half)
-
-
-def _constants(pairs: Pairs, mask) -> dict:
-    problem, out = pairs.problem, {}
-    for name, side in (("X", pairs.x), ("Y", pairs.y)):
-        polynomial = side.spec.name == "polynomial"
-        out[f"KIND_{name}"] = KINDS[side.spec.name]
-        out[f"DEGREE_{name}"] = int(side.spec.params[0]) if polynomial else 1
-        out[f"S_{name}"] = 1 if side.P.par is None else side.P.par.shape[1]
-    return out | {
-        "STABLE": problem.stable,
-        "UNBIASED": problem.unbiased,
-        "MASK": mask is not None,
-    }
-
-
-def _row_constants(problem: Problem) -> dict:
-    return {"ROWWISE": problem.rowwise, "ROW_NORM": problem.row_normalize}
+    dense = lambda t: None if t is None else t.contiguous()  # noqa: E731
+    z, square = side.P.z, side.P.square
+    if half:
+        z = z.to(dtype)
+        square = z.float().square().sum(-1) if side.spec.of_distance else square
+    kernel = map_of(side.spec, dense(side.P.par))
+    vectors = (dense(t) for t in (square, side.u, side.P.alpha, side.P.typical))
+    return Side(z.contiguous(), z.shape[2], kernel, *vectors)
 
 
 def _with_means(side: Tiled, weight) -> Tiled:
@@ -116,7 +102,7 @@ def forward(call: Call):
     pairs = panels.build(call, torch.float32, STEPS)
     pairs = pairs._replace(x=_with_means(pairs.x, pairs.weight), y=_with_means(pairs.y, pairs.weight))
     rho = (panels.rho_of(pairs.x), panels.rho_of(pairs.y)) if problem.row_normalize else None
-    stats = _banded_sums(_operands(pairs, x, y, mask), mask, precision(x, y))
+    stats = _banded_sums(_operands(pairs, x, y, mask), precision(x, y))
     count = x.shape[1] if mask is None else mask.sum(1)
     eps = torch.finfo(torch.float32).eps
     value, sides = combine(problem, stats, count, eps, (pairs.x.P.unit, pairs.y.P.unit), rho, call.sides_asked)
@@ -124,10 +110,10 @@ def forward(call: Call):
     return value, rows, value.new_empty(0)
 
 
-def _banded_sums(operands: Operands, mask, how: str) -> RowStats:
+def _banded_sums(operands: Operands, how: str) -> RowStats:
     """Bands of row tiles bound the workspace; every slot is written, so nothing is cleared."""
-    z, w, problem = operands.tensors[0], operands.tensors[1], operands.pairs.problem
-    (G, n, p), q = z.shape, w.shape[2]
+    z, rowwise = operands.x.z, operands.pairs.problem.rowwise
+    G, n, _ = z.shape
     config = _pick(SUMS, operands.half, z.device)
     tiles = triton.cdiv(n, config.rows)
     band = max(1, min(tiles, BAND_BYTES // (2 * 5 * 4 * n * G)))
@@ -137,13 +123,12 @@ def _banded_sums(operands: Operands, mask, how: str) -> RowStats:
     for first in range(0, tiles, band):
         used = min(band, tiles - first)
         tile_sums[(band * tiles * G,)](
-            *operands.tensors, row_slots, column_slots, n, p, q, G, first, band,
-            BM=config.rows, BK=config.depth, **_constants(operands.pairs, mask), ROWWISE=problem.rowwise,
-            MSE=problem.stat == "mse", PRECISION=how, num_warps=config.warps, num_stages=config.stages,
+            operands.x, operands.y, operands.keep, row_slots, column_slots, n, G, first, band, operands.asked,
+            BM=config.rows, BK=config.depth, PRECISION=how, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         start, stop = first * config.rows, min(n, (first + used) * config.rows)
         rows = row_slots[..., : stop - start].sum(0, dtype=torch.float64)
-        mirrored = 5 if problem.rowwise else 2  # of the squares only totals are asked for, and the rows hold them
+        mirrored = 5 if rowwise else 2  # of the squares only totals are asked for, and the rows hold them
         columns = column_slots[:used, :, :mirrored].sum(0, dtype=torch.float64)
         stats[..., start:stop] += rows.movedim(1, 0)
         stats[:mirrored] += columns.movedim(1, 0)
@@ -165,7 +150,7 @@ def backward(call: Call, saved, grad):
         operands = _operands(side, *((x, y) if k == 0 else (y, x)), mask)
         want_sigma = bool(call.need & (0b100 << k))
         weights = unpack_weights(rows, grad, k, problem)
-        gradient = _gradient(operands, weights, mask, want_sigma, precision(x, y))
+        gradient = _gradient(operands, weights, want_sigma, precision(x, y))
         if call.need & (1 << k):
             out[k] = unprepare_gradient(gradient.dz, gradient.row_sums, features, side.x.P, spec, mask)
         if want_sigma:
@@ -208,35 +193,35 @@ def _typical_slope(side: Tiled):
     return torch.stack(slopes).amax(0)[:, 0, 0]
 
 
-def _gradient(operands: Operands, weights, mask, want_sigma: bool, how: str) -> Gradient:
+def _gradient(operands: Operands, weights, want_sigma: bool, how: str) -> Gradient:
     side = operands.pairs.x
     scaled, scale = _scaled(weights, side, operands.pairs.y, operands.pairs.problem.stat)
     launch = _flash if side.P.z.shape[2] <= FLASH_WIDTH else _panels
-    dz, sums, norms, dsigma = launch(operands, scaled, mask, want_sigma, how)
+    dz, sums, norms, dsigma = launch(operands, scaled, want_sigma, how)
     if operands.pairs.problem.row_normalize and not side.spec.of_distance:
         dz, sums = panels.row_norm_diagonal(side, weights, norms, dz, sums)
     over = scale[:, None]
     return Gradient(dz * over[..., None], sums * over, dsigma.double() * scale)
 
 
-def _flash(operands: Operands, scaled, mask, want_sigma, how):
-    z, w = operands.tensors[:2]
-    (G, n, p), q = z.shape, w.shape[2]
+def _flash(operands: Operands, scaled, want_sigma: bool, how: str):
+    z = operands.x.z
+    G, n, p = z.shape
     config = _pick(next(row for row in FLASH if p <= row[0])[1:], operands.half, z.device)
     dz = torch.empty((G, n, p), dtype=torch.float32, device=z.device)
     extra = torch.empty((G, 3, n), dtype=torch.float32, device=z.device)
     gradient_rows[(triton.cdiv(n, config.rows) * G,)](
-        *operands.tensors, scaled, dz, extra, n, p, q,
+        operands.x, operands.y, operands.keep, scaled, dz, extra, n, operands.asked,
         BM=config.rows, BN=config.columns, BK=config.depth, BP=max(16, triton.next_power_of_2(p)),
-        **_constants(operands.pairs, mask), SIGMA=want_sigma, PRECISION=how, **_row_constants(operands.pairs.problem),
-        num_warps=config.warps, num_stages=config.stages,
+        OF_SIGMA=want_sigma, PRECISION=how, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return dz, extra[:, 0], extra[:, 1], extra[:, 2].sum(1)
+    sums, norms, dsigma = extra.unbind(1)
+    return dz, sums, norms, dsigma.sum(1)
 
 
-def _panels(operands: Operands, scaled, mask, want_sigma, how):
-    z, w = operands.tensors[:2]
-    (G, n, p), q = z.shape, w.shape[2]
+def _panels(operands: Operands, scaled, want_sigma: bool, how: str):
+    z = operands.x.z
+    G, n, p = z.shape
     config = _pick(PANEL, operands.half, z.device)
     tiles = triton.cdiv(n, config.columns)
     height = max(config.rows, min(triton.cdiv(n, config.rows) * config.rows, BAND_BYTES // (n * z.element_size())))
@@ -247,18 +232,17 @@ def _panels(operands: Operands, scaled, mask, want_sigma, how):
     row_norm = operands.pairs.problem.row_normalize
     space = torch.empty(tiles * 3 * height, dtype=torch.float32, device=z.device)
     for g in range(G):
-        tensors = operands.group(g)
+        x, y, keep = operands.x.group(g), operands.y.group(g), None if operands.keep is None else operands.keep[g:]
         for first in range(0, n, height):
             rows = min(height, n - first)  # the last panel may have fewer row blocks: its sums lie closer too
             extra = space[: tiles * 3 * rows].view(tiles, 3, rows)
             weight_panel[(triton.cdiv(rows, config.rows) * tiles,)](
-                *tensors, scaled[g], panel, extra, n, p, q, first, rows,
-                BM=config.rows, BN=config.columns, BK=config.depth, **_constants(operands.pairs, mask),
-                SIGMA=want_sigma, PRECISION=how, **_row_constants(operands.pairs.problem),
+                x, y, keep, scaled[g], panel, extra, n, first, rows, operands.asked,
+                BM=config.rows, BN=config.columns, BK=config.depth, OF_SIGMA=want_sigma, PRECISION=how,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
             used = slice(first, first + rows)
-            _product_into(dz[g, used], panel[:rows], tensors[0])
+            _product_into(dz[g, used], panel[:rows], z[g])
             sums[g, used] = extra[:, 0].sum(0)
             if row_norm:
                 norms[g, used] = extra[:, 1].sum(0)
