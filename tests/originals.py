@@ -164,5 +164,11 @@ def dist(student, teacher, inter, intra, tau):
     return tau**2 * (inter * apart(s, t) + intra * apart(s.T, t.T))
 
 
+def second(value, features):
+    """The gradient of the sum of the gradient's cubes."""
+    (first,) = torch.autograd.grad(value, features, create_graph=True)
+    return torch.autograd.grad(first.pow(3).sum(), features)[0]
+
+
 def unit_rows(features):
     return torch.stack([f / f.norm() for f in features.flatten(1)])

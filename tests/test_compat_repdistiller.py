@@ -100,6 +100,19 @@ def test_a_class_has_the_values_and_the_gradients_of_the_original(name):
     torch.testing.assert_close(gradients, torch.autograd.grad(total(expected), every(student)), rtol=1e-8, atol=1e-12)
 
 
+def test_second_derivatives_are_the_originals_or_raise(name):
+    _, inputs, formula = CASES[name]
+    student, teacher = inputs(torch.float64)
+    first = every(student)[0].requires_grad_()
+    value = total(made(name)(student, teacher))
+    if name in ("Attention", "FSP", "Correlation"):
+        wanted = originals.second(total(formula(student, teacher)), first)
+        torch.testing.assert_close(originals.second(value.sum(), first), wanted, rtol=1e-7, atol=1e-14)
+    else:
+        with pytest.raises(RuntimeError, match="second derivative"):
+            originals.second(value.sum(), first)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float32_and_half_inputs_are_computed_in_float32(name, dtype):
     _, inputs, formula = CASES[name]

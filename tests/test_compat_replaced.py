@@ -171,6 +171,18 @@ def test_half_inputs_are_computed_in_float32(loss, inputs, formula, autocast):
     torch.testing.assert_close(value.double(), formula(student.double(), teacher.double()), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("loss, inputs, formula", CASES, ids=IDS)
+def test_second_derivatives_are_the_originals_or_raise(loss, inputs, formula, request):
+    student, teacher = inputs(torch.float64)
+    student.requires_grad_()
+    if any(name in request.node.name for name in ("ATLoss", "DISTLoss")):
+        found, wanted = (originals.second(form(student, teacher), student) for form in (loss, formula))
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-14)
+    else:
+        with pytest.raises(RuntimeError, match="second derivative"):
+            originals.second(loss(student, teacher), student)
+
+
 def test_gradients_reach_the_teacher_where_data_free_distillation_asks_for_them():
     student, teacher = logits(torch.float64)
     teacher.requires_grad_()
