@@ -171,6 +171,8 @@ def test_replace_puts_losses_in_the_places_of_torchdistills_own(registry):
     }
     assert type(registry.get_mid_level_loss(config)) is dict
     assert registry.get_mid_level_loss({"key": "ATLoss", "kwargs": {"at_pairs": {}}})({}, {}) == 0
+    with pytest.raises(ValueError, match="'SPKDLoss' is not replaced: give some of ATLoss, ChSimLoss"):
+        torchdistill.replace("RKDLoss", "SPKDLoss")
     torchdistill.replace()
     assert type(registry.get_mid_level_loss(config)) is torchdistill_losses.PKTLoss
 

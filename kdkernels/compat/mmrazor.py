@@ -31,7 +31,7 @@ import torch
 
 from .. import losses
 from . import mmrazor_losses
-from .names import NAMES
+from .names import NAMES, chosen
 
 __all__ = ["TYPES", "register", "replace"]
 
@@ -78,5 +78,5 @@ def replace(*names: str) -> None:
     import mmrazor.models.losses  # noqa: F401  registers its own first
     from mmrazor.registry import MODELS
 
-    for name in names or mmrazor_losses.__all__:
-        MODELS.register_module(name=name, force=True, module=getattr(mmrazor_losses, name))
+    for name, loss in chosen(names, mmrazor_losses).items():
+        MODELS.register_module(name=name, force=True, module=loss)

@@ -46,7 +46,7 @@ from torch import nn
 
 from .. import losses
 from . import torchdistill_losses
-from .names import NAMES
+from .names import NAMES, chosen
 from .torchdistill_losses import recorded
 
 __all__ = ["NAMES", "IODictLoss", "register", "replace"]
@@ -57,8 +57,8 @@ def replace(*names: str) -> None:
     from torchdistill.losses import mid_level  # noqa: F401  registers its own first
     from torchdistill.losses.registry import register_mid_level_loss
 
-    for name in names or torchdistill_losses.__all__:
-        register_mid_level_loss(key=name)(getattr(torchdistill_losses, name))
+    for name, loss in chosen(names, torchdistill_losses).items():
+        register_mid_level_loss(key=name)(loss)
 
 
 def register() -> None:
