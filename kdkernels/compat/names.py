@@ -15,5 +15,5 @@ def chosen(names, replacements) -> dict[str, type]:
     """The losses of these names among those of a module of replacements; all of them where no name is given."""
     for name in names:
         if name not in replacements.__all__:
-            raise ValueError(f"{name!r} is not replaced: give some of {', '.join(replacements.__all__)}, or none for all")
+            raise ValueError(f"{name!r} is not replaced: give some of {', '.join(replacements.__all__)}")
     return {name: getattr(replacements, name) for name in names or replacements.__all__}
