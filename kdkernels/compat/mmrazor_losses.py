@@ -77,7 +77,10 @@ class DKDLoss(nn.Module):
 
 
 class DISTLoss(_Loss):
-    """`kd.losses.DISTLoss` of logits [B, C]: inter_loss_weight its beta, of rows, intra_loss_weight its gamma."""
+    """`kd.losses.DISTLoss` of logits [B, C]: inter_loss_weight its beta, of rows, intra_loss_weight its gamma.
+
+    A batch of one has no column term; there it is the constant intra_loss_weight tau^2.
+    """
 
     def __init__(self, inter_loss_weight=1.0, intra_loss_weight=1.0, tau=1.0, loss_weight=1.0, teacher_detach=True):
         super().__init__(loss_weight)
@@ -100,7 +103,10 @@ class ATLoss(_Loss):
 
 
 class DistanceWiseRKD(_Loss):
-    """`kd.losses.RKDDistanceLoss` of features [B, ...], of norm 1 with with_l2_norm."""
+    """`kd.losses.RKDDistanceLoss` of features [B, ...], of norm 1 with with_l2_norm.
+
+    A batch of one gives 0 and warns once (there NaN). Identical samples have distance 0 (there 1e-6).
+    """
 
     name = "RKDDistanceLoss"
 
