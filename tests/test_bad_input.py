@@ -243,15 +243,6 @@ def test_a_mask_of_mmd_is_a_pair():
         kd.mmd(X, X, mask=(None, keep[:7]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("f", PAIRED, **by_name)
-def test_an_all_masked_batch_is_zero_with_zero_gradient(f, backend):
-    x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
-    value = f(x, y, mask=torch.zeros(8, dtype=torch.bool), backend=backend)
-    assert value.item() == 0
-    assert not any(g.any() for g in torch.autograd.grad(value, (x, y)))
-
-
 @pytest.mark.parametrize("f", EVERY, **by_name)
 def test_debug_checks_name_the_argument_that_holds_nan(f):
     bad = X.clone()

@@ -337,17 +337,7 @@ def test_the_demonstration_runs_on_cifar_files(tmp_path, monkeypatch, capsys):
     setup = distill_nets.SETUPS["cifar100", "B"]
     small = setup._replace(teacher=distill_nets.wide_resnet(10, 1), student=distill_nets.wide_resnet(10, 1))
     monkeypatch.setitem(distill_nets.SETUPS, ("cifar100", "B"), small)
-    arguments = [
-        "--data",
-        "cifar100",
-        "--root",
-        str(tmp_path / "files"),
-        "--setup",
-        "B",
-        "--dry-run",
-        "--device",
-        "cpu",
-    ]
+    arguments = ["--root", str(tmp_path / "files"), *"--data cifar100 --setup B --dry-run --device cpu".split()]
     assert distill.main([*arguments, "--losses", "rcka", "--out", str(tmp_path / "cifar.png")]) == 0
     out = capsys.readouterr().out
     assert len(table_rows(out)) == 4 and "180 training images, 180 of them with labels" in out

@@ -86,6 +86,10 @@ def gradient(value, students, create_graph=False):
     return students, torch.autograd.grad(value(students), students, create_graph=create_graph)
 
 
+def gradient_of(entry, options):
+    return gradient(lambda s: entry.value(s, entry.teachers, **options), entry.students)[1]
+
+
 def along(gradients, directions):
     return sum((g * v).sum() for g, v in zip(gradients, directions, strict=True))
 
@@ -108,6 +112,22 @@ def test_a_teacher_and_a_mask_may_be_made_under_inference_mode(name):
                 students,
             )
             assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+def test_every_backend_gives_the_value_and_the_gradient_of_the_textbook(name):
+    if not takes_backend(name):
+        return
+    entry = of_loss(contract.CASES[name], backend="reference")
+    for options in ({}, entry.options):
+        want = entry.value(entry.students, entry.teachers, **options), *gradient_of(entry, options)
+        for other in (MAKERS[name](), of_loss(contract.CASES[name], backend="torch")):
+            other = entry._replace(value=other.value)  # on the same inputs
+            got = other.value(entry.students, entry.teachers, **options), *gradient_of(other, options)
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+    if name in WRITTEN_OUT:
+        return
+    with pytest.raises((RuntimeError, ValueError), match="cuda"):
+        of_loss(contract.CASES[name], backend="cuda").value(entry.students, entry.teachers)
 
 
 def test_an_ordinary_teacher_is_not_copied():

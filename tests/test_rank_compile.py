@@ -45,31 +45,6 @@ def assert_same(got, want):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@fast
-@pytest.mark.parametrize("above", ["constant", "of the value"])
-@calls
-def test_the_fast_backends_refuse_a_second_derivative(name, above, backend):
-    x, *rest = arguments()
-    still = [t.detach() for t in rest]
-
-    def total(x, rest):
-        value = CALLS[name](x, *rest, backend)
-        if above == "constant":  # the gradient depends on x, though not on its upstream
-            return (value * torch.linspace(-1, 2, value.numel()).reshape(value.shape)).sum()
-        return value.square().sum()
-
-    refused = pytest.raises(RuntimeError, match="second derivative .* pass backend='reference'")
-    for others in (rest, still):
-        (g,) = torch.autograd.grad(total(x, others), x, create_graph=True)
-        with refused:
-            g.sum().backward()
-    for derivative in (torch.func.jacrev, torch.func.jacfwd):
-        with refused:
-            derivative(torch.func.grad(total))(x.detach(), still)
-    with refused:
-        torch.func.grad(lambda x: torch.func.jvp(lambda x: total(x, still), (x,), (x * 2,))[1])(x.detach())
-
-
 def tangents(name, inputs, moved):
     """Of the value in direction `moved`, by the reference's Jacobian in float64."""
     inputs, moved = ([t.detach().double() for t in some] for some in (inputs, moved))

@@ -141,5 +141,5 @@ class RKDLoss(FeatureLoss):
         return terms
 
     def _op(self, op, x, y, kept, group):
-        backend = self.backend if self.backend in backends.OPS[op.__name__].backends else "auto"
-        return op(x, y, mask=kept, group=group, backend=backend)
+        has = op is rkd_angle or self.backend in backends.OPS[op.__name__].backends
+        return op(x, y, mask=kept, group=group, backend=self.backend if has else "auto")
