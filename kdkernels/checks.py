@@ -57,10 +57,47 @@ def is_tensor(value, name: str):
         raise TypeError(f"{name} is a {type(value).__name__}: pass a torch.Tensor")
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def floating(tensor, name: str):
     is_tensor(tensor, name)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}: convert it to a float dtype, e.g. {name}.float()")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor: pass a padded one and a mask, e.g. {name}.to_padded_tensor(0.0)")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}: make it dense, e.g. {name}.to_dense()")
+    if tensor.dtype not in FLOATS:
+        how = "dequantize" if tensor.is_quantized else "abs" if tensor.is_complex() else "float"
+        wide = " of 16 to 64 bits" if tensor.is_floating_point() else ""
+        raise TypeError(f"{name} is {tensor.dtype}: convert it to a float dtype{wide}, e.g. {name}.{how}()")
+
+
+def flags(**given):
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}: give True or False")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def integer(value, name: str, least: int | None = 1, hint: str = ""):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}: give an integer{hint}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}: give at least {least}{hint}")
+
+
+def source(generator, device) -> tuple:
+    """Where random numbers are drawn, and by what: nothing for None, as that leaves a symbolic number of rows one."""
+    if generator is None:
+        return device, {}
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator is a {type(generator).__name__}: give a torch.Generator, e.g. torch.Generator().manual_seed(0)"
+        )
+    return generator.device, {"generator": generator}
 
 
 def same_device(a, b, name_a: str, name_b: str):

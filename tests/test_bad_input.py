@@ -3,12 +3,14 @@
 
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import BACKENDS
 
 import kdkernels as kd
+from kdkernels import losses
 from kdkernels.registry import OPS
 
 X, Y = torch.randn(8, 4), torch.randn(8, 5)
@@ -50,8 +52,8 @@ def run(op, **change):
 
 @pytest.mark.parametrize("op, name", list(features()))
 def test_what_is_no_float_tensor_or_on_another_device(op, name):
-    for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
-        with pytest.raises(TypeError, match=rf"{name} is {dtype}: convert it to a float dtype, e.g. {name}.float\(\)"):
+    for dtype, how in ((torch.int64, "float"), (torch.uint8, "float"), (torch.bool, "float"), (torch.complex64, "abs")):
+        with pytest.raises(TypeError, match=rf"{name} is {dtype}: convert it to a float dtype, e.g. {name}.{how}\(\)"):
             run(op, **{name: GIVEN[name].to(dtype)})
     for value in (GIVEN[name].tolist(), GIVEN[name].numpy()):
         with pytest.raises(TypeError, match=f"{name} is a {type(value).__name__}: pass a torch.Tensor"):
@@ -59,6 +61,54 @@ def test_what_is_no_float_tensor_or_on_another_device(op, name):
     if len(arguments(op)) > 1 and op != "select_landmarks":
         with pytest.raises(ValueError, match=r"(is|are) on (cpu|meta), .* on (cpu|meta): move both to one device"):
             run(op, **{name: GIVEN[name].to("meta")})
+
+
+OTHERS = {
+    "is torch.float8_e4m3fn: convert it to a float dtype of 16 to 64 bits": lambda x: x.to(torch.float8_e4m3fn),
+    "is torch.qint8: .*dequantize": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "has layout torch.sparse_coo: make it dense": torch.Tensor.to_sparse,
+    "has layout torch.sparse_csr: make it dense": torch.Tensor.to_sparse_csr,
+    "is a nested tensor: pass a padded one and a mask": lambda x: torch.nested.nested_tensor([x[:2], x[:1]]),
+    "is a nested tensor: .*to_padded_tensor": lambda x: torch.nested.nested_tensor([x[:2], x], layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors|quantiz)")
+@pytest.mark.parametrize("text", OTHERS)
+def test_a_tensor_that_is_no_dense_one(text):
+    made = {name: OTHERS[text](GIVEN[name]) for name in {name for _, name in features()}}
+    for op, name in features():
+        with pytest.raises(TypeError, match=f"{name} {text}"):
+            run(op, **{name: made[name]})
+    for loss, what in ((losses.CKALoss(), "features"), (losses.KDLoss(), "logits")):
+        with pytest.raises(TypeError, match=f"teacher_{what} {text}"):
+            loss(X, made["x"])
+
+
+def flags(f):
+    return [name for name, p in inspect.signature(f).parameters.items() if isinstance(p.default, bool)]
+
+
+FLAGGED = {op: (getattr(kd, op), partial(run, op)) for op in OPS}
+FLAGGED |= {
+    name: (getattr(losses, name),) * 2 for name in losses.__all__ if name not in ("KDALoss", "RdimKDLoss", "Ramp")
+}
+FLAGGED |= {"cka_matrix": (kd.cka_matrix, partial(kd.cka_matrix, [X], [Y])), "CKAMetric": (kd.CKAMetric, kd.CKAMetric)}
+
+
+@pytest.mark.parametrize("name, flag", [(name, flag) for name, (f, _) in FLAGGED.items() for flag in flags(f)])
+def test_a_flag_that_is_neither_true_nor_false(name, flag):
+    for value in ("no", 0, None):
+        with pytest.raises(TypeError, match=f"{flag} is {value!r}: give True or False"):
+            FLAGGED[name][1](**{flag: value})
+
+
+@pytest.mark.parametrize(
+    "f", [partial(kd.mixup, X, torch.arange(8)), partial(kd.select_landmarks, X, 3), partial(kd.random_basis, 4, 2)]
+)
+def test_a_generator_that_is_none(f):
+    with pytest.raises(TypeError, match="generator is a int: give a torch.Generator"):
+        f(generator=3)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -192,18 +242,24 @@ def test_a_sum_of_kernels_or_a_rule_is_written_right(f, backend):
         ("mode", ValueError, "sigma is 'mode': the rules are 'median' and 'mean'"),
         ((), ValueError, "sigma is empty: RBF needs at least one bandwidth"),
         (None, TypeError, "sigma is None: RBF needs a positive number, a tensor or a rule"),
+        (b"a", TypeError, "sigma is b'a': RBF needs a positive number"),
+        (True, TypeError, "sigma is True: RBF needs a positive number"),
+        (("median", "2"), TypeError, "the factor of sigma is '2': RBF needs a positive number"),
     ):
         with pytest.raises(error, match=message):
             call(f, X, Y, kernel=kd.RBF(sigma), backend=backend)
 
 
 def test_a_polynomial_that_is_none():
-    with pytest.raises(ValueError, match="degree is 1.5: Polynomial needs an integer from 1 to 8"):
-        kd.Polynomial(1.5)
-    with pytest.raises(ValueError, match="scale is -1.0: Polynomial needs a positive number"):
-        kd.Polynomial(2, scale=-1.0)
-    with pytest.raises(ValueError, match="coef0 is nan: Polynomial needs a finite number"):
-        kd.Polynomial(2, coef0=math.nan)
+    for degree in (1.5, 0, math.inf, math.nan, "2", True):
+        with pytest.raises(ValueError, match=f"degree is {degree!r}: Polynomial needs an integer from 1 to 8"):
+            kd.Polynomial(degree)
+    for scale in (-1.0, "1", True):
+        with pytest.raises(ValueError, match=f"scale is {scale!r}: Polynomial needs a positive number"):
+            kd.Polynomial(2, scale=scale)
+    for coef0 in (math.nan, None):
+        with pytest.raises(ValueError, match=f"coef0 is {coef0!r}: Polynomial needs a finite number"):
+            kd.Polynomial(2, coef0=coef0)
 
 
 @pytest.mark.parametrize("f", [kd.cka, kd.hsic], **by_name)

@@ -83,7 +83,7 @@ def test_the_neighbour_variant_needs_one_width():
     [
         ({"variant": "rbf"}, "variant is 'rbf': give one of"),
         ({"gamma": 0}, "gamma is 0: give a number > 0"),
-        ({"order": 0}, "order is 0: give an integer >= 1"),
+        ({"order": 0}, "order is 0: give at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_construction(options, message):

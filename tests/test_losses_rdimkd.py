@@ -176,6 +176,8 @@ def test_bad_input_is_refused_with_the_argument_and_the_fix():
         ((C, K), {"variant": "Q"}, "variant is 'Q'"),
         ((C, K), {"normalizer": "max"}, "normalizer is 'max'"),
         ((C, K), {"rows": "columns"}, "rows is 'columns'"),
+        ((C, K), {"student_channels": 0}, "student_channels is 0: give at least 1"),
+        ((C, K), {"seed": -1}, "seed is -1: give at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             losses.RdimKDLoss(*arguments, **how)

@@ -274,7 +274,7 @@ BAD = {
     ),
     "m > n": (lambda x, z: kd.select_landmarks(x, 10), ValueError, "m is 10: x has 9 rows, give 1 <= m <= 9"),
     "m = 0": (lambda x, z: kd.select_landmarks(x, 0), ValueError, "m is 0"),
-    "m as float": (lambda x, z: kd.select_landmarks(x, 2.0), TypeError, "m is 2.0"),
+    "m as float": (lambda x, z: kd.select_landmarks(x, 2.0), TypeError, "m is a float: give an integer"),
     "a rule": (lambda x, z: kd.select_landmarks(x, 2, method="best"), ValueError, "method is 'best'"),
     "other samples": (lambda x, z: kd.nystrom_cka(x, x[:8], z, z), ValueError, "y has 8 rows, x has 9"),
     "too few rows": (lambda x, z: kd.nystrom_cka(x[:3], x[:3], z, z), ValueError, "needs at least 4"),

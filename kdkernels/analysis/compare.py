@@ -86,6 +86,7 @@ def compare_models(
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise TypeError(f"loader is a {type(loader).__name__}: give an iterable of batches, e.g. a DataLoader")
     kernels = spec_of(kernel)
+    checks.flags(unbiased=unbiased)
     if device is not None:
         model_a.to(device), model_b.to(device)
     for name, model in dict.fromkeys((("model_a", model_a), ("model_b", model_b))):
@@ -125,7 +126,7 @@ class _Run:
     """The sums of all batches so far."""
 
     def __init__(self, a: Network, b: Network, kernels, unbiased: bool, backend: str, dtype):
-        self.a, self.b, self.kernels, self.unbiased, self.dtype = a, b, kernels, bool(unbiased), dtype
+        self.a, self.b, self.kernels, self.unbiased, self.dtype = a, b, kernels, unbiased, dtype
         self.backend, self.minimum = backend, minimum_rows(self.unbiased, True)
         self.same = b is a and kernels[0] is kernels[1]
         self.sums, self.seen, self.batches, self.rows, self.left_out = None, 0, 0, 0, 0

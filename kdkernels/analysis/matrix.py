@@ -52,6 +52,7 @@ def cka_matrix(xs, ys, *, mask=None, kernel="linear", unbiased=True, backend="au
     check_together(xs, ys)
     both = masks.counted([*xs, *ys], mask)
     xs, ys = both[: len(xs)], both[len(xs) :]
+    checks.flags(unbiased=unbiased)
     least = minimum_rows(unbiased, True)
     if xs[0].shape[0] < least:
         which = "" if mask is None else " that count"

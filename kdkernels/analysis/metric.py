@@ -74,7 +74,8 @@ class CKAMetric(Accumulator):
         self.register_buffer("sums", self._zeros())
 
     def _set(self, kernel, unbiased):
-        self.kernel, self.unbiased = kernel, bool(unbiased)
+        checks.flags(unbiased=unbiased)
+        self.kernel, self.unbiased = kernel, unbiased
         self.minimum = minimum_rows(self.unbiased, True)
         self._kernels, self._warned = spec_of(kernel), False
 

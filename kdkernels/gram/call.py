@@ -48,6 +48,7 @@ class Question(NamedTuple):
     def kernels(self) -> tuple[Kernel, Kernel]:
         """The kernel functions, if they are any and the estimator is one that exists."""
         kernels = spec_of(self.kernel)
+        checks.flags(unbiased=self.unbiased, center=self.center, row_normalize=self.row_normalize)
         if self.stat == "mmd" and kernels[0] is not kernels[1]:
             raise ValueError("kernel is a pair: mmd compares x and y under one kernel function")
         if self.unbiased and self.stat in ("cka", "hsic"):

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import is_number
+
 __all__ = ["Cosine", "Kernel", "KernelSpec", "Laplacian", "Linear", "Polynomial", "RBF", "spec_of"]
 
 
@@ -102,11 +104,11 @@ class Polynomial(Kernel):
     name = "polynomial"
 
     def __init__(self, degree: int = 2, scale: float = 1.0, coef0: float = 1.0):
-        if isinstance(degree, bool) or int(degree) != degree or not 1 <= degree <= 8:
+        if not (is_number(degree) and degree in range(1, 9)):
             raise ValueError(f"degree is {degree!r}: Polynomial needs an integer from 1 to 8")
-        if not (math.isfinite(scale) and scale > 0):
+        if not (is_number(scale) and 0 < scale < math.inf):
             raise ValueError(f"scale is {scale!r}: Polynomial needs a positive number")
-        if not math.isfinite(coef0):
+        if not (is_number(coef0) and math.isfinite(coef0)):
             raise ValueError(f"coef0 is {coef0!r}: Polynomial needs a finite number")
         self.degree, self.scale, self.coef0 = int(degree), float(scale), float(coef0)
         self._code = f"polynomial:{self.degree}:{self.scale!r}:{self.coef0!r}"
@@ -161,7 +163,7 @@ def _check_sigma(sigma, owner: str):
         if sigma not in RULES:
             raise ValueError(f"sigma is {sigma!r}: the rules are 'median' and 'mean'")
         return (sigma, 1.0)
-    if isinstance(sigma, Sequence):
+    if isinstance(sigma, Sequence) and not isinstance(sigma, (bytes, bytearray)):
         if len(sigma) == 2 and isinstance(sigma[0], str):
             _check_sigma(sigma[0], owner)
             return (sigma[0], _positive(sigma[1], "the factor of sigma", owner))
@@ -173,6 +175,8 @@ def _check_sigma(sigma, owner: str):
 
 def _positive(value, what: str, owner: str) -> float:
     try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{what} is {value!r}: {owner} needs a positive number, a tensor or a rule") from None

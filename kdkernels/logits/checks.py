@@ -37,18 +37,14 @@ def check_rows(student, teacher, *names: str):
         checks.finite(teacher, names[1])
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def check_tau(tau):
-    if not (is_number(tau) and 0 < tau < math.inf):
+    if not (checks.is_number(tau) and 0 < tau < math.inf):
         raise ValueError(f"tau is {tau!r}: a temperature is a positive number")
     return float(tau)
 
 
 def check_fraction(value, name: str):
-    if not (is_number(value) and 0 <= value <= 1):
+    if not (checks.is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name} is {value!r}: give a number in [0, 1]")
     return float(value)
 
@@ -60,7 +56,7 @@ def check_reduction(reduction):
 
 def check_mix(mix) -> tuple[float, float, float]:
     """Weights of a distribution: not negative, sum 1."""
-    fine = isinstance(mix, (tuple, list)) and len(mix) == 3 and all(is_number(k) and k >= 0 for k in mix)
+    fine = isinstance(mix, (tuple, list)) and len(mix) == 3 and all(checks.is_number(k) and k >= 0 for k in mix)
     if not fine or abs(sum(mix) - 1) > 1e-6:
         raise ValueError(f"mix is {mix!r}: give three weights k1, k2, k3 >= 0 that sum to 1")
     return tuple(map(float, mix))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import is_number
+from .. import checks
 
 
 class MixupBatch(NamedTuple):
@@ -26,7 +26,7 @@ class MixupBatch(NamedTuple):
 
 
 def check_alpha(alpha) -> float:
-    if not (is_number(alpha) and 0 <= alpha < math.inf):
+    if not (checks.is_number(alpha) and 0 <= alpha < math.inf):
         raise ValueError(f"alpha is {alpha!r}: the parameter of Beta(alpha, alpha) is a number >= 0")
     return float(alpha)
 
@@ -35,20 +35,15 @@ def draw_lam(alpha: float, shape, device, dtype, generator) -> torch.Tensor:
     """Beta(alpha, alpha) in float64, rounded; alpha = 0 is no mixing, lam = 1."""
     if alpha == 0:
         return torch.ones(shape, dtype=dtype, device=device)
-    at = device if generator is None else generator.device
+    at, by = checks.source(generator, device)
     # lam = g / (g + h), g, h ~ Gamma(alpha) = Gamma(alpha + 1) U^(1 / alpha), in logs: for small alpha both underflow.
     # torch.distributions takes no generator; _standard_gamma is what it calls
     above = torch._standard_gamma(torch.full((2, *shape), alpha + 1, dtype=torch.float64, device=at), generator)
-    uniform = torch.rand((2, *shape), dtype=torch.float64, device=at, **_from(generator))
+    uniform = torch.rand((2, *shape), dtype=torch.float64, device=at, **by)
     log_g, log_h = above.log() + uniform.log() / alpha
     return (log_g - log_h).sigmoid().to(device, dtype)
 
 
 def draw_permutation(rows: int, device, generator) -> torch.Tensor:
-    at = device if generator is None else generator.device
-    return torch.randperm(rows, device=at, **_from(generator)).to(device)
-
-
-def _from(generator) -> dict:
-    """The argument, if there is one: with it a symbolic number of rows becomes a fixed one."""
-    return {} if generator is None else {"generator": generator}
+    at, by = checks.source(generator, device)
+    return torch.randperm(rows, device=at, **by).to(device)

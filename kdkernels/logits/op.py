@@ -60,8 +60,7 @@ def mixup(x, labels, *, alpha=1.0, lam=None, per_sample=False, generator=None, b
     checks.floating(x, "x")
     if x.dim() == 0:
         raise ValueError("x is 0-d: give a batch [B, ...]")
-    if not isinstance(per_sample, bool):
-        raise TypeError(f"per_sample is {per_sample!r}: give True or False")
+    checks.flags(per_sample=per_sample)
     B, dtype = x.shape[0], at_least_float32(x)
     check_labels(labels, B, None, x, "labels", "x")
     if lam is None:

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from .. import native
+from .. import checks, native
 from ..autograd import apply, at_least_float32, plain
 from .base import FeatureLoss, rows_of_pair, zero_where_masked
 from .levels import at
@@ -70,9 +70,9 @@ class CCLoss(FeatureLoss):
             raise ValueError(f"variant is {variant!r}: give one of {VARIANTS}")
         if not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
             raise ValueError(f"gamma is {gamma!r}: give a number > 0")
-        if not (isinstance(order, int) and order >= 1):
-            raise ValueError(f"order is {order!r}: give an integer >= 1, the last power of the expansion")
-        self.variant, self.gamma, self.order, self.normalize = variant, float(gamma), order, bool(normalize)
+        checks.integer(order, "order")
+        checks.flags(normalize=normalize)
+        self.variant, self.gamma, self.order, self.normalize = variant, float(gamma), order, normalize
         self.least = 2 if variant == "neighbour" else 1
 
     def _compared(self, student, teacher, rows, mask, key):

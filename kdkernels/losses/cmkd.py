@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from .. import checks
 from ..autograd import at_least_float32
 from ..rank.op import spearman
 from ..rank.scores import score
@@ -88,6 +89,7 @@ class CMKDLoss(Loss):
             raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
         self.weight_tau, self.spearman_share, self.reduction = float(weight_tau), check_share(spearman_share), reduction
         self.regularization, self.strength = regularization, check_strength(strength)
+        checks.flags(hard_target=hard_target)
         self.hard_target, self.backend = hard_target, backend
         for name, given in zip(TERMS.values(), (pearson_weight, spearman_weight, class_weight), strict=True):
             self.register_buffer(name, term_weight(given, name))

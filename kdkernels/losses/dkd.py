@@ -8,8 +8,9 @@ import math
 import torch
 from torch.nn.functional import softplus
 
+from .. import checks
 from ..autograd import at_least_float32
-from ..logits.checks import check_tau, is_number
+from ..logits.checks import check_tau
 from ..logits.op import distillation_kl
 from .base import Loss, constant, full_precision, row_mask, zero_where_masked
 from .kd import check_classes
@@ -60,7 +61,7 @@ class DKDLoss(Loss):
     ):
         super().__init__(weight)
         for value, name in ((alpha, "alpha"), (beta, "beta"), (warmup, "warmup")):
-            if not (is_number(value) and 0 <= value < math.inf):
+            if not (checks.is_number(value) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}: give a number >= 0")
         if alpha == beta == 0:
             raise ValueError("alpha and beta are both 0: nothing is left to compute")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import checks
 from ..nystrom.kda import ClassCenters
 from ..nystrom.kda.op import landmark_similarity_loss
 from .base import Loss, check_pair, constant, full_precision, row_mask, zero_where_masked
@@ -63,10 +64,7 @@ class KDALoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(weight, group)
-        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int):
-            raise TypeError(f"start_epoch is a {type(start_epoch).__name__}: give an integer")
-        if start_epoch < 0:
-            raise ValueError(f"start_epoch is {start_epoch}: the first epoch is 0")
+        checks.integer(start_epoch, "start_epoch", 0)
         self.start_epoch, self.backend = start_epoch, backend
         self.centers = ClassCenters(num_classes, student_dim, teacher_dim, momentum, counts=counts)
 

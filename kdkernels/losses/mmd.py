@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import checks
 from ..autograd import at_least_float32
 from ..gram.kernels import RBF, spec_of
 from ..gram.op import mmd
@@ -66,6 +67,7 @@ class MMDLoss(FeatureLoss):
         backend: str = "auto",
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
+        checks.flags(unbiased=unbiased)
         one, other = spec_of(kernel)
         if one is not other:
             raise ValueError("kernel is a pair: mmd compares both sides under one kernel function")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import checks
 from ..gram.kernels import spec_of
 from ..nystrom.kda import ClassCenters
 from ..nystrom.op import nystrom_transfer, paired_landmarks
@@ -70,10 +71,8 @@ class NystromTransferLoss(Loss):
     ):
         super().__init__(weight, group)
         spec_of(kernel)
-        if isinstance(num_landmarks, bool) or not isinstance(num_landmarks, int):
-            raise TypeError(f"num_landmarks is a {type(num_landmarks).__name__}: give an integer")
-        if num_landmarks < 1:
-            raise ValueError(f"num_landmarks is {num_landmarks}: give at least 1")
+        checks.integer(num_landmarks, "num_landmarks")
+        checks.flags(normalize=normalize)
         if method not in RULES:
             raise ValueError(f"method is {method!r}: give one of {RULES}")
         if rows == "groups":

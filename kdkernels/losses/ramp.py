@@ -8,8 +8,8 @@ import math
 import torch
 from torch import nn
 
+from .. import checks
 from ..accumulator import Unrounded
-from ..logits.checks import is_number
 
 
 class Ramp(Unrounded):
@@ -39,7 +39,7 @@ class Ramp(Unrounded):
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss is a {type(loss).__name__}: Ramp wraps a loss module, e.g. kd.losses.RCKALoss()")
-        if not (is_number(start) and is_number(end) and 0 <= start <= end < math.inf):
+        if not (checks.is_number(start) and checks.is_number(end) and 0 <= start <= end < math.inf):
             raise ValueError(f"start is {start!r}, end is {end!r}: the steps must be numbers 0 <= start <= end")
         if count not in ("calls", "manual"):
             raise ValueError(f"count is {count!r}: give 'calls' or 'manual'")

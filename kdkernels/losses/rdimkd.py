@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import distributed
+from .. import checks, distributed
 from ..accumulator import summed
 from ..autograd import at_least_float32
 from ..projection import StreamingPCA, autoencoder_basis, random_basis
@@ -90,6 +90,10 @@ class RdimKDLoss(Loss):
             raise ValueError(f"variant is {variant!r}: give one of {VARIANTS}")
         if normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer is {normalizer!r}: give one of {NORMALIZERS}")
+        if student_channels is not None:
+            checks.integer(student_channels, "student_channels")
+        if seed is not None:
+            checks.integer(seed, "seed", 0)
         self.channels, self.k, self.variant, self.normalizer = channels, k, variant, normalizer
         self.rows, self.backend, self.seed = check_rows(rows), backend, seed
         self.pca = StreamingPCA(channels)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backend as backends
+from .. import checks
 from ..autograd import device_type
 from ..gram.bandwidth import bandwidth, sigma_of
 from ..gram.kernels import Kernel, KernelSpec, spec_of
@@ -43,6 +44,7 @@ class Question(NamedTuple):
 
     def checked(self) -> Question:
         jitter, kernels = check_whitening(self.whiten, self.jitter), spec_of(self.kernel)
+        checks.flags(unbiased=self.unbiased, normalize=self.normalize)
         check_bandwidths(kernels)
         return Question(self.stat, kernels, self.whiten, jitter, *self[4:])  # `_replace` takes a microsecond
 

@@ -71,8 +71,7 @@ def check_bandwidths(kernels):
 
 def check_selection(x, m, method):
     check_rows(x, "x")
-    if isinstance(m, bool) or not isinstance(m, int):
-        raise TypeError(f"m is {m!r}: give the number of landmarks as an int")
+    checks.integer(m, "m", None, ", the number of landmarks")
     if not 1 <= m <= x.shape[0]:
         raise ValueError(f"m is {m}: x has {x.shape[0]} rows, give 1 <= m <= {x.shape[0]}")
     if method not in METHODS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import checks
 from ..autograd import at_least_float32, device_type, register, without_autocast
 from ..gram.kernels import spec_from
 from . import maps
@@ -18,10 +19,9 @@ from .landmarks import bandwidths
 def draws(x, m: int, method: str, generator):
     """Uniform numbers [m] (for "uniform" [n]: the keys of a random order) on x's device, from the generator's."""
     count = x.shape[0] if method == "uniform" else m
-    device = x.device if generator is None else generator.device
+    device, own = checks.source(generator, x.device)
     if method == "greedy":
         return torch.zeros(count, dtype=torch.float64, device=x.device)
-    own = {} if generator is None else {"generator": generator}  # which a symbolic number of rows does not go with
     return torch.rand(count, dtype=torch.float64, device=device, **own).to(x.device)
 
 

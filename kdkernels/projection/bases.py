@@ -22,8 +22,8 @@ def random_basis(
     True
     """
     check_count(k, num_channels)
-    where = generator.device if generator is not None else "cpu"
-    Q, R = torch.linalg.qr(torch.randn(num_channels, k, generator=generator, dtype=torch.float64, device=where))
+    where, by = checks.source(generator, "cpu")
+    Q, R = torch.linalg.qr(torch.randn(num_channels, k, dtype=torch.float64, device=where, **by))
     # without this the distribution depends on the sign rule of the factorisation
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0)
     return (Q * sign).to(device=device, dtype=dtype).contiguous()
@@ -61,8 +61,7 @@ def autoencoder_basis(
     check_count(k, c)
     if not bool(torch.isfinite(covariance).all()):
         raise ValueError("covariance holds NaN or infinity")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}: give a positive integer")
+    checks.integer(steps, "steps")
     C = covariance.detach().double()
     variance = C.diagonal().mean()
     C = C / torch.where(variance > 0, variance, 1.0)

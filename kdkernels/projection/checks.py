@@ -10,8 +10,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def check_channel_dim(x, channel_dim, name: str) -> int:
     """channel_dim counted from the front; dimension 0 is the batch."""
-    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-        raise TypeError(f"channel_dim is a {type(channel_dim).__name__}: give an integer, 1 for NCHW, -1 for tokens")
+    checks.integer(channel_dim, "channel_dim", None, ", 1 for NCHW, -1 for tokens")
     if x.dim() < 2:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: give [B, c], [B, c, ...], or tokens [B, T, c]")
     dim = channel_dim + x.dim() if channel_dim < 0 else channel_dim
@@ -56,8 +55,7 @@ def check_basis(basis, channels: int, name: str):
 
 
 def check_count(k, channels: int):
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k is a {type(k).__name__}: give an integer")
+    checks.integer(k, "k", None)
     _check_size(k, channels, "k is {}")
 
 

@@ -37,10 +37,7 @@ class StreamingPCA(Accumulator):
 
     def __init__(self, num_channels: int):
         super().__init__()
-        if isinstance(num_channels, bool) or not isinstance(num_channels, int):
-            raise TypeError(f"num_channels is a {type(num_channels).__name__}: give an integer")
-        if num_channels < 1:
-            raise ValueError(f"num_channels is {num_channels}: it needs at least one channel")
+        checks.integer(num_channels, "num_channels")
         self.num_channels = num_channels
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(num_channels, dtype=torch.float64))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..checks import floating, same_device
+from ..checks import floating, integer, same_device
 
 REGULARIZATIONS = ("l2", "kl")
 LONGEST = 2**31 - 1  # positions are int32
@@ -12,8 +12,7 @@ LONGEST = 2**31 - 1  # positions are int32
 def check_rows(x, dim, name: str = "x") -> int:
     """x may be ranked along dim; returns dim counted from the front."""
     floating(x, name)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim is a {type(dim).__name__}: give an integer")
+    integer(dim, "dim", None)
     if x.dim() == 0:
         raise ValueError(f"{name} is 0-d: ranks need at least one dimension")
     if not -x.dim() <= dim < x.dim():

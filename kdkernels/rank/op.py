@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backend as backends
+from .. import checks
 from ..autograd import at_least_float32, device_type, without_autocast
 from . import correlation, metrics, operator, reference
 from .checks import check_pair, check_regularization, check_rows
@@ -79,10 +80,11 @@ def soft_sort(
 
 def _along(run, op, x, regularization, strength, dim, descending, backend):
     dim, kl = check_rows(x, dim), check_regularization(regularization)
+    checks.flags(descending=descending)
     last = dim == x.dim() - 1
     rows = x if last else x.movedim(dim, -1)
     chosen = backends.resolve(op, backend, device_type(x), (x.dtype,))
-    out = run(rows, parse(strength, rows), kl, bool(descending), chosen)
+    out = run(rows, parse(strength, rows), kl, descending, chosen)
     return out if last else out.movedim(-1, dim)
 
 
@@ -158,11 +160,12 @@ def spearman(
     True
     """
     dim, kl = check_pair(x, y, dim), check_regularization(regularization)
+    checks.flags(hard_target=hard_target)
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
     strength = parse(regularization_strength, x)
     chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
     if chosen != "reference" and strength.tensor is None:
-        return correlation.spearman(x, y, strength.number, strength.relative, kl, bool(hard_target), chosen)
+        return correlation.spearman(x, y, strength.number, strength.relative, kl, hard_target, chosen)
     dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     if chosen != "reference":

@@ -52,10 +52,7 @@ class ClassCenters(Accumulator):
     ):
         super().__init__()
         for value, name in ((num_classes, "num_classes"), (student_dim, "student_dim"), (teacher_dim, "teacher_dim")):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is a {type(value).__name__}: give an integer")
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+            checks.integer(value, name)
         if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
             raise ValueError(f"momentum is {momentum!r}: give None for the paper's swap, or a number in [0, 1)")
         if counts not in ("epoch", "first"):
