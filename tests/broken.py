@@ -64,13 +64,3 @@ def one_gradient(backward, change, which=0):
         return tuple(out)
 
     return broken
-
-
-def half_when_alone(backward):
-    """A backward pass that is wrong where one gradient alone is asked for."""
-
-    def broken(*a):
-        out, need = backward(*a), asked_of(a)
-        return tuple(g if g is None else g * 0.5 for g in out) if need & (need - 1) == 0 else out
-
-    return broken

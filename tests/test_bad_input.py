@@ -141,10 +141,7 @@ def test_mmd_takes_different_numbers_of_samples_but_one_width():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("f", [kd.cka, kd.hsic], **by_name)
-@pytest.mark.parametrize(
-    "n, how, least",
-    [(3, {}, 4), (1, {}, 4), (1, {"unbiased": False}, 2)],
-)
+@pytest.mark.parametrize("n, how, least", [(3, {}, 4), (1, {}, 4), (1, {"unbiased": False}, 2)])
 def test_too_few_samples_for_the_estimator(f, n, how, least, backend):
     with pytest.raises(ValueError, match=rf"x and y have {n} rows: .* needs at least {least}"):
         f(X[:n], Y[:n], backend=backend, **how)

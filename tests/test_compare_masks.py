@@ -66,10 +66,7 @@ def features(net, name, batch):
     return kept[0]
 
 
-HOW = {
-    "tokens": lambda x: x[:, :REAL].flatten(0, 1),
-    "mean": lambda x: x[:, :REAL].double().mean(1),
-}
+HOW = {"tokens": lambda x: x[:, :REAL].flatten(0, 1), "mean": lambda x: x[:, :REAL].double().mean(1)}
 
 
 @pytest.mark.parametrize("rows", HOW)

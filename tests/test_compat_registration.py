@@ -197,12 +197,7 @@ def test_in_torchdistill_a_loss_takes_lists_of_levels_optional_arguments_targets
     student, teacher = recorded()
     levels = [{"path": f"layer{i}", "io": "output"} for i in (1, 2)]
     head = {"path": "fc", "io": "output"}
-    arguments = {
-        "teacher_features": levels,
-        "student_features": levels,
-        "student_logits": head,
-        "teacher_logits": head,
-    }
+    arguments = {"teacher_features": levels, "student_features": levels, "student_logits": head, "teacher_logits": head}
     loss = torchdistill.IODictLoss("RCKALoss", arguments, ramp=[0, 4], row_weight=3.0)
     values = [loss(student, teacher, None) for _ in range(5)]
     features = [[side[f"layer{i}"]["output"] for i in (1, 2)] for side in (student, teacher)]

@@ -107,14 +107,6 @@ def test_half_inputs_are_mixed_in_float32_and_rounded_once(backend):
         assert (batch.x.double() - exact).abs().max() <= 0.51 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_it_is_one_operator_under_compile():
-    torch._dynamo.reset()
-    lam = torch.tensor(0.3)
-    f = lambda x, labels: kd.mixup(x, labels, lam=lam)  # noqa: E731
-    batch = torch.compile(f, backend="aot_eager", fullgraph=True)(torch.eye(5), torch.arange(5))
-    torch.testing.assert_close(batch.x, 0.3 * torch.eye(5) + 0.7 * torch.eye(5)[batch.permutation])
-
-
 X, LABELS = torch.randn(4, 3), torch.arange(4)
 
 

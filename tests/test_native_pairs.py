@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from broken import half_when_alone, one_gradient, rejects, unwritten
+from broken import rejects
 from conftest import needs_native
 from formulas import assert_near
 
@@ -208,11 +208,6 @@ SABOTAGE = {
         "gradient x",
         {"backward": of_kept(lambda kept: torch.nn.functional.pad(kept[..., :-1], (0, 1)))},
     ),
-    "unwritten tail": (
-        "poison",
-        {"backward": one_gradient(BACKWARD, unwritten)},
-    ),
-    "wrong where one gradient is asked for": ("needs", {"backward": half_when_alone(BACKWARD)}),
     "ignored mask": ("value", {"forward": lambda call: FORWARD(call._replace(mask=None))}),
 }
 

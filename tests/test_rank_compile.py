@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranking ops are good citizens of PyTorch: opcheck, gradcheck, torch.compile, torch.func and vmap, autocast."""
+"""The ranking ops beside what the contract asks: tangents of half rows, ties and absent entries; vmap without a loop."""
 
 import pytest
 import torch
@@ -30,19 +30,6 @@ def arguments(n=9, rows=(4,), dtype=torch.float32):
     x, y = torch.randn(*rows, n, dtype=dtype), torch.randn(*rows, n, dtype=dtype)
     strengths = torch.linspace(0.2, 2.0, torch.Size(rows).numel(), dtype=dtype).reshape(rows)
     return [t.requires_grad_() for t in (x, y, strengths)]
-
-
-def value_and_gradients(f, inputs):
-    value = f(*inputs)
-    weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
-    return value, *torch.autograd.grad((value * weights).sum(), inputs, allow_unused=True)
-
-
-def assert_same(got, want):
-    for a, b in zip(got, want, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def tangents(name, inputs, moved):
@@ -86,14 +73,6 @@ def test_a_sort_refuses_a_strength_with_a_tangent(backend):
     x, _, e = (t.detach() for t in arguments())
     with pytest.raises(RuntimeError, match="soft_sort: forward-mode .* pass backend='reference'"):
         torch.func.jvp(lambda e: kd.soft_sort(x, "l2", e, backend=backend), (e,), (e,))
-
-
-def test_inductor_compiles_a_loss_around_the_ops():
-    def loss(x, y, e):
-        return 1 - kd.spearman(x.relu() * 2, y).mean() + kd.pearson(x, y).mean() + kd.soft_sort(x, "l2", e).sum()
-
-    inputs = arguments(20)
-    assert_same(value_and_gradients(torch.compile(loss, fullgraph=True), inputs), value_and_gradients(loss, inputs))
 
 
 # under vmap each operator is called once for the whole batch: a fall-back to a loop would warn
