@@ -89,8 +89,10 @@ def _cifar_file(path: Path):
     content = _unpickle(path)
     if b"data" not in content or b"fine_labels" not in content:
         raise ValueError(f"{path} has no 'data' and 'fine_labels': it is not of the Python version of CIFAR-100")
-    images = np.asarray(content[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-    return (images / 255).astype(np.float32), np.asarray(content[b"fine_labels"])
+    images, labels = np.asarray(content[b"data"], dtype=np.uint8), np.asarray(content[b"fine_labels"])
+    if images.shape != (len(labels), 3 * 32 * 32):
+        raise ValueError(f"{path} has {len(labels)} labels and images {images.shape}: it is cut short. {_where()}")
+    return (images.reshape(-1, 3, 32, 32) / 255).astype(np.float32), labels
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -378,6 +378,10 @@ def test_a_file_that_is_no_cifar_file_is_refused_without_running_it(tmp_path, ca
     (folder / "train").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="cannot be read"):
         distill_data.cifar100(folder)
+    for width in (3072, 3000):
+        (folder / "train").write_bytes(pickle.dumps({b"data": [[0] * width] * 5, b"fine_labels": [0] * 6}))
+        with pytest.raises(ValueError, match=r"train has 6 labels and images \(5, .*\): it is cut short"):
+            distill_data.cifar100(folder)
     (folder / "train").write_bytes(pickle.dumps({b"labels": [1]}))
     with pytest.raises(ValueError, match="has no 'data' and 'fine_labels'"):
         distill_data.cifar100(folder)

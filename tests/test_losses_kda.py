@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KDALoss over epochs, against a plain float64 loop that keeps every row of the epoch before."""
 
+import warnings
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -202,3 +204,18 @@ def test_bad_settings_are_refused():
             losses.KDALoss(C, D, E, **how)
     with pytest.raises(ValueError, match="num_classes is 0"):
         kd.losses.KDALoss(0, D, E)
+
+
+def test_training_on_after_an_evaluation_without_an_end_of_epoch_is_told_once():
+    def told(loss, end):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                assert loss.train()(torch.randn(4, 3), torch.randn(4, 5), torch.arange(4) % 2) >= 0
+                if end:
+                    loss.end_epoch()
+                loss.eval()
+        return ["end_epoch() was never called" in str(w.message) for w in caught]
+
+    assert told(losses.KDALoss(2, 3, 5), end=False) == [True]
+    assert told(losses.KDALoss(2, 3, 5), end=True) == []

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import kdkernels as kd
 from kdkernels import losses
 
 C, K = 8, 3
@@ -201,3 +202,20 @@ def test_a_module_on_another_device_is_named_with_the_fix():
         losses.RdimKDLoss(3, 2, variant="R").to("meta")(x, x)
     with pytest.raises(ValueError, match="x is on meta, the accumulator on cpu: move one"):
         losses.RdimKDLoss(3, 2).observe(x.to("meta"))
+
+
+@pytest.mark.parametrize("variant, normalizer", [("P", "mean"), ("A", "mean"), ("R", "variance")])
+def test_a_fitted_accumulator_is_all_it_needs(variant, normalizer):
+    t, pca = teacher_maps(), kd.StreamingPCA(C)
+    pca.update(t)
+    loss = losses.RdimKDLoss(C, K, variant=variant, normalizer=normalizer, seed=0, pca=pca)
+    other = losses.RdimKDLoss(C, K, variant=variant, normalizer=normalizer, seed=0)
+    other.observe(t)
+    other.fit()
+    assert loss(2 * t, t).equal(other(2 * t, t)) and loss.pca is pca
+    with pytest.raises(ValueError, match="pca has 8 channels, this loss 9"):
+        losses.RdimKDLoss(9, K, pca=pca)
+    with pytest.raises(TypeError, match="pca is a Tensor: give a kd.StreamingPCA"):
+        losses.RdimKDLoss(C, K, pca=t)
+    with pytest.raises(ValueError, match="0 rows were seen"):
+        losses.RdimKDLoss(C, K, pca=kd.StreamingPCA(C))

@@ -181,3 +181,14 @@ def test_the_autoencoder_survives_a_constant_teacher_and_refuses_nonsense():
             kd.autoencoder_basis(C, k)
     with pytest.raises(ValueError, match="steps is 0"):
         kd.autoencoder_basis(torch.eye(4), 2, steps=0)
+
+
+def test_explained_variance_ratios_are_those_of_the_singular_values():
+    x = torch.randn(50, 6, dtype=torch.float64) @ torch.diag(torch.tensor([5.0, 3, 1, 1, 0.1, 0]).double()) + 7
+    pca = kd.StreamingPCA(6)
+    pca.update(x)
+    square = torch.linalg.svdvals(x - x.mean(0)).square()
+    torch.testing.assert_close(pca.explained_variance_ratio(), square / square.sum(), rtol=1e-10, atol=1e-14)
+    constant = kd.StreamingPCA(2)
+    constant.update(torch.ones(4, 2))
+    assert constant.explained_variance_ratio().tolist() == [0, 0]

@@ -94,7 +94,7 @@ class Loss(Unrounded):
         """Whether a batch of n rows is too small for the estimator; says so once a module."""
         if n >= least:
             return False
-        _warn_once(
+        warn_once(
             f"{self._token} small",
             f"{type(self).__name__} got a batch of {n} {what} and needs {least}: it gives 0 with zero gradient for "
             f"such a batch{' (drop_last=True in the data loader avoids it)' if what.startswith('rows') else ''}",
@@ -211,7 +211,7 @@ _warned = set()
 
 # while torch.compile traces, this runs once as plain Python; a warning in the graph would break it
 @torch.compiler.assume_constant_result
-def _warn_once(token: str, message: str) -> int:
+def warn_once(token: str, message: str) -> int:
     if token not in _warned:
         _warned.add(token)
         checks.warn(message)
@@ -247,7 +247,7 @@ def check_pair(loss, student, teacher, what: str, key=None):
             "both sides must describe the same samples, in one order"
         )
     if teacher.requires_grad and not student.requires_grad and torch.is_grad_enabled():
-        _warn_once(
+        warn_once(
             loss._token,
             f"{names[1]} requires grad and {names[0]} does not, but {type(loss).__name__} has a gradient for the "
             "student only: call loss(student, teacher), in this order",

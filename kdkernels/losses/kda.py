@@ -8,7 +8,7 @@ import torch
 from .. import checks
 from ..nystrom.kda import ClassCenters
 from ..nystrom.kda.op import landmark_similarity_loss
-from .base import Loss, check_pair, constant, full_precision, row_mask, zero_where_masked
+from .base import Loss, check_pair, constant, full_precision, row_mask, warn_once, zero_where_masked
 
 
 class KDALoss(Loss):
@@ -28,13 +28,14 @@ class KDALoss(Loss):
         group: None, or "world" or a process group: the batch is that of all its ranks, see below.
         backend: as in `kd.landmark_similarity_loss`.
 
-    Call: `(student_features, teacher_features, labels=None, *, mask, ignore_index=-100, return_parts)`: features
-    [B, d], [B, e] of any float dtype (larger ones are flattened), labels [B] class indices. In training mode the rows
-    are added to `centers`; without labels, and in eval mode, they are not. At the end of each epoch call `end_epoch()`,
-    which makes the means the centres. Rows whose label is ignore_index, and masked rows, count nowhere. Where nothing
-    has a centre yet the loss is 0. Labels out of range raise on the CPU, on a GPU such rows are not added. An empty
-    batch gives 0 with zero gradient and warns once. Gradient to the student only. `centers`, `epoch`, `weight` are in
-    the state dict.
+    Call: `(student_features, teacher_features, labels=None, *, mask, ignore_index=-100, return_parts)`: features [B,
+    d], [B, e] of any float dtype (larger ones are flattened), labels [B] class indices. In training mode the rows are
+    added to `centers`; without labels, and in eval mode, they are not. At the end of each epoch call `end_epoch()` (in
+    Lightning from `on_train_epoch_end`, in a Trainer from a callback's `on_epoch_end`), which makes the means the
+    centres: until then the loss is 0, and says so once where training goes on after an evaluation. Rows whose label is
+    ignore_index, and masked rows, count nowhere. Where nothing has a centre yet the loss is 0. Labels out of range
+    raise on the CPU, on a GPU such rows are not added. An empty batch gives 0 with zero gradient and warns once.
+    Gradient to the student only. `centers`, `epoch`, `weight` are in the state dict.
 
     With `group=` sum and norm are those of the rows of all ranks, the same value on each, and the gradient averaged
     over the ranks is that of one process; `end_epoch()`, called by all ranks, makes the class means of what all of them
@@ -65,7 +66,7 @@ class KDALoss(Loss):
     ):
         super().__init__(weight, group)
         checks.integer(start_epoch, "start_epoch", 0)
-        self.start_epoch, self.backend = start_epoch, backend
+        self.start_epoch, self.backend, self._collecting = start_epoch, backend, False
         self.centers = ClassCenters(num_classes, student_dim, teacher_dim, momentum, counts=counts)
 
     @property
@@ -102,6 +103,7 @@ class KDALoss(Loss):
 
         ((s, t, counted),), (group,) = self._over_ranks(prepare, f" of {self.centers.num_classes} classes")
         if batch is not None:
+            self._collecting = True
             with full_precision(s):
                 self.centers._add(*batch)
         if self._too_small(len(s) if group is None else group.total, 1):
@@ -118,6 +120,15 @@ class KDALoss(Loss):
     def end_epoch(self, group=None) -> None:
         """The epoch's means, over `group` or else the loss' own, become the centres of the next one."""
         self.centers.swap(self.group if group is None else group)
+
+    def train(self, mode: bool = True):
+        if mode and not self.training and self._collecting and int(self.epoch) == 0:
+            warn_once(
+                f"{self._token} open",
+                "KDALoss trains on after an evaluation, and end_epoch() was never called: without it, at the end of "
+                "each epoch, the loss stays 0",
+            )
+        return super().train(mode)
 
     def _shown(self):
         return {"start_epoch": self.start_epoch, "backend": repr(self.backend)}

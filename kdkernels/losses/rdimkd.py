@@ -49,7 +49,9 @@ class RdimKDLoss(Loss):
             teacher without variance (all zero) is divided by 1.
         rows: [B, T, d]: "tokens" or "mean", needed. [B, C, H, W]: "positions" (the default here) or "gap"; [B, C, L]:
             "positions". Features [B, c] need none. May also be given in the call.
-        seed: of R, and of the start of A; None draws from PyTorch's generator. weight: factor of the loss, a buffer.
+        seed: of R, and of the start of A; None draws from PyTorch's generator.
+        pca: a `kd.StreamingPCA` that has seen the teacher's features: the loss is fitted at once (with `group` by
+            `fit()`, which all ranks call), and observes into it. weight: factor of the loss, a buffer.
         group: None, or "world" or a process group: the batch is that of all its ranks, see below.
         backend: as in `kd.projected_mse`.
 
@@ -81,6 +83,7 @@ class RdimKDLoss(Loss):
         normalizer: str = "mean",
         rows: str | None = None,
         seed: int | None = None,
+        pca: StreamingPCA | None = None,
         weight: float = 1.0,
         group=None,
         backend: str = "auto",
@@ -96,7 +99,7 @@ class RdimKDLoss(Loss):
             checks.integer(seed, "seed", 0)
         self.channels, self.k, self.variant, self.normalizer = channels, k, variant, normalizer
         self.rows, self.backend, self.seed = check_rows(rows), backend, seed
-        self.pca = StreamingPCA(channels)
+        self.pca = StreamingPCA(channels) if pca is None else checked_pca(pca, channels)
         self.register_buffer("basis", random_basis(channels, k, generator=self._generator()))
         self.register_buffer("scale", torch.ones(()))
         # P and A must not run on the random basis that stands here before the fit, nor each rank on its own one
@@ -104,6 +107,8 @@ class RdimKDLoss(Loss):
         self.register_buffer("fitted", torch.tensor(ready))
         self._ready = bool(self.fitted)
         self.adapter = None if student_channels is None else nn.Linear(student_channels, channels)
+        if pca is not None and group is None:
+            self.fit()
 
     def observe(self, teacher_features, *, mask=None, rows: str | None = None) -> None:
         """Adds a batch of the teacher's features to what `fit` reads."""
@@ -221,6 +226,14 @@ class RdimKDLoss(Loss):
     def _shown(self):
         shown = {"channels": self.channels, "k": self.k, "variant": repr(self.variant)}
         return shown | {"normalizer": repr(self.normalizer), **({"rows": repr(self.rows)} if self.rows else {})}
+
+
+def checked_pca(pca, channels: int) -> StreamingPCA:
+    if not isinstance(pca, StreamingPCA):
+        raise TypeError(f"pca is a {type(pca).__name__}: give a kd.StreamingPCA that has seen the teacher's features")
+    if pca.num_channels != channels:
+        raise ValueError(f"pca has {pca.num_channels} channels, this loss {channels}")
+    return pca
 
 
 def _first(x, dim: int = 0):

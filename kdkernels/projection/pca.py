@@ -137,6 +137,15 @@ class StreamingPCA(Accumulator):
         """Variance along each principal direction [c], falling, in float64; their sum is the total variance."""
         return torch.linalg.eigvalsh(self.covariance()).flip(0).clamp(min=0)
 
+    def explained_variance_ratio(self) -> torch.Tensor:
+        """The share of each principal direction in the total variance [c], falling, in float64; 0 if all is constant.
+
+        `explained_variance_ratio().cumsum(0)` says how much k directions keep.
+        """
+        variances = self.variances()
+        total = variances.sum()
+        return variances / torch.where(total > 0, total, 1.0)
+
     def _enough(self):
         if int(self.count) < 2:
             raise ValueError(f"{int(self.count)} rows were seen: a covariance needs two, call update(features) first")
