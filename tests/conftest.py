@@ -43,6 +43,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # files with long tests first: the many short ones at the end keep all workers busy to the last
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "interpret", "demo")))}
+    items.sort(key=lambda item: item.path not in long)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a script of tests/ on several ranks and reads what each found: what the tests over ranks share."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -31,10 +32,17 @@ def found(ranks, folder, *checks, **how):
 
 
 def facts_of(script):
-    """A fixture: what each rank found, the script run once for each number of ranks."""
+    """A fixture: what each rank found, the script run once for each number of ranks, whatever the workers of xdist."""
 
     @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} ranks".format)
     def facts(request, tmp_path_factory):
-        return found(request.param, tmp_path_factory.mktemp("ranks"), script=script)
+        base = tmp_path_factory.getbasetemp()
+        # the folders of xdist's workers lie side by side: what one of them found serves the others
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{script}-{request.param}"
+        folder.mkdir(exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = folder / "facts.json"
+            return json.loads(done.read_text()) if done.exists() else found(request.param, folder, script=script)
 
     return facts
