@@ -16,7 +16,7 @@ from kdkernels.registry import OPS
 
 PACKAGE = ROOT / "kdkernels"
 FAMILIES = sorted({op.family for op in OPS.values()})
-FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "native"}
+FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "native", "triton_tf32"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
     "accumulator": {"autograd", "distributed"},
@@ -25,6 +25,7 @@ ARROWS = {
     "differentiable": {"autograd"},
     "registry": set(),
     "native": set(),
+    "triton_tf32": set(),
     "backend": {"native", "registry"},
     "testing": {"backend", "registry"},
     "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},

@@ -7,6 +7,7 @@ meaningless: nothing runs.
 """
 
 import os
+import re
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ class Driver:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Kernel names in the order of their launches; each is compiled, none is run."""
+    """(kernel name, PTX) in the order of their launches; each is compiled, none is run."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -64,9 +65,10 @@ def launches(monkeypatch):
     seen, run = [], JITFunction.run
 
     def compiled(self, *arguments, grid, warmup, **options):
-        seen.append(self.__name__)
         assert all(size > 0 for size in grid) and grid[0] < 2**31 and all(size < 2**16 for size in grid[1:]), grid
-        return run(self, *arguments, grid=grid, warmup=True, **options)
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        seen.append((self.__name__, kernel.asm["ptx"]))
+        return kernel
 
     monkeypatch.setattr(JITFunction, "run", compiled)
     monkeypatch.setattr(forms, "in_feature_space", lambda *_: False)
@@ -114,5 +116,29 @@ def test_a_call_is_its_launches_and_no_operator_beside_them(n, forward, kernel, 
 
     with Recorder():
         call(x=HALF, n=n, kx=kernel, ky=kernel)
-    assert len(launches) == forward + 1, launches
+    assert len(launches) == forward + 1, [name for name, _ in launches]
     assert beside == []
+
+
+def test_factors_of_tf32_products_are_rounded(launches, monkeypatch):
+    """Tensor cores would cut them off; what that does to a sum is asked in test_tf32.py."""
+    from kdkernels.gram.triton_impl import small, tiles
+    from kdkernels.nystrom.kda import triton_impl as landmarks
+    from kdkernels.projection import triton_impl as projection
+
+    for schedule in (small, tiles):
+        monkeypatch.setattr(schedule, "precision", lambda *_: "tf32")
+    call(x=FULL)
+    call(x=FULL, n=1040)
+    call(x=FULL, n=1040, p=300)
+    s, t, basis = torch.randn(64, 32, dtype=HALF), torch.randn(64, 32, dtype=HALF), torch.randn(32, 16)
+    value, kept = projection.forward(s, t, basis, None, 1, "mean", True)
+    projection.backward(torch.ones_like(value), s, t, basis, None, kept, 1, "mean", 1)
+    _, kept, inverse = landmarks.forward(s, t, basis.mT, basis.mT, True)
+    landmarks.backward(torch.ones(()), s, t, basis.mT, basis.mT, kept, inverse)
+    products = {name for name, ptx in launches if re.search(r"mma.*\.tf32", ptx)}
+    assert products == {
+        "split_gram", "weighted_rows", "tile_sums", "gradient_rows", "weight_panel", "project", "spread",
+        "similarity_sums", "similarity_gradient",
+    }  # fmt: skip
+    assert products == {name for name, ptx in launches if "cvt.rna.tf32" in ptx}

@@ -8,6 +8,8 @@ arguments: a stride of 1 is known at compile time, and loads run along it. Sums 
 import triton
 import triton.language as tl
 
+from ..triton_tf32 import to_tf32
+
 
 @triton.jit
 def _rows(start, p, BR: tl.constexpr):
@@ -49,8 +51,9 @@ def project(
         m = counted[:, None] & m_c[None, :]
         b_s = tl.load(at_s, mask=m, other=0).to(tl.float32)
         b_t = tl.load(at_t, mask=m, other=0).to(tl.float32)
+        b_d = to_tf32(b_s - b_t, PRECISION)  # before P is read: the other way round spills on sm_100
         P = tl.load(at_basis, mask=m_c[:, None] & m_k[None, :], other=0)
-        acc = tl.dot(b_s - b_t, P, acc, input_precision=PRECISION)
+        acc = tl.dot(b_d, to_tf32(P, PRECISION), acc, input_precision=PRECISION)
         at_s += tl.cast(BC * s_c, tl.int64)
         at_t += tl.cast(BC * t_c, tl.int64)
         at_basis += BC * k
@@ -88,8 +91,8 @@ def spread(
     acc = tl.zeros([BR, BC], tl.float32)
     for first in range(0, k, BK):
         m_k = o_k < k - first
-        Q = tl.load(at_q, mask=m_r[:, None] & m_k[None, :], other=0)
-        P = tl.load(at_basis, mask=m_k[:, None] & m_c[None, :], other=0)
+        P = to_tf32(tl.load(at_basis, mask=m_k[:, None] & m_c[None, :], other=0), PRECISION)
+        Q = to_tf32(tl.load(at_q, mask=m_r[:, None] & m_k[None, :], other=0), PRECISION)
         acc = tl.dot(Q, P, acc, input_precision=PRECISION)
         at_q += BK
         at_basis += BK

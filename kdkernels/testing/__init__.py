@@ -4,11 +4,13 @@
 Error is measured against the float64 reference of the same rounded input and must stay below
 min(2 x the same-dtype reference's error + a few eps, the cap of spec.py), as a maximum and in L2, for the value and
 for every gradient. The other checks compare a backend with itself under poison, strides, masks, autocast, streams.
+Triton's interpreter truncates TF32 factors, as tensor cores do.
 `python -m kdkernels validate` prints the result for this machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from . import transforms
 from .case import REGIMES, SCALES, Caps, Case, generator_beside, pair, sample, seeded
 from .checks import CUDA_ONLY, STRUCTURAL, accuracy, poison
 from .probe import Result, probe_of
+from .tensor_cores import truncated_tf32
 
 __all__ = [
     "Caps",
@@ -77,7 +80,12 @@ def measure(op: str, backend: str, device: str = "cpu", quick: bool = False, che
     if unknown:
         raise ValueError(f"checks holds {sorted(unknown)}: the checks are {['accuracy', *STRUCTURAL]}")
     spec = importlib.import_module(f"kdkernels.{OPS[op].family}.spec")
-    for case in spec.cases(op, backend, quick):
+    with truncated_tf32() if (backend, device) == ("triton", "cpu") else contextlib.nullcontext():
+        yield from _measured(spec.cases(op, backend, quick), backend, device, checks)
+
+
+def _measured(cases: Iterator[Case], backend: str, device: str, checks: list[str]) -> Iterator[Result]:
+    for case in cases:
         if "accuracy" in checks:
             yield from _caught("accuracy", case, accuracy, case, backend, device)
         structural = [name for name in checks if name != "accuracy"] if case.probe else []

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from ...triton_tf32 import to_tf32
 from .maps import (
     POLYNOMIAL,
     RBF,
@@ -38,7 +39,7 @@ from .small_kernels import (
 def _add_product(acc, V, z_j, rows, PRECISION: tl.constexpr):
     """acc + V z_j; half-precision products of two terms each."""
     if rows.ptr.dtype.element_ty == tl.float32:
-        return tl.dot(V, z_j, acc, input_precision=PRECISION)
+        return tl.dot(V, to_tf32(z_j, PRECISION), acc, input_precision=PRECISION)
     else:
         unit = 1.0
         if rows.ptr.dtype.element_ty == tl.float16:
@@ -124,6 +125,7 @@ def weighted_rows(
         V = W * kernel_slope(x.map, g, t_x, ax_i, ax_j)
         if x.map.kind >= RBF:
             V = tl.where(diagonal, 0.0, V)
+        V = to_tf32(V, PRECISION)  # before the sums: for distances the two terms cancel
         sums += tl.sum(V, axis=1)
         if asked.row_norm:
             c_ij = p_i[:, None] * L + q_i[:, None] * K + e_i[:, None]

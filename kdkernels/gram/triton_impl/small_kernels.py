@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...triton_tf32 import to_tf32
 from .maps import POLYNOMIAL, RBF, Map, alpha_of, counting, kernel_argument, kernel_value, parameter, power, vector
 
 CKA, HSIC, MSE, ROW_MSE, SUM = (tl.constexpr(k) for k in range(5))
@@ -107,7 +108,8 @@ def _partial_product(
             acc = tl.dot(high_i, tl.trans(low_j), acc)
             acc = tl.dot(low_i, tl.trans(high_j), acc)
         else:
-            acc = tl.dot(b_i.to(dtype), tl.trans(b_j.to(dtype)), acc, input_precision=PRECISION)
+            b_i, b_j = to_tf32(b_i.to(dtype), PRECISION), to_tf32(b_j.to(dtype), PRECISION)
+            acc = tl.dot(b_i, tl.trans(b_j), acc, input_precision=PRECISION)
         rows_i += BK * step_p
         rows_j += BK * step_p
         row_ref += BK * step_p
@@ -376,9 +378,8 @@ def _finish(sums, keep, o, m, g, n, G, value_ptr, saved_ptr, unit_ptr, asked):
             u_y = b / others - 0.5 * tl.sum(b) / (others * nf)
             e_x += 2 * p_x * u_y + 2 * q_x * u_x
             e_y += 2 * p_y * u_x + 2 * q_y * u_y
-        f_x, f_y = zero, zero
-        if asked.row_norm:
-            f_x, f_y = rho_x, rho_y
+        f_x = rho_x if asked.row_norm else zero
+        f_y = rho_y if asked.row_norm else zero
         at = saved_ptr + g * SAVED * n + o
         live = tl.where(enough, 1.0, 0.0).to(tl.float64)
         _save_side(at, at + UNIT * n, n, m, keep, u_x, p_x, q_x, e_x, f_x, live)

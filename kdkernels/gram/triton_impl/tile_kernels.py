@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...triton_tf32 import to_tf32
 from .maps import (
     RBF,
     Map,
@@ -79,6 +80,7 @@ def _products(
         m_k = (o_k < p - k)[None, :]
         b_i = tl.load(at_i, mask=m_i[:, None] & m_k, other=0)
         b_j = tl.load(at_j, mask=m_j[:, None] & m_k, other=0)
+        b_i, b_j = to_tf32(b_i, PRECISION), to_tf32(b_j, PRECISION)
         acc = tl.dot(b_i, tl.trans(b_j), acc, input_precision=PRECISION)
         at_i += BK
         at_j += BK
@@ -224,7 +226,7 @@ def gradient_rows(
     typical_x, typical_y = _typical(x, g), _typical(y, g)
     inside = tl.arange(0, BM)[:, None] * x.width + o_p[None, :]
     z = x.z + g * n * x.width
-    b_i = tl.load(z + start_i * x.width + inside, mask=m_i[:, None] & m_p[None, :], other=0)
+    b_i = to_tf32(tl.load(z + start_i * x.width + inside, mask=m_i[:, None] & m_p[None, :], other=0), PRECISION)
     acc = tl.zeros([BM, BP], tl.float32)
     sums = tl.zeros([BM], tl.float32)
     norms = tl.zeros([BM], tl.float32)
@@ -234,13 +236,14 @@ def gradient_rows(
         m_j = o_j < n
         start_j = tl.cast(start, tl.int64)
         at_j = z + start_j * x.width + tl.arange(0, BN)[:, None] * x.width + o_p[None, :]
-        b_j = tl.load(at_j, mask=m_j[:, None] & m_p[None, :], other=0)
+        b_j = to_tf32(tl.load(at_j, mask=m_j[:, None] & m_p[None, :], other=0), PRECISION)
         of_x = tl.dot(b_i, tl.trans(b_j), input_precision=PRECISION)
         t, K = _kernel_tile(of_x, x, typical_x, g, n, o_i, o_j, m_i, m_j, asked)
         of_y = _products(y, g, n, start_i, start_j, m_i, m_j, BM, BN, BK, PRECISION)
         _, L = _kernel_tile(of_y, y, typical_y, g, n, o_i, o_j, m_i, m_j, asked)
         counted = _counted(keep_ptr, g, n, o_i, o_j, m_i, m_j, asked)
         W, V, norm = _tile_weights(K, L, t, x, weights_ptr, g, n, o_i, o_j, m_i, m_j, counted, asked)
+        V = to_tf32(V, PRECISION)
         sums += _row_sum(V, x)
         norms += norm
         if OF_SIGMA:

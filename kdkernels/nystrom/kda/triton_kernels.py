@@ -7,6 +7,8 @@ Rows are contiguous; every start is 64-bit, offsets inside a tile 32-bit. One sl
 import triton
 import triton.language as tl
 
+from ...triton_tf32 import to_tf32
+
 
 @triton.jit
 def _product(
@@ -22,7 +24,7 @@ def _product(
         m_d = (o_d < d - first)[None, :]
         b_x = tl.load(at_x, mask=m_i[:, None] & m_d, other=0).to(tl.float32)
         b_y = tl.load(at_y, mask=m_j[:, None] & m_d, other=0)
-        acc = tl.dot(b_x, tl.trans(b_y), acc, input_precision=PRECISION)
+        acc = tl.dot(b_x, tl.trans(to_tf32(b_y, PRECISION)), acc, input_precision=PRECISION)
         at_x += BD
         at_y += BD
     return acc
@@ -97,7 +99,7 @@ def similarity_gradient(
         V = tl.clamp(S - T, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         at = s_centers_ptr + start_j * d + (tl.arange(0, BN)[:, None] * d + o_w[None, :])
         b_c = tl.load(at, mask=m_j[:, None] & m_w[None, :], other=0)
-        acc = tl.dot(V, b_c, acc, input_precision=PRECISION)
+        acc = tl.dot(to_tf32(V, PRECISION), to_tf32(b_c, PRECISION), acc, input_precision=PRECISION)
     # ds = grad / |T|_F clamp(S - T, -1, 1) s_centers
     acc *= tl.load(grad_ptr) * tl.load(inverse_ptr)
     at = ds_ptr + start_i * d + (tl.arange(0, BM)[:, None] * d + o_w[None, :])
