@@ -5,7 +5,7 @@
 # constant added to its logits, so with the same probabilities, has another loss. Who distils between models of one
 # tokenizer whose heads are padded to different sizes (32,000 and 32,064) is hurt: the loss pushes logits up or down as
 # a whole, and its value depends on where they lie.
-# Where: liger_kernel/chunked_loss/fused_linear_distillation.py, forward_output: F.pad of the student's logits, value 0.
+# Where: liger_kernel/chunked_loss/fused_linear_distillation.py, forward_output: zeros are joined to the smaller logits.
 # Belief: entries that a model does not have are absent, with logit -inf and probability 0.
 # Seen with liger-kernel 0.8.5, torch 2.13.0, Python 3.11 (forward KL of 50 entries to 60, and of 50 to 50 beside it):
 #   teacher of 60: logits + 0 1.0745, logits + 5 1.8528, logits - 5 2.9380
