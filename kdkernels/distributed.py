@@ -234,7 +234,9 @@ def compare(prepare, handle, call: str = "", options=None):
 
 
 def worded(value, depth: int = 4) -> str:
-    """Options as a text that is the same on every rank: no address, and no number on a GPU that the host waits for."""
+    """Options as a text that is the same on every rank: no address, and of tensors the sizes, of a bandwidth its values
+    (on a GPU the host waits for them, as it then does for what the ranks say).
+    """
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {list(value.shape)}{' with a gradient' if value.requires_grad else ''}"
     if value is None or isinstance(value, (str, numbers.Number, torch.dtype)):
@@ -248,7 +250,10 @@ def worded(value, depth: int = 4) -> str:
         if name is not None or not depth:
             return name or type(value).__name__
         return f"{type(value).__name__}({worded(_public(value), depth - 1)})"
-    return ", ".join(f"{key}={worded(one, depth)}" for key, one in value.items())
+    texts = {key: worded(one, depth) for key, one in value.items()}
+    if isinstance(value.get("sigma"), torch.Tensor):
+        texts["sigma"] += f" {value['sigma'].tolist()}"
+    return ", ".join(f"{key}={text}" for key, text in texts.items())
 
 
 def _public(value) -> dict:

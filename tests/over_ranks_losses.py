@@ -252,6 +252,9 @@ def refusals_of_losses(out):
     wrong = {
         "a kernel": lambda: losses.CKALoss("rbf" if odd else "linear", **whole)(x, y),
         "a bandwidth": lambda: losses.CKALoss(kd.RBF(1.0 + odd), **whole)(x, y),
+        "a tensor as bandwidth": lambda: losses.CKALoss(kd.RBF(torch.tensor(1.0 + odd)), **whole)(x, y),
+        "one of mmd": lambda: kd.mmd(x, y, kernel=kd.Laplacian(torch.tensor([1.0 + odd]).requires_grad_()), **whole),
+        "one of a transfer": lambda: kd.nystrom_transfer(x, y, x, y, kernel=kd.RBF(torch.tensor(1.0 + odd)), **whole),
         "a weight": lambda: losses.SPLoss(weight=1.0 + odd, **whole)(x, y),
         "weights": lambda: losses.CKALoss(weights=[1.0] if odd else None, **whole)([x], [y]),
         "a preset": lambda: (losses.MMDLoss.preset("transfer", **whole) if odd else losses.MMDLoss(**whole))(x, y),
