@@ -15,7 +15,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip --disable-pip-version-check install -q "torch==2.13.0" "triton==3.7.1" "liger-kernel==0.8.5"
+"$folder/venv/bin/python" -m pip --disable-pip-version-check install -q \
+  "torch==2.13.0" "triton==3.7.1" "liger-kernel==0.8.5"
 
 "$folder/venv/bin/python" - <<'PY' | tee "$folder/seen"
 import torch

@@ -93,7 +93,8 @@ def test_the_contract_rejects(name, monkeypatch):
 
 def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
     monkeypatch.setattr(differentiable, "without_autocast", lambda device: contextlib.nullcontext())
-    results = testing.contract("cka", "torch", quick=True)
+    numbers = [check for check in testing.checks_for("torch", "cpu") if check not in testing.transforms.CHECKS]
+    results = testing.contract("cka", "torch", quick=True, checks=numbers)
     assert {result.check for result in results if not result.ok} == {"autocast"}
 
 
