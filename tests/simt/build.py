@@ -42,6 +42,11 @@ def runtimes(variant: str) -> list[str]:
 
 def build(variant: str) -> Path:
     """The folder with the finished module; raises RuntimeError with the compiler's words."""
+    return build_module(f"simt-{variant}", ["-DKDK_SIMT=ON", f"-DKDK_SIMT_SANITIZE={SANITIZERS[variant]}"])
+
+
+def build_module(name: str, options: list[str]) -> Path:
+    """A Python module of CMakeLists.txt, in a folder of its own under build/."""
     import numpy
     import pybind11
 
@@ -50,13 +55,13 @@ def build(variant: str) -> Path:
     if cmake is None:
         raise RuntimeError("cmake not found: pip install cmake ninja")
     includes = [sysconfig.get_path("include"), pybind11.get_include(), numpy.get_include()]
-    options = ["-DKDK_CPU=OFF", "-DKDK_CUDA=OFF", "-DKDK_SIMT=ON", f"-DCMAKE_CXX_COMPILER={tools.find_compiler()}"]
-    options += [f"-DKDK_SIMT_SANITIZE={SANITIZERS[variant]}", f"-DKDK_SIMT_INCLUDE={';'.join(includes)}"]
+    options = ["-DKDK_CPU=OFF", "-DKDK_CUDA=OFF", *options, f"-DCMAKE_CXX_COMPILER={tools.find_compiler()}"]
+    options += [f"-DKDK_PYTHON_INCLUDE={';'.join(includes)}"]
     if ninja:
         options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     # CMake's cache remembers its tools and paths, so another set of them gets another folder
     key = hashlib.sha256("\n".join([cmake, str(ROOT), *options]).encode()).hexdigest()[:8]
-    folder = ROOT / "build" / f"simt-{variant}-{key}"
+    folder = ROOT / "build" / f"{name}-{key}"
     made = folder / "out"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:  # test workers share the folder
@@ -67,7 +72,7 @@ def build(variant: str) -> Path:
         ):
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
             if done.returncode:
-                raise RuntimeError(f"the simt module does not build:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}")
+                raise RuntimeError(f"{name} does not build:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}")
     return made
 
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package's own contract of an op's Triton kernels, executed as machine code:
+
+    python tests/machine/contract.py mixup gram_mse --architectures 80 90 --checks accuracy,twice
+    python tests/machine/contract.py              every op that has Triton kernels, for every architecture
+
+The launches take the schedules in turn. Prints what failed, and per op how much ran; returns 1 where anything failed.
+"""
+
+import argparse
+import sys
+import time
+
+import device as machine
+import torch
+from emulator import ARCHITECTURES, SCHEDULES
+
+from kdkernels import backend, testing
+from kdkernels.registry import OPS
+
+
+def allow_cpu_tensors():
+    """The backend "triton" takes CPU tensors, as under Triton's interpreter, and bfloat16 too."""
+
+    def obstacle(device: str, dtypes):
+        return "the Triton kernels compute in float32 and the input is float64" if torch.float64 in dtypes else None
+
+    backend._triton_obstacle = obstacle
+
+
+def ran(device: machine.Device, op: str, checks: list[str], quick: bool) -> bool:
+    start, done, failed = time.monotonic(), 0, []
+    device.launches.clear()
+    for result in testing.measure(op, "triton", "cpu", quick=quick, checks=checks):
+        done += 1
+        if not result.ok:
+            failed.append(result)
+            print(f"FAILED {result.check}: {result.case}: {result.error:.2e} > {result.budget:.2e} {result.note}")
+    names = sorted({launch.function.name for launch in device.launches})
+    steps = sum(launch.steps for launch in device.launches)
+    print(
+        f"{op} on sm_{device.architecture}: {done} measurements, {len(failed)} failed; {len(device.launches)} launches"
+        f" of {', '.join(names)}; {steps} instructions; {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
+    return bool(done and device.launches and not failed)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("ops", nargs="*", default=[op.name for op in OPS.values() if "triton" in op.backends])
+    parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
+    parser.add_argument("--checks", default="accuracy")
+    parser.add_argument("--all", action="store_true", help="every combination of options, not the quick ones")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    checks = options.checks.split(",")
+    allow_cpu_tensors()
+    kept = True
+    for architecture in options.architectures:
+        device = machine.install(architecture)
+        if checks != ["accuracy"]:  # they compare two calls: the rounding of products must not change between them
+            device.schedules = tuple(s for s in SCHEDULES if not s.truncated_sums)
+        for op in options.ops:
+            kept &= ran(device, op, checks, not options.all)
+    return int(not kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loads, stores, asynchronous copies, matrices of halves through shared memory, atomic additions.
+#include <algorithm>
+#include <cstring>
+
+#include "semantics.h"
+
+namespace machine {
+namespace {
+
+// hints of caches and scopes: what is in order between blocks is checked as if none were given
+const std::string kHints = "E SYS STRONG GPU SM CTA CONSTANT LTC128B LTC256B LU EF EL NA BYPASS ";
+
+int bytes_of(const Step& x) {
+  if (x.has("128")) return 16;
+  if (x.has("64")) return 8;
+  return x.has("U8") || x.has("S8") ? 1 : x.has("U16") || x.has("S16") ? 2 : 4;
+}
+
+void aligned(std::uint64_t address, int n) {
+  if (address % n) throw Fault("a misaligned access");
+}
+
+Region& shared_at(const Step& x, std::uint64_t address, int n) {
+  Region& shared = x.machine.shared.front();
+  aligned(address, n);
+  if (!shared.holds(address, n)) throw Fault("a shared access beyond the end: " + shared.place(address));
+  return shared;
+}
+
+Region& global_at(const Step& x, std::uint64_t address, int n) {
+  aligned(address, n);
+  return x.machine.region(address, n);
+}
+
+// n bytes into the registers from operand k on; of fewer than four the sign is kept where the type has one
+void unpack(Lane& x, int k, const std::uint8_t* bytes, int n) {
+  std::uint32_t words[4] = {};
+  std::memcpy(words, bytes, n);
+  if (x.has("S8")) words[0] = std::int32_t(static_cast<std::int8_t>(words[0]));
+  if (x.has("S16")) words[0] = std::int32_t(static_cast<std::int16_t>(words[0]));
+  const int base = x.operand(k).index;
+  for (int j = 0; base != kZeroRegister && j < std::max(1, n / 4); ++j) x.put(base + j, x.lane, words[j]);
+}
+
+void pack(const Lane& x, int k, std::uint8_t* bytes, int n) {
+  std::uint32_t words[4] = {};
+  const int base = x.operand(k).index;
+  for (int j = 0; base != kZeroRegister && j < std::max(1, n / 4); ++j) words[j] = x.get(base + j, x.lane);
+  std::memcpy(bytes, words, n);
+}
+
+template <bool kGlobal>
+void load(Lane& x) {
+  if (x.count() > 2) throw Fault("a load with a predicate");
+  const int n = bytes_of(x);
+  const std::uint64_t address = x.address(1, kGlobal);
+  std::uint8_t bytes[16];
+  (kGlobal ? global_at(x, address, n) : shared_at(x, address, n)).read(x.access(), address, bytes, n);
+  unpack(x, 0, bytes, n);
+}
+
+template <bool kGlobal>
+void store(Step& step) {
+  const int n = bytes_of(step);
+  std::uint64_t to[kLanes];
+  std::uint8_t bytes[kLanes][16];
+  each_lane(step.mask, [&](int l) {
+    const Lane x{step, l};
+    to[l] = x.address(0, kGlobal);
+    pack(x, 1, bytes[l], n);
+    (kGlobal ? global_at(x, to[l], n) : shared_at(x, to[l], n)).write(x.access(), to[l], bytes[l], n);
+    each_lane(step.mask & ((1u << l) - 1), [&](int k) {
+      const bool overlap = to[k] < to[l] + n && to[l] < to[k] + n;
+      if (overlap && (to[k] != to[l] || std::memcmp(bytes[k], bytes[l], n)))
+        step.report("two lanes store different values to one address");
+    });
+  });
+}
+
+// a lane's own stack
+std::uint8_t* local_at(Lane& x, int k, int n) {
+  const std::uint64_t address = x.address(k, false);
+  aligned(address, n);
+  if (address + n > kLocalBytes) throw Fault("a local access outside of the stack");
+  auto& local = x.warp.local;
+  if (local.empty()) {
+    local.resize(kLanes * kLocalBytes);
+    for (auto& byte : local) byte = static_cast<std::uint8_t>(x.machine.random());
+  }
+  return &local[x.lane * kLocalBytes + address];
+}
+
+void start_copy(Lane& x) {
+  const int n = bytes_of(x), last = x.count() - 1;
+  const std::uint64_t to = x.address(0, false), from = x.address(1, true);
+  Region& shared = shared_at(x, to, n);
+  Copy copy{static_cast<std::uint32_t>(to), n, {}};  // zeros where the predicate says that nothing is read
+  if (!x.operand(last).is_predicate() || x.p(last)) global_at(x, from, n).read(x.access(), from, copy.data, n);
+  shared.copy_starts(x.access(), to, copy.data, n, x.machine.schedule.copies_land_early);
+  x.warp.open_copies.push_back(copy);
+}
+
+// until at most `left` groups of copies are in flight
+void wait_for_copies(Step& x) {
+  if (!x.has("LE")) throw Fault("a wait for scoreboards that is not modelled");
+  if (x.count() < 2) return;  // for the scoreboards of loads, which are done when they are issued
+  auto& groups = x.warp.copy_groups;
+  const auto left = static_cast<std::size_t>(x.operand(1).value);
+  for (; groups.size() > left; groups.erase(groups.begin()))
+    for (const Copy& copy : groups.front()) x.machine.shared.front().copy_lands(x.access(), copy.to, copy.data, copy.n);
+}
+
+int matrices(const Step& x) { return x.has("4") ? 4 : x.has("2") ? 2 : 1; }
+
+// 8 x 8 matrices of halves: lane 8k + r has the address of row r of the k-th, and gets two neighbours of row lane / 4
+void load_matrices(Step& step) {
+  step.whole_warp();
+  const bool transposed = step.has("MT88");
+  std::uint32_t out[4][kLanes];
+  for (int k = 0; k < matrices(step); ++k) {
+    std::uint16_t rows[8][8];
+    for (int r = 0; r < 8; ++r) {
+      const std::uint64_t address = Lane{step, 8 * k + r}.address(1, false);
+      shared_at(step, address, 16).read(step.access(), address, rows[r], 16);
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      const int r = l / 4, c = l % 4 * 2;
+      const auto entry = [&](int i) { return std::uint32_t(transposed ? rows[c + i][r] : rows[r][c + i]); };
+      out[k][l] = entry(0) | entry(1) << 16;
+    }
+  }
+  for (int k = 0; k < matrices(step); ++k)
+    for (int l = 0; l < kLanes; ++l) step.put(step.operand(0).index + k, l, out[k][l]);
+}
+
+void store_matrices(Step& step) {
+  step.whole_warp();
+  const bool transposed = step.has("MT88");
+  for (int k = 0; k < matrices(step); ++k) {
+    std::uint16_t rows[8][8];
+    for (int l = 0; l < kLanes; ++l)
+      for (int h = 0; h < 2; ++h) {
+        const int r = l / 4, c = l % 4 * 2 + h;
+        const std::uint32_t value = step.get(step.operand(1).index + k, l) >> 16 * h;
+        (transposed ? rows[c][r] : rows[r][c]) = static_cast<std::uint16_t>(value);
+      }
+    for (int r = 0; r < 8; ++r) {
+      const std::uint64_t address = Lane{step, 8 * k + r}.address(0, false);
+      shared_at(step, address, 16).write(step.access(), address, rows[r], 16);
+    }
+  }
+}
+
+// in any order between lanes, warps and blocks: no race with other additions
+void atomic_add(Lane& x) {
+  const int address_at = x.at.operands[0].kind == Kind::kMemory ? 0 : x.after_predicates(0) + 1;
+  const bool f64 = x.has("F64"), f32 = x.has("F32"), wide = x.has("64") || f64;
+  const int n = wide ? 8 : 4;
+  const std::uint64_t address = x.address(address_at, true);
+  std::uint8_t* place = global_at(x, address, n).unchecked(address);
+  std::uint64_t old = 0, add = wide ? x.raw_wide(address_at + 1) : x.raw(address_at + 1);
+  std::memcpy(&old, place, n);
+  std::uint64_t sum = old + add;
+  if (f64) sum = std::bit_cast<std::uint64_t>(std::bit_cast<double>(old) + std::bit_cast<double>(add));
+  if (f32) sum = std::bit_cast<std::uint32_t>(__uint_as_float(unsigned(old)) + __uint_as_float(unsigned(add)));
+  std::memcpy(place, &sum, n);
+  if (address_at) wide ? x.set_wide(address_at - 1, old) : x.set(address_at - 1, static_cast<std::uint32_t>(old));
+}
+
+}  // namespace
+
+void add_transfers(Table& table) {
+  const std::string sizes = "U8 S8 U16 S16 64 128";
+  table.lanes("LDG", kHints + sizes, load<true>);
+  table.lanes("LDS", sizes, load<false>);
+  table.warp("STG", kHints + sizes, store<true>);
+  table.warp("STS", sizes, store<false>);
+  table.lanes("LDL", kHints + sizes, [](Lane& x) { unpack(x, 0, local_at(x, 1, bytes_of(x)), bytes_of(x)); });
+  table.lanes("STL", kHints + sizes, [](Lane& x) { pack(x, 1, local_at(x, 0, bytes_of(x)), bytes_of(x)); });
+  table.lanes("LDC ULDC", "64", [](Lane& x) { x.has("64") ? x.set_wide(0, x.raw_wide(1)) : x.set(0, x.raw(1)); });
+  table.lanes("LDGSTS", kHints + "64 128", start_copy);
+  table.warp("LDGDEPBAR", "", [](Step& x) {
+    x.warp.copy_groups.push_back(std::move(x.warp.open_copies));
+    x.warp.open_copies.clear();
+  });
+  table.warp("DEPBAR", "LE", wait_for_copies);
+  table.warp("LDSM", "16 M88 MT88 2 4", load_matrices);
+  table.warp("STSM", "16 M88 MT88 2 4", store_matrices);
+  table.lanes("ATOMG RED", kHints + "ADD F32 F64 64 RN FTZ", atomic_add);
+}
+
+}  // namespace machine

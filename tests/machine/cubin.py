@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled kernel is made of: its disassembly, where its parameters go, and its banks of constants."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+KEPT = Path(__file__).resolve().parents[2] / "build" / "machine"  # ignored by git
+
+
+class MachineError(RuntimeError):
+    """Why compiled code cannot be executed here."""
+
+
+def tool(name: str) -> str:
+    """cuobjdump or nvdisasm: of the triton package, or of a CUDA toolkit on the PATH."""
+    spec = importlib.util.find_spec("triton")
+    inside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name if spec else None
+    if inside and os.access(inside, os.X_OK):
+        return str(inside)
+    if found := shutil.which(name):
+        return found
+    raise MachineError(f"{name} is neither in the triton package nor on the PATH: pip install triton")
+
+
+def disassembly(cubin: bytes) -> str:
+    """As text; kept by content."""
+    kept = KEPT / "sass" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.sass"
+    if kept.is_file():
+        return kept.read_text()
+    command = tool("cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        # cuobjdump starts nvdisasm, which stands beside it
+        paths = os.pathsep.join([str(Path(command).parent), os.environ.get("PATH", "")])
+        done = subprocess.run(
+            [command, "-sass", str(path)], capture_output=True, text=True, env={**os.environ, "PATH": paths}
+        )
+    if done.returncode or "Function : " not in done.stdout:
+        raise MachineError(f"cuobjdump cannot read this kernel: {(done.stderr or done.stdout).strip()[:500]}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    written = kept.with_suffix(f".{os.getpid()}")
+    written.write_text(done.stdout)
+    written.replace(kept)
+    return done.stdout
+
+
+def sections(cubin: bytes) -> dict[str, bytes]:
+    """Name -> content of an ELF64 file."""
+    if cubin[:5] != b"\x7fELF\x02":
+        raise MachineError("this is no compiled kernel: it does not begin like a 64-bit ELF file")
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    heads = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = cubin[heads[names][4] :]
+    out = {}
+    for name, kind, _, _, offset, length in heads:
+        text = strings[name : strings.index(b"\0", name)].decode()
+        out[text] = b"" if kind == 8 else cubin[offset : offset + length]  # 8: nothing in the file
+    return out
+
+
+KPARAM_INFO, PARAM_CBANK = 0x17, 0x0A
+
+
+def _attributes(info: bytes):
+    """(attribute, payload) of a .nv.info section: format, attribute, then two bytes, or as many as two bytes say."""
+    at = 0
+    while at < len(info):
+        form, attribute, value = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form == 4:
+            yield attribute, info[at : at + value]
+            at += value
+
+
+class Layout:
+    """Of a kernel's parameters in constant bank 0: (offset, size) of each, in the order declared."""
+
+    def __init__(self, info: bytes):
+        found = {}
+        for attribute, payload in _attributes(info):
+            if attribute == PARAM_CBANK:
+                _, self.start, self.size = struct.unpack("<IHH", payload)
+            elif attribute == KPARAM_INFO:
+                _, ordinal, offset, packed = struct.unpack("<IHHI", payload)
+                found[ordinal] = offset, packed >> 18
+        self.parameters = [found[ordinal] for ordinal in sorted(found)]
+
+
+class Cubin:
+    """One function of a compiled file."""
+
+    def __init__(self, name: str, binary: bytes):
+        parts = sections(binary)
+        if f".nv.info.{name}" not in parts:
+            raise MachineError(f"the compiled file has no kernel {name}")
+        self.name, self.binary = name, binary
+        self.layout = Layout(parts[f".nv.info.{name}"])
+        self.listing = disassembly(binary)
+        (arch,) = set(re.findall(r"code for sm_(\d+)", self.listing)) or {""}
+        self.architecture = int(arch or 0)
+        self.constants = {
+            int(m[1]): data for n, data in parts.items() if (m := re.match(r"\.nv\.constant([1-9]\d*)", n))
+        }
