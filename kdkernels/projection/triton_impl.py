@@ -12,7 +12,7 @@ from ..autograd import at_least_float32
 from . import torch_impl
 from .layout import planes, write
 from .torch_impl import divisors
-from .triton_kernels import project, spread
+from .triton_kernels import Planes, project, spread
 
 
 class Tile(NamedTuple):
@@ -47,34 +47,29 @@ def _pick(k: int, half: bool) -> Tile:
     return next(pair[0 if half else 1] for limit, *pair in PROJECT if k <= limit)
 
 
-def _strides(x) -> tuple[int, int, int]:
-    """Of planes [B, c, p]: sample, position, channel."""
-    return x.stride(0), x.stride(2), x.stride(1)
-
-
-def _merge(S, T):
-    """(B, p, S's strides, T's) of the rows that a program may own: all samples' at once where both sides allow it."""
-    B, _, p = S.shape
-    if all(x.stride(0) == p * x.stride(2) for x in (S, T)):
-        return 1, B * p, _strides(S), _strides(T)
-    return B, p, _strides(S), _strides(T)
+def _merge(*sides):
+    """Each side [B, c, p] or None as Planes; B, p of the rows a program may own: all samples' where strides allow."""
+    B, _, p = next(x for x in sides if x is not None).shape
+    out = [None if x is None else Planes(x, x.stride(0), x.stride(2), x.stride(1)) for x in sides]
+    merged = all(x is None or x.step_b == p * x.step_p for x in out)
+    return *out, *((1, B * p) if merged else (B, p))
 
 
 def forward(s, t, basis, mask, channel_dim: int, reduction: str, keep: bool):
     with torch.cuda.device_of(s):
         S, T = planes(s, channel_dim), planes(t, channel_dim)
         (samples, c, per), k = S.shape, basis.shape[1]
-        B, p, s_at, t_at = _merge(S, T)
+        *sides, B, p = _merge(S, T)
         tile = _pick(k, _half(s, t))
         blocks = triton.cdiv(k, tile.directions)
         squares = torch.empty((blocks, samples, per), dtype=torch.float32, device=s.device)
         projected = torch.empty(samples * per * k if keep else 0, dtype=torch.float32, device=s.device)
-        counted = squares if mask is None else mask.contiguous().view(torch.uint8)
+        counted = None if mask is None else mask.contiguous().view(torch.uint8)
         if squares.numel():
             project[(B * triton.cdiv(p, tile.rows), blocks)](
-                S, T, basis.float().contiguous(), counted, squares, projected, B, p, c, k, *s_at, *t_at,
-                BR=tile.rows, BC=tile.channels, BK=tile.directions, MASK=mask is not None, KEEP=keep,
-                PRECISION=_precision(_half(s, t)), num_warps=tile.warps, num_stages=tile.stages,
+                *sides, basis.float().contiguous(), counted, squares, projected if keep else None, B, p, c, k,
+                BR=tile.rows, BC=tile.channels, BK=tile.directions, PRECISION=_precision(_half(s, t)),
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         total = squares.sum((0, 2) if reduction == "none" else None, dtype=torch.float64)
         return (total / divisors(mask, S, k, reduction)).to(at_least_float32(s, t)), projected
@@ -88,7 +83,7 @@ def backward(grad, s, t, basis, mask, projected, channel_dim: int, reduction: st
         ds = torch.empty_like(s) if need & 1 else empty
         dt = torch.empty_like(t) if need & 2 else empty
         if need & 3 and s.numel():
-            _spread(projected, basis, weight, (S, T), (ds, dt), channel_dim, need)
+            _spread(projected, basis, weight, (ds if need & 1 else None, dt if need & 2 else None), channel_dim)
         dbasis = empty
         if need & 4:
             Q = projected.view(S.shape[0], S.shape[2], k)
@@ -96,22 +91,18 @@ def backward(grad, s, t, basis, mask, projected, channel_dim: int, reduction: st
         return ds, dt, dbasis
 
 
-def _spread(projected, basis, weight, sides, gradients, channel_dim, need):
-    (_, c, per), k = sides[0].shape, basis.shape[1]
-    outs, finishes = [], []
-    for bit in (0, 1):
-        out, finish = write(gradients[bit], channel_dim) if need >> bit & 1 else (None, None)
-        outs.append(out)
-        finishes.append(finish)
-    # the side that is not asked for is written nowhere: any strides do
-    S, T = (out if out is not None else outs[1 - bit] for bit, out in enumerate(outs))
-    B, p, s_at, t_at = _merge(S, T)
-    half = S.dtype != torch.float32 and T.dtype != torch.float32
+def _spread(projected, basis, weight, gradients, channel_dim):
+    """Writes the gradients of s and t; None where nobody asks."""
+    outs, finishes = zip(*((None, None) if x is None else write(x, channel_dim) for x in gradients), strict=True)
+    given = [x for x in outs if x is not None]
+    (_, c, per), k = given[0].shape, basis.shape[1]
+    *sides, B, p = _merge(*outs)
+    half = all(x.dtype != torch.float32 for x in given)
     tile = SPREAD[0 if half else 1]
     spread[(B * triton.cdiv(p, tile.rows), triton.cdiv(c, tile.channels))](
-        projected, basis.float().contiguous(), weight.contiguous(), S, T, p, per, c, k, *s_at, *t_at,
-        BR=tile.rows, BC=tile.channels, BK=tile.directions, WEIGHTS=weight.dim() == 1, STUDENT=bool(need & 1),
-        TEACHER=bool(need & 2), PRECISION=_precision(half), num_warps=tile.warps, num_stages=tile.stages,
+        *sides, projected, basis.float().contiguous(), weight.contiguous(), p, per, c, k,
+        BR=tile.rows, BC=tile.channels, BK=tile.directions, WEIGHTS=weight.dim() == 1, PRECISION=_precision(half),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     for finish in finishes:
         if finish is not None:

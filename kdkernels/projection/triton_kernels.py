@@ -5,10 +5,24 @@ A program owns BR positions of one sample (of all samples, where strides let the
 arguments: a stride of 1 is known at compile time, and loads run along it. Sums go to one slot a row: no atomics.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from ..triton_tf32 import to_tf32
+
+
+class Planes(NamedTuple):
+    """[B, p, c] by strides, any float dtype."""
+
+    ptr: torch.Tensor
+    step_b: int
+    step_p: int
+    step_c: int
 
 
 @triton.jit
@@ -19,15 +33,12 @@ def _rows(start, p, BR: tl.constexpr):
 
 @triton.jit(do_not_specialize=["p"])
 def project(
-    s_ptr,  # [B, p, c] by strides, any float dtype
-    t_ptr,
+    s, t,  # Planes
     basis_ptr,  # [c, k] float32, contiguous
-    mask_ptr,  # [B, p] uint8
+    mask_ptr,  # [B, p] uint8, or None
     squares_ptr,  # [k blocks, B, p] float32: square sums of Q
-    q_ptr,  # [B, p, k] float32: Q = (s - t) P
-    B, p, c, k, s_b, s_p, s_c, t_b, t_p, t_c,
-    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr,  # [B, p, k] float32: Q = (s - t) P, or None
+    B, p, c, k, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(p, BR)
     tile = tl.program_id(0) % tiles
@@ -37,13 +48,13 @@ def project(
     inner = tl.arange(0, BR)
     o_r, m_r = _rows(tile * BR, p, BR)
     counted = m_r
-    if MASK:
+    if mask_ptr is not None:
         counted = tl.load(mask_ptr + b * p + o_r, mask=m_r, other=0) != 0
     o_k = k_block * BK + tl.arange(0, BK)
     o_c = tl.arange(0, BC)
     m_k = o_k < k
-    at_s = s_ptr + b * s_b + start * s_p + (inner[:, None] * s_p + o_c[None, :] * s_c)
-    at_t = t_ptr + b * t_b + start * t_p + (inner[:, None] * t_p + o_c[None, :] * t_c)
+    at_s = s.ptr + b * s.step_b + start * s.step_p + (inner[:, None] * s.step_p + o_c[None, :] * s.step_c)
+    at_t = t.ptr + b * t.step_b + start * t.step_p + (inner[:, None] * t.step_p + o_c[None, :] * t.step_c)
     at_basis = basis_ptr + o_c[:, None] * k + o_k[None, :]
     acc = tl.zeros([BR, BK], tl.float32)
     for first in range(0, c, BC):
@@ -54,28 +65,34 @@ def project(
         b_d = to_tf32(b_s - b_t, PRECISION)  # before P is read: the other way round spills on sm_100
         P = tl.load(at_basis, mask=m_c[:, None] & m_k[None, :], other=0)
         acc = tl.dot(b_d, to_tf32(P, PRECISION), acc, input_precision=PRECISION)
-        at_s += tl.cast(BC * s_c, tl.int64)
-        at_t += tl.cast(BC * t_c, tl.int64)
+        at_s += tl.cast(BC * s.step_c, tl.int64)
+        at_t += tl.cast(BC * t.step_c, tl.int64)
         at_basis += BC * k
     # |Q_r|^2 over this block of directions
     at = (k_block * B + b) * p + start + inner
     tl.store(squares_ptr + at, tl.sum(acc * acc, 1), mask=m_r)
-    if KEEP:
+    if q_ptr is not None:
         at_q = q_ptr + (b * p + start) * k + (inner[:, None] * k + o_k[None, :])
         tl.store(at_q, acc, mask=m_r[:, None] & m_k[None, :])
 
 
+@triton.jit
+def _write(planes, tile, b, start, m, BR: tl.constexpr, BC: tl.constexpr):
+    at = planes.ptr + b * planes.step_b + start * planes.step_p
+    at += tl.program_id(1).to(tl.int64) * BC * planes.step_c
+    at += tl.arange(0, BR)[:, None] * planes.step_p + tl.arange(0, BC)[None, :] * planes.step_c
+    tl.store(at, tile.to(planes.ptr.dtype.element_ty), mask=m)
+
+
 @triton.jit(do_not_specialize=["p", "per"])
 def spread(
+    ds, dt,  # Planes, or None where nobody asks
     q_ptr,  # [B, p, k] float32
     basis_ptr,  # [c, k] float32
     weight_ptr,  # [samples] float32, or one number: 2 grad / norm
-    ds_ptr,  # [B, p, c] by strides, in the dtype of s
-    dt_ptr,
     p, per,  # positions of one sample: row r of program row b belongs to sample b + r // per
-    c, k, s_b, s_p, s_c, t_b, t_p, t_c,
-    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, WEIGHTS: tl.constexpr, STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr, PRECISION: tl.constexpr,
+    c, k,
+    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(p, BR)
     tile = tl.program_id(0) % tiles
@@ -103,11 +120,7 @@ def spread(
         acc *= tl.load(weight_ptr)
     m = m_r[:, None] & m_c[None, :]
     # ds = 2 grad / norm Q P', dt = - ds
-    if STUDENT:
-        at = ds_ptr + b * s_b + start * s_p + tl.program_id(1).to(tl.int64) * BC * s_c
-        at += inner[:, None] * s_p + tl.arange(0, BC)[None, :] * s_c
-        tl.store(at, acc.to(ds_ptr.dtype.element_ty), mask=m)
-    if TEACHER:
-        at = dt_ptr + b * t_b + start * t_p + tl.program_id(1).to(tl.int64) * BC * t_c
-        at += inner[:, None] * t_p + tl.arange(0, BC)[None, :] * t_c
-        tl.store(at, (-acc).to(dt_ptr.dtype.element_ty), mask=m)
+    if ds is not None:
+        _write(ds, acc, b, start, m, BR, BC)
+    if dt is not None:
+        _write(dt, -acc, b, start, m, BR, BC)
