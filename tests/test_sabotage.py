@@ -11,8 +11,8 @@ import torch
 from broken import one_gradient, rejects, without_last
 
 from kdkernels import differentiable, testing
-from kdkernels.gram import torch_impl
-from kdkernels.gram.torch_impl import combine
+from kdkernels.gram import bandwidth, torch_impl
+from kdkernels.gram.torch_impl import combine, forms, prepared
 
 FORWARD, BACKWARD = torch_impl.forward, torch_impl.backward
 # rows of one side in what forward saves: u, p, q, e, f, h (SIDE_ROWS)
@@ -96,6 +96,21 @@ def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
     numbers = [check for check in testing.checks_for("torch", "cpu") if check not in testing.transforms.CHECKS]
     results = testing.contract("cka", "torch", quick=True, checks=numbers)
     assert {result.check for result in results if not result.ok} == {"autocast"}
+
+
+@pytest.mark.parametrize(
+    "owner, name, broken",
+    [
+        (forms, "far_apart", lambda pairs: False),
+        (forms, "outgrown", lambda *a: False),
+        (prepared, "outside", lambda *a: False),
+        (bandwidth, "outside", lambda *a: False),
+    ],
+)
+def test_the_contract_rejects_float32_where_it_does_not_do(owner, name, broken, monkeypatch):
+    monkeypatch.setattr(owner, name, broken)
+    results = testing.contract("gram_mse" if name == "outgrown" else "mmd", "torch", quick=True, checks=["accuracy"])
+    assert any(not result.ok for result in results)
 
 
 def test_an_exception_is_a_failed_measurement(monkeypatch):

@@ -117,6 +117,7 @@ SABOTAGE = {
     "unwritten tail": ("poison", value(last_not_written)),
     "strides not read": ("layouts", given(packed)),
     "mask by multiplication": ("masks", leaks),
+    "a number for NaN": ("nonfinite", value(lambda v: v.nan_to_num(0.0, 0.0, 0.0))),
     "rounded by autocast": ("autocast", rounded_inside_autocast),
 }
 
@@ -125,6 +126,8 @@ def applies(check, case) -> bool:
     if check in ("gradient", "needs"):
         return case.gradient and len(case.leaves) > (check == "needs")
     if check == "autocast":  # bfloat16 holds the numbers of what is counted
+        return case.gradient
+    if check == "nonfinite":  # counts and places are numbers whatever they are of
         return case.gradient
     return check != "masks" or bool(case.masks)
 

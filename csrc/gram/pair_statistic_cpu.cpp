@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "near_pairs.h"
 #include "pair_bandwidth.h"
 #include "pair_products.h"
 #include "pair_rows.h"
@@ -43,6 +44,7 @@ constexpr int64_t kSaved = 3;         // numbers a side for the backward pass: s
                             float* g, int64_t ld) {                                                                   \
     for (int64_t i = i0; i < i1; i += 2 * W) gather_rows<2 * W>(parts, count, ldc, i, n, g, ld);                      \
   }                                                                                                                   \
+  TARGET bool near_##NAME(const float* g, const float* norms, int64_t i) { return near_row<2 * W>(g, norms, i); }     \
   TARGET void kernel_##NAME(const Kernel& s, int64_t i) { kernel_row<W>(s, i); }                                      \
   TARGET void sum_##NAME(const float* k, const float* l, int64_t n, double* out) { sum_row<W>(k, l, n, out); }        \
   TARGET void weigh_##NAME(const Kernel& own, const float* l, const PairWeights& w, int64_t i, float* v, double* s) { \
@@ -58,6 +60,7 @@ KDK_PAIRS(avx512, KDK_AVX512, 8)
 struct Passes {
   decltype(&multiply_baseline) multiply = multiply_baseline;
   decltype(&gather_baseline) gather = gather_baseline;
+  decltype(&near_baseline) near = near_baseline;
   decltype(&kernel_baseline) kernel = kernel_baseline;
   decltype(&sum_baseline) sum = sum_baseline;
   decltype(&weigh_baseline) weigh = weigh_baseline;
@@ -67,8 +70,10 @@ const Passes& passes() {
   static const Passes chosen = [] {
 #if KDK_X86
     const Isa isa = detect_isa();
-    if (isa == Isa::kAvx512) return Passes{multiply_avx512, gather_avx512, kernel_avx512, sum_avx512, weigh_avx512};
-    if (isa == Isa::kAvx2) return Passes{multiply_avx2, gather_avx2, kernel_avx2, sum_avx2, weigh_avx2};
+    if (isa == Isa::kAvx512) {
+      return Passes{multiply_avx512, gather_avx512, near_avx512, kernel_avx512, sum_avx512, weigh_avx512};
+    }
+    if (isa == Isa::kAvx2) return Passes{multiply_avx2, gather_avx2, near_avx2, kernel_avx2, sum_avx2, weigh_avx2};
 #endif
     return Passes{};
   }();
@@ -173,12 +178,30 @@ void multiply(const std::vector<Side*>& sides, bool parallel) {
   }
 }
 
+// where a pair is near, g becomes -d2 / 2 with a diagonal of 0, from which all that follows reads the same distances
+void subtract_near_pairs(Side& side, bool parallel) {
+  const int64_t n = side.f.n, ld = side.ld;
+  float* g = side.g->get();
+  const Scratch norms(ld);
+  for (int64_t i = 0; i < n; ++i) norms.get()[i] = g[i * ld + i];
+  int64_t first = 0;
+  while (first < n && !passes().near(g + first * ld, norms.get(), first)) ++first;
+  if (first == n) return;
+  over(n, 8, parallel, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) subtract_row(side.f, norms.get(), side.scale, i, g + i * ld);
+  });
+  over(n, 8, parallel, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) mirror_row(i, n, g, ld);
+  });
+}
+
 // what the rows of K^ are computed from
-void prepare_kernel(Side& side, bool centre, bool slopes) {
+void prepare_kernel(Side& side, bool centre, bool slopes, bool parallel) {
   Kernel& k = side.kernel;
   k.n = side.f.n, k.ld = side.ld, k.g = k.k = side.g->get();
   if (side.choice.rule == kLinear) return;
   k.rbf = true;
+  subtract_near_pairs(side, parallel);
   side.k.emplace(k.n * k.ld);
   k.k = side.k->get();
   if (slopes) side.slope.emplace(k.n * k.ld), k.slope = side.slope->get();
@@ -260,7 +283,9 @@ void run(Group& group, const Estimator& how, bool parallel) {
     if (side->scale != 1) again.push_back(side);
   }
   if (!again.empty()) multiply(again, parallel);
-  for (int s = 0; s < 2; ++s) prepare_kernel(*sides[s], how.centre, group.v[s] || how.need >> s & 0b100);
+  for (int s = 0; s < 2; ++s) {
+    prepare_kernel(*sides[s], how.centre, group.v[s] || how.need >> s & 0b100, parallel);
+  }
 
   std::vector<double> sums(5 * n);
   over(n, std::max<int64_t>(1, (1 << 14) / n), parallel, [&](int64_t begin, int64_t end) {

@@ -9,9 +9,11 @@ An operator of its own, `kdkernels::gram_bandwidth`: traced, its index arithmeti
 
 import torch
 
-from ..autograd import at_least_float32, register
+from ..autograd import at_least_float32, device_type, register, without_autocast
+from .scales import outside
 
 EXACT = 1024
+NEAR = 16  # a median this far below the mean is one of near pairs, whose digits float32 squares of far ones round away
 
 
 def bandwidth(x, mask, rule: str, factor: float):
@@ -39,7 +41,16 @@ def sampled(n: int, device=None) -> torch.Tensor:
 
 def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
     """over: from a sum over these rows to the one over all rows, for a "mean" where x is a part of them."""
-    x = x.to(at_least_float32(x))
+    dtype = at_least_float32(x)
+    mean, found = _squares(x.to(dtype), mask, rule, over)
+    if outside(mean, 1e-30, 1e30) or (found is not None and outside(found / mean, 1 / NEAR, 1e30)):
+        mean, found = _squares(x.double(), mask, rule, over)
+    s2 = mean if found is None else torch.where(found > 0, found, mean)
+    return (factor * torch.where(s2 == 0, torch.ones_like(s2), s2).sqrt()).to(dtype)
+
+
+def _squares(x, mask, rule: str, over):
+    """Mean [G] of the squared distances, and their median where that is the rule."""
     if rule == "median" and x.shape[1] > EXACT:
         rows = sampled(x.shape[1], x.device)
         x, mask = x[:, rows], None if mask is None else mask[:, rows]
@@ -51,10 +62,7 @@ def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
     x = x - mean if mask is None else torch.where(mask[..., None], x - mean, torch.zeros_like(x))
     square = x.square().sum(-1)
     s2 = 2 * over(square.sum(1)) / count
-    if rule == "median":
-        median = _median(x, square, mask, None if mask is None else count)
-        s2 = torch.where(median > 0, median, s2)
-    return factor * torch.where(s2 == 0, torch.ones_like(s2), s2).sqrt()
+    return s2, _median(x, square, mask, None if mask is None else count) if rule == "median" else None
 
 
 @torch.no_grad()
@@ -71,7 +79,8 @@ def bandwidth_of_all(x, mask, rule: str, factor: float, group):
 
 
 def _bandwidth(x, mask, rule, factor):
-    return bandwidth_over(x, mask, rule, factor)
+    with without_autocast(device_type(x)):
+        return bandwidth_over(x, mask, rule, factor)
 
 
 def _median(x, square, mask, count):

@@ -2,7 +2,8 @@
 """The textbook of the Gram family: one line per equation of MATH.md, n x n matrices, plain autograd. The oracle.
 
 Letters: K, L the kernel matrices of x and y, H = I - 11'/n. Nothing here shares algebra with the fast backends.
-Half inputs are computed in float32; in float64 this is what every other backend is judged against.
+All of it is float64, whatever the inputs are, and only the value is rounded: float32 squares end at 1e19, and off the
+origin, or between clusters far apart, nothing would be left of what they cancel to.
 """
 
 import torch
@@ -16,7 +17,7 @@ def kernel_matrix(x, kernel):
         return (kernel.scale * (x @ x.T) + kernel.coef0) ** kernel.degree
     if kernel.name == "cosine":
         norm = x.norm(dim=1, keepdim=True)
-        unit = x / torch.where(norm > 0, norm, torch.ones_like(norm))
+        unit = unit_of(x, norm)
         return unit @ unit.T
     d2 = squared_distances(x)
     sigmas = bandwidths(kernel.sigma, d2)
@@ -48,10 +49,15 @@ def bandwidths(sigma, d2):
     return [factor * torch.where(s2 > 0, s2, torch.ones_like(s2)).sqrt()]
 
 
+def unit_of(rows, norm):
+    """Rows over their norms; one of norm 0 stays 0, with gradient 0."""
+    return rows * (norm != 0) / torch.where(norm != 0, norm, torch.ones_like(norm))
+
+
 def row_normalized(K):
-    """K_ij / sqrt(K_ii), rows only, as in the public code of RCKA; a zero row stays zero."""
+    """K_ij / sqrt(K_ii), rows only, as in the public code of RCKA."""
     k = K.diagonal()
-    return K / torch.where(k != 0, k, torch.ones_like(k)).sqrt()[:, None]
+    return unit_of(K, torch.where(k != 0, k, torch.ones_like(k)).sqrt()[:, None] * (k != 0)[:, None])
 
 
 def hsic_of(K, L, unbiased, center):
@@ -78,7 +84,7 @@ def hsic_one(x, y, kernels, unbiased, center, row_normalize):
 
 
 def cka_one(x, y, kernels, unbiased, center, row_normalize):
-    K, L = gram_pair(x, y, kernels, row_normalize)
+    K, L = (M / largest(M) for M in gram_pair(x, y, kernels, row_normalize))
     kk, ll = hsic_of(K, K, unbiased, center), hsic_of(L, L, unbiased, center)
     kl = hsic_of(K, L, unbiased, center)
     # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN. HSIC_1 is a difference of
@@ -89,6 +95,12 @@ def cka_one(x, y, kernels, unbiased, center, row_normalize):
         undefined = kk * ll * kl
         return undefined if undefined.isnan() else zero_of(x, y, *(k.sigma for k in kernels))
     return kl / (kk.sqrt() * ll.sqrt())
+
+
+def largest(K):
+    """A bound of its entries that is no variable: CKA does not see the unit of K, and cubes of 1e60 overflow."""
+    top = K.detach().abs().max()
+    return torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top))
 
 
 def gram_mse_one(x, y, normalize, reduction):
@@ -102,7 +114,7 @@ def gram_mse_one(x, y, normalize, reduction):
 
 def unit_rows(K):
     norm2 = K.square().sum(1, keepdim=True)
-    return K / torch.where(norm2 > 0, norm2, torch.ones_like(norm2)).sqrt()
+    return unit_of(K, torch.where(norm2 > 0, norm2, torch.ones_like(norm2)).sqrt() * (norm2 > 0))
 
 
 def mmd_one(x, y, kernel, unbiased):
@@ -118,18 +130,17 @@ def mmd_one(x, y, kernel, unbiased):
 
 def over_groups(function, x, y, kernels, mask, minimum):
     """`function` of each group's kept rows; a group whose mask leaves fewer than `minimum` gives 0."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    x, y = x.to(dtype), y.to(dtype)
     if x.dim() == 2:
         return over_groups(function, x[None], y[None], kernels, None if mask is None else mask[None], minimum)[0]
-    values = []
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y, values = x.double(), y.double(), []
     for g in range(len(x)):
         keep = slice(None) if mask is None else mask[g]
         xg, yg = x[g][keep], y[g][keep]
         enough = len(xg) >= minimum
         pair = tuple(k.of_group(g) for k in kernels)
         values.append(function(xg, yg, pair) if enough else zero_of(xg, yg, *(k.sigma for k in pair)))
-    return torch.stack(values)
+    return torch.stack(values).to(dtype)
 
 
 def zero_of(x, y, *sigmas):

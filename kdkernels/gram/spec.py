@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ..testing import REGIMES, Caps, Case, pair
+from ..testing import REGIMES, SCALES, Caps, Case, pair
 from ..testing.shared import DOUBLE, EVERY_DTYPE, HALF, SINGLE, cases_of, grid, instead, one_in, some_rows
 from . import call, reference
 from . import op as ops
@@ -31,7 +31,15 @@ KERNELS = {
     "laplacian": lambda sigma, spread: Laplacian("mean"),
     "mixed": lambda sigma, spread: ("rbf", "linear"),
 }
+# that see nothing but their own cluster where two of standard deviation 1 are a thousand apart
+NARROW = {
+    "narrow rbf": lambda sigma, spread: RBF(3.0),
+    "narrow laplacian": lambda sigma, spread: Laplacian(3.0),
+    "narrow sum": lambda sigma, spread: RBF((2.0, 2000.0)),
+    "narrow median": lambda sigma, spread: "rbf",
+}
 MMD_KERNELS = [name for name in KERNELS if name != "mixed"]
+OF_ANY_SIZE = {"cka": ("linear", "cosine", "rbf", "laplacian"), "hsic": ("cosine", "rbf", "laplacian")}
 ESTIMATORS = {
     "unbiased": {},
     "biased": {"unbiased": False},
@@ -61,9 +69,11 @@ def small_tiles(backend: str):
 
 def caps(kernel: str, backend: str, shape: tuple[int, int]):
     """Caps by dtype, for [n, narrower width]. A polynomial's terms exceed their centred sum by more, so do a
-    Laplacian's at its cusp, and so do all those of the unbiased estimator on a handful of rows."""
+    Laplacian's at its cusp, and so do all those of the unbiased estimator on a handful of rows. A rounding of rows at
+    1000 moves the distances within a cluster by 1e-4."""
     n, width = shape
     single = Caps(5e-6 if kernel in ("polynomial", "cubic", "laplacian") or n < 8 else 1e-6, 1e-4)
+    single = Caps(1e-4, 1e-3) if kernel in NARROW else single
 
     def of(dtype: torch.dtype) -> Caps:
         if dtype == DOUBLE:
@@ -91,6 +101,32 @@ def _inputs(regime, shape, G, masked, sigma, generator, m=None):
     return inputs
 
 
+def _clusters(n, p, q, G, masked, generator, m=None):
+    """Two clusters a side, far apart; with m the second is y's."""
+    inputs = _inputs("plain", (n, p, q), G, masked, False, generator, m)
+    if m is None:
+        inputs["x"][..., ::2, :] += 1000.0
+    inputs["y"][..., slice(None, None, 2 if m is None else 1), :] += 1000.0
+    return inputs
+
+
+def _unusual(backend, kernels, generator, m=None):
+    """(kernel, label, inputs, fields) of what float32 squares do not hold: clusters far apart under a kernel that sees
+    its own alone, and features of any size under what does not depend on it. A GPU does not look (MATH.md)."""
+    if backend == "triton":
+        return
+    for count, kernel in enumerate((*NARROW, *NARROW)):
+        tiles = {"context": partial(small_tiles, backend)} if count >= len(NARROW) and backend != "reference" else {}
+        q = 6 if m else 5
+        inputs = _clusters(21, 6, q, (None, 2)[count % 2], count % 3 == 1, generator, m)
+        yield kernel, "clusters" + " tiles" * bool(tiles), inputs, tiles
+    for factor in SCALES:
+        for count, kernel in enumerate(kernels):
+            inputs = _inputs("peaky", (13, 6, 6), (None, 2)[count % 2], count % 3 == 1, False, generator, m)
+            inputs |= {name: factor * inputs[name] for name in "xy"}
+            yield kernel, f"scale {factor:g}", inputs, {"dtypes": (SINGLE, DOUBLE)}
+
+
 def _statistic(op, backend, quick, generator):
     function = getattr(ops, op)
     # each regime meets each kernel once, and every estimator equally often
@@ -105,6 +141,12 @@ def _statistic(op, backend, quick, generator):
     if op == "cka":
         yield from _degenerate(function, backend, generator)
         yield from _far_from_one(function, backend, generator)
+    for kernel, label, inputs, fields in _unusual(backend, OF_ANY_SIZE[op], generator):
+        for estimator in ("biased", "unbiased"):
+            yield _pair_case(function, backend, kernel, estimator, label, inputs, **fields)
+        if kernel == "linear":
+            for estimator in ("uncentred", "row", "centred row"):
+                yield _pair_case(function, backend, kernel, estimator, label, inputs, **fields)
     for kernel, estimator, shape, G, masked in (
         ("rbf sigma", "unbiased", (13, 6, 5), 2, True),
         ("linear", "unbiased", (33, 5, 4), None, False),
@@ -161,7 +203,9 @@ def _kernel_of(kernel, inputs):
     spread = float((x - x.mean(-2, keepdim=True)).square().sum(-1).mean().sqrt()) or 1.0
     if "sigma" in inputs:
         return lambda t: KERNELS[kernel](t["sigma"], spread)
-    fixed = KERNELS[kernel](None, spread)  # of numbers it is made once: Dynamo may take one made inside for symbolic
+    fixed = (KERNELS | NARROW)[kernel](
+        None, spread
+    )  # of numbers it is made once: Dynamo may take one made inside for symbolic
     return lambda t: fixed
 
 
@@ -237,6 +281,11 @@ def _gram_mse(op, backend, quick, generator):
             for normalize in (None, "row"):
                 inputs = _inputs("edge", (n, 40, 40 + n % 2), 2, n % 2 == 1, False, generator)
                 yield _mse_case(backend, normalize, "mean", "edge tiles", inputs, context=partial(small_tiles, backend))
+    for factor in SCALES if backend != "triton" else ():
+        for count, shape in enumerate(SHAPES):
+            inputs = _inputs("peaky", shape, (None, 3)[count % 2], count == 1, False, generator)
+            inputs |= {name: factor * inputs[name] for name in "xy"}
+            yield _mse_case(backend, "row", "mean", f"scale {factor:g}", inputs, dtypes=(SINGLE, DOUBLE))
     for normalize, shape, G, masked in ((None, (13, 6, 6), 2, True), ("row", (13, 20, 6), None, True)):
         inputs = _inputs("offset3", shape, G, masked, False, generator)
         yield _mse_case(backend, normalize, "mean", "probe", inputs, probe=True)
@@ -288,6 +337,9 @@ def _mmd(op, backend, quick, generator):
         for kernel in MMD_KERNELS:
             inputs = _inputs("offset3", (21, 30, 30), 2, True, kernel == "rbf sigma", generator, 26)
             yield _mmd_case(backend, kernel, True, "tiles", inputs, context=partial(small_tiles, backend))
+    for kernel, label, inputs, fields in _unusual(backend, OF_ANY_SIZE["hsic"], generator, 17):
+        for unbiased in (True, False):
+            yield _mmd_case(backend, kernel, unbiased, label, inputs, **fields)
     for kernel, unbiased, G in (("rbf sigma", True, 2), ("linear", False, None)):
         inputs = _inputs("offset3", (11, 5, 5), G, True, kernel == "rbf sigma", generator, 14)
         yield _mmd_case(backend, kernel, unbiased, "probe", inputs, probe=True)

@@ -86,12 +86,11 @@ def reference_mmd(samples: Rows, kernel, unbiased: bool):
     if x.dim() == 2:
         masks = [None if mask is None else mask[None] for mask in masks]
         return reference_mmd(Rows(x[None], y[None], masks), kernel, unbiased)[0]
-    dtype = at_least_float32(x, y)
-    x, y = x.to(dtype), y.to(dtype)
-    values = []
+    dtype, values = at_least_float32(x, y), []
+    x, y = x.double(), y.double()
     for g in range(x.shape[0]):
         xg, yg = (t[g] if mask is None else t[g][mask[g]] for t, mask in zip((x, y), masks, strict=True))
         enough = min(len(xg), len(yg)) >= least
         own = kernel.of_group(g)
         values.append(reference.mmd_one(xg, yg, own, unbiased) if enough else reference.zero_of(xg, yg, own.sigma))
-    return torch.stack(values)
+    return torch.stack(values).to(dtype)

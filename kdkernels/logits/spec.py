@@ -39,11 +39,6 @@ def small_chunks(backend: str):
     return instead(*places)
 
 
-def _finite(value):
-    """inf as a number that errors can be measured by."""
-    return torch.where(value == math.inf, -7.0, value)
-
-
 def _reduced(rows, reduction):
     """The size of a reduced loss from that of its rows, the largest for a vector of them."""
     rows = torch.where(rows.isfinite(), rows, 0.0)
@@ -99,7 +94,7 @@ def _closed(generator):
 
 def _kl_case(student, teacher, tau, reduction, label, **fields):
     def call(t, backend):
-        return _finite(ops.distillation_kl(t["student"], t["teacher"], tau=tau, reduction=reduction, backend=backend))
+        return ops.distillation_kl(t["student"], t["teacher"], tau=tau, reduction=reduction, backend=backend)
 
     def sizes(t):
         log_p, log_q = (reference.log_p(t[side].detach(), tau) for side in ("student", "teacher"))

@@ -49,7 +49,7 @@ def tile(spec: KernelSpec, x, z, half_x, half_z):
     t = product(x, z.mT)
     if not spec.of_distance:
         return t
-    size = half_x[:, None] + half_z
+    size = (half_x + 0 * half_x)[:, None] + half_z  # NaN where a row is infinite: exp(-inf) = 0 would hide it
     t.sub_(size).clamp_(max=0)
     if spec.name != "laplacian":
         return t

@@ -146,7 +146,7 @@ def soft_rank(x, eps, kl: bool, descending: bool):
 
     def one(row, e):
         if math.isnan(e.detach()):
-            return row * math.nan, torch.full_like(row, -1, dtype=torch.int32)
+            return (row * e).to(row.dtype), torch.full_like(row, -1, dtype=torch.int32)
         valid = row > -math.inf
         r, number = soft_rank_row(row[valid], e, kl, descending)
         alone = (torch.bincount(number, minlength=1)[number] == 1) | (e == 0)
@@ -162,7 +162,7 @@ def soft_sort(x, eps, kl: bool, descending: bool):
 
     def one(row, e):
         if math.isnan(e.detach()):
-            return (row * math.nan,)
+            return ((row * e).to(row.dtype),)
         value = soft_sort_row(row[row > -math.inf], e, kl, descending)
         return (torch.cat([value, row.new_full((len(row) - len(value),), -math.inf)]),)
 

@@ -108,14 +108,12 @@ def _row_case(op, x, regularization, strength, label, how, **fields):
     inputs = {"x": x} | _strength_inputs(strength, x)
 
     def call(t, backend):
-        value = function(t["x"], regularization, t.get("strength", STRENGTHS[strength]), backend=backend, **how)
-        # absent entries of a sorted row are -inf: a number that errors can be measured by
-        return torch.where(value == -math.inf, -7.0, value)
+        return function(t["x"], regularization, t.get("strength", STRENGTHS[strength]), backend=backend, **how)
 
     def scale(t):
         if op == "soft_rank":
             return max(1, x.shape[how.get("dim", -1)])
-        value = call(t, "reference").abs().nan_to_num()
+        value = call(t, "reference").abs().nan_to_num(0.0, 0.0, 0.0)
         return torch.maximum(value.max(), t["x"].abs().nan_to_num(0, 0, 0).max()).clamp(min=1e-30)
 
     def terms(t):

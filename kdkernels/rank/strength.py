@@ -90,4 +90,4 @@ def of_rows(x, valid, poisoned, strength: Strength, spreads=None) -> torch.Tenso
         eps = torch.full(x.shape[:-1], strength.number, dtype=torch.float64, device=x.device)
     if strength.tensor is not None:
         eps = eps * (strength.tensor if strength.tensor.numel() == 1 else strength.tensor.reshape(eps.shape))
-    return eps if poisoned is None else eps.masked_fill(poisoned, math.nan)
+    return eps if poisoned is None else eps * torch.where(poisoned, math.nan, 1.0)  # a tensor's gradient is NaN too

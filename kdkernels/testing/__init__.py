@@ -45,14 +45,15 @@ def checks_for(backend: str, device: str) -> list[str]:
 
     The reference is the oracle and plain autograd: it may wait for the device, its backward pass, called inside
     autocast, is rounded as any PyTorch expression's is, and transforms of it are PyTorch's. Of Triton's interpreter
-    only the kernels are asked: what PyTorch makes of a call does not depend on them.
+    only the kernels are asked: what PyTorch makes of a call does not depend on them, and what they make of NaN is asked
+    of more of them in `tests/test_nonfinite.py`.
     """
     names = ["accuracy", *STRUCTURAL]
     if not device.startswith("cuda"):
         names = [name for name in names if name not in CUDA_ONLY]
     if backend == "reference" or (backend == "triton" and device == "cpu"):
         seen_to = {"inference mode", "second derivative"} if backend == "reference" else set()
-        names = [name for name in names if name not in transforms.CHECKS or name in seen_to]
+        names = [name for name in names if name not in (*transforms.CHECKS, "nonfinite") or name in seen_to]
     if backend == "reference":
         names = [name for name in names if name not in (*CUDA_ONLY, "accuracy", "autocast")]
     return names

@@ -14,7 +14,7 @@ from .. import backend as backends
 from . import transforms
 from .case import Case, Outcome, evaluate, rounded
 from .probe import Probe, Result, alike, same
-from .yardstick import Yardstick, expanded
+from .yardstick import Yardstick, doubled, expanded
 
 
 @contextlib.contextmanager
@@ -125,6 +125,67 @@ def masks(probe: Probe) -> Iterator[Result]:
     yield from same("masks", f"{case.name} all masked", probe.run(nothing), zero)
 
 
+def nonfinite(probe: Probe) -> Iterator[Result]:
+    """NaN or infinity in an entry that counts makes nothing but NaN and infinity where the textbook has them, and
+    changes nothing where it has numbers; of a value that is lost as a whole, gradients may be as well."""
+    case, upstream = probe.case, probe.yardstick.oracle.upstream
+    for name in (name for name in case.floats if case.inputs[name].dim() > 1):
+        for bad in (math.nan, math.inf, -math.inf):
+            label, inputs = f"{case.name} {bad} in {name}", probe.inputs | {name: _spoilt(probe.inputs[name], bad)}
+            try:
+                want = evaluate(case, doubled(case, inputs), "reference", upstream)
+            except ValueError as refusal:
+                yield Result("nonfinite", label, *_refused(probe, inputs, refusal))
+                continue
+            got = probe.run(inputs)
+            grads = {
+                k: _like(g, want.grads[k], _lost(want.value, g) & _counted(case, inputs, name, k))
+                for k, g in got.grads.items()
+            }
+            got = Outcome(_like(got.value, want.value, False), grads)
+            for part, *verdict in probe.yardstick.judge(got, want):
+                yield Result("nonfinite", f"{label} {part}", *verdict)
+
+
+def _spoilt(t, bad: float):
+    """With a number of the second row, which every mask keeps, replaced."""
+    t = t.clone()
+    first = t[(0,) * (t.dim() - 2)]
+    first[min(1, len(first) - 1), -1] = bad
+    return t
+
+
+def _refused(probe: Probe, inputs, refusal: ValueError):
+    """A parameter that the textbook refuses is refused in the same words."""
+    try:
+        probe.run(inputs)
+    except ValueError as error:
+        return (0.0, 0.0, True) if str(error) == str(refusal) else (math.inf, 0.0, False, str(error))
+    return math.inf, 0.0, False, f"not refused: {refusal}"
+
+
+def _lost(value, gradient):
+    """Of which groups, or rows, of a gradient the value holds no number: of all, where it has none."""
+    lost = ~value.isfinite().to(gradient.device)
+    if value.dim() and gradient.dim() and value.shape[0] == gradient.shape[0]:
+        return lost.reshape(len(lost), -1).all(1).reshape(-1, *[1] * (gradient.dim() - 1))
+    return lost.all()
+
+
+def _counted(case: Case, inputs, spoilt: str, name: str):
+    """Which rows of an input no mask drops: those have gradient 0 whatever the others hold."""
+    for mask, names in case.masks.items():
+        if name in names and spoilt in names:
+            return inputs[mask][..., None]
+    return torch.ones((), dtype=torch.bool, device=inputs[name].device)
+
+
+def _like(got, want, lost):
+    """got; what is no number there is as good as any other where none is wanted, or where all is lost."""
+    want = want.to(got.device)
+    return torch.where(~got.isfinite() & (lost | ~want.isfinite()), want.to(got.dtype), got)
+
+
 def autocast(probe: Probe) -> Iterator[Result]:
     """Autocast changes nothing: products inside keep the dtype of the input."""
     with torch.autocast(probe.device.split(":")[0], torch.bfloat16):
@@ -188,6 +249,7 @@ STRUCTURAL: dict[str, Callable[[Probe], Iterator[Result]]] = {
     "poison": poisoned,
     "layouts": layouts,
     "masks": masks,
+    "nonfinite": nonfinite,
     "autocast": autocast,
     **transforms.CHECKS,
     "no sync": no_sync,

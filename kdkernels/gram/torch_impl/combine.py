@@ -59,7 +59,7 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
     n = float(count) if isinstance(count, int) else count.double()
     if problem.stat == "sum":
         value = total(stats.kl) * ux * uy
-        one = torch.ones_like(stats.a) * (ux * uy)[:, None]
+        one = torch.ones_like(stats.a) * uy[:, None]  # ux, which may leave float32, is in the scale of x's gradient
         none = torch.zeros_like(one)
         return value, (_side(one, none, none), _side(one, none, none))
     rows = _RowNormalized(stats, rho, total) if problem.row_normalize else _Plain(stats, total)

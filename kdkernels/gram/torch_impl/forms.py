@@ -10,10 +10,13 @@ Also what `native_impl` leaves to it: there the row moments of a tile, centred r
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ...autograd import at_least_float32
 from ..call import Call, Problem, Steps
+from ..scales import outside
 from . import panels, prepared
 from .combine import SIDE_ROWS, RowStats, Weights, combine, pack_rows, unpack_weights
 from .panels import Gradient, Pairs, Sums
@@ -36,13 +39,56 @@ def forward(call: Call, steps: Steps | None = None):
     """value [G], row vectors and products for `backward` (shapes: `kept`)."""
     problem, steps = call.problem, steps or STEPS
     pairs = panels.build(call, call.dtype, steps)
+    if far_apart(pairs):
+        return in_float64(call, steps)
     if in_feature_space(problem, *call.sizes):
         sums = Sums(feature_sums(pairs))
     else:
         sums = panels.row_sums(pairs, steps.moments)
     value, rows = steps.weights(call, pairs, sums)
+    if outgrown(call, value, sums):
+        return in_float64(call, steps)
     kept = torch.stack(sums.products) if sums.products is not None and call.need else rows.new_empty(0)
     return value.to(at_least_float32(*(side.features for side in call.sides))), rows, kept
+
+
+FAR = 16  # |z_i|^2 over sigma^2 from which the rounding of a near pair's distance, a difference of squares, would show
+
+
+def far_apart(pairs: Pairs) -> bool:
+    """Whether near pairs lie far from other rows under a narrow kernel: float32 squares have lost their distance."""
+    return any(side.P is not None and side.spec.of_distance and _narrow(side.P) for side in (pairs.x, pairs.y))
+
+
+def _narrow(P) -> bool:
+    if not P.z.is_cpu or P.z.dtype != torch.float32:
+        return False
+    least = FAR * min(P.par.flatten().tolist()) ** 2
+    return least < P.z.shape[1] and P.square.max().item() > least  # their mean is about 1
+
+
+def outgrown(call: Call, value, sums: Sums) -> bool:
+    """Whether squares of rows as given have left float32: infinity less infinity is NaN, of finite rows alone."""
+    if call.problem.stat != "mse":
+        return sums.scale is not None and outside(sums.scale, 1e-30, 1e30)
+    lost = value.is_cpu and value.dtype == torch.float32 and not all(map(math.isfinite, value.tolist()))
+    return lost and all(bool(side.features.isfinite().all()) for side in call.sides)
+
+
+def in_float64(call: Call, steps: Steps):
+    """`forward` where float32 does not do; rows as given are scaled where they may be, and the means that they do not
+    have say so to `backward`."""
+    value, rows, kept = forward(call._replace(dtype=torch.float64), steps._replace(rescale=True))
+    if call.need and call.problem.as_given(call.sizes[0]):
+        rows[:, 0] = 1
+    return value, rows.to(call.dtype), kept.to(call.dtype)
+
+
+def backward_in_float64(call: Call, saved, grad, steps: Steps):
+    rows, kept = saved
+    kept = kept.new_empty(0) if call.problem.stat == "mse" else kept  # those products may have left float32
+    call, saved = call._replace(dtype=torch.float64), (rows.double(), kept.double())
+    return backward(call, saved, grad, steps._replace(rescale=True))
 
 
 def kept(call: Call):
@@ -78,6 +124,9 @@ def backward(call: Call, saved, grad, steps: Steps | None = None):
     asked = call.sides_asked
     skip = [products is not None and side.spec.linear and not asked[k] for k, side in enumerate(call.sides)]
     pairs = panels.build(call, call.dtype, steps, skip)
+    told = call.dtype == torch.float32 and problem.as_given(call.sizes[0]) and rows.is_cpu and rows.view(-1)[0].item()
+    if told or far_apart(pairs):
+        return backward_in_float64(call, saved, grad, steps)
     if problem.stable and not in_features:
         u = [None if spec.linear else rows[:, SIDE_ROWS * k] for k, spec in enumerate(problem.specs)]
         pairs = pairs._replace(x=pairs.x._replace(u=u[0]), y=pairs.y._replace(u=u[1]))

@@ -19,6 +19,7 @@ import torch
 
 from ..call import Problem, Side
 from ..kernels import KernelSpec
+from ..scales import outside
 
 
 class Prepared(NamedTuple):
@@ -41,6 +42,15 @@ def centre(x, mask, spec: KernelSpec, problem: Problem, over=of_these_rows):
 
     over: from a sum over these rows to the one over all rows, where x is only a part of them (`ring.py`).
     """
+    eps = torch.finfo(x.dtype).eps
+    spread, *found = _centred(x, mask, spec, problem, over, eps)
+    if problem.stat == "mse" or not outside(spread, 1e-30, 1e30):
+        return found
+    _, z, square, scale, shift, unit, typical = _centred(x.double(), mask, spec, problem, over, eps)
+    return z.float(), square.float(), scale.float(), None if shift is None else shift.float(), unit, typical.float()
+
+
+def _centred(x, mask, spec, problem, over, eps: float):
     z = _masked(x, mask)
     count = over(z.shape[1]) if mask is None else over(mask.sum(1)).clamp(min=1)[:, None, None]
     centred = problem.stable or spec.of_distance
@@ -53,17 +63,19 @@ def centre(x, mask, spec: KernelSpec, problem: Problem, over=of_these_rows):
     spread = over(square.sum(1)) / (count if mask is None else count[:, 0, 0])
     scale = torch.ones_like(spread)
     if problem.stat != "mse":  # there K - L needs both sides in one unit
-        scale = torch.exp2(torch.log2(torch.where(spread == 0, scale, spread)).div_(-2).round_())
+        # within the powers of two that float32 has
+        power = torch.log2(torch.where(spread == 0, scale, spread)).div_(-2).round_()
+        scale = torch.exp2(power.clamp_(-126, 126))
     factor = scale
     if centred:
         # rows that differ by less than the rounding of their mean are constant: exact zeros keep CKA's 0/0 recognisable
-        varies = ~(spread <= (4 * torch.finfo(z.dtype).eps) ** 2 * mean2)
-        factor, spread = scale * varies, spread * varies
+        varies = ~(spread <= (4 * eps) ** 2 * mean2)
+        factor, spread = scale * varies, torch.where(varies, spread, torch.zeros_like(spread))
     if problem.stat != "mse":
         z = z * factor[:, None, None] if z is x else z.mul_(factor[:, None, None])
         square = square.mul_(factor.square()[:, None])
     shift = None if mean is None else mean * scale[:, None, None]
-    return z, square, scale, shift, scale.double() ** -2, 2 * spread * scale**2
+    return spread, z, square, scale, shift, scale.double() ** -2, 2 * spread * scale**2
 
 
 def prepare(side: Side, mask, problem: Problem, dtype, centre=centre, rescale: bool = False) -> Prepared:
@@ -76,9 +88,15 @@ def prepare(side: Side, mask, problem: Problem, dtype, centre=centre, rescale: b
     if spec.of_distance:
         par = bandwidths(spec, sigma, z) * scale[:, None]
         return Prepared(z, square, scale, shift, torch.ones_like(unit), par, typical=typical)
-    if spec.name != "polynomial":
-        return Prepared(z, square, scale, shift, unit, None)
-    return _prepared_polynomial(z, square, scale, shift, typical / (2 * scale.square()), spec)
+    P = Prepared(z, square, scale, shift, unit, None)
+    if spec.name == "polynomial":
+        P = _polynomial_of(P, typical * unit / 2, spec, problem.stable)
+    # of a sum of kernels, which alone grows as one kernel does: what it is times is brought to the gradient at the end
+    return (
+        P
+        if problem.stat != "sum"
+        else P._replace(scale=(P.scale * P.unit).clamp(max=torch.finfo(z.dtype).max).to(z.dtype))
+    )
 
 
 def _as_given(x, mask) -> Prepared:
@@ -94,34 +112,55 @@ def bandwidths(spec: KernelSpec, sigma, like) -> torch.Tensor:
     return torch.stack([like.new_full((1,), number) for number in spec.params], dim=1)
 
 
-def _prepared_polynomial(z, square, scale, shift, spread, spec) -> Prepared:
-    """(a g + c)^d with g = g^/scale^2 and a mean m: t0 = a |m|^2 + c, everything divided by a bound of |a g + c|."""
+FLATTEST = 2.0**-40  # slope of a polynomial that is linear to float32
+
+
+def _polynomial_of(P: Prepared, spread, spec, stable: bool) -> Prepared:
+    """(a g + c)^d with g = unit g^ and a mean m: t0 = a |m|^2 + c, everything divided by a bound of |a g + c|.
+
+    Features so small that only the linear term is left of a stable kernel have that one, in its own unit.
+    """
     degree, a, c = spec.params
-    m2 = torch.zeros_like(spread) if shift is None else shift.square().sum((1, 2)) / scale**2
+    m2 = torch.zeros_like(spread) if P.shift is None else P.shift.square().sum((1, 2)) * P.unit
     bound = a * (m2 + spread) + abs(c)
     bound = torch.where(bound == 0, torch.ones_like(bound), bound)
-    slope = a / (scale**2 * bound)
-    par = torch.stack([(a * m2 + c) / bound, slope], dim=1)
-    alpha = torch.zeros_like(square) if shift is None else (z @ shift.mT)[..., 0] * slope[:, None]
-    return Prepared(z, square, scale, shift, bound.double() ** degree, par, alpha)
+    slope, unit = a * P.unit / bound, bound**degree
+    if stable and slope.is_cpu and min(slope.tolist()) < FLATTEST:
+        unit = unit * slope.clamp(max=FLATTEST) / FLATTEST
+        slope = slope.clamp(min=FLATTEST)
+    par = torch.stack([(a * m2 + c) / bound, slope], dim=1).to(P.z.dtype)
+    alpha = torch.zeros_like(P.square) if P.shift is None else (P.z @ P.shift.mT)[..., 0] * par[:, 1:]
+    return P._replace(unit=unit, par=par, alpha=alpha)
 
 
 def _masked(z, mask):
     return z if mask is None else torch.where(mask[..., None], z, torch.zeros_like(z))
 
 
+def _norms(z):
+    """|z_i| [..., 1] of rows of any size, infinite for a zero row; on a GPU of those whose squares float32 holds."""
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    if z.is_cpu and z.dtype == torch.float32 and norm.numel():
+        least, most = (t.item() for t in norm.aminmax())
+        if 1e-15 < least and most < 1e15:
+            return norm
+        plain = (norm > 1e-15) & (norm < 1e15)
+        norm = torch.where(plain, norm.double(), torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64))
+    return torch.where(norm == 0, torch.inf, norm)
+
+
 def unit_rows(x, mask, dtype):
     """Rows divided by their L2 norm; a zero row stays zero."""
     z = _masked(x.to(dtype), mask)
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    return z / torch.where(norm == 0, torch.ones_like(norm), norm)
+    return (z / _norms(z)).to(dtype)
 
 
 def through_unit_rows(grad, x, mask=None):
     """The gradient of `unit_rows` as one of the rows x themselves, 0 for a zero row."""
-    norm = torch.linalg.vector_norm(_masked(x.to(grad.dtype), mask), dim=-1, keepdim=True)
-    unit = unit_rows(x, mask, grad.dtype)
-    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) / torch.where(norm == 0, torch.inf, norm)
+    z = _masked(x.to(grad.dtype), mask)
+    norm = _norms(z)
+    unit = (z / norm).to(grad.dtype)
+    return ((grad - unit * (unit * grad).sum(-1, keepdim=True)) / norm).to(grad.dtype)
 
 
 def diagonal(P: Prepared, spec: KernelSpec) -> torch.Tensor:

@@ -343,7 +343,7 @@ def _finish(sums, keep, o, m, g, n, G, value_ptr, saved_ptr, unit_ptr, asked):
         p_y = p_x
     elif asked.stat == SUM:
         value = tl.sum(kl) * unit
-        p_x = one * unit
+        p_x = one if unit_ptr is None else one * unit_y  # unit_x is in the scale of x's gradient: `prepare`
         p_y = p_x
     else:
         pair_minimum = tl.maximum(nf, 2.0)
