@@ -123,3 +123,41 @@ def test_diagnostics_count_only_what_is_there(backend):
     x = torch.tensor([[1.0, -math.inf, 1.0, 5.0, 9.0], [-math.inf] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]])
     found = kd.rank_diagnostics(x, 0.5, backend=backend)
     assert found.fraction_pooled.tolist() == [0.5, 0, 0] and found.blocks.tolist() == [3, 0, 5]
+
+
+def waves(x):
+    return torch.arange(x.numel(), dtype=x.dtype).sin().reshape(x.shape)
+
+
+MASKED = {
+    "soft_rank": kd.soft_rank,
+    "soft_sort": kd.soft_sort,
+    "spearman": lambda x, **how: kd.spearman(x, waves(x), **how),
+    "pearson": lambda x, **how: kd.pearson(x, waves(x), **how),
+    "spearman_corr": lambda x, **how: kd.spearman_corr(x, waves(x), **how),
+}
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+@pytest.mark.parametrize("name", MASKED)
+def test_what_a_mask_leaves_out_is_absent_whatever_it_holds(name, dim):
+    x = torch.randn(3, 9, 5, dtype=torch.float64)
+    for mask in (torch.rand(3, 9, 5) < 0.7, torch.rand(5) < 0.7, torch.rand(3, 9, 1) < 0.7):
+        dirty = torch.where(mask, x, math.nan).requires_grad_()
+        given = x.masked_fill(~mask, -math.inf).requires_grad_()
+        value, want = MASKED[name](dirty, dim=dim, mask=mask), MASKED[name](given, dim=dim)
+        assert value.equal(want)
+        if want.requires_grad:
+            kept = torch.where(want.isfinite(), want, 0.0).square().sum(), torch.where(value.isfinite(), value, 0.0)
+            (g,) = torch.autograd.grad(kept[1].square().sum(), dirty)
+            assert g.equal(torch.autograd.grad(kept[0], given)[0]) and not g[~mask.expand_as(g)].any()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_that_does_not_fit_is_refused(name):
+    x = torch.randn(3, 9)
+    for mask in (torch.ones(3, dtype=torch.bool), torch.ones(2, 3, 9, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"mask has shape .*: it must broadcast to that of x, \(3, 9\)"):
+            MASKED[name](x, mask=mask)
+    with pytest.raises(TypeError, match="mask is torch.float32: pass a bool tensor"):
+        MASKED[name](x, mask=torch.ones(3, 9))

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from ..checks import floating, integer, same_device
+import math
+
+from ..checks import boolean, floating, integer, same_device
 
 REGULARIZATIONS = ("l2", "kl")
 LONGEST = 2**31 - 1  # positions are int32
@@ -30,6 +32,17 @@ def check_pair(x, y, dim) -> int:
     if x.shape != y.shape:
         raise ValueError(f"y has shape {tuple(y.shape)}, x has {tuple(x.shape)}: rows are compared one to one")
     return dim
+
+
+def present(x, mask):
+    """x with what the mask leaves out absent, and with gradient 0 there."""
+    if mask is None:
+        return x
+    boolean(mask, x, "x")
+    if mask.shape != x.shape:
+        if mask.dim() > x.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}: it must broadcast to that of x, {tuple(x.shape)}")
+    return x.masked_fill(~mask, -math.inf)
 
 
 def check_regularization(regularization) -> bool:

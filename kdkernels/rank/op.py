@@ -15,14 +15,14 @@ from .. import backend as backends
 from .. import checks
 from ..autograd import at_least_float32, device_type, without_autocast
 from . import correlation, metrics, operator, reference
-from .checks import check_pair, check_regularization, check_rows
+from .checks import check_pair, check_regularization, check_rows, present
 from .strength import Strength, of_rows, parse
 
 __all__ = ["RankDiagnostics", "pearson", "rank_diagnostics", "soft_rank", "soft_sort", "spearman", "spearman_corr"]
 
 
 def soft_rank(
-    x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, backend="auto"
+    x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, mask=None, backend="auto"
 ) -> torch.Tensor:
     """Differentiable ranks along dim: the projection of x / eps on the permutahedron, the hull of all ranks 1..n.
 
@@ -38,6 +38,9 @@ def soft_rank(
             eps = c std(x) sqrt(12) / n of the row's present entries, detached: softness then does not depend on the
             scale of x or on n. Under eps = 1 rows of unit scale and n >= 100 are one block, and r is affine in x.
         descending: the largest gets rank 1 (x is negated; -inf stays absent).
+        mask: bool, of the shape of x or one that broadcasts to it, True for what is there: False is absent, like -inf,
+            whatever x holds. A padding by `torch.finfo(x.dtype).min` or -1e4 is a value like any other, and stretches
+            the spread that "auto" goes by until the ranks of the others are one block: use -inf, or mask.
         backend: "auto", "cuda", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
@@ -55,11 +58,11 @@ def soft_rank(
     >>> kd.soft_rank(torch.tensor([5.0, 1.0, 2.0]), "l2", 2.0)
     tensor([3.0000, 1.2500, 1.7500])
     """
-    return _along(_soft_rank, "soft_rank", x, regularization, regularization_strength, dim, descending, backend)
+    return _along(_soft_rank, "soft_rank", x, regularization, regularization_strength, dim, descending, mask, backend)
 
 
 def soft_sort(
-    x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, backend="auto"
+    x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, mask=None, backend="auto"
 ) -> torch.Tensor:
     """Differentiable sorting along dim: the projection of (n, ..., 1) / eps on the permutahedron of x.
 
@@ -75,12 +78,13 @@ def soft_sort(
     >>> kd.soft_sort(torch.tensor([5.0, 1.0, 2.0]), "l2", 2.0)
     tensor([2.1667, 2.6667, 3.1667])
     """
-    return _along(_soft_sort, "soft_sort", x, regularization, regularization_strength, dim, descending, backend)
+    return _along(_soft_sort, "soft_sort", x, regularization, regularization_strength, dim, descending, mask, backend)
 
 
-def _along(run, op, x, regularization, strength, dim, descending, backend):
+def _along(run, op, x, regularization, strength, dim, descending, mask, backend):
     dim, kl = check_rows(x, dim), check_regularization(regularization)
     checks.flags(descending=descending)
+    x = present(x, mask)
     last = dim == x.dim() - 1
     rows = x if last else x.movedim(dim, -1)
     chosen = backends.resolve(op, backend, device_type(x), (x.dtype,))
@@ -136,7 +140,7 @@ def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="
 
 
 def spearman(
-    x, y, *, dim=-1, regularization="l2", regularization_strength="auto", hard_target=False, backend="auto"
+    x, y, *, dim=-1, regularization="l2", regularization_strength="auto", hard_target=False, mask=None, backend="auto"
 ) -> torch.Tensor:
     """Differentiable rank correlation, one value a row: rho = <r - m, t - m> / (|r - m| |t - m|), m = (n + 1) / 2.
 
@@ -146,21 +150,27 @@ def spearman(
         x, y: [..., n] along dim, of one shape, each with a float dtype of its own.
         regularization, regularization_strength: as in `soft_rank`; the default adapts to each row's spread and n.
         hard_target: y's ranks are hard, ties averaged, and y's gradient is 0.
+        mask: as in `soft_rank`, of pairs: False drops one.
         backend: as in `soft_rank`; all but "reference" find the gradient with the value (not under a strength tensor).
 
     Returns:
         [...] without dim, float32, float64 if either input is. Gradients to x, y and a strength tensor. A pair absent
         (-inf) on either side is dropped from both, whatever its other half holds. Fewer than two pairs, or a side
-        whose ranks are all equal: 0 with zero gradient. NaN or +inf: value and gradients NaN in that row only.
+        whose ranks are all equal: 0 with zero gradient, so a mean of 1 - rho had better leave out rows that have no two
+        pairs, as below. NaN or +inf: value and gradients NaN in that row only.
 
     Raises: as `soft_rank`, and ValueError for two shapes or two devices.
 
-    >>> x = torch.randn(4, 10)
-    >>> kd.spearman(x, 2 * x + 1).allclose(torch.ones(4))
+    >>> x, mask = torch.randn(4, 10), torch.arange(10) < torch.tensor([[10], [5], [1], [0]])
+    >>> rho, counted = kd.spearman(x, 2 * x + 1, mask=mask), mask.sum(-1) > 1
+    >>> rho.allclose(counted.float())
+    True
+    >>> bool(torch.where(counted, 1 - rho, 0).sum() / counted.sum().clamp(min=1) < 1e-6)
     True
     """
     dim, kl = check_pair(x, y, dim), check_regularization(regularization)
     checks.flags(hard_target=hard_target)
+    x = present(x, mask)  # which takes the pair out of y too
     x, y = x.movedim(dim, -1), y.movedim(dim, -1)
     strength = parse(regularization_strength, x)
     chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
@@ -178,18 +188,18 @@ def spearman(
     return metrics.of_ranks(r, t, valid, dtype)
 
 
-def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
+def pearson(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
     """Linear correlation, one value a row: <x - mean x, y - mean y> / (|x - mean x| |y - mean y|).
 
-    Sums are float64. Arguments, absent pairs, constant rows (0 with zero gradient), NaN and dtypes as in `spearman`;
-    the gradient is written out. backend: "auto", "torch" or "reference".
+    Sums are float64. Arguments, masks, absent pairs, constant rows (0 with zero gradient), NaN and dtypes as in
+    `spearman`; the gradient is written out. backend: "auto", "torch" or "reference".
 
     >>> x = torch.randn(4, 10)
     >>> kd.pearson(x, 2 * x + 1).allclose(torch.ones(4))
     True
     """
     dim = check_pair(x, y, dim)
-    x, y = x.movedim(dim, -1), y.movedim(dim, -1)
+    x, y = present(x, mask).movedim(dim, -1), y.movedim(dim, -1)
     chosen = backends.resolve("pearson", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
         valid, dtype = (x != -torch.inf) & (y != -torch.inf), at_least_float32(x, y)
@@ -197,17 +207,17 @@ def pearson(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
     return correlation.pearson(x, y)
 
 
-def spearman_corr(x, y, *, dim=-1, backend="auto") -> torch.Tensor:
+def spearman_corr(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
     """Rank correlation of hard ranks, ties averaged, equal to scipy.stats.spearmanr: a metric, without gradient.
 
     Of finite values, that is: scipy ranks infinities, where here a pair with -inf is absent and +inf gives NaN.
-    Arguments, absent pairs, constant rows (0, where scipy has NaN), NaN and dtypes as in `spearman`.
+    Arguments, masks, absent pairs, constant rows (0, where scipy has NaN), NaN and dtypes as in `spearman`.
 
     >>> kd.spearman_corr(torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0]))
     tensor(0.9487)
     """
     dim = check_pair(x, y, dim)
-    x, y = x.detach().movedim(dim, -1), y.detach().movedim(dim, -1)
+    x, y = present(x.detach(), mask).movedim(dim, -1), y.detach().movedim(dim, -1)
     chosen = backends.resolve("spearman_corr", backend, device_type(x), (x.dtype, y.dtype))
     dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
