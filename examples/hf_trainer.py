@@ -41,11 +41,12 @@ class DistillationTrainer(Trainer):
         hard, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             teacher_logits = self.teacher(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        # position i predicts token i + 1; padding, and what else the labels ignore, takes no part
+        # position i predicts token i + 1; padding, and what else the labels ignore, takes no part. Labels are shifted:
+        # the gradient of logits[:, :-1] would be copied into one of all positions
         soft = self.distillation(
-            outputs.logits[:, :-1],
-            teacher_logits[:, :-1],
-            labels=inputs["labels"][:, 1:],
+            outputs.logits,
+            teacher_logits,
+            labels=torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED),
             ignore_index=IGNORED,
             # counted over all micro-batches of the step: without it a short micro-batch would weigh as much as a long
             normalizer=num_items_in_batch,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The logits ops against what people write by hand, and what must hold for any rows."""
 
+import itertools
 import math
 
 import pytest
@@ -39,6 +40,55 @@ def test_distillation_kl_is_what_scripts_write_with_kl_div(tau, backend):
         torch.autograd.grad(value, (student, teacher)), torch.autograd.grad(script, (student, teacher)), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
+
+
+@every_backend
+@pytest.mark.parametrize("apart, digits", [(3.0, 2e-6), (0.1, 1e-5), (1e-3, 1e-3)])
+@pytest.mark.parametrize("tau", [1.0, 100.0, 1e4])
+def test_a_small_divergence_keeps_its_digits_at_every_temperature(tau, apart, digits, backend):
+    student = torch.randn(6, 50)
+    teacher = student + apart * torch.randn(6, 50)
+    log_p, log_q = ((side.double() / tau).log_softmax(1) for side in (student, teacher))
+    w = log_p - log_q  # sum q (exp(w) - 1) is 0: with it float64 has digits left at the smallest
+    exact = tau**2 * (log_q.exp() * (w.expm1() - w)).sum(1)
+    if backend == "reference":  # in float32 it rounds each logarithm
+        student, teacher = student.double(), teacher.double()
+    value = kd.distillation_kl(student, teacher, tau=tau, reduction="none", backend=backend)
+    torch.testing.assert_close(value.double(), exact, rtol=digits, atol=0)
+    assert (kd.distillation_kl(student, student, tau=tau, reduction="none", backend=backend) == 0).all()
+
+
+@every_backend
+def test_logits_without_their_last_position_are_read_where_they_are(backend):
+    def sides(B, T, C):
+        wide = [torch.full((B, T, C + 3), math.nan) for _ in range(2)]
+        for side in wide:
+            side[:, :-1, :C] = torch.randn(B, T - 1, C)
+        return [side[:, :-1, :C].requires_grad_() for side in wide]
+
+    def gradients(pair, reduction="none"):
+        value = kd.distillation_kl(*pair, tau=2.0, reduction=reduction, backend=backend)
+        return value.detach(), *torch.autograd.grad(value.sum(), pair)
+
+    for shape in ((3, 5, 7), (2, 90, 1000), (70, 2, 1000)):  # a chunk ends inside a sample, or takes several
+        pair = sides(*shape)
+        dense = [side.detach().contiguous().requires_grad_() for side in pair]
+        one = [dense[0], pair[1]]
+        expected = gradients(dense)
+        torch.testing.assert_close([gradients(pair), gradients(one)], [expected, expected], rtol=0, atol=0)
+    if backend != "reference":
+        student, teacher = sides(4, 129, 4000)
+        teacher.requires_grad_(False)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            torch.autograd.grad(kd.distillation_kl(student, teacher, backend=backend), student)
+        assert peak(profile) < 1.3 * student.numel() * 4  # the gradient, and what a chunk needs
+
+
+def peak(profile) -> int:
+    """The most bytes allocated at once."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes))
 
 
 @every_backend

@@ -62,7 +62,8 @@ def no_maximum(*a):
 
     def plain(logits, tau, dtype):
         x = logits.to(dtype)
-        return x, x / tau, torch.zeros_like(x[..., :1]), (x / tau).exp().sum(-1, keepdim=True).log()
+        log = (x / tau).exp().sum(-1, keepdim=True).log()
+        return x, x / tau, (x / tau - log).exp(), torch.zeros_like(log), log
 
     torch_impl._shifted = plain
     try:
@@ -77,6 +78,8 @@ SABOTAGE = {
     "no maximum subtracted": (KL, "value", {"forward": no_maximum}),
     "a last class not read": (KL, "value", {"forward": lambda s, t, *r: FORWARD(s[:, :-1], t[:, :-1], *r)}),
     "sides swapped": (KL, "value", {"forward": lambda s, t, *r: FORWARD(t, s, *r)}),
+    "logs of probabilities subtracted": (KL, "value", {"kl": lambda p, q, w: -torch.where(q == 0, 0, q * w).sum(-1)}),
+    "a term that cancels": (KL, "value", {"kl": lambda p, q, w: (p - q - torch.where(q == 0, 0, q * w)).sum(-1)}),
     "inf * 0": (KL, "value", value(lambda v: v + 0 * v.log())),
     "teacher's gradient without its mean": (KL, "gradient teacher", statistic(call.K, torch.zeros_like)),
     "normaliser off by 1 %": (KL, "gradient student", statistic(call.L_S, lambda t: t + 0.01)),

@@ -45,6 +45,21 @@ def test_jsd_does_not_change_when_the_sides_are_swapped_and_is_at_most_log_2():
     assert 0 < loss(student, teacher) <= torch.tensor(2.0).log()
 
 
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+@pytest.mark.parametrize("classes", [10, 152_000])
+def test_jsd_of_equal_logits_is_zero_and_of_near_ones_right(classes, tau):
+    student = torch.randn(4, classes)
+    teacher = student + 1e-3 * torch.randn(4, classes)
+    loss = KDLoss(tau, divergence="jsd")
+    assert loss(student, student) == 0
+    exact = [side.double().requires_grad_() for side in (student, teacher)]
+    rows = by_the_book(*exact, tau, "jsd").mean()
+    value, student = loss(student.requires_grad_(), teacher), student
+    torch.testing.assert_close(value.double(), rows, rtol=2e-4, atol=0)
+    found, expected = torch.autograd.grad(value, student)[0], torch.autograd.grad(rows, exact[0])[0]
+    assert (found - expected).norm() < 5e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_a_class_closed_on_both_sides_adds_nothing_and_leaves_the_gradient_finite(divergence):
     student, teacher = logits(9, 7)

@@ -55,7 +55,7 @@ MAKERS = {
     },
 }
 # plain PyTorch all the way: nothing there may be refused
-WRITTEN_OUT = ("kd jsd", "fsp", "at", "at cubes", "cc", "cc taylor", "mdistiller at_loss")
+WRITTEN_OUT = ("fsp", "at", "at cubes", "cc", "cc taylor", "mdistiller at_loss")
 WRITTEN_OUT += tuple(f"repdistiller {name}" for name in ("Attention", "FSP", "Correlation"))
 
 

@@ -26,11 +26,16 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 enum Statistic { kMs, kLs, kMt, kLt, kKl, kL1, kMa, kLa, kMb, kLb };
 
+// row r of [R, C] or of [B, T, C], whose samples may lie apart
 struct Matrix {
   const void* data;
-  int64_t stride;
+  int64_t inner, outer_stride, stride;  // rows of a sample; from sample to sample, from row to row
   ScalarType dtype;
+
+  int64_t at(int64_t r) const { return r / inner * outer_stride + r % inner * stride; }
 };
+
+int64_t rows_of(const Tensor& t) { return t.dim() == 3 ? t.size(0) * t.size(1) : t.size(0); }
 
 struct Call {
   Matrix student, teacher, clean;
@@ -51,7 +56,7 @@ void widen(const T* from, float* to, int64_t C) {
 void fetch(const Matrix& m, int64_t r, float* to, int64_t C, int64_t padded) {
   using torch::headeronly::BFloat16;
   using torch::headeronly::Half;
-  const int64_t at = r * m.stride;
+  const int64_t at = m.at(r);
   if (m.dtype == ScalarType::Float) {
     std::memcpy(to, static_cast<const float*>(m.data) + at, C * sizeof(float));
   } else if (m.dtype == ScalarType::Half) {
@@ -122,6 +127,8 @@ KDK_INLINE void loss_row(const Call& c, int64_t r, Scratch& s, float* value, flo
     if (of.mix[2] > 0) add_labels(c, r, of.mix[2], s.part[4]);
     kl = divergence<W>(s.part[4], z, c.padded, of.inverse_tau);
   }
+  // a difference of numbers near 1, in which a divergence this small has lost digits
+  if (of.soft && kl < kNear) kl = near_divergence<W>(together ? nullptr : s.part[4], z, y, c.padded, of.inverse_tau);
   kl *= static_cast<double>(of.tau) * of.tau;
   if (of.soft) loss += of.alpha * kl;
   const double log_one = of.hard ? std::log(sums.one) : 0;
@@ -227,11 +234,14 @@ GradientRows gradient_rows() {
 
 Matrix matrix(const Tensor& t, const char* name, int64_t R, int64_t C) {
   const auto dtype = t.scalar_type();
-  KDK_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == R && t.size(1) == C && (C <= 1 || t.stride(1) == 1),
+  const int64_t last = t.dim() - 1;
+  KDK_CHECK(t.is_cpu() && (last == 1 || last == 2) && rows_of(t) == R && t.size(last) == C &&
+                (C <= 1 || t.stride(last) == 1),
             "logits_rows: ", name, " must be CPU logits [", R, ", ", C, "] with dense rows");
   KDK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
             "logits_rows: ", name, " is ", torch::headeronly::toString(dtype), ": pass float32, float16 or bfloat16");
-  return {t.const_data_ptr(), t.stride(0), dtype};
+  const int64_t inner = last == 2 ? t.size(1) : R;
+  return {t.const_data_ptr(), std::max<int64_t>(1, inner), t.stride(0), t.stride(last - 1), dtype};
 }
 
 template <class T>
@@ -251,7 +261,7 @@ void check_range(const int64_t* v, int64_t R, int64_t limit, const char* name) {
 Call call_of(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& permuted,
              const OptionalTensor& lam, const OptionalTensor& clean, const OptionalTensor& order, double tau,
              double alpha, double k1, double k2, double k3, double number) {
-  const int64_t R = student.size(0), C = student.size(1);
+  const int64_t R = rows_of(student), C = student.size(student.dim() - 1);
   Call c{};
   c.R = R, c.C = C, c.padded = (C + kPad - 1) / kPad * kPad;
   c.student = matrix(student, "student", R, C);

@@ -6,6 +6,7 @@ Statistics saved of each row, [statistics, R] in the compute dtype; every log is
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,11 @@ class Problem(NamedTuple):
     @property
     def statistics(self) -> int:
         return 10 if self.cleaned else 6 if self.mixed else 5
+
+
+def rows_of(logits) -> int:
+    """How many rows [R, C], or [B, T, C], has."""
+    return math.prod(logits.shape[:-1])
 
 
 class Extras(NamedTuple):

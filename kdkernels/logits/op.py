@@ -24,7 +24,9 @@ from .checks import (
     check_reduction,
     check_tau,
 )
+from .js import divergence as jensen_shannon  # noqa: F401  for the losses, as is `kl`
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
+from .torch_impl import kl  # noqa: F401
 
 __all__ = ["distillation_kl", "mixed_distillation", "mixup"]
 

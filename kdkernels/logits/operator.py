@@ -24,15 +24,22 @@ def _records(a):
     return Extras._make(a[:EXTRAS]), Problem._make(a[EXTRAS:RECORDS]), *a[RECORDS:]
 
 
-def _rows(t):
-    """[..., C] as [R, C]."""
-    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+def rows_without_copy(*sides):
+    """Both sides [..., C] as [R, C]; where that would copy one, as [B, T, C]: `logits[:, :-1]` is read where it is."""
+    *lead, C = sides[0].shape
+    for cut in range(len(lead)):
+        shape = (math.prod(lead), C) if cut == 0 else (math.prod(lead[:cut]), math.prod(lead[cut:]), C)
+        try:
+            return [t.view(shape) for t in sides]
+        except RuntimeError:  # strides that no view has
+            pass
+    return [t.reshape(-1, C) for t in sides]
 
 
 def _forward(student, teacher, *rest):
     extras, problem, reduction, backend, need = _records(rest)
     run = implementation(__package__, backend).forward
-    value, statistics = run(_rows(student), _rows(teacher), problem, extras, need)
+    value, statistics = run(*rows_without_copy(student, teacher), problem, extras, need)
     if reduction == "none":
         return value.reshape(student.shape[:-1]), statistics
     return value.mean() if reduction == "mean" else value.sum(), statistics
@@ -46,7 +53,7 @@ def _backward(grad, student, teacher, *rest):
     factor = 1 / rows if reduction == "mean" else 1.0
     grad = grad.reshape(-1) if reduction == "none" else grad.expand(rows)
     run = implementation(__package__, backend).backward
-    d_student, d_teacher = run(grad, factor, _rows(student), _rows(teacher), statistics, problem, extras, need)
+    d_student, d_teacher = run(grad, factor, *rows_without_copy(student, teacher), statistics, problem, extras, need)
     if student.dim() == 2:
         return d_student, d_teacher
     return (

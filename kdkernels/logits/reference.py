@@ -10,14 +10,24 @@ def log_p(z, tau):
     return (z / tau).log_softmax(-1)
 
 
-def kl(log_q, log_p):
-    """sum_c q_c (log q_c - log p_c), a class with q_c = 0 adding nothing."""
-    q = log_q.exp()
-    return (q * torch.where(q == 0, 0, log_q - log_p)).sum(-1)
+def kl(q, log_q, log_p):
+    """sum_c q_c (log q_c - log p_c), each class with p_c - q_c beside it, which add up to 0: no term is negative."""
+    w = torch.where(q == 0, 0, log_p - log_q)
+    near = w.abs() < 1
+    v = torch.where(near, w, 0)
+    return torch.where(near & (q > 0), q * (v.expm1() - v), log_p.exp() - q - q * w).sum(-1)
 
 
 def distillation_kl(z, y, tau):
-    return tau**2 * kl(log_p(y, tau), log_p(z, tau))
+    log_q = log_p(y, tau)
+    return tau**2 * kl(log_q.exp(), log_q, log_p(z, tau))
+
+
+def jensen_shannon(z, y, tau):
+    p, q = log_p(z, tau).exp(), log_p(y, tau).exp()
+    d = (p - q) / torch.where(p + q == 0, 1, p + q)
+    log_p_of_m, log_q_of_m = (torch.where(r == 0, 0, x).log1p() for r, x in ((p, d), (q, -d)))
+    return tau**2 / 2 * (p * log_p_of_m + q * log_q_of_m).sum(-1)
 
 
 def mixed_label(a, b, lam, C):
@@ -47,8 +57,7 @@ def mixed_distillation(z, y, a, b, lam, tau, alpha, clean, permutation, mix):
         value = value + (1 - alpha) * cross_entropy(label, log_p(z, 1))
     if alpha > 0:
         q = target(y, clean, permutation, label, lam, tau, mix)
-        entropy = -torch.xlogy(q, q).sum(-1)
-        value = value + alpha * tau**2 * (cross_entropy(q, log_p(z, tau)) - entropy)
+        value = value + alpha * tau**2 * kl(q, q.log(), log_p(z, tau))
     return value
 
 

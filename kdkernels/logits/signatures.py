@@ -12,7 +12,7 @@ from .triton_kernels import gradient_rows, loss_rows, mix_rows
 
 INDICES = ("labels_ptr", "permuted_ptr", "order_ptr", "index_ptr")
 FLOATS = ("tau", "inverse_tau", "alpha", "k1", "k2", "k3", "number", "factor")
-ALIGNED = ("C", "width", "s_r", "t_r", "clean_r")
+ALIGNED = ("C", "width", "s_b", "t_b", "s_r", "t_r", "clean_r")
 SINGLE = ("value_ptr", "stat_ptr", "grad_ptr", "lam_ptr", "weight_ptr", "other_ptr")
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the contract and the benchmark need to know of the logits family: cases in every data regime, caps, bytes.
 
-A loss is judged in units of the terms that it adds up, tau^2 sum_c q_c (|log q_c| + |log p_c|) and the cross-entropy; a
-gradient in units of the probabilities that it is a difference of. Half inputs are computed in float32.
+A divergence is judged in units of tau^2 sum_c |p_c - q_c| (|log q_c| + |log p_c|): what is off for all classes alike is
+no excuse, nor is a student near its teacher. A cross-entropy in units of itself; a gradient in units of the
+probabilities that it is a difference of. Half inputs are computed in float32.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def _kl(op, backend, quick, generator):
     for tau in (1.0, 4.0):
         yield _kl_case(1e4 * s, 1e4 * t, tau, "none", "huge", dtypes=(SINGLE, torch.bfloat16))
         yield _kl_case(s + 1e4, t - 3e4, tau, "none", "far", dtypes=(SINGLE,))
+    for regime, tau in (("bland", 100.0), ("peaky", 100.0), ("near", 100.0), ("peaky", 1e4)):
+        for C in (2, 37, 600):
+            yield _kl_case(
+                *pair(regime, (5, C), (5, C), generator), tau, "none", f"hot {regime}", dtypes=(SINGLE, *HALF)
+            )
     yield from _closed(generator)
     if backend != "reference":
         for regime in ("edge", "peaky", "near"):
@@ -102,8 +108,8 @@ def _kl_case(student, teacher, tau, reduction, label, **fields):
         return log_p, q, torch.where(q == 0, 0.0, log_q.abs() + log_p.abs())
 
     def scale(t):
-        _, q, logs = sizes(t)
-        return _reduced(tau**2 * (q * logs).sum(-1), reduction).clamp(min=1e-3)
+        log_p, q, logs = sizes(t)
+        return _reduced(tau**2 * ((log_p.exp() - q).abs() * logs).sum(-1), reduction).clamp(min=1e-30)
 
     def terms(t):
         log_p, q, logs = sizes(t)
@@ -129,6 +135,10 @@ def _mixed(op, backend, quick, generator):
         for mix in (MIXES[0], MIXES[3]):
             how = (4.0, 0.6, mix, "none", "rows")
             yield _mixed_case("peaky", (3, C), *how, "size", generator, dtypes=(SINGLE, HALF[C % 2]))
+    for tau in (100.0, 1e4):
+        yield _mixed_case(
+            "peaky", (5, 37), tau, 1.0, MIXES[0], "none", "rows", "hot", generator, dtypes=(SINGLE, HALF[0])
+        )
     for lam in (0.0, 1.0):
         yield _mixed_case("peaky", (5, 33), 2.0, 0.5, MIXES[3], "none", lam, f"lam {lam:g}", generator)
     for bad in (math.nan, math.inf):
@@ -170,9 +180,11 @@ def _mixed_case(regime, shape, tau, alpha, mix, reduction, lam, label, generator
 
     def scale(t):
         hard, q, log_1, log_p = parts(t)
-        soft = torch.xlogy(q, q).abs() + torch.where(q == 0, 0.0, q * log_p.abs())
+        log_q = torch.where(q == 0, 0.0, q.log())
+        w = torch.where(q == 0, 0.0, log_p - log_q)  # a mixture is rounded as a whole
+        soft = torch.where(q == 0, 0.0, (log_p.exp() - q).abs() * (log_q.abs() + log_p.abs())) + q * w.abs()
         rows = (1 - alpha) * (hard * log_1.abs()).sum(-1) + alpha * tau**2 * soft.sum(-1)
-        return _reduced(rows, reduction).clamp(min=1e-3)
+        return _reduced(rows, reduction).clamp(min=1e-30)
 
     def terms(t):
         hard, q, log_1, log_p = parts(t)

@@ -6,18 +6,34 @@ Nothing of the size of the logits is saved; temporaries are of the size of a chu
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..autograd import at_least_float32
-from .call import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem
+from .call import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem, rows_of
 
 CPU_CHUNK, CUDA_CHUNK = 1 << 16, 1 << 25  # elements: a few temporaries fit the second-level cache; the launches count
 
 
 def _chunks(student):
-    R, C = student.shape
+    """Slices of the rows, of which none of [B, T, C] spans a part of a sample beside another."""
+    (*_, T, C), R = student.shape, rows_of(student)
     rows = max(1, (CPU_CHUNK if student.device.type == "cpu" else CUDA_CHUNK) // C)
-    return [slice(begin, min(R, begin + rows)) for begin in range(0, R, rows)]
+    if rows >= T:
+        rows -= rows % T
+        return [slice(begin, min(R, begin + rows)) for begin in range(0, R, rows)]
+    return [slice(b + i, min(b + T, b + i + rows)) for b in range(0, R, T) for i in range(0, T, rows)]
+
+
+def _part(logits, rows: slice):
+    """Those rows [r, C]; where samples of [B, T, C] lie apart, a copy of several."""
+    if logits.dim() == 2:
+        return logits[rows]
+    first, start = divmod(rows.start, logits.shape[1])
+    if start + rows.stop - rows.start <= logits.shape[1]:
+        return logits[first, start : start + rows.stop - rows.start]
+    return logits[first : rows.stop // logits.shape[1]].flatten(0, 1)
 
 
 def _lam(problem: Problem, extras: Extras, rows: slice, count: int, like):
@@ -29,12 +45,47 @@ def _lam(problem: Problem, extras: Extras, rows: slice, count: int, like):
 
 
 def _shifted(logits, tau, dtype):
-    """x - max, (x - max) / tau, the maximum [r, 1], and the log of the sum of exponentials at tau."""
+    """x - max, (x - max) / tau, softmax(x / tau), the maximum [r, 1], and the log of the sum of exponentials at tau."""
     x = logits.to(dtype)
     top = x.amax(-1, keepdim=True)
     x = x - top
     scaled = x / tau if tau != 1 else x
-    return x, scaled, top, scaled.exp().sum(-1, keepdim=True).log()
+    p = scaled.exp()
+    log = p.sum(-1, keepdim=True).log()
+    return x, scaled, p.mul_((-log).exp()), top, log  # rounded as the log is, which `kl` counts on
+
+
+NEAR = 0.25  # of |log(p / q)|: below, p - q - q log(p / q) is its series
+
+
+def kl(p, q, w):
+    """sum_c q_c log(q_c / p_c) of each row, as sum_c (p_c - q_c - q_c w_c), w = log(p / q): no term is negative.
+
+    What w is off for all classes alike, by normalisers that are rounded, is a = sum_c (p_c - q_c): a^2 / 2 leaves.
+    """
+    w = torch.where(q == 0, 0, w)
+    v = w.clamp(-NEAR, NEAR)
+    near = (w == v) & (q > 0)
+    terms = 7 if w.dtype == torch.float32 else 13
+    series = torch.full_like(v, 1 / math.factorial(terms))
+    for k in range(terms - 1, 1, -1):
+        series = (series * v).add_(1 / math.factorial(k))
+    moved = q * w
+    # products with masks: a choice entry by entry takes twenty times as long on a CPU
+    total = (series * v * v * q * near + (p - q - moved) * ~near).sum(-1)
+    a = total + moved.sum(-1)
+    return total - torch.where(a.abs() < 1e-3, a * a / 2, 0)
+
+
+def _divergence(p, q, w):
+    """`kl`; on a CPU, where a look at values costs nothing, only of rows whose plain sum has lost digits."""
+    if not p.is_cpu:
+        return kl(p, q, w)
+    value = (w * q).masked_fill_(q == 0, 0.0).sum(-1).neg_()  # not the product alone: 0 * infinity
+    near = (value < 1 / 64).nonzero()[:, 0]
+    if len(near):
+        value[near] = kl(p[near], q[near], w[near])
+    return value
 
 
 def _classes(labels, C):
@@ -61,29 +112,29 @@ def _clean_rows(extras, rows):
 def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     """The loss of each row [R], and the statistics [statistics, R] that backward needs ([0] without `need`)."""
     dtype = at_least_float32(student, teacher, extras.clean)
-    R, C = student.shape
+    R, C = rows_of(student), student.shape[-1]
     values = student.new_empty(R, dtype=dtype)
     statistics = student.new_empty((problem.statistics, R) if need else (0,), dtype=dtype)
     tau = problem.tau
     for rows in _chunks(student):
-        z, zs, m_s, l_s = _shifted(student[rows], tau, dtype)
+        z, zs, p, m_s, l_s = _shifted(_part(student, rows), tau, dtype)
         lam = _lam(problem, extras, rows, len(z), z) if problem.labelled else None
         kept, clean_kept, value = [m_s, l_s], [], 0
         if problem.soft:
-            _, log_q, m_t, l_t = _shifted(teacher[rows], tau, dtype)
-            log_q, log_p, clean = log_q.sub_(l_t), zs - l_s, None
-            q = log_q.exp()
+            _, ys, q, m_t, l_t = _shifted(_part(teacher, rows), tau, dtype)
+            clean = None
             if problem.cleaned:
                 clean = []
                 for logits in _clean_rows(extras, rows):
-                    _, x, m, l = _shifted(logits, tau, dtype)
-                    clean.append((x - l).exp_())
+                    _, _, of_clean, m, l = _shifted(logits, tau, dtype)
+                    clean.append(of_clean)
                     clean_kept += [m, l]
-            if not problem.plain_target:
+            if problem.plain_target:
+                w = (zs - ys).sub_(l_s - l_t)  # digits of logits are lost in logs of their softmax
+            else:
                 q = _target(problem, extras, rows, q, lam, clean)
-                log_q = q.log()
-            # not the product alone: 0 * infinity, where a side excludes a class
-            divergence = tau**2 * log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0).sum(-1, keepdim=True)
+                w = (zs - l_s).sub_(q.log())
+            divergence = tau**2 * _divergence(p, q, w)[:, None]
             value = problem.alpha * divergence
             kept += [m_t, l_t, divergence]
         else:
@@ -109,21 +160,22 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
 
     A row with grad 0 gets exactly 0, whatever it holds: how losses leave masked rows out.
     """
-    d_student = torch.empty_like(student, memory_format=torch.contiguous_format) if need & STUDENT else None
-    d_teacher = torch.empty_like(teacher, memory_format=torch.contiguous_format) if need & TEACHER else None
+    shape = rows_of(student), student.shape[-1]
+    d_student = student.new_empty(shape) if need & STUDENT else None
+    d_teacher = teacher.new_empty(shape) if need & TEACHER else None
     dtype, tau = statistics.dtype, problem.tau
     for rows in _chunks(student):
         of = statistics[:, rows, None]
         g = grad[rows, None].to(dtype) * factor
         counts = g != 0
-        z = student[rows].to(dtype) - of[M_S]
+        z = _part(student, rows).to(dtype) - of[M_S]
         d, lam = torch.zeros_like(z), None
         if problem.labelled:
             lam = _lam(problem, extras, rows, len(z), z)
             (a, wrong_a), (b, wrong_b) = (_classes(t[rows], z.shape[-1]) for t in (extras.labels, extras.permuted))
         if problem.soft:
             log_p = z / tau - of[L_S]
-            log_q = (teacher[rows].to(dtype) - of[M_T]).div_(tau).sub_(of[L_T])
+            log_q = (_part(teacher, rows).to(dtype) - of[M_T]).div_(tau).sub_(of[L_T])
             q = log_q.exp()
             if d_teacher is not None:  # tau g q_c (log q_c - log p_c - KL)
                 d = torch.where(q == 0, 0.0, q * (log_q - log_p - of[K] / tau**2))

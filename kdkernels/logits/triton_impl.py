@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .call import STUDENT, TEACHER, Extras, Problem
+from .call import STUDENT, TEACHER, Extras, Problem, rows_of
 from .triton_kernels import gradient_rows, loss_rows, mix_rows
 
 
@@ -52,8 +52,9 @@ def _arguments(student, teacher, problem: Problem, extras: Extras):
     fill = lambda t: student if t is None else t  # noqa: E731
     pointers = (fill(extras.labels), fill(extras.permuted), fill(lam), fill(clean), fill(extras.permutation))
     strides = (
-        student.stride(0),
-        teacher.stride(0),
+        *(t.stride(0) if t.dim() == 3 else 0 for t in (student, teacher)),
+        student.stride(-2),
+        teacher.stride(-2),
         0 if clean is None else clean.stride(0),
         lam.stride(0) if lam is not None and lam.dim() else 0,
     )
@@ -63,14 +64,14 @@ def _arguments(student, teacher, problem: Problem, extras: Extras):
 
 def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     student, teacher, extras = _dense(student), _dense(teacher), extras._replace(clean=_dense(extras.clean))
-    R, C = student.shape
+    R, T, C = rows_of(student), *student.shape[-2:]
     value = student.new_empty(R, dtype=torch.float32)
     statistics = student.new_empty((problem.statistics, R) if need else (0,), dtype=torch.float32)
     pointers, strides, numbers = _arguments(student, teacher, problem, extras)
     config = row_config(C)
     with torch.cuda.device_of(student):  # a launch goes to the current device, wherever its tensors are
         loss_rows[(R,)](
-            student, teacher, *pointers, value, statistics, R, C, *strides, *numbers,
+            student, teacher, *pointers, value, statistics, R, T, C, *strides, *numbers,
             BLOCK=config.block, MIXED=problem.mixed, KEEP=need > 0, num_warps=config.warps,
             **_constants(problem, extras),
         )  # fmt: skip
@@ -80,14 +81,14 @@ def forward(student, teacher, problem: Problem, extras: Extras, need: int):
 def backward(grad, factor: float, student, teacher, statistics, problem: Problem, extras: Extras, need: int):
     """A row with grad 0 gets exactly 0, as in `torch_impl.backward`."""
     student, teacher, extras = _dense(student), _dense(teacher), extras._replace(clean=_dense(extras.clean))
-    R, C = student.shape
+    R, T, C = rows_of(student), *student.shape[-2:]
     d_student = student.new_empty((R, C) if need & STUDENT else (0,))
     d_teacher = teacher.new_empty((R, C)) if need & TEACHER else student.new_empty(0)
     pointers, strides, numbers = _arguments(student, teacher, problem, extras)
     config = row_config(C)
     with torch.cuda.device_of(student):
         gradient_rows[(R * triton.cdiv(C, config.block),)](
-            grad, student, teacher, *pointers, statistics, d_student, d_teacher, R, C, grad.stride(0), *strides,
+            grad, student, teacher, *pointers, statistics, d_student, d_teacher, R, T, C, grad.stride(0), *strides,
             factor, *numbers, BLOCK=config.block, STUDENT=need & STUDENT > 0, TEACHER=need & TEACHER > 0,
             num_warps=config.warps, **_constants(problem, extras),
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 NEGATIVE = tl.constexpr(float("-inf"))
+NEAR = tl.constexpr(1 / 8)  # of a divergence: below, the difference of two logs has lost digits
 
 
 @triton.jit
@@ -68,21 +69,30 @@ def mixture(
     return b_q + k3 * (lam * (o_c == first).to(tl.float32) + (1 - lam) * (o_c == second).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
+def difference(b_p, b_q, b_w):
+    """p - q - q w >= 0, w = log(p / q), by its series where the terms cancel; and q w."""
+    b_w = tl.where(b_q == 0, 0.0, b_w)
+    b_series = 0.5 + b_w * (1 / 6 + b_w * (1 / 24 + b_w * (1 / 120 + b_w * (1 / 720 + b_w * (1 / 5040)))))
+    near = (tl.abs(b_w) < 0.25) & (b_q > 0)
+    return tl.where(near, b_series * b_w * b_w * b_q, b_p - b_q - b_q * b_w), b_q * b_w
+
+
+@triton.jit(do_not_specialize=["R", "T"])
 def loss_rows(
-    s_ptr, t_ptr,  # [R, C], any float dtype, contiguous rows
+    s_ptr, t_ptr,  # [R / T, T, C], any float dtype, dense rows
     labels_ptr, permuted_ptr,  # [R] int64
     lam_ptr,  # [R] float, any stride
     clean_ptr,  # [R, C]
     order_ptr,  # [R] int64
     value_ptr,  # [R] float32
     stat_ptr,  # [5, 6 or 10, R] float32: the rows of call.py
-    R, C, s_r, t_r, clean_r, lam_r, tau, inverse_tau, alpha, k1, k2, k3, number,
+    R, T, C, s_b, t_b, s_r, t_r, clean_r, lam_r, tau, inverse_tau, alpha, k1, k2, k3, number,
     BLOCK: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, MIXED: tl.constexpr, LABELLED: tl.constexpr,
     PLAIN: tl.constexpr, CLEAN: tl.constexpr, HAS_LAM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
-    s_row, t_row = s_ptr + r * s_r, t_ptr + r * t_r
+    s_row, t_row = s_ptr + r // T * s_b + r % T * s_r, t_ptr + r // T * t_b + r % T * t_r
     m_s = C * 0.0 + NEGATIVE
     m_t = m_s
     sum_s = C * 0.0
@@ -132,16 +142,25 @@ def loss_rows(
                 b_row = clean_ptr + tl.load(order_ptr + r).to(tl.int64) * clean_r
                 m_a, l_a = normaliser(a_row, C, inverse_tau, BLOCK)
                 m_b, l_b = normaliser(b_row, C, inverse_tau, BLOCK)
+        if divergence < NEAR:  # a mixture's is still 0
+            total, moved = divergence * 0, divergence * 0
             for start in range(0, C, BLOCK):
-                b_q = tl.exp((load_row(t_row, start, C, BLOCK) - m_t) * inverse_tau - l_t)
-                b_q = mixture(
-                    b_q, a_row, b_row, start, C, inverse_tau, m_a, l_a, m_b, l_b, first, second, lam, k1, k2, k3,
-                    BLOCK, CLEAN,
-                )  # fmt: skip
-                b_log_p = (load_row(s_row, start, C, BLOCK) - m_s) * inverse_tau - l_s
-                # q = 0 where a side excludes the class, and beyond the end
-                b_log_q = tl.log(tl.where(b_q == 0, 1.0, b_q))
-                divergence += tl.sum(tl.where(b_q == 0, 0.0, b_q * (b_log_q - b_log_p)))
+                b_z = load_row(s_row, start, C, BLOCK) - m_s
+                b_y = load_row(t_row, start, C, BLOCK) - m_t
+                b_q = tl.exp(b_y * inverse_tau - l_t)
+                b_w = (b_z - b_y) * inverse_tau - (l_s - l_t)
+                if not PLAIN:
+                    b_q = mixture(
+                        b_q, a_row, b_row, start, C, inverse_tau, m_a, l_a, m_b, l_b, first, second, lam, k1, k2, k3,
+                        BLOCK, CLEAN,
+                    )  # fmt: skip
+                    b_w = b_z * inverse_tau - l_s - tl.log(tl.where(b_q == 0, 1.0, b_q))
+                b_term, b_moved = difference(tl.exp(b_z * inverse_tau - l_s), b_q, b_w)
+                total += tl.sum(b_term)
+                moved += tl.sum(b_moved)
+            # what w is off for all classes alike, by normalisers that are rounded
+            off = total + moved
+            divergence = total - tl.where(tl.abs(off) < 1e-3, off * off * 0.5, 0.0)
         divergence *= tau * tau
         value += alpha * divergence
     l_1 = value * 0
@@ -169,13 +188,13 @@ def loss_rows(
             tl.store(stat + 9 * step, l_b)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "T"])
 def gradient_rows(
     grad_ptr,  # [R] float32, any stride
     s_ptr, t_ptr, labels_ptr, permuted_ptr, lam_ptr, clean_ptr, order_ptr,
     stat_ptr,  # as `loss_rows` left them
     ds_ptr, dt_ptr,  # [R, C] in the dtype of their side
-    R, C, grad_r, s_r, t_r, clean_r, lam_r, factor, tau, inverse_tau, alpha, k1, k2, k3, number,
+    R, T, C, grad_r, s_b, t_b, s_r, t_r, clean_r, lam_r, factor, tau, inverse_tau, alpha, k1, k2, k3, number,
     BLOCK: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, LABELLED: tl.constexpr, PLAIN: tl.constexpr,
     CLEAN: tl.constexpr, HAS_LAM: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +206,7 @@ def gradient_rows(
     g = tl.load(grad_ptr + r * grad_r).to(tl.float32) * factor
     stat, step = stat_ptr + r, tl.cast(R, tl.int64)
     m_s, l_s = tl.load(stat), tl.load(stat + step)
-    b_z = load_row(s_ptr + r * s_r, start, C, BLOCK) - m_s
+    b_z = load_row(s_ptr + r // T * s_b + r % T * s_r, start, C, BLOCK) - m_s
     lam = g * 0
     first, second = r * 0, r * 0
     if LABELLED:
@@ -198,7 +217,7 @@ def gradient_rows(
     b_d = b_z * 0
     if SOFT:
         m_t, l_t = tl.load(stat + 2 * step), tl.load(stat + 3 * step)
-        b_log_q = (load_row(t_ptr + r * t_r, start, C, BLOCK) - m_t) * inverse_tau - l_t
+        b_log_q = (load_row(t_ptr + r // T * t_b + r % T * t_r, start, C, BLOCK) - m_t) * inverse_tau - l_t
         b_log_p = b_z * inverse_tau - l_s
         b_q = tl.exp(b_log_q)
         if TEACHER:

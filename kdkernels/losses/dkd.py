@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 from .. import checks
 from ..autograd import at_least_float32
 from ..logits.checks import check_tau
-from ..logits.op import distillation_kl
+from ..logits.op import distillation_kl, kl
 from .base import Loss, constant, full_precision, row_mask, zero_where_masked
 from .kd import check_classes
 from .means import mean_of_rows
@@ -125,7 +125,6 @@ class DKDLoss(Loss):
             (side.gather(-1, label)[..., 0] / self.tau) - (other / self.tau).logsumexp(-1)
             for side, other in zip(sides, others, strict=True)
         )
-        p = odds_t.sigmoid()
-        of_label = softplus(-odds_s) - softplus(-odds_t)
-        of_others = softplus(odds_s) - softplus(odds_t)
-        return self.tau**2 * (p * of_label + (-odds_t).sigmoid() * of_others)
+        p, q = (torch.stack([odds, -odds], -1).sigmoid() for odds in (odds_s, odds_t))
+        w = torch.stack([softplus(-odds_t) - softplus(-odds_s), softplus(odds_t) - softplus(odds_s)], -1)
+        return self.tau**2 * kl(p, q, w)

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vanilla knowledge distillation: the Kullback-Leibler divergences are the fused row op, Jensen-Shannon is PyTorch."""
+"""Vanilla knowledge distillation: the Kullback-Leibler divergences are the fused row op, Jensen-Shannon its sibling."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-
-from ..autograd import at_least_float32
 from ..logits.checks import check_rows, check_tau
-from ..logits.op import divergence
-from .base import Loss, check_pair, constant, full_precision, row_mask, zero_where_masked
+from ..logits.op import divergence, jensen_shannon
+from .base import Loss, check_pair, row_mask, zero_where_masked
 from .means import mean_of_rows
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -79,7 +76,9 @@ class KDLoss(Loss):
             return self._nothing(["kd"], student_logits, return_parts)
         student, teacher = student_logits, teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
         if self.divergence == "jsd":
-            value = self._jensen_shannon(student, teacher, counted, normalizer)
+            pair = (hidden(side, counted, self.backend) for side in (student, teacher))
+            rows = jensen_shannon(*pair, self.tau, self.backend)
+            value = mean_of_rows(rows, counted, normalizer, self.reduction)
         else:
             # the op treats its second argument as the fixed side of the divergence, and differentiates in both
             pair = (student, teacher) if self.divergence == "forward" else (teacher, student)
@@ -91,19 +90,6 @@ class KDLoss(Loss):
             rows = divergence(*pair, self.tau, "none", self.backend)
             value = mean_of_rows(rows, counted, normalizer, self.reduction)
         return self._total({"kd": value}, return_parts)
-
-    def _jensen_shannon(self, student, teacher, counted, normalizer):
-        with full_precision(student):
-            dtype = at_least_float32(student, teacher)
-            log_s, log_t = (
-                (zero_where_masked(side, counted).to(dtype) / self.tau).log_softmax(-1)
-                for side in (student, constant(teacher))
-            )
-            # logaddexp of two -inf has no gradient
-            least = torch.finfo(dtype).min / 2
-            log_m = torch.logaddexp(log_s.clamp_min(least), log_t.clamp_min(least)) - math.log(2)
-            rows = (kl(log_t, log_m) + kl(log_s, log_m)) / 2 * self.tau**2
-            return mean_of_rows(rows, counted, normalizer, self.reduction)
 
 
 def check_classes(loss, student_logits, teacher_logits):
@@ -119,9 +105,3 @@ def check_classes(loss, student_logits, teacher_logits):
 def hidden(logits, counted, backend: str):
     """Logits whose masked rows may go to a row op: only the textbook lets a row with upstream 0 reach its gradient."""
     return zero_where_masked(logits, counted) if backend == "reference" else logits
-
-
-def kl(log_p, log_q):
-    """sum_c p_c (log p_c - log q_c), a class with p_c = 0 adding nothing."""
-    p = log_p.exp()
-    return (p * torch.where(p > 0, log_p - log_q, 0)).sum(-1)
