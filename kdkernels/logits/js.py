@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import at_least_float32, in_pytorch
+from .. import backend as backends
+from ..autograd import at_least_float32, device_type, in_pytorch
 from ..differentiable import of_rows, operator
 from . import reference
 from .call import L_S, L_T, M_S, M_T, K, rows_of
@@ -85,8 +86,9 @@ _js = operator(
 
 
 def divergence(student, teacher, tau: float, backend: str):
-    """tau^2 JS(p_s, p_t) of each row of [..., C]; the teacher is a constant."""
-    if backend == "reference":
+    """tau^2 JS(p_s, p_t) of each row of [..., C]; the teacher is a constant. Where a backend can run, this can."""
+    dtypes = (student.dtype, teacher.dtype)
+    if backends.resolve("distillation_kl", backend, device_type(student), dtypes) == "reference":
         return in_pytorch(_by_the_book, (student, teacher), tau)
     return _js(student, teacher, tau)
 

@@ -24,7 +24,7 @@ class KDLoss(Loss):
             JSD (there a beta near 0 gives beta times the KL, not the KL). Each times tau^2.
         weight: factor of the loss, a buffer; 1 gives the formula.
         reduction: "mean" over the rows that count, or "sum".
-        backend: as in `kd.distillation_kl`.
+        backend: as in `kd.distillation_kl`; "jsd" is PyTorch in all of them.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`. Logits
     [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass `logits.movedim(1, -1)`); float16 to
