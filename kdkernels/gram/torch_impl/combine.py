@@ -82,8 +82,35 @@ def combine(problem: Problem, stats: RowStats, count, eps: float, units, rho=Non
     )
 
 
+# The next four are arithmetic alone: Triton compiles the same lines for the small schedule.
+
+
+def coefficients(n, unbiased, center):
+    """(c, r, s) of h(K, L) = c [ S_KL - r a.b + s A B ], the shape that HSIC_0, HSIC_1 and the uncentred sum share."""
+    if unbiased:
+        return 1 / (n * (n - 3)), 2 / (n - 2), 1 / ((n - 1) * (n - 2))
+    elif center:
+        return 1 / ((n - 1) * (n - 1)), 2 / n, 1 / (n * n)
+    else:
+        return 1 / ((n - 1) * (n - 1)), 0 * n, 0 * n
+
+
+def centred(c, r, s, total, cross, own, other):
+    return c * (total - r * cross + s * own * other)
+
+
+def plain_weights(c, r, s, alpha, beta, own, other, own_total, other_total):
+    """c_ij = c [alpha C(L) + beta C(K)]_ij, C(L)_ij = L_ij - r/2 (b_i + b_j) + s B, split evenly over i and j."""
+    p, q = c * alpha, c * beta
+    return p, q, s * (p * other_total + q * own_total) - r * (p * other + q * own)
+
+
+def row_weights(c, alpha, beta, rho_own, rho_other):
+    return c * alpha * rho_own * rho_other, c * beta * rho_own * rho_own
+
+
 class Form(NamedTuple):
-    """h(K, L) = c [ S_KL - r a.b + s A B ], the shape that HSIC_0, HSIC_1 and the uncentred sum share."""
+    """`coefficients`"""
 
     c: torch.Tensor | float
     r: torch.Tensor | float
@@ -93,11 +120,9 @@ class Form(NamedTuple):
 def estimator(problem: Problem, n) -> Form:
     if problem.unbiased:
         n = n.clamp(min=4) if isinstance(n, torch.Tensor) else n  # a smaller masked group is set to 0 by the caller
-        return Form(1 / (n * (n - 3)), 2 / (n - 2), 1 / ((n - 1) * (n - 2)))
-    m = n.clamp(min=2) if isinstance(n, torch.Tensor) else max(n, 2.0)
-    if problem.center:
-        return Form(1 / (m - 1) ** 2, 2 / m, 1 / m**2)
-    return Form(1 / (m - 1) ** 2, 0.0, 0.0)
+    else:
+        n = n.clamp(min=2) if isinstance(n, torch.Tensor) else max(n, 2.0)
+    return Form(*coefficients(n, problem.unbiased, problem.center))
 
 
 def constant(h, total, form: Form, eps: float):
@@ -129,15 +154,13 @@ class _Plain:
     def hsic(self, which, form):
         first, second = which
         cross = self.over(self.sums[first] * self.sums[second])
-        return form.c * (self.squares[which] - form.r * cross + form.s * self.totals[first] * self.totals[second])
+        return centred(*form, self.squares[which], cross, self.totals[first], self.totals[second])
 
     def _weights(self, form, alpha, beta, own, other):
-        """c_ij = c [alpha C(L) + beta C(K)]_ij, C(L)_ij = L_ij - r/2 (b_i + b_j) + s B, split evenly over i and j."""
-        p, q = form.c * alpha, form.c * beta
-        mean = form.s * (p * self.totals[other] + q * self.totals[own])
-        sums = p[:, None] * self.sums[other] + q[:, None] * self.sums[own]
-        e = mean[:, None] - _column(form.r) * sums
-        return _side(p[:, None].expand_as(e), q[:, None].expand_as(e), e)
+        columns = [_column(v) for v in (*form, alpha, beta)]
+        totals = [_column(self.totals[which]) for which in (own, other)]
+        p, q, e = plain_weights(*columns, self.sums[own], self.sums[other], *totals)
+        return _side(p.expand_as(e), q.expand_as(e), e)
 
     def x_side(self, form, alpha, beta):
         return self._weights(form, alpha, beta, "k", "l")
@@ -172,7 +195,7 @@ class _RowNormalized:
         """dL/dK_ij = rho_i M_ij, M = c [alpha C(L~) + beta C(K~)]; the backward pass adds the diagonal term."""
         c, alpha, beta = _column(form.c), alpha[:, None], beta[:, None]
         f = self.rho[own]
-        p, q = c * alpha * f * self.rho[other], c * beta * f * f
+        p, q = row_weights(c, alpha, beta, f, self.rho[other])
         if self.columns["k"] is None:
             return _side(p, q, torch.zeros_like(p), f, torch.zeros_like(p))
         rows = alpha * self.rows[other] + beta * self.rows[own]

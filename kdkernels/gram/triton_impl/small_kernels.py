@@ -17,11 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_tf32 import to_tf32
+from ...triton_tf32 import INTERPRETED, to_tf32
+from ..torch_impl import combine
 from .maps import POLYNOMIAL, RBF, Map, alpha_of, counting, kernel_argument, kernel_value, parameter, power, vector
 
 CKA, HSIC, MSE, ROW_MSE, SUM = (tl.constexpr(k) for k in range(5))
 STATS = {"cka": CKA, "hsic": HSIC, "mse": MSE, "row_mse": ROW_MSE, "sum": SUM}
+# the arithmetic of `combine.py`, line for line; the interpreter calls Python as it is
+_compiled = (lambda function: function) if INTERPRETED.value else triton.jit
+_coefficients, _centred = _compiled(combine.coefficients), _compiled(combine.centred)
+_plain_weights, _row_weights = _compiled(combine.plain_weights), _compiled(combine.row_weights)
 STAT_ROWS = tl.constexpr(7)  # a, b, kk, kl, ll, rho_x, rho_y of `combine.py`
 # rows of `saved`: five of x, the same five of y; then of x and of y the unit of the weights and a typical distance
 SAVED = tl.constexpr(14)
@@ -297,20 +302,14 @@ def finish(stats_ptr, keep_ptr, value_ptr, saved_ptr, unit_ptr, n, G, asked, BLO
 
 
 @triton.jit
-def _hsic(total, u, v, r, s):
-    """S_KL - r a.b + s A B"""
-    return total - r * tl.sum(u * v) + s * tl.sum(u) * tl.sum(v)
-
-
-@triton.jit
-def _weights(alpha, beta, own, other, rho_own, rho_other, c, r, s, asked):
-    """(p, q, e) of one side: alpha and beta weigh the other side's centred sums and its own."""
-    one = tl.zeros_like(own) + 1.0
+def _weights(c, r, s, alpha, beta, own, other, own_total, other_total, rho_own, rho_other, asked):
+    """(p, q, e) of one side."""
     if asked.row_norm:  # never centred here: no additive terms
-        p, q, e = c * alpha * rho_own * rho_other, c * beta * rho_own * rho_own, tl.zeros_like(own)
+        p, q = _row_weights(c, alpha, beta, rho_own, rho_other)
+        e = tl.zeros_like(own)
     else:
-        sums = alpha * other + beta * own
-        p, q, e = one * (c * alpha), one * (c * beta), c * (s * tl.sum(sums) - r * sums)
+        p, q, e = _plain_weights(c, r, s, alpha, beta, own, other, own_total, other_total)
+        p, q = tl.zeros_like(own) + p, tl.zeros_like(own) + q
     return p, q, e
 
 
@@ -346,28 +345,24 @@ def _finish(sums, keep, o, m, g, n, G, value_ptr, saved_ptr, unit_ptr, asked):
         p_x = one if unit_ptr is None else one * unit_y  # unit_x is in the scale of x's gradient: `prepare`
         p_y = p_x
     else:
-        pair_minimum = tl.maximum(nf, 2.0)
-        c, r, s = 1 / ((pair_minimum - 1) * (pair_minimum - 1)), nf * 0, nf * 0
-        if asked.unbiased:
-            c, r, s = 1 / (nf * (nf - 3)), 2 / (nf - 2), 1 / ((nf - 1) * (nf - 2))
-        elif asked.center:
-            r, s = 2 / nf, 1 / (nf * nf)
+        c, r, s = _coefficients(tl.maximum(nf, 2.0), asked.unbiased, asked.center)
+        total_a, total_b = tl.sum(a), tl.sum(b)
         s_kl, s_kk, s_ll = tl.sum(kl), tl.sum(kk), tl.sum(ll)
         if asked.row_norm:
             s_kl, s_kk, s_ll = tl.sum(rho_x * rho_y * kl), tl.sum(rho_x * rho_x * kk), tl.sum(rho_y * rho_y * ll)
-        h_kl = c * _hsic(s_kl, a, b, r, s)
+        h_kl = _centred(c, r, s, s_kl, tl.sum(a * b), total_a, total_b)
         alpha, beta_x, beta_y = unit, nf * 0, nf * 0
         if asked.stat == CKA:
-            h_kk = c * _hsic(s_kk, a, a, r, s)
-            h_ll = c * _hsic(s_ll, b, b, r, s)
+            h_kk = _centred(c, r, s, s_kk, tl.sum(a * a), total_a, total_a)
+            h_ll = _centred(c, r, s, s_ll, tl.sum(b * b), total_b, total_b)
             floor = 9.094947017729282e-13 * c  # (8 eps)^2 of float32
             undefined = (h_kk <= floor * s_kk) | (h_ll <= floor * s_ll)
             h_kk, h_ll = tl.where(undefined, 1.0, h_kk), tl.where(undefined, 1.0, h_ll)
             alpha = tl.where(undefined, 0.0, 1 / (tl.sqrt(h_kk) * tl.sqrt(h_ll)))
             beta_x, beta_y = -h_kl * alpha / h_kk, -h_kl * alpha / h_ll
         value = h_kl * alpha
-        p_x, q_x, e_x = _weights(alpha, beta_x, a, b, rho_x, rho_y, c, r, s, asked)
-        p_y, q_y, e_y = _weights(alpha, beta_y, b, a, rho_y, rho_x, c, r, s, asked)
+        p_x, q_x, e_x = _weights(c, r, s, alpha, beta_x, a, b, total_a, total_b, rho_x, rho_y, asked)
+        p_y, q_y, e_y = _weights(c, r, s, alpha, beta_y, b, a, total_b, total_a, rho_y, rho_x, asked)
     enough = kept >= asked.minimum
     tl.store(value_ptr + g, tl.where(enough, value, 0.0).to(tl.float32))
     if saved_ptr is not None:
