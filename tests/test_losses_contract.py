@@ -224,11 +224,15 @@ def test_each_side_has_its_own_float_dtype_and_is_computed_in_float32(case, stud
 
 
 def test_autocast_changes_nothing(case):
-    student, teacher = sides(case)
-    loss = case.make()
-    plain = loss(student, teacher)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert loss(student, teacher).equal(plain)
+    """Not even where the backward pass is called inside."""
+    (student, teacher), found = sides(case), []
+    for enabled in (False, True):
+        leaves = [t.detach().requires_grad_() for t in (student if isinstance(student, list) else [student])]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = case.make()(leaves if isinstance(student, list) else leaves[0], teacher)
+            found.append((value, *torch.autograd.grad(value, leaves)))
+    for plain, inside in zip(*found, strict=True):
+        assert torch.equal(plain, inside)
 
 
 def line(warning) -> str:

@@ -104,7 +104,7 @@ def test_the_contract_rejects_products_rounded_by_autocast(monkeypatch):
         (forms, "far_apart", lambda pairs: False),
         (forms, "outgrown", lambda *a: False),
         (prepared, "outside", lambda *a: False),
-        (bandwidth, "outside", lambda *a: False),
+        (bandwidth, "_rounded", lambda *a: False),
     ],
 )
 def test_the_contract_rejects_float32_where_it_does_not_do(owner, name, broken, monkeypatch):

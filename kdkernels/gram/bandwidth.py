@@ -10,7 +10,6 @@ An operator of its own, `kdkernels::gram_bandwidth`: traced, its index arithmeti
 import torch
 
 from ..autograd import at_least_float32, device_type, register, without_autocast
-from .scales import outside
 
 EXACT = 1024
 NEAR = 16  # a median this far below the mean is one of near pairs, whose digits float32 squares of far ones round away
@@ -43,10 +42,19 @@ def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
     """over: from a sum over these rows to the one over all rows, for a "mean" where x is a part of them."""
     dtype = at_least_float32(x)
     mean, found = _squares(x.to(dtype), mask, rule, over)
-    if outside(mean, 1e-30, 1e30) or (found is not None and outside(found / mean, 1 / NEAR, 1e30)):
+    if _rounded(mean, found):
         mean, found = _squares(x.double(), mask, rule, over)
     s2 = mean if found is None else torch.where(found > 0, found, mean)
     return (factor * torch.where(s2 == 0, torch.ones_like(s2), s2).sqrt()).to(dtype)
+
+
+def _rounded(mean, median) -> bool:
+    """Whether float32 squares have lost what is asked. Only the CPU looks: a GPU would have to wait for the answer."""
+    if not mean.is_cpu or mean.dtype != torch.float32:
+        return False
+    means = mean.tolist()
+    middles = means if median is None else median.tolist()
+    return any(not 1e-30 < m < 1e30 or NEAR * f <= m for m, f in zip(means, middles, strict=True) if m == m)
 
 
 def _squares(x, mask, rule: str, over):

@@ -8,8 +8,8 @@ import torch
 
 
 def outside(sizes, least: float, most: float) -> bool:
-    """Whether one of a few float32 numbers on the CPU is not between the two. NaN has no size: a group that holds it
-    changes nothing for the others."""
+    """Whether one of a few float32 numbers [G] on the CPU is not between the two. NaN has no size: its group changes
+    nothing for the others."""
     if not sizes.is_cpu or sizes.dtype != torch.float32:
         return False
-    return any(size <= least or size >= most for size in sizes.flatten().tolist())
+    return any(size <= least or size >= most for size in sizes.tolist())

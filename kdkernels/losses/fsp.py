@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from ..autograd import product
 from .base import check_pair, constant, mean_of_groups, zero_of
 from .maps import MapLoss, channels_at_positions, check_map, mask_of_positions, pooled, same_channels
 
@@ -106,4 +105,4 @@ def _flow(below, above, kept):
     count = below.shape[2]
     if kept is not None and kept.shape[1] > 1:
         count = kept.sum(1).clamp_min(1)[:, None, None]
-    return torch.bmm(below, above.mT) / count
+    return product(below, above.mT) / count

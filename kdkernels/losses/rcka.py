@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import at_least_float32, device_type
+from ..autograd import at_least_float32, device_type, product
 from ..backend import resolve
 from ..gram import both_ways
 from ..gram.both_ways import cka_both_ways
@@ -246,4 +246,4 @@ def relations(features, mask):
     # one factor for all of F leaves G, and its gradient, as they are, and keeps the squares from overflow
     largest = F.detach().abs().amax((-2, -1), keepdim=True)
     F = F / torch.where(largest == 0, 1, largest)
-    return unit(F @ F.mT, -1)
+    return unit(product(F, F.mT), -1)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import checks, distributed
 from ..accumulator import summed
-from ..autograd import at_least_float32
+from ..autograd import at_least_float32, product
 from ..projection import StreamingPCA, autoencoder_basis, random_basis
 from ..projection.checks import check_mask, mask_of_positions
 from ..projection.op import projected_mse
@@ -251,6 +250,6 @@ def adapted(s, adapter: nn.Linear, dim: int, mask):
         s = zero_where_masked(s.movedim(dim, -1), kept.expand(s.movedim(dim, -1).shape[:-1])).movedim(-1, dim)
     s = s.to(dtype)
     if dim == s.dim() - 1:
-        return F.linear(s, weight, bias)
+        return product(s.reshape(-1, s.shape[-1]), weight.mT).reshape(*s.shape[:-1], -1) + bias
     shape = (s.shape[0], weight.shape[0], *s.shape[2:])
-    return F.conv1d(s.flatten(2), weight[:, :, None], bias).reshape(shape)
+    return (product(weight.expand(len(s), -1, -1), s.flatten(2)) + bias[:, None]).reshape(shape)

@@ -63,14 +63,14 @@ def far_apart(pairs: Pairs) -> bool:
 def _narrow(P) -> bool:
     if not P.z.is_cpu or P.z.dtype != torch.float32:
         return False
-    least = FAR * min(P.par.flatten().tolist()) ** 2
+    least = FAR * min(map(min, P.par.tolist())) ** 2
     return least < P.z.shape[1] and P.square.max().item() > least  # their mean is about 1
 
 
 def outgrown(call: Call, value, sums: Sums) -> bool:
     """Whether squares of rows as given have left float32: infinity less infinity is NaN, of finite rows alone."""
     if call.problem.stat != "mse":
-        return sums.scale is not None and outside(sums.scale, 1e-30, 1e30)
+        return sums.scale is not None and outside(sums.scale.flatten(), 1e-30, 1e30)
     lost = value.is_cpu and value.dtype == torch.float32 and not all(map(math.isfinite, value.tolist()))
     return lost and all(bool(side.features.isfinite().all()) for side in call.sides)
 

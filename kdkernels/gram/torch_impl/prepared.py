@@ -63,14 +63,14 @@ def _centred(x, mask, spec, problem, over, eps: float):
     spread = over(square.sum(1)) / (count if mask is None else count[:, 0, 0])
     scale = torch.ones_like(spread)
     if problem.stat != "mse":  # there K - L needs both sides in one unit
-        # within the powers of two that float32 has
         power = torch.log2(torch.where(spread == 0, scale, spread)).div_(-2).round_()
-        scale = torch.exp2(power.clamp_(-126, 126))
+        # within the powers of two that float32 has
+        scale = torch.exp2(power.clamp_(-126, 126) if power.dtype == torch.float64 else power)
     factor = scale
     if centred:
         # rows that differ by less than the rounding of their mean are constant: exact zeros keep CKA's 0/0 recognisable
-        varies = ~(spread <= (4 * eps) ** 2 * mean2)
-        factor, spread = scale * varies, torch.where(varies, spread, torch.zeros_like(spread))
+        constant = spread <= (4 * eps) ** 2 * mean2
+        factor, spread = scale.masked_fill(constant, 0), spread.masked_fill(constant, 0)
     if problem.stat != "mse":
         z = z * factor[:, None, None] if z is x else z.mul_(factor[:, None, None])
         square = square.mul_(factor.square()[:, None])
