@@ -83,14 +83,14 @@ def with_spread(kernel, mask, group, x, *alike):
     if not spec_of(kernel)[0].has_rule:
         return x, *alike
     x = zero_where_masked(x, mask)  # NaN there would reach the gradient
-    mean, size = spread(x, mask, group)
+    mean, apart, size = spread(x, mask, group)
     change = (size.detach() / size - 1).to(mean.dtype)
-    return tuple(t + (t - mean) * change for t in (x, *alike))
+    return x + apart * change, *(t + (t - mean) * change for t in alike)
 
 
 def spread(x, mask, group=None):
-    """The mean of the rows that count, [..., 1, d], and their root mean square distance from it, [..., 1, 1] in
-    float64, 1 where it is 0; with a process group, of the rows of all ranks.
+    """The mean of the rows that count, [..., 1, d], what they have beside it, and the root of its mean square,
+    [..., 1, 1] in float64, 1 where it is 0; with a process group, of the rows of all ranks.
     """
     over = group.sum if group is not None else lambda own: own
     x, n = x.to(at_least_float32(x)), x.shape[-2] if group is None else group.total
@@ -98,9 +98,11 @@ def spread(x, mask, group=None):
         n = over(mask.sum(-1)).clamp_min(1)[..., None, None]
     mean = over(zero_where_masked(x, mask).sum(-2, keepdim=True)) / n
     apart = zero_where_masked(x - mean, mask)
-    size = torch.linalg.vector_norm(apart, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    square = over(size.square()) / n
-    return mean, torch.where(square == 0, 1, square).sqrt()
+    largest = apart.detach().abs().amax((-2, -1), keepdim=True) if x.shape[-2] else x.new_ones(())
+    unit = apart / torch.where(largest == 0, 1, largest)  # no square leaves float32
+    total = torch.linalg.vecdot(unit, unit).sum(-1, dtype=torch.float64)[..., None, None]
+    square = over(total * largest.double().square()) / n
+    return mean, apart, torch.where(square == 0, 1, square).sqrt()
 
 
 def has_samples(x, group, least: int) -> bool:

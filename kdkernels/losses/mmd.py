@@ -120,5 +120,5 @@ def in_units_of_their_spread(x, y, kept):
     rows = torch.cat([side.detach().to(dtype) for side in (x, y)], dim=-2)
     both = None if kept is None else torch.cat([kept, kept], dim=-1)
     count = rows.shape[-2] if both is None else both.sum(-1, dtype=torch.float64)[..., None, None].clamp_min(2)
-    apart = (spread(rows, both)[1] * (2 * count / (count - 1)) ** 0.5).to(dtype)
+    apart = (spread(rows, both)[-1] * (2 * count / (count - 1)) ** 0.5).to(dtype)
     return x / apart, y / apart
