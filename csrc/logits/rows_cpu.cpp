@@ -32,7 +32,8 @@ struct Matrix {
   int64_t inner, outer_stride, stride;  // rows of a sample; from sample to sample, from row to row
   ScalarType dtype;
 
-  int64_t at(int64_t r) const { return r / inner * outer_stride + r % inner * stride; }
+  // the division takes as long as a short row
+  int64_t at(int64_t r) const { return r < inner ? r * stride : r / inner * outer_stride + r % inner * stride; }
 };
 
 int64_t rows_of(const Tensor& t) { return t.dim() == 3 ? t.size(0) * t.size(1) : t.size(0); }

@@ -26,6 +26,8 @@ def _records(a):
 
 def rows_without_copy(*sides):
     """Both sides [..., C] as [R, C]; where that would copy one, as [B, T, C]: `logits[:, :-1]` is read where it is."""
+    if sides[0].dim() == 2:
+        return sides
     *lead, C = sides[0].shape
     for cut in range(len(lead)):
         shape = (math.prod(lead), C) if cut == 0 else (math.prod(lead[:cut]), math.prod(lead[cut:]), C)
