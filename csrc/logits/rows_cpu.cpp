@@ -26,13 +26,12 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 enum Statistic { kMs, kLs, kMt, kLt, kKl, kL1, kMa, kLa, kMb, kLb };
 
-// row r of [R, C] or of [B, T, C], whose samples may lie apart
+// row r of [R, C] or of [B, T, C], whose samples may lie apart; a division takes as long as a short row
 struct Matrix {
   const void* data;
   int64_t inner, outer_stride, stride;  // rows of a sample; from sample to sample, from row to row
   ScalarType dtype;
 
-  // the division takes as long as a short row
   int64_t at(int64_t r) const { return r < inner ? r * stride : r / inner * outer_stride + r % inner * stride; }
 };
 
