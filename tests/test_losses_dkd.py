@@ -110,3 +110,12 @@ def test_bad_arguments_are_named():
         DKDLoss()(student[:, :1], teacher[:, :1], torch.zeros(9).long())
     with pytest.raises(ValueError, match=r"teacher_logits has shape \(9, 6\).*same rows and classes"):
         DKDLoss()(student, teacher[:, :6], labels)
+
+
+@pytest.mark.parametrize("tau", [1.0, 100.0])
+def test_the_part_of_the_label_keeps_its_digits_at_a_high_temperature(tau):
+    student, teacher, labels = torch.randn(40, 10), torch.randn(40, 10), torch.randint(10, (40,))
+    p, q = ((side.double() / tau).softmax(1).gather(1, labels[:, None])[:, 0] for side in (teacher, student))
+    exact = tau**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    found = DKDLoss(beta=0.0, tau=tau)(student, teacher, labels).double()
+    torch.testing.assert_close(found, exact, rtol=2e-5, atol=0)
