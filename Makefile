@@ -22,7 +22,7 @@ PYTEST = $(ENV) && jobs="$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n
 help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
 	@echo "make test         the whole test suite      make test-quick   the faster part of it"
-	@echo "make machine      all Triton kernels as compiled for a GPU, executed on the CPU: hours"
+	@echo "make machine      all Triton kernels as compiled for a GPU, executed on the CPU: an hour"
 	@echo "make lint         ruff, tools/house.py      make bench        measure this machine"
 	@echo "make resolve      whether what make installs exists for every Python; needs the network, installs nothing"
 	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"
@@ -37,9 +37,10 @@ test:
 test-quick:
 	@$(PYTEST) -m "not slow and not demo and not compile_only" $(ARGS)
 
-# hours on two cores. ARGS="mixup cka --architectures 80" for a part of it
+# an hour on two cores. ARGS="mixup cka --architectures 80" for a part of it
 machine:
-	@python="$$(sh tools/env.sh test)" && OMP_NUM_THREADS=1 "$$python" tests/machine/contract.py $(ARGS)
+	@python="$$(sh tools/env.sh test)" && export OMP_NUM_THREADS=1 && "$$python" tests/machine/contract.py $(ARGS) \
+	&& "$$python" tests/machine/mutate.py
 
 lint:
 	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" tools/house.py --check

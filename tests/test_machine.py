@@ -12,19 +12,19 @@ pytestmark = [
     pytest.mark.compile_only,
     pytest.mark.skipif(compiler is None, reason="no C++ compiler"),
 ]
-# the ops with the fewest programs to compile; `make machine` runs all of them
-QUICK = ("mixup", "rkd_angle", "distillation_kl", "mixed_distillation")
+# the ops with the fewest programs to compile; `make machine` runs all of them, for both architectures
+QUICK = [(op, 80) for op in ("mixup", "rkd_angle", "distillation_kl", "mixed_distillation")] + [("distillation_kl", 90)]
 
 
-@pytest.mark.parametrize("op", QUICK)
-def test_an_op_keeps_the_contract_in_machine_code(op, python):
-    done = python("tests/machine/contract.py", op, "--architectures", "80")
+@pytest.mark.parametrize("op, architecture", QUICK)
+def test_an_op_keeps_the_contract_in_machine_code(op, architecture, python):
+    done = python("tests/machine/contract.py", op, "--architectures", str(architecture))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
-    assert f"{op} on sm_80: " in done.stdout and " 0 failed" in done.stdout
+    assert f"{op} on sm_{architecture}: " in done.stdout and " 0 failed" in done.stdout
 
 
-@pytest.mark.parametrize("architecture", [80])
-def test_planted_faults_are_seen(architecture, python):
+@pytest.mark.parametrize("architecture, multiplies", [(80, "HMMA"), (90, "HGMMA")])
+def test_planted_faults_are_seen_and_products_are_right(architecture, multiplies, python):
     done = python("tests/machine/planted.py", str(architecture))
     assert done.returncode == 0, done.stderr[-3000:]
     said = dict(line.removeprefix(f"{architecture} ").split(": ", 1) for line in done.stdout.splitlines())
@@ -33,4 +33,19 @@ def test_planted_faults_are_seen(architecture, python):
     assert "a block reads what another wrote: out" in said["race between blocks"]
     # what Triton's interpreter cannot show: tensor cores cut what they are given
     assert said["tf32"] == "1 + 0.000000e+00"
-    assert said["tf32x3"] == said["ieee"] == f"1 + {2**-11 + 2**-20 // 2**-23 * 2**-23:.6e}"
+    assert said["tf32x3"] == said["ieee"] == f"1 + {2**-11 + 2**-20:.6e}"
+    products = {name: text for name, text in said.items() if name.startswith("product ")}
+    assert len(products) == 6 and set(products.values()) == {f"{multiplies} nothing"}
+
+
+@pytest.mark.parametrize("op, architecture", [("distillation_kl", 80), ("projected_mse", 90)])
+def test_a_barrier_or_wait_that_is_taken_out_is_seen(op, architecture, python):
+    done = python("tests/machine/mutate.py", op, "--architectures", str(architecture))
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
+    assert len(seen) > 5 and set(seen.values()) <= {"reported", "wrong result", "harmless"}
+    barriers = [outcome for line, outcome in seen.items() if " BAR." in line]
+    assert barriers.count("reported") > 3 * barriers.count("harmless")
+    waits = {line: outcome for line, outcome in seen.items() if "DEPBAR" in line}
+    if op == "projected_mse":
+        assert any("WARPGROUP" in line for line in waits) and "harmless" not in waits.values()

@@ -307,7 +307,7 @@ def test_a_skipped_instruction_does_nothing():
 
 
 def test_what_cannot_be_executed_is_refused_in_one_sentence(monkeypatch, tmp_path):
-    with pytest.raises(cubin.MachineError, match="compiled for sm_75: what is modelled is sm_80"):
+    with pytest.raises(cubin.MachineError, match="compiled for sm_75: what is modelled is sm_80, sm_90"):
         assembled("EXIT", architecture=75)
     with pytest.raises(cubin.MachineError, match="a grid of 16777216 blocks is too large to emulate"):
         run(assembled("EXIT", tensors=0), grid=(4096, 4096, 1))

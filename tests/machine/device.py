@@ -120,7 +120,7 @@ class Device:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self):
-        return 0
+        return self.architecture  # Triton keeps what it has compiled for each device
 
     def set_current_device(self, device):
         pass

@@ -12,7 +12,7 @@ from cubin import Cubin, MachineError
 from decode import functions
 from machine_build import core
 
-ARCHITECTURES = (80,)
+ARCHITECTURES = (80, 90)
 MOST_BLOCKS, MOST_STEPS = 1 << 16, 400_000_000  # of one launch: blocks, and instructions of a warp (minutes)
 STACK = 0x28  # in constant bank 0: where a lane's stack ends; its parts below are the block's and the grid's sizes
 STACK_BYTES = 32768
@@ -26,7 +26,7 @@ class Schedule(NamedTuple):
     blocks: str = "forward"  # or reversed, random
     warps: Warps = Warps.IN_TURN
     lanes: Lanes = Lanes.LOWEST
-    copies_land_early: bool = False  # when issued, not when waited for
+    early: bool = False  # asynchronous copies and products end when issued, not when waited for
     truncated_sums: bool = False  # of tensor cores: terms aligned to the largest and cut, not exact
     seed: int = 1
 
@@ -39,9 +39,9 @@ class Schedule(NamedTuple):
 
 SCHEDULES = (
     Schedule(),
-    Schedule("reversed", Warps.REVERSED, copies_land_early=True),
+    Schedule("reversed", Warps.REVERSED, early=True),
     Schedule("random", Warps.RANDOM, Lanes.RANDOM),
-    Schedule("random", Warps.RANDOM, Lanes.HIGHEST, copies_land_early=True),
+    Schedule("random", Warps.RANDOM, Lanes.HIGHEST, early=True),
     Schedule("reversed", truncated_sums=True),
 )
 
@@ -80,7 +80,7 @@ class Function:
         if threads % 32:
             raise MachineError(f"{self.name}: {threads} threads a block: only whole warps are modelled")
         machine = core().Machine(
-            self.program, schedule.lanes, schedule.warps, schedule.copies_land_early, schedule.truncated_sums,
+            self.program, schedule.lanes, schedule.warps, schedule.early, schedule.truncated_sums,
             schedule.seed,
         )  # fmt: skip
         machine.set_constants(0, self._bank(grid, threads, parameters))

@@ -28,9 +28,10 @@ def sum_rows(x, out, n, stride, BLOCK: tl.constexpr, MASKED: tl.constexpr, ADDED
 
 
 @triton.jit
-def product(x, y, out, PRECISION: tl.constexpr):
-    o = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(out + o, tl.dot(tl.load(x + o), tl.load(y + o), input_precision=PRECISION))
+def product(x, y, out, N: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    b_x, b_y = tl.load(x + o), tl.load(y + o)
+    tl.store(out + o, tl.dot(b_x, b_y.T if TRANSPOSED else b_y, input_precision=PRECISION))
 
 
 def said(call) -> str:
@@ -52,18 +53,33 @@ def rows(masked: bool, added: bool) -> str:
 def tf32_error(precision: str) -> str:
     # halves of units in the last place of tf32, and a bit: cut to 1, rounded to 1 + 2^-10
     x, y, out = torch.full((16, 16), 1 + 2**-11 + 2**-20), torch.eye(16), torch.empty(16, 16)
-    text = said(lambda: product[(1,)](x, y, out, PRECISION=precision))
+    text = said(lambda: product[(1,)](x, y, out, 16, precision, TRANSPOSED=False))
     return text if text != "nothing" else f"1 + {float(out[0, 0]) - 1:.6e}"
+
+
+def product_error(device, dtype, transposed: bool) -> str:
+    """Of integers, whose sums are exact in any order: nothing. Names the instruction that multiplied."""
+    x, y = (torch.randint(-8, 9, (64, 64)).to(dtype) for _ in range(2))
+    out = torch.full((64, 64), float("nan"))
+    text = said(lambda: product[(1,)](x, y, out, 64, "tf32", transposed))
+    if text == "nothing" and not torch.equal(out.double(), x.double() @ (y.double().T if transposed else y.double())):
+        text = "wrong"
+    used = {line.opcode for launch in device.launches[-1:] for line in launch.function.code} & {"HMMA", "HGMMA"}
+    return " ".join([*used, text])
 
 
 def main():
     for architecture in map(int, sys.argv[1:]):
-        machine.install(architecture)
+        device = machine.install(architecture)
         print(f"{architecture} none: {rows(True, False)}")
         print(f"{architecture} missing mask: {rows(False, False)}")
         print(f"{architecture} race between blocks: {rows(True, True)}")
         for precision in ("tf32", "tf32x3", "ieee"):
             print(f"{architecture} {precision}: {tf32_error(precision)}")
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for transposed in (False, True):
+                seen = {product_error(device, dtype, transposed) for _ in device.schedules}
+                print(f"{architecture} product {dtype} {transposed}: {', '.join(seen)}", flush=True)
 
 
 if __name__ == "__main__":

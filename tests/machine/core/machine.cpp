@@ -89,7 +89,9 @@ void Machine::start_block(const Launch& launch, std::uint32_t number) {
     std::fill_n(warp.convergence, kWholeWarp, 0);
     warp.alive = kAllLanes;
     warp.id = id;
-    warp.open_copies.clear(), warp.copy_groups.clear(), warp.local.clear();
+    warp.open_copies.clear(), warp.copy_groups.clear();
+    warp.open_products.clear(), warp.product_groups.clear();
+    warp.local.clear();
   }
 }
 

@@ -25,7 +25,7 @@ struct Schedule {
   enum class Warps { kInTurn, kReversed, kRandom };  // up to the next barrier, or single steps of any
   Lanes lanes = Lanes::kLowest;
   Warps warps = Warps::kInTurn;
-  bool copies_land_early = false;  // when they are issued; else when they are waited for
+  bool early = false;           // asynchronous copies and products end when issued; else when waited for
   bool truncated_sums = false;     // of tensor cores: terms aligned to the largest and cut; else exact
   std::uint64_t seed = 1;
 };
@@ -34,6 +34,13 @@ struct Copy {
   std::uint32_t to;
   int n;
   std::uint8_t data[16];
+};
+
+// of a warpgroup, to be made from what the memory and the registers hold when it is waited for
+struct Product {
+  const Instruction* at;
+  std::uint64_t first, second;  // descriptors
+  bool accumulates;
 };
 
 struct Warp {
@@ -45,6 +52,8 @@ struct Warp {
   int id;
   std::vector<Copy> open_copies;                  // issued, in no group yet
   std::vector<std::vector<Copy>> copy_groups;     // in order
+  std::vector<Product> open_products;
+  std::vector<std::vector<Product>> product_groups;
   std::vector<std::uint8_t> local;                // kLocalBytes a lane, made when first touched
 
   std::uint32_t running() const;

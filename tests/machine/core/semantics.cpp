@@ -21,7 +21,9 @@ std::vector<std::string> words(const std::string& text) {
 const Table& table() {
   static const Table made = [] {
     Table t;
-    for (auto add : {add_integers, add_floats, add_conversions, add_transfers, add_control, add_tensor_cores}) add(t);
+    for (auto add : {add_integers, add_floats, add_conversions, add_transfers, add_control, add_tensor_cores,
+                     add_warpgroups})
+      add(t);
     return t;
   }();
   return made;

@@ -104,5 +104,6 @@ void add_conversions(Table& table);
 void add_transfers(Table& table);
 void add_control(Table& table);
 void add_tensor_cores(Table& table);
+void add_warpgroups(Table& table);
 
 }  // namespace machine

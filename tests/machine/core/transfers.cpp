@@ -97,7 +97,7 @@ void start_copy(Lane& x) {
   Region& shared = shared_at(x, to, n);
   Copy copy{static_cast<std::uint32_t>(to), n, {}};  // zeros where the predicate says that nothing is read
   if (!x.operand(last).is_predicate() || x.p(last)) global_at(x, from, n).read(x.access(), from, copy.data, n);
-  shared.copy_starts(x.access(), to, copy.data, n, x.machine.schedule.copies_land_early);
+  shared.copy_starts(x.access(), to, copy.data, n, x.machine.schedule.early);
   x.warp.open_copies.push_back(copy);
 }
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are the checks sharp? Each barrier and each wait of a kernel is taken out in turn: is that seen?
+
+    python tests/machine/mutate.py distillation_kl cka --architectures 80 90
+
+Prints a line for each that is executed, `sm_80 loss_rows 0a40 BAR.SYNC 0x0: reported | wrong result | harmless`.
+Harmless is what no schedule reports and no result shows: what it orders is in order by other means, as by the other of
+two barriers with nothing between.
+"""
+
+import argparse
+
+import contract
+import device as machine
+import torch
+from machine_build import core
+
+import kdkernels as kd
+
+
+def calls() -> dict:
+    """Forward and backward of an op, at a size whose tiles are not full."""
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 1000, requires_grad=True), torch.randn(2, 1000)
+    x, y = torch.randn(70, 96, requires_grad=True), torch.randn(70, 64)
+    half, other = x.detach().bfloat16().requires_grad_(), y.bfloat16()
+    z, w, basis = torch.randn(2, 2, 64, 64).bfloat16().unbind() + (torch.randn(64, 32),)
+    z.requires_grad_()
+    return {
+        "distillation_kl": lambda: both(kd.distillation_kl(s, t, backend="triton"), s),
+        "cka": lambda: both(kd.cka(half, other, backend="triton"), half),
+        "projected_mse": lambda: both(kd.projected_mse(z, w, basis, backend="triton"), z),
+    }
+
+
+def both(value, leaf):
+    return value.detach(), *torch.autograd.grad(value.sum(), leaf)
+
+
+def waits(launches) -> list:
+    """(function, line): each barrier, and wait for copies or products that names a count, that a launch executed."""
+    found = {}
+    for launch in launches:
+        for line, count in zip(launch.function.code, launch.counts, strict=True):
+            names_count = "LE" in line.modifiers and len(line.operands) > 1
+            if count and (line.opcode == "BAR" or (line.opcode in ("DEPBAR", "WARPGROUP") and names_count)):
+                found[launch.function.name, line.pc] = launch.function, line
+    return list(found.values())
+
+
+def seen(device, call, right) -> str:
+    """What removing something changes, under every schedule."""
+    worst = "harmless"
+    for schedule in machine.SCHEDULES:
+        device.schedules = (schedule,)
+        try:
+            got = call()
+        except (machine.Report, core().Fault):
+            return "reported"
+        if not all(torch.equal(a, b) for a, b in zip(got, right[schedule], strict=True)):
+            worst = "wrong result"
+    return worst
+
+
+def results(device, call) -> dict:
+    out = {}
+    for schedule in machine.SCHEDULES:
+        device.schedules = (schedule,)
+        out[schedule] = call()
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("ops", nargs="*", default=list(calls()))
+    parser.add_argument("--architectures", nargs="+", type=int, default=machine.ARCHITECTURES)
+    options = parser.parse_args()
+    contract.allow_cpu_tensors()
+    for architecture in options.architectures:
+        device = machine.install(architecture)
+        for op in options.ops:
+            call = calls()[op]
+            device.launches.clear()
+            right = results(device, call)
+            for function, line in waits(device.launches):
+                function.program.set_skipped(line.pc, True)
+                outcome = seen(device, call, right)
+                function.program.set_skipped(line.pc, False)
+                print(f"sm_{architecture} {function.name} {line.pc:04x} {line.text}: {outcome}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
