@@ -6,6 +6,7 @@ import torch
 from broken import one_gradient, rejects, without_last
 
 import kdkernels as kd
+from kdkernels import testing
 from kdkernels.nystrom import chunks, landmarks, maps, select, statistics, torch_impl
 
 FORWARD, BACKWARD = chunks.features_forward, chunks.features_backward
@@ -32,6 +33,13 @@ def half_rows(spec, x, shift, dtype):
 
 def explicit_inverse(s, C):
     return C @ torch.linalg.inv(s.whitener.to(torch.float16).to(s.whitener.dtype)).mT
+
+
+def test_the_contract_rejects_float32_where_it_does_not_do(monkeypatch):
+    monkeypatch.setattr(torch_impl, "TAKES_ANY_DTYPE", False)
+    for op in ("nystrom_features", "nystrom_cka"):
+        results = testing.contract(op, "torch", quick=True, checks=["accuracy"])
+        assert any("scale" in result.case and not result.ok for result in results)
 
 
 FACTORED, ROWS, W_GRADIENT = landmarks._factored, maps.prepared_rows, landmarks.factor_gradient

@@ -36,7 +36,7 @@ def _serves(question: Question | Problem, kernels, n: int, dtype: torch.dtype) -
         and kernels[0].name in _KERNELS
         and kernels[1].name in _KERNELS
         and dtype == torch.float32
-        and n <= panels.SMALL
+        and (forms.FEW if question.unbiased else 0) < n <= panels.SMALL
     )
 
 

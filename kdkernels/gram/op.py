@@ -38,7 +38,8 @@ def cka(
         y: features [n, q] or [G, n, q] of the same samples; its own width and float dtype.
         kernel: a name ("linear", "polynomial", "cosine", "rbf", "laplacian"), a kernel object, or a pair (x's, y's).
         unbiased: HSIC_1 (n >= 4; does not drift with the batch size, may be negative), else HSIC_0, the paper's,
-            the default of ckatorch and repsim; pytorch-cka has HSIC_1, cut to [0, 1].
+            the default of ckatorch and repsim; pytorch-cka has HSIC_1, cut to [0, 1]. On 4 or 5 rows HSIC_1 cancels: a
+            CPU computes it in float64, on a GPU float32 CKA may be off by 2e-3.
         center: False drops the centring (RCKA); needs unbiased=False.
         row_normalize: K_ij / sqrt(K_ii), rows only (RCKA); needs unbiased=False.
         mask: bool [n] or [G, n], False rows take no part and get gradient 0.

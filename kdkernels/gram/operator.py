@@ -45,6 +45,8 @@ def statistic(question: Question, kernels, rows: Rows, backend: str):
     """The value, with its gradient where one is needed: bandwidth rules are resolved, then the operator runs."""
     (x, y, mask), (kernel_x, kernel_y) = rows, kernels
     ruled = _ruled(question, kernels, rows, backend)
+    if x.dtype != y.dtype and torch.float64 in (x.dtype, y.dtype):  # the bandwidth of a half side has float64's digits
+        x, y = x.double(), y.double()
     sigma_x = None if kernel_x.sigma is None or (ruled and kernel_x.has_rule) else sigma_of(kernel_x, x, mask)
     sigma_y = None if kernel_y.sigma is None or (ruled and kernel_y.has_rule) else sigma_of(kernel_y, y, mask)
     return _gram.value(x, y, mask, sigma_x, sigma_y, encode(question, kernels, backend, ruled))

@@ -101,5 +101,7 @@ class Rows(NamedTuple):
             # too few kept rows are none: what they hold, even NaN, reaches no gradient
             mask = mask & (total(mask.sum()) >= question.least)
         kx, ky = question.kernel
-        sides = Side(x, zx, sigma_of(kx, x, mask, rule), kx), Side(y, zy, sigma_of(ky, y, mask, rule), ky)
+        wide = torch.float64 in (x.dtype, y.dtype, zx.dtype, zy.dtype)
+        sigmas = (sigma_of(k, t.double() if wide else t, mask, rule) for k, t in ((kx, x), (ky, y)))
+        sides = (Side(t, z, sigma, k) for t, z, sigma, k in zip((x, y), (zx, zy), sigmas, (kx, ky), strict=True))
         return Call(question, *sides, mask)

@@ -13,6 +13,7 @@ import torch
 
 from ..autograd import at_least_float32, device_type
 from ..backend import implementation
+from ..gram.torch_impl.prepared import FAR
 from . import landmarks, maps
 from .call import Question, Side
 from .landmarks import Landmarks
@@ -27,6 +28,25 @@ def chunks(x, m: int):
     n = x.shape[0]
     rows = CHUNK if device_type(x) == "cpu" else max(CHUNK, CHUNK_BYTES // (4 * max(1, m)) // 1024 * 1024)
     return [slice(start, min(n, start + rows)) for start in range(0, n, rows)]
+
+
+def prepared_landmarks(side: Side, question: Question, dtype, *factor) -> Landmarks:
+    """The landmarks of a side in the dtype of the work: float64 where float32 does not do and the backend takes it."""
+    s = landmarks.prepare(side, question, dtype, *factor)
+    takes_any = getattr(implementation(__package__, question.backend), "TAKES_ANY_DTYPE", False)
+    return landmarks.prepare(side, question, torch.float64, *factor) if takes_any and unfit(side.rows, s) else s
+
+
+def unfit(rows, s: Landmarks) -> bool:
+    """Whether squares of rows or landmarks leave float32, or landmarks are far apart under a narrow kernel: distances
+    to near ones are then rounded away. Asked on the CPU only: a GPU would have to wait for the answer."""
+    if not s.z.is_cpu or s.z.dtype != torch.float32 or s.spec.name == "cosine" or rows.numel() == 0:
+        return False
+    square = 2 * s.half.max().item()
+    size = torch.linalg.vector_norm(rows, dtype=torch.float32).item() / rows.numel() ** 0.5
+    if square <= 1e-30 or square >= 1e30 or size <= 1e-15 or size >= 1e15:
+        return True
+    return s.spec.of_distance and square > FAR * min(s.par.tolist()) ** 2
 
 
 class Pulled(NamedTuple):
@@ -75,20 +95,19 @@ class Puller:
 def features_forward(side: Side, question: Question):
     """Phi [n, m] in the promoted dtype of rows and landmarks, and the factor of W."""
     x, z, *_ = side
-    dtype, make = at_least_float32(x, z), implementation(__package__, question.backend).phi_of
-    s = landmarks.prepare(side, question, dtype)
+    make = implementation(__package__, question.backend).phi_of
+    s = prepared_landmarks(side, question, at_least_float32(x, z))
     phi = x.new_empty((x.shape[0], z.shape[0]), dtype=torch.promote_types(x.dtype, z.dtype))
     for rows in chunks(x, z.shape[0]):
-        phi[rows] = make(s, maps.prepared_rows(s.spec, x[rows], s.shift, dtype))
+        phi[rows] = make(s, maps.prepared_rows(s.spec, x[rows], s.shift, s.z.dtype))
     return phi, s.factor, s.spectrum
 
 
 def features_backward(grad, side: Side, factors, question: Question, need: int):
     x, z, *_ = side
-    dtype = at_least_float32(x, z)
-    s = landmarks.prepare(side, question, dtype, *factors)
+    s = prepared_landmarks(side, question, at_least_float32(x, z), *factors)
     puller = Puller(side, s, implementation(__package__, question.backend), need)
     for rows in chunks(x, z.shape[0]):
-        prepared = maps.prepared_rows(s.spec, x[rows], s.shift, dtype)
-        puller.add(rows, prepared, grad[rows].to(dtype))
+        prepared = maps.prepared_rows(s.spec, x[rows], s.shift, s.z.dtype)
+        puller.add(rows, prepared, grad[rows].to(s.z.dtype))
     return puller.finish()

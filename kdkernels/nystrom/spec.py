@@ -14,7 +14,7 @@ import torch
 
 from ..gram.bandwidth import sigma_of
 from ..gram.kernels import RBF, Laplacian, Polynomial, spec_of
-from ..testing import REGIMES, Caps, Case, generator_beside, pair, seeded
+from ..testing import REGIMES, SCALES, Caps, Case, generator_beside, pair, seeded
 from ..testing.shared import DOUBLE, EVERY_DTYPE, ONE_DTYPE, SINGLE, cases_of, grid, instead
 from . import chunks, reference
 from . import op as ops
@@ -31,6 +31,7 @@ KERNELS = {
     "laplacian": lambda sigma, spread: Laplacian("mean"),
     "laplacian sigma": lambda sigma, spread: Laplacian(sigma),
 }
+OF_ANY_SIZE = ("linear", "cosine", "rbf", "laplacian")
 WHITENINGS = ("cholesky", "sqrt")
 # (rows, width, landmarks): fewer landmarks than columns; more; more than rows
 SHAPES = ((33, 7, 5), (21, 4, 9), (9, 6, 14))
@@ -75,6 +76,22 @@ def _sided(regime, shape, generator, sigma: bool):
     return inputs
 
 
+def _unusual(backend, kernels, make):
+    """(kernel, label, inputs) of what float32 squares do not hold: clusters far apart under a narrow kernel, rows of
+    any size. A GPU does not look (MATH.md of the Gram family)."""
+    if backend == "triton":
+        return
+    for kernel in ("rbf sigma", "laplacian sigma"):
+        inputs = make() | {"sigma": torch.tensor(3.0, dtype=DOUBLE)}
+        if "landmarks" in inputs:
+            for rows in (inputs["x"], inputs["landmarks"]):
+                rows[::2] += 1000.0
+            yield kernel, "clusters", inputs
+    for factor in SCALES:
+        for kernel in kernels:
+            yield kernel, f"scale {factor:g}", {k: t if k == "mask" else factor * t for k, t in make().items()}
+
+
 def _features(op, backend, quick, generator):
     for count, regime, kernel, whiten in grid(quick, 2, REGIMES, KERNELS, WHITENINGS):
         if kernel.startswith("laplacian") and regime == "near":
@@ -97,6 +114,9 @@ def _features(op, backend, quick, generator):
             inputs = _sided("offset3", (21, 34, 19), generator, "sigma" in kernel)
             yield _feature_case(kernel, whiten, 1e-3, "chunks", inputs, context=small_chunks)
     yield from _degenerate(generator)
+    for kernel, label, inputs in _unusual(backend, OF_ANY_SIZE, lambda: _sided("peaky", (13, 6, 7), generator, False)):
+        for whiten in WHITENINGS:
+            yield _feature_case(kernel, whiten, 1e-3, label, inputs)
     for kernel, whiten, regime in (
         ("rbf sigma", "cholesky", "offset3"),
         ("polynomial", "sqrt", "peaky"),
@@ -212,6 +232,10 @@ def _pairs(op, backend, quick, generator):
     inputs = _two_sided("bland", (12, 5, 4, 4, 4), generator, False, False)
     inputs["y"][3, 1] = float("nan")
     yield _pair_case(op, "rbf sum", "cholesky", ESTIMATORS[op][0], "nan", inputs, gradient=False)
+    of_any_size = OF_ANY_SIZE if op == "nystrom_cka" else ("cosine", "rbf", "laplacian")
+    make = lambda: _two_sided("bland", (14, 6, 5, 4, 5), generator, False, True)  # noqa: E731
+    for kernel, label, inputs in _unusual(backend, of_any_size, make):
+        yield _pair_case(op, kernel, "cholesky", ESTIMATORS[op][0], label, inputs)
     # a root drops small eigenvalues: landmarks far apart have none near the border, as they are or in one column
     for kernel, whiten, regime, shape, masked in (
         ("rbf sigma", "cholesky", "offset3", (13, 6, 5, 4, 4), True),

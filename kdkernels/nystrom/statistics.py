@@ -15,9 +15,9 @@ import torch
 
 from ..autograd import at_least_float32
 from ..backend import implementation
-from . import landmarks, maps
+from . import maps
 from .call import Call
-from .chunks import Puller, chunks
+from .chunks import Puller, chunks, prepared_landmarks
 
 
 class Moments(NamedTuple):
@@ -61,11 +61,15 @@ class Pair:
     def __init__(self, call: Call, factors=((), ())):
         self.question, *self.given, self.mask = call
         x, y = self.given
-        self.dtype = at_least_float32(x.rows, y.rows, x.landmarks, y.landmarks)
-        self.sides = tuple(
-            landmarks.prepare(side, self.question, self.dtype, *factor)
-            for side, factor in zip(self.given, factors, strict=True)
-        )
+        self.outer = self.dtype = at_least_float32(x.rows, y.rows, x.landmarks, y.landmarks)
+        for _ in range(2):  # a side that float32 does not do for takes the other with it
+            self.sides = tuple(
+                prepared_landmarks(side, self.question, self.dtype, *factor)
+                for side, factor in zip(self.given, factors, strict=True)
+            )
+            before, self.dtype = self.dtype, torch.promote_types(*(s.z.dtype for s in self.sides))
+            if before == self.dtype:
+                break
         self.run = implementation(__package__, self.question.backend)
         # D and P = phi -+ psi, whose products lose nothing as one side nears the other
         self.difference = self.question.stat == "transfer" and len(x.landmarks) == len(y.landmarks)
@@ -96,7 +100,7 @@ def forward(call: Call, total=alone):
     moments = (_transfer_moments if call.question.stat == "transfer" else _centred_moments)(pair, total)
     value = _value(moments, pair)
     sx, sy = pair.sides
-    return value.to(pair.dtype), sx.factor, sx.spectrum, sy.factor, sy.spectrum, _pack(moments)
+    return value.to(pair.outer), sx.factor, sx.spectrum, sy.factor, sy.spectrum, _pack(moments)
 
 
 def _zeros(pair: Pair) -> Moments:

@@ -13,6 +13,8 @@ from . import maps
 from .chunks import SIGMA, Pulled, X, Z
 from .landmarks import Landmarks
 
+TAKES_ANY_DTYPE = True  # so that the work may be float64 where the inputs are not
+
 
 def kernel_panel(s: Landmarks, rows):
     """(t, C) of prepared rows."""

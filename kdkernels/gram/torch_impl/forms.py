@@ -38,6 +38,8 @@ def in_feature_space(problem: Problem, n: int, p: int, q: int) -> bool:
 def forward(call: Call, steps: Steps | None = None):
     """value [G], row vectors and products for `backward` (shapes: `kept`)."""
     problem, steps = call.problem, steps or STEPS
+    if too_few(problem, call):
+        return in_float64(call, steps)
     pairs = panels.build(call, call.dtype, steps)
     if far_apart(pairs):
         return in_float64(call, steps)
@@ -52,7 +54,13 @@ def forward(call: Call, steps: Steps | None = None):
     return value.to(at_least_float32(*(side.features for side in call.sides))), rows, kept
 
 
-FAR = 16  # |z_i|^2 over sigma^2 from which the rounding of a near pair's distance, a difference of squares, would show
+FEW = 5  # rows of which the terms of HSIC_1 cancel further than float32 kernels go
+
+
+def too_few(problem: Problem, call: Call) -> bool:
+    """On the CPU, where float64 costs so few rows nothing."""
+    few = problem.unbiased and problem.stat in ("cka", "hsic") and call.x.features.shape[1] <= FEW
+    return few and call.dtype == torch.float32 and call.x.features.is_cpu
 
 
 def far_apart(pairs: Pairs) -> bool:
@@ -63,7 +71,7 @@ def far_apart(pairs: Pairs) -> bool:
 def _narrow(P) -> bool:
     if not P.z.is_cpu or P.z.dtype != torch.float32:
         return False
-    least = FAR * min(map(min, P.par.tolist())) ** 2
+    least = prepared.FAR * min(map(min, P.par.tolist())) ** 2
     return least < P.z.shape[1] and P.square.max().item() > least  # their mean is about 1
 
 
@@ -119,6 +127,8 @@ STEPS = Steps(prepared.centre, panels.moments, weights)
 def backward(call: Call, saved, grad, steps: Steps | None = None):
     """dx, dy, dsigma_x, dsigma_y (None where bit 0, 1, 2, 3 of `need` is not set); saved: `forward`'s; grad [G]."""
     (rows, kept), problem, need, steps = saved, call.problem, call.need, steps or STEPS
+    if too_few(problem, call):
+        return backward_in_float64(call, saved, grad, steps)
     in_features = in_feature_space(problem, *call.sizes)
     products = kept.unbind(0) if kept.dim() == 4 else None
     asked = call.sides_asked

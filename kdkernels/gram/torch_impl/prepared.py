@@ -21,6 +21,8 @@ from ..call import Problem, Side
 from ..kernels import KernelSpec
 from ..scales import outside
 
+FAR = 16  # |z_i|^2 over sigma^2 from which the rounding of a near pair's distance, a difference of squares, would show
+
 
 class Prepared(NamedTuple):
     z: torch.Tensor  # [G, n, p] prepared rows, 0 where masked
