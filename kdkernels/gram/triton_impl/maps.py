@@ -6,6 +6,7 @@ Letters as there; tiles are [BM, BN] float32. NaN stays NaN.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,12 @@ KINDS = {"linear": LINEAR, "cosine": LINEAR, "polynomial": POLYNOMIAL, "rbf": RB
 # in units of |z_i|^2 + |z_j|^2: 16 eps, the rounding of a zero distance
 ROUNDING = tl.constexpr(16 * 2.0**-23)
 NAN = tl.constexpr(tl.PropagateNan.ALL)  # of minimum and maximum, which would drop it
+
+
+@lru_cache(maxsize=None, typed=True)
+def constant(value) -> tl.constexpr:
+    """One object for each value: a launch looks its kernel up by comparing them, which Python is slow at."""
+    return tl.constexpr(value)
 
 
 class Map(NamedTuple):
@@ -35,7 +42,7 @@ def map_of(spec, par=None, numbers=()) -> Map:
     stride = 0 if par is None or par.shape[0] == 1 else par.stride(0)
     degree = int(spec.params[0]) if spec.name == "polynomial" else 1
     count = 1 if not spec.of_distance else len(numbers) if par is None else par.shape[-1]
-    return Map(KINDS[spec.name], tl.constexpr(degree), tl.constexpr(count), par, stride, tuple(numbers))
+    return Map(KINDS[spec.name], constant(degree), constant(count), par, stride, tuple(numbers))
 
 
 def precision(*tensors) -> str:

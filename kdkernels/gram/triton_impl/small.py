@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from .. import call as calls
 from ..call import Call, Problem
 from ..torch_impl.forms import sigma_gradient
 from ..torch_impl.prepared import Prepared, bandwidths, prepare, unprepare_gradient
-from .maps import map_of, precision
+from .maps import constant, map_of, precision
 from .small_gradient import weighted_rows
 from .small_kernels import SAVED, STAT_ROWS, STATS, Asked, Rows, Side, finish, row_sums, split_gram
 
@@ -76,7 +75,7 @@ def _arguments(side: calls.Side, mask, problem: Problem) -> Arguments:
     else:
         kernel = map_of(spec, bandwidths(spec, sigma, x.new_empty(0, dtype=torch.float32)).contiguous())
     shift = prepared is None and (problem.stable or spec.of_distance)
-    rows = Rows(x, *x.stride(), x.shape[2], tl.constexpr(shift))
+    rows = Rows(x, *x.stride(), x.shape[2], constant(shift))
     return Arguments(rows, Side(kernel, alpha, typical), prepared)
 
 
@@ -89,7 +88,7 @@ def _mask_arguments(mask):
 
 def _asked(problem: Problem) -> Asked:
     flags = (problem.stable, problem.unbiased, problem.center, problem.row_normalize, problem.mean, problem.minimum)
-    return Asked(STATS[problem.stat], *map(tl.constexpr, flags))
+    return Asked(STATS[problem.stat], *map(constant, flags))
 
 
 def forward(call: Call):

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from .. import torch_impl
 from ..call import Call
@@ -16,7 +15,7 @@ from ..torch_impl.combine import SIDE_ROWS, RowStats, combine, pack_rows, unpack
 from ..torch_impl.forms import sigma_gradient
 from ..torch_impl.panels import Gradient, Pairs
 from ..torch_impl.prepared import Tiled, unprepare_gradient
-from .maps import map_of, precision
+from .maps import constant, map_of, precision
 from .tile_kernels import Asked, Side, gradient_rows, tile_sums, weight_panel
 
 BAND_BYTES = 64 << 20  # workspace of one launch of tile_sums, and of one panel of V
@@ -66,7 +65,7 @@ def _operands(pairs: Pairs, x, y, mask) -> Operands:
         for side, features in ((pairs.x, x), (pairs.y, y))
     )
     flags = (problem.stable, problem.unbiased, problem.stat == "mse", problem.rowwise, problem.row_normalize)
-    asked = Asked(*map(tl.constexpr, flags))
+    asked = Asked(*map(constant, flags))
     return Operands(pairs, *sides, None if mask is None else mask.contiguous().view(torch.uint8), asked, half)
 
 
