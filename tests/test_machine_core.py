@@ -295,6 +295,34 @@ def test_diverged_lanes_go_in_the_order_of_the_schedule():
     assert (last[Lanes.LOWEST], last[Lanes.HIGHEST]) == (15, 31) and last[Lanes.RANDOM] in (15, 31)
 
 
+BRANCHES = """
+    ISETP.LT.AND P0, PT, R0, 0x10, PT
+    LOP3.LUT P1, RZ, R0, 0x1, RZ, 0xc0, !PT
+    @P0 BRA 0xd0
+    BSSY B0, 0xa0
+    @P1 BRA 0xa0
+    NOP
+    BSYNC B0
+    SHFL.BFLY PT, R1, R0, 0x1, 0x1f
+    BRA 0x120
+    BSSY B0, 0x100
+    @P1 BRA 0x100
+    NOP
+    BSYNC B0
+    SHFL.BFLY PT, R1, R0, 0x1, 0x1f
+    STG.E [R2.64], R1
+    EXIT
+"""
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("lanes", Lanes)
+def test_two_branches_converge_each_by_itself_on_one_barrier(lanes, seed):
+    x = torch.zeros(32, dtype=torch.int32)
+    launch = run(assembled(HEAD.strip() + BRANCHES, tensors=1), x, schedule=Schedule(lanes=lanes, seed=seed))
+    assert not launch.reports and torch.equal(x, torch.arange(32).int() ^ 1)
+
+
 def test_a_skipped_instruction_does_nothing():
     function = assembled(HEAD + "STG.E [R2.64], R0" + TAIL, tensors=1)
     x = torch.full((32,), -1, dtype=torch.int32)

@@ -109,6 +109,5 @@ class Cubin:
         self.listing = disassembly(binary)
         (arch,) = set(re.findall(r"code for sm_(\d+)", self.listing)) or {""}
         self.architecture = int(arch or 0)
-        self.constants = {
-            int(m[1]): data for n, data in parts.items() if (m := re.match(r"\.nv\.constant([1-9]\d*)", n))
-        }
+        banks = {section: re.fullmatch(r"\.nv\.constant([1-9]\d*)(?:\.(.*))?", section) for section in parts}
+        self.constants = {int(m[1]): parts[section] for section, m in banks.items() if m and m[2] in (None, name)}

@@ -127,10 +127,12 @@ void add_control(Table& table) {
     each_lane(x.mask, [&](int l) { x.warp.pc[l] = Lane{x, l}.u(0) + x.at.target; });
   });
   table.warp("EXIT", "", end);
-  table.warp("BSSY", "", [](Step& x) { x.warp.convergence[x.operand(0).index] = x.mask; });
+  table.warp("BSSY", "", [](Step& x) {
+    each_lane(x.mask, [&](int l) { x.warp.convergence[x.operand(0).index][l] = x.mask; });
+  });
   table.warp("BSYNC", "", [](Step& x) { wait(x, x.operand(0).index); });
   table.warp("BREAK", "", [](Step& x) {
-    x.warp.convergence[x.operand(0).index] &= ~x.mask;
+    for (auto& lanes : x.warp.convergence[x.operand(0).index]) lanes &= ~x.mask;
     x.machine.release_lanes(x.warp);
   });
   table.warp("WARPSYNC", "ALL", [](Step& x) {

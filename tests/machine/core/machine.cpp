@@ -86,7 +86,7 @@ void Machine::start_block(const Launch& launch, std::uint32_t number) {
     warp.uniform_predicates = random() | 1u << kTrue;
     std::fill_n(warp.pc, kLanes, 0);
     std::fill_n(warp.waits_for, kLanes, kRunning);
-    std::fill_n(warp.convergence, kWholeWarp, 0);
+    for (auto& barrier : warp.convergence) std::fill_n(barrier, kLanes, 0);
     warp.alive = kAllLanes;
     warp.id = id;
     warp.open_copies.clear(), warp.copy_groups.clear();
@@ -188,8 +188,10 @@ void Machine::release_lanes(Warp& warp) {
   for (int barrier = 0; barrier <= kWholeWarp; ++barrier) {
     std::uint32_t there = 0;
     each_lane(warp.alive, [&](int l) { there |= std::uint32_t(warp.waits_for[l] == barrier) << l; });
-    const std::uint32_t expected = (barrier == kWholeWarp ? kAllLanes : warp.convergence[barrier]) & warp.alive;
-    if (there && !(expected & ~there)) each_lane(there, [&](int l) { warp.waits_for[l] = kRunning; });
+    each_lane(there, [&](int l) {
+      const std::uint32_t expected = barrier == kWholeWarp ? kAllLanes : warp.convergence[barrier][l];
+      if (!(expected & warp.alive & ~there)) warp.waits_for[l] = kRunning;
+    });
   }
 }
 

@@ -48,7 +48,8 @@ struct Warp {
   std::uint32_t predicates[8], uniform_predicates;  // a bit a lane; a bit a predicate
   std::uint32_t pc[kLanes];
   int waits_for[kLanes];
-  std::uint32_t alive, convergence[kWholeWarp];  // lanes that have not ended; that take part in a convergence barrier
+  std::uint32_t alive;                           // lanes that have not ended
+  std::uint32_t convergence[kWholeWarp][kLanes];  // a barrier and a lane -> the lanes that it converges with
   int id;
   std::vector<Copy> open_copies;                  // issued, in no group yet
   std::vector<std::vector<Copy>> copy_groups;     // in order
