@@ -256,3 +256,34 @@ def test_the_textbook_does_make_n_by_n():
     with LargestInside() as seen:
         kd.cka(x, y, backend="reference")
     assert seen.elements == 300 * 300
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y, b: kd.hsic(x, y, backend=b),
+        lambda x, y, b: kd.mmd(x, y, kernel="linear", unbiased=False, backend=b),
+        lambda x, y, b: kd.gram_mse(x, y, backend=b),
+    ],
+)
+def test_what_overflows_is_infinite_and_no_nan(call, backend):
+    x, y = (1e30 * t.float() for t in related(9, 4, 4))
+    assert call(x, y, backend).isinf()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", kd.RBF("mean")])
+def test_a_bandwidth_rule_is_not_rounded_by_autocast(kernel, backend):
+    x, y = (t.float() for t in related(9, 40, 40))
+    plain = kd.mmd(x, y, kernel=kernel, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kd.mmd(x, y, kernel=kernel, backend=backend).equal(plain)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_float64_call_finds_the_bandwidth_of_a_half_side_in_float64(backend):
+    x, y = related(9, 4, 4, torch.float64)
+    y = y.half()
+    want = kd.cka(x, y.double(), kernel="rbf", backend=backend)
+    assert kd.cka(x, y, kernel="rbf", backend=backend).equal(want)
