@@ -94,12 +94,12 @@ class Utils:
 
 
 class Device:
-    """Triton's active driver. Launches take the schedules in turn; one with reports raises unless `tolerant`."""
+    """Triton's active driver. Launches take the schedules in turn; one with reports raises."""
 
     def __init__(self, architecture: int):
         if architecture not in ARCHITECTURES:
             raise MachineError(f"sm_{architecture} is not modelled: {', '.join(f'sm_{a}' for a in ARCHITECTURES)} are")
-        self.architecture, self.tolerant, self.launches = architecture, False, []
+        self.architecture, self.launches = architecture, []
         self.schedules = SCHEDULES
         self.utils = Utils(self)
         self._number = itertools.count(1)
@@ -110,7 +110,7 @@ class Device:
         launch: Launch = function.run(*how, schedule)
         self.launches.append(launch)
         lines = [line for line in launch.reports if not REPLICAS.match(line)]
-        if lines and not self.tolerant:
+        if lines:
             raise Report(f"{function.name}, {len(lines)} reports: {'; '.join(lines[:3])}; {schedule}")
 
     def launcher_cls(self, source, metadata):
