@@ -107,7 +107,7 @@ def test_bad_options_are_named(arguments, message, capsys):
 def test_a_missing_gpu_is_said_plainly(capsys):
     with pytest.raises(SystemExit):
         distill.parse(["--device", "cuda"])
-    assert "this PyTorch sees no CUDA device" in capsys.readouterr().err
+    assert "this PyTorch sees no such CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.slow
