@@ -13,16 +13,19 @@ namespace kdkernels {
 
 constexpr float kNear = 1.0f / 128;  // of the squared norms: what is above has lost 7 of 24 bits at most
 
-// whether row i has a near pair below the diagonal; norms: the diagonal of g
+// whether there is a near pair; norms: the diagonal of g
 template <int W>
-KDK_INLINE bool near_row(const float* g, const float* norms, int64_t i) {
-  const auto apart = splat<W>(1 - kNear), own = splat<W>(norms[i]);
+KDK_INLINE bool near_pairs(const float* g, int64_t ld, const float* norms, int64_t n) {
+  const auto apart = splat<W>(1 - kNear);
   typename Wide<W>::I near{};
-  int64_t j = 0;
-  for (; j + W <= i; j += W) near |= 2 * load<W>(g + j) > (load<W>(norms + j) + own) * apart;
   bool found = false;
+  for (int64_t i = 0; i < n; ++i, g += ld) {
+    const auto own = splat<W>(norms[i]);
+    int64_t j = 0;
+    for (; j + W <= i; j += W) near |= 2 * load<W>(g + j) > (load<W>(norms + j) + own) * apart;
+    for (; j < i; ++j) found |= 2 * g[j] > (norms[j] + norms[i]) * (1 - kNear);
+  }
   for (int w = 0; w < W; ++w) found |= near[w] != 0;
-  for (; j < i; ++j) found |= 2 * g[j] > (norms[j] + norms[i]) * (1 - kNear);
   return found;
 }
 

@@ -44,7 +44,9 @@ constexpr int64_t kSaved = 3;         // numbers a side for the backward pass: s
                             float* g, int64_t ld) {                                                                   \
     for (int64_t i = i0; i < i1; i += 2 * W) gather_rows<2 * W>(parts, count, ldc, i, n, g, ld);                      \
   }                                                                                                                   \
-  TARGET bool near_##NAME(const float* g, const float* norms, int64_t i) { return near_row<2 * W>(g, norms, i); }     \
+  TARGET bool near_##NAME(const float* g, int64_t ld, const float* norms, int64_t n) {                                \
+    return near_pairs<2 * W>(g, ld, norms, n);                                                                        \
+  }                                                                                                                   \
   TARGET void kernel_##NAME(const Kernel& s, int64_t i) { kernel_row<W>(s, i); }                                      \
   TARGET void sum_##NAME(const float* k, const float* l, int64_t n, double* out) { sum_row<W>(k, l, n, out); }        \
   TARGET void weigh_##NAME(const Kernel& own, const float* l, const PairWeights& w, int64_t i, float* v, double* s) { \
@@ -184,9 +186,7 @@ void subtract_near_pairs(Side& side, bool parallel) {
   float* g = side.g->get();
   const Scratch norms(ld);
   for (int64_t i = 0; i < n; ++i) norms.get()[i] = g[i * ld + i];
-  int64_t first = 0;
-  while (first < n && !passes().near(g + first * ld, norms.get(), first)) ++first;
-  if (first == n) return;
+  if (!passes().near(g, ld, norms.get(), n)) return;
   over(n, 8, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) subtract_row(side.f, norms.get(), side.scale, i, g + i * ld);
   });
