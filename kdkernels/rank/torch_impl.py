@@ -261,7 +261,7 @@ def spearman_forward(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
         if not asked:
             return x.new_empty(0, dtype=dtype)
         if k not in wanted:  # of hard ranks
-            return torch.zeros_like(x, dtype=dtype).add_(0 * rho.reshape(x.shape[:-1])[..., None])  # NaN of a NaN row
+            return x.new_zeros(x.shape, dtype=dtype).add_(0 * rho.reshape(x.shape[:-1])[..., None])  # NaN of a NaN row
         found = gradients[k - wanted.start].reshape(x.shape)
         return found.clone() if len(wanted) == 2 else found  # outputs share no memory
 
