@@ -71,6 +71,10 @@ def asks(check, op, backend):
 
 def test_the_mask_check_has_something_to_check():
     assert all(asks("masks", op, "torch") for op in ("cka", "hsic", "mmd", "gram_mse"))
+    for op in OPS.values():
+        for case in importlib.import_module(f"kdkernels.{op.family}.spec").cases(op.name, "torch", quick=True):
+            for mask in case.masks:  # one that drops nothing, or all, asks nothing
+                assert case.inputs[mask].any() and not case.inputs[mask].all(), (op.name, case.name)
 
 
 def _probes(op, backend="torch"):

@@ -15,7 +15,7 @@ import torch
 from ..gram.bandwidth import sigma_of
 from ..gram.kernels import RBF, Laplacian, Polynomial, spec_of
 from ..testing import REGIMES, SCALES, Caps, Case, generator_beside, pair, seeded
-from ..testing.shared import DOUBLE, EVERY_DTYPE, ONE_DTYPE, SINGLE, cases_of, grid, instead
+from ..testing.shared import DOUBLE, EVERY_DTYPE, ONE_DTYPE, SINGLE, cases_of, grid, instead, some_rows
 from . import chunks, reference
 from . import op as ops
 
@@ -204,8 +204,7 @@ def _two_sided(regime, shape, generator, sigma: bool, masked: bool):
     if sigma:
         inputs["sigma"] = torch.tensor(_spread(x), dtype=DOUBLE)
     if masked:
-        inputs["mask"] = torch.rand(n, generator=generator) > 0.3
-        inputs["mask"][:5] = True
+        inputs["mask"] = some_rows((n,), generator)
     return inputs
 
 
