@@ -151,6 +151,9 @@ FLOATS = {
     "FFMA R8, R4, R5, R6; FMUL.FTZ R9, R4, 1": lambda a, b, c, d: (
         a.astype(np.float64) * b + c, np.where(np.abs(a) < 2**-126, np.copysign(0, a), a)
     ),
+    "FMUL.D2 R8, R4, R5; FMUL.M8 R9, R4, R5": lambda a, b, c, d: (
+        a.astype(np.float64) * b / 2, a.astype(np.float64) * b * 8
+    ),
     "FMNMX R8, R4, R5, PT; FMNMX.NAN R9, R4, R5, !PT": lambda a, b, c, d: (np.fmin(a, b), np.maximum(a, b)),
     "FSETP.GTU.AND P0, PT, R4, R5, PT; FSEL R8, -R6, R7, P0; MOV R9, RZ": lambda a, b, c, d: (
         np.where(~(a <= b), -c, d), 0 * np.nan_to_num(a, posinf=0, neginf=0)
@@ -321,6 +324,41 @@ def test_two_branches_converge_each_by_itself_on_one_barrier(lanes, seed):
     x = torch.zeros(32, dtype=torch.int32)
     launch = run(assembled(HEAD.strip() + BRANCHES, tensors=1), x, schedule=Schedule(lanes=lanes, seed=seed))
     assert not launch.reports and torch.equal(x, torch.arange(32).int() ^ 1)
+
+
+PATHS = """
+    ISETP.LT.AND P0, PT, R0, {}, PT
+    @P0 BRA 0x70
+    NOP
+    MOV R25, 0xffffffff
+    UMOV UR6, 0xffffffff
+    BRA.DIV {}
+    SHFL.BFLY PT, R1, R0, 0x10, 0x1f
+    BRA 0xf0
+    {}
+    SHFL.BFLY PT, R1, R0, 0x10, 0x1f
+    ENDCOLLECTIVE
+    STG.E [R2.64], R1
+    EXIT
+"""
+FAST, SLOW = 0xA0 // 16, 0xD0 // 16
+
+
+@pytest.mark.parametrize(
+    "division, meeting", [("~URZ, 0xc0", "WARPSYNC R25"), ("UR6, 0xc0", "WARPSYNC.COLLECTIVE R25, 0xf0")]
+)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("lanes", Lanes)
+def test_only_diverged_lanes_take_the_path_on_which_they_meet(lanes, seed, division, meeting):
+    for jumping in (32, 16):
+        x = torch.zeros(32, dtype=torch.int32)
+        function = assembled(HEAD.strip() + PATHS.format(hex(jumping), division, meeting), tensors=1)
+        launch = run(function, x, schedule=Schedule(lanes=lanes, seed=seed))
+        assert not launch.reports and torch.equal(x, torch.arange(32).int() ^ 16)
+        paths = (launch.counts[FAST], launch.counts[SLOW])
+        # half of the lanes go ahead: who is behind goes first, or last
+        diverges = {Lanes.LOWEST: [(1, 0)], Lanes.HIGHEST: [(0, 1)], Lanes.RANDOM: [(1, 0), (0, 1)]}[lanes]
+        assert paths in (diverges if jumping == 16 else [(1, 0)])
 
 
 def test_a_skipped_instruction_does_nothing():

@@ -14,6 +14,8 @@ void wait(Step& x, int barrier) {
 }
 
 void jump(Step& x) {
+  // only where the lanes that are here together are not those of the mask
+  if (x.has("DIV") && Lane{x, std::countr_zero(x.active)}.u(0) == x.active) return;
   each_lane(x.mask, [&](int l) {
     if (!x.count() || !x.operand(0).is_predicate() || Lane{x, l}.p(0)) x.warp.pc[l] = x.at.target;
   });
@@ -121,7 +123,7 @@ void add_control(Table& table) {
   table.warp("NOP", "", nothing);
   table.warp("MEMBAR", "ALL SC CTA GPU SYS", nothing);  // accesses happen in the order they are executed
   table.warp("FENCE", "VIEW ASYNC S", nothing);
-  table.warp("BRA", "", jump);
+  table.warp("BRA", "DIV", jump);
   table.warp("CALL", "REL NOINC", jump);
   table.warp("RET", "REL NODEC", [](Step& x) {
     each_lane(x.mask, [&](int l) { x.warp.pc[l] = Lane{x, l}.u(0) + x.at.target; });
@@ -135,11 +137,13 @@ void add_control(Table& table) {
     for (auto& lanes : x.warp.convergence[x.operand(0).index]) lanes &= ~x.mask;
     x.machine.release_lanes(x.warp);
   });
-  table.warp("WARPSYNC", "ALL", [](Step& x) {
-    const bool whole = x.has("ALL") || (x.operand(0).kind == Kind::kImmediate && x.operand(0).value == kAllLanes);
-    if (!whole) throw Fault("a barrier of part of a warp");
+  table.warp("WARPSYNC", "ALL COLLECTIVE", [](Step& x) {
+    each_lane(x.mask, [&](int l) {
+      if (!x.has("ALL") && Lane{x, l}.u(0) != kAllLanes) throw Fault("a barrier of part of a warp");
+    });
     wait(x, kWholeWarp);
   });
+  table.warp("ENDCOLLECTIVE", "", nothing);  // the lanes that WARPSYNC brought together stay so
   table.warp("BAR", "SYNC DEFER_BLOCKING", block_barrier);
   table.lanes("S2R S2UR", "", special_register);
   table.lanes("CS2R", "32", [](Lane& x) {
