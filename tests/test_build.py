@@ -226,7 +226,7 @@ class TestEnvironment:
 
 
 class TestCommands:
-    @pytest.mark.parametrize("target", "help demo test test-quick lint resolve bench gpu clean".split())
+    @pytest.mark.parametrize("target", "help demo test test-quick fuzz lint resolve bench gpu clean".split())
     def test_every_target_parses(self, tree, target):
         result = run(["make", "-n", target], tree)
         assert result.returncode == 0 and result.stdout, result.stderr

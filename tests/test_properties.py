@@ -287,3 +287,9 @@ def test_a_float64_call_finds_the_bandwidth_of_a_half_side_in_float64(backend):
     y = y.half()
     want = kd.cka(x, y.double(), kernel="rbf", backend=backend)
     assert kd.cka(x, y, kernel="rbf", backend=backend).equal(want)
+
+
+def test_features_at_float64_landmarks_have_a_float64_bandwidth():
+    x, z = related(9, 4, 4, torch.float64)
+    x = x.half()
+    assert kd.nystrom_features(x, z, backend="torch").equal(kd.nystrom_features(x.double(), z, backend="torch"))

@@ -67,7 +67,8 @@ def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JI
     question = Question("features", kernel, whiten, jitter, backend=backend).checked()
     one = one_kernel(question.kernel)
     question = question.resolved(x, landmarks)
-    side = Side(x, landmarks, sigma_of(one, x), one)
+    wide = landmarks.dtype == torch.float64
+    side = Side(x, landmarks, sigma_of(one, x.double() if wide else x), one)
     if question.backend != "reference":
         return features(side, question)
     phi = _reference_features(side, question, at_least_float32(x, landmarks))
