@@ -16,7 +16,7 @@ def test_a_contender_computes_what_the_op_computes(name):
     expected = drive.build(case, None, name, None).function(x, y)
     assert found.shape == (20, 20) and found.isfinite().all()
     # the contender's float32 sums are not centred
-    torch.testing.assert_close(found, expected.double(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(found, expected.double(), rtol=0, atol=2e-5)
 
 
 def test_what_has_no_gradient_is_timed_without_a_backward_pass():

@@ -63,7 +63,8 @@ def test_levels_have_masks_of_their_own_and_dicts_are_matched_by_key(name):
     dirty = {key: torch.where(keep[key][:, None], x, torch.nan) for key, x in student.items()}
     loss = make(weights=[2.0, 0.5])
     want = sum(w * make()(*pairs[key], mask=keep[key], **how) for key, w in (("p3", 2.0), ("p2", 0.5)))
-    total, parts = loss(dirty, dict(reversed(teacher.items())), mask=keep, return_parts=True, **how)
+    others = [dict(reversed(of.items())) for of in (teacher, keep)]
+    total, parts = loss(dirty, others[0], mask=others[1], return_parts=True, **how)
     torch.testing.assert_close(total, want, rtol=1e-6, atol=0)
     assert {part.rpartition("_")[2] for part in parts} == {"p3", "p2"}
     of_lists = [list(side.values()) for side in (dirty, teacher)]
@@ -117,7 +118,8 @@ def test_tokens_are_rows_and_those_with_an_ignored_label_or_masked_do_not_count(
     loss, (student, teacher) = LOGITS[name](), sides(3, 5, 7)
     student.requires_grad_()
     labels, mask = torch.randint(7, (3, 5)), torch.rand(3, 5) > 0.3
-    mask[:, 0], labels[0, 1], labels[2, 4] = True, 7, 7
+    mask[:, 0] = mask[0, 1] = mask[2, 4] = True
+    labels[0, 1] = labels[2, 4] = 7
     kept = mask & (labels != 7)
     classes = {"labels": labels[kept]} if isinstance(loss, losses.DKDLoss) else {}
     want = loss(student[kept], teacher[kept], **classes)
