@@ -93,7 +93,12 @@ def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...
 @torch.compiler.assume_constant_result
 def runs_compiled(requested: str, device: str, operators: tuple[str, ...]) -> bool:
     """Whether a step that is no op by itself runs in the compiled CPU library: these operators of it."""
-    return requested in ("auto", "cpp") and device == "cpu" and native.lack("cpu", operators) is None
+    return requested in ("auto", "cpp") and device == "cpu" and _has_compiled(operators)
+
+
+@cache  # asking PyTorch for an operator takes 6 us
+def _has_compiled(operators: tuple[str, ...]) -> bool:
+    return native.lack("cpu", operators) is None
 
 
 @cache

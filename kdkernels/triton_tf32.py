@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tensor cores read of float32 tiles, for the Triton kernels of all families."""
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from .backend import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit

@@ -25,7 +25,7 @@ ARROWS = {
     "differentiable": {"autograd"},
     "registry": set(),
     "native": set(),
-    "triton_tf32": set(),
+    "triton_tf32": {"backend"},
     "backend": {"native", "registry"},
     "testing": {"backend", "registry"},
     "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},
@@ -57,7 +57,8 @@ INTERFACE = (
 # all layers at once: sums over the same tiles, made from the same prepared rows
 REUSED = {
     "analysis": [["torch_impl", part] for part in ("combine", "panels", "prepared")],
-    "nystrom": [["torch_impl", "prepared"]],  # values and slopes of kernels in PyTorch, as those on Triton tiles
+    # values and slopes of kernels in PyTorch, as those on Triton tiles, and what float32 squares do not hold
+    "nystrom": [["torch_impl", "prepared"], ["scales"]],
 }
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 

@@ -232,6 +232,13 @@ def test_a_tensor_bandwidth_of_the_wrong_shape_or_dtype(backend):
         kd.cka(X.expand(2, 8, 4), Y.expand(2, 8, 5), kernel=kd.RBF(torch.ones(3)), backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("op", [op for op in OPS if "kernel" in inspect.signature(getattr(kd, op)).parameters])
+def test_a_tensor_bandwidth_without_a_value(op, backend):
+    with pytest.raises(ValueError, match="sigma is on meta, x on cpu: move both to one device"):
+        run(op, kernel=kd.RBF(torch.ones((), device="meta")), backend=backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("f", [kd.cka, kd.hsic, kd.mmd], **by_name)
 def test_a_sum_of_kernels_or_a_rule_is_written_right(f, backend):

@@ -34,6 +34,14 @@ def test_an_unknown_backend_is_refused_when_the_loss_is_made(name):
         loss.backend = "tritn"
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_whether_parts_are_returned_is_true_or_false(name):
+    loss, (student, teacher) = CASES[name].make(), sides(CASES[name])
+    for value in (1, None, "no"):
+        with pytest.raises(TypeError, match=f"return_parts is {value!r}: give True or False"):
+            loss(student, teacher, return_parts=value)
+
+
 @pytest.mark.parametrize(
     "name", [n for n in CASES if "normalizer" in inspect.signature(CASES[n].make().forward).parameters]
 )

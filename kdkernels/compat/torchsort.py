@@ -28,6 +28,7 @@ from .. import checks
 from ..autograd import at_least_float32
 from ..differentiable import operator
 from ..rank import op
+from ..rank.checks import broadcasts
 
 __all__ = ["soft_rank", "soft_sort"]
 
@@ -92,7 +93,7 @@ def _arguments(values, regularization, strength):
         values = values.to(torch.get_default_dtype())
     if isinstance(strength, torch.Tensor):
         shape = tuple(strength.shape)
-        if len(shape) > 2 or any(m not in (1, n) for m, n in zip(shape[::-1], values.shape[::-1], strict=False)):
+        if not broadcasts(shape, values.shape):
             raise ValueError(f"regularization_strength has shape {shape}: it must broadcast to {tuple(values.shape)}")
         strength = strength.detach().to(values.device, torch.float64)
         return values, strength.reshape(()) if strength.numel() == 1 else strength

@@ -7,9 +7,13 @@ the closed form 2 (mean |x|^2 - |mean x|^2), O(n p). Per group; a median of 0 fa
 An operator of its own, `kdkernels::gram_bandwidth`: traced, its index arithmetic would compile again for every n.
 """
 
+import math
+
 import torch
 
+from .. import checks
 from ..autograd import at_least_float32, device_type, register, without_autocast
+from .scales import outside
 
 EXACT = 1024
 NEAR = 16  # a median this far below the mean is one of near pairs, whose digits float32 squares of far ones round away
@@ -23,13 +27,20 @@ def bandwidth(x, mask, rule: str, factor: float):
 def sigma_of(kernel, x, mask=None, rule=bandwidth):
     """The bandwidth as a tensor [1] or [G], or None where the kernel has none or it is a number."""
     sigma = kernel.sigma
-    if sigma is None or (isinstance(sigma, tuple) and not isinstance(sigma[0], str)):
-        return None
     if isinstance(sigma, torch.Tensor):
+        check_place(sigma, x)
         return sigma.to(x.device).reshape(-1)
+    if not kernel.has_rule:
+        return None
     if x.dim() == 2:
         x, mask = x[None], None if mask is None else mask[None]
     return rule(x, mask, *sigma)
+
+
+def check_place(sigma, x):
+    """A tensor of one value may lie on any device that has values."""
+    if sigma.device.type == "meta":
+        checks.same_device(sigma, x, "sigma", "x")
 
 
 def sampled(n: int, device=None) -> torch.Tensor:
@@ -49,12 +60,10 @@ def bandwidth_over(x, mask, rule: str, factor: float, over=lambda total: total):
 
 
 def _rounded(mean, median) -> bool:
-    """Whether float32 squares have lost what is asked. Only the CPU looks: a GPU would have to wait for the answer."""
-    if not mean.is_cpu or mean.dtype != torch.float32:
-        return False
-    means = mean.tolist()
-    middles = means if median is None else median.tolist()
-    return any(not 1e-30 < m < 1e30 or NEAR * f <= m for m, f in zip(means, middles, strict=True) if m == m)
+    """Whether float32 squares have lost what is asked."""
+    if outside(mean, 1e-30, 1e30):
+        return True
+    return median is not None and mean.is_cpu and outside(median / mean, 1 / NEAR, math.inf)
 
 
 def _squares(x, mask, rule: str, over):

@@ -12,6 +12,7 @@ import torch
 
 from .. import checks
 from ..autograd import at_least_float32
+from .bandwidth import check_place
 from .kernels import Kernel, KernelSpec, spec_of
 
 # where a statistic is not called as its op: sum (K - L)^2, the same on unit rows (SP), sum K L
@@ -231,6 +232,7 @@ def check_bandwidths(kernels, x):
         sigma = kernel.sigma
         if not isinstance(sigma, torch.Tensor):
             continue
+        check_place(sigma, x)
         groups = x.shape[0] if x.dim() == 3 else 1
         if sigma.dim() == 1 and len(sigma) not in (1, groups):
             raise ValueError(f"sigma has {len(sigma)} values: give one, or one for each of the {groups} groups")

@@ -109,9 +109,9 @@ def centre(x, mask, spec: KernelSpec, problem: Problem):
     if x.dtype != torch.float32:
         return prepared.centre(x, mask, spec, problem)
     centred = problem.stable or spec.of_distance
-    x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
     mask = None if mask is None else mask.contiguous()
-    z, square, scale, shift, unit, typical = torch.ops.kdkernels.centre_rows(x, mask, centred, problem.stat != "mse")
+    how = centred, problem.stat != "mse"
+    z, square, scale, shift, unit, typical = torch.ops.kdkernels.centre_rows(_rows(x), mask, *how)
     return z, square, scale, shift if centred else None, unit, typical
 
 

@@ -17,7 +17,7 @@ def _dense(t):
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _arguments(student, teacher, problem: Problem, extras: Extras):
+def _arguments(student, teacher, extras: Extras):
     R = student.shape[0]
     lam = None if extras.lam is None else extras.lam.double().expand(R).contiguous()
     vectors = (None if t is None else t.contiguous() for t in (extras.labels, extras.permuted))
@@ -28,7 +28,7 @@ def _arguments(student, teacher, problem: Problem, extras: Extras):
 def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     if at_least_float32(student, teacher, extras.clean) == torch.float64:
         return torch_impl.forward(student, teacher, problem, extras, need)
-    arguments = _arguments(student, teacher, problem, extras)
+    arguments = _arguments(student, teacher, extras)
     numbers = problem[:-1]
     return torch.ops.kdkernels.logits_rows(*arguments, *numbers, need > 0)
 
@@ -37,7 +37,7 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
     """A row with grad 0 gets exactly 0, as in `torch_impl.backward`."""
     if statistics.dtype == torch.float64:
         return torch_impl.backward(grad, factor, student, teacher, statistics, problem, extras, need)
-    arguments = _arguments(student, teacher, problem, extras)
+    arguments = _arguments(student, teacher, extras)
     numbers = problem[:-1]
     run = torch.ops.kdkernels.logits_rows_backward
     return run(grad, factor, *arguments, statistics.contiguous(), *numbers, need & STUDENT > 0, need & TEACHER > 0)

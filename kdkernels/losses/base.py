@@ -86,6 +86,7 @@ class Loss(Unrounded):
         return ready, [distributed.Agreed(handle, n) for n in list(rows.values())[::3]]
 
     def _total(self, parts: dict[str, torch.Tensor], return_parts: bool):
+        checks.flags(return_parts=return_parts)
         parts = {name: value * self.weight.to(value.dtype) for name, value in parts.items()}
         total = functools.reduce(operator.add, parts.values())  # sum() would begin with 0 + value: a node for nothing
         return (total, parts) if return_parts else total

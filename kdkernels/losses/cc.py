@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 
-from .. import checks, native
-from ..autograd import apply, at_least_float32, plain
+from .. import checks
+from ..autograd import apply, at_least_float32, device_type, plain
+from ..backend import runs_compiled
 from .base import FeatureLoss, rows_of_pair, zero_where_masked
 from .levels import at
 
 VARIANTS = ("neighbour", "taylor")
+NATIVE = ("neighbour_rows", "scale_pairs")
 
 
 class CCLoss(FeatureLoss):
@@ -68,7 +69,7 @@ class CCLoss(FeatureLoss):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}: give one of {VARIANTS}")
-        if not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
+        if not (checks.is_number(gamma) and 0 < gamma < math.inf):
             raise ValueError(f"gamma is {gamma!r}: give a number > 0")
         checks.integer(order, "order")
         checks.flags(normalize=normalize)
@@ -89,7 +90,8 @@ class CCLoss(FeatureLoss):
             x, y, kept = group.gather(x, y, kept)
         dtype = at_least_float32(x, y)
         if self.variant == "neighbour":
-            if kept is None and dtype == torch.float32 and x.is_cpu and plain(x, y) and compiled():
+            eager = kept is None and dtype == torch.float32 and plain(x, y)
+            if eager and runs_compiled("auto", device_type(x), NATIVE):
                 return apply(Neighbours, x.float(), y.float())
             x, y = (zero_where_masked(side.to(dtype), kept) for side in (x, y))
             return neighbours((x - y).abs(), kept)
@@ -138,11 +140,6 @@ class Neighbours(torch.autograd.Function):
             return torch.autograd.grad(neighbours((x - y).abs(), None), x, grad, create_graph=True)[0], None
         dx = torch.ops.kdkernels.scale_pairs(grad.reshape(-1), slope, None)
         return dx if x.dim() == 3 else dx[0], None
-
-
-@functools.cache
-def compiled() -> bool:
-    return native.lack("cpu", ("neighbour_rows", "scale_pairs")) is None
 
 
 def neighbours(apart, kept):

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from .. import checks
-from ..gram.call import minimum_rows
-from ..gram.kernels import spec_of
+from ..gram.call import Question, minimum_rows
 from ..gram.op import cka
 from .base import FeatureLoss
 from .means import with_spread
@@ -78,9 +76,4 @@ def cka_of(loss, x, y, mask, group=None, row_normalize: bool = False):
 
 def check_estimator(kernel, unbiased: bool, center: bool, row_normalize: bool):
     """Refuses at construction what the op would refuse at the first batch."""
-    spec_of(kernel)
-    checks.flags(unbiased=unbiased, center=center, row_normalize=row_normalize)
-    if unbiased and not center:
-        raise ValueError("center=False with unbiased=True: the unbiased estimator is centred, pass unbiased=False")
-    if unbiased and row_normalize:
-        raise ValueError("unbiased=True with row_normalize=True: pass row_normalize=False, or unbiased=False")
+    Question("cka", kernel, unbiased, center, row_normalize, True).kernels()

@@ -172,7 +172,7 @@ class CMKDLoss(Loss):
 def check_share(share):
     if share == "entropy" or callable(share):
         return share
-    if isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1:
+    if checks.is_number(share) and 0 <= share <= 1:
         return float(share)
     raise ValueError(f"spearman_share is {share!r}: give 'entropy', a number in [0, 1], or a function of the logits")
 
@@ -180,7 +180,7 @@ def check_share(share):
 def check_strength(strength):
     number = strength[1] if isinstance(strength, (tuple, list)) and len(strength) == 2 else strength
     relative = number is not strength and strength[0] == "auto"
-    positive = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
+    positive = checks.is_number(number) and 0 < number < math.inf
     if strength == "auto" or (positive and (relative or number is strength)):
         return ("auto", float(number)) if relative else strength
     raise ValueError(f"strength is {strength!r}: give 'auto', ('auto', c) or a number, c and the number positive")

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from .. import checks
 from ..autograd import at_least_float32
 from ..logits.checks import check_tau
 from .base import Loss, full_precision, row_mask, zero_where_masked
@@ -61,7 +62,7 @@ class DISTLoss(Loss):
     ):
         super().__init__(weight, group)
         for value, name in ((beta, "beta"), (gamma, "gamma")):
-            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if not (checks.is_number(value) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}: give a number >= 0")
         if beta == gamma == 0:
             raise ValueError("beta and gamma are both 0: nothing is left to compute")

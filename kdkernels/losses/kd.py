@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+from .. import checks
 from ..logits.checks import check_rows, check_tau
 from ..logits.op import divergence, jensen_shannon
 from .base import Loss, check_pair, row_mask, zero_where_masked
@@ -84,6 +85,7 @@ class KDLoss(Loss):
             pair = (student, teacher) if self.divergence == "forward" else (teacher, student)
             check_rows(student, teacher, "student_logits", "teacher_logits")
             if counted is None and normalizer is None:
+                checks.flags(return_parts=return_parts)
                 value = divergence(*pair, self.tau, self.reduction, self.backend, self.weight)
                 return (value, {"kd": value}) if return_parts else value
             pair = (hidden(side, counted, self.backend) for side in pair)

@@ -49,6 +49,7 @@ class Ramp(Unrounded):
         self._set_weight()
 
     def forward(self, *args, return_parts: bool = False, **options):
+        checks.flags(return_parts=return_parts)
         # a copy, as the buffer changes before backward; by an operator, as a compiler would make a plain one again then
         weight = torch.ops.kdkernels.ordinary(self.weight)
         if return_parts:

@@ -7,6 +7,7 @@ import functools
 import math
 
 from .. import backend as backends
+from .. import checks
 from ..relation.op import rkd_angle, rkd_distance
 from ..relation.problem import MINIMUM
 from .base import FeatureLoss, zero_of
@@ -122,7 +123,7 @@ class RKDLoss(FeatureLoss):
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         for value, name in ((distance, "distance"), (angle, "angle")):
-            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if not (checks.is_number(value) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}: give a number >= 0")
         if distance == angle == 0:
             raise ValueError("distance and angle are both 0: nothing is left to compute")

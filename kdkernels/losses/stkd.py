@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import checks
 from ..logits import MixupBatch
 from ..logits.checks import check_fraction, check_labels, check_mix, check_tau
 from ..logits.op import mixed_distillation
@@ -94,6 +95,7 @@ class STKDLoss(Loss):
             )  # fmt: skip
             return mean_of_rows(rows, counted, normalizer, self.reduction)
 
+        checks.flags(return_parts=return_parts)
         total = value(self.alpha)
         total = total * self.weight.to(total.dtype)
         if not return_parts:

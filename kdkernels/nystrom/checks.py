@@ -51,7 +51,7 @@ def check_mask(mask, x, name_x: str):
 def check_whitening(whiten, jitter) -> float:
     if whiten not in WHITENINGS:
         raise ValueError(f"whiten is {whiten!r}: give one of {WHITENINGS}")
-    if isinstance(jitter, bool) or not isinstance(jitter, (int, float)):
+    if not checks.is_number(jitter):
         raise TypeError(f"jitter is {jitter!r}: give a number, relative to the mean diagonal of W")
     if not 0 <= jitter < float("inf"):  # math.isfinite would be a graph break where jitter is a symbol
         raise ValueError(f"jitter is {jitter!r}: it is added to the diagonal of W, give a finite number >= 0")

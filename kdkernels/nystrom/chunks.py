@@ -13,6 +13,7 @@ import torch
 
 from ..autograd import at_least_float32, device_type
 from ..backend import implementation
+from ..gram.scales import outside
 from ..gram.torch_impl.prepared import FAR
 from . import landmarks, maps
 from .call import Question, Side
@@ -42,11 +43,11 @@ def unfit(rows, s: Landmarks) -> bool:
     to near ones are then rounded away. Asked on the CPU only: a GPU would have to wait for the answer."""
     if not s.z.is_cpu or s.z.dtype != torch.float32 or s.spec.name == "cosine" or rows.numel() == 0:
         return False
-    square = 2 * s.half.max().item()
-    size = torch.linalg.vector_norm(rows, dtype=torch.float32).item() / rows.numel() ** 0.5
-    if square <= 1e-30 or square >= 1e30 or size <= 1e-15 or size >= 1e15:
+    square = 2 * s.half.max()
+    mean = torch.linalg.vector_norm(rows, dtype=torch.float32).square() / rows.numel()
+    if outside(torch.stack([square, mean]), 1e-30, 1e30):
         return True
-    return s.spec.of_distance and square > FAR * min(s.par.tolist()) ** 2
+    return s.spec.of_distance and square.item() > FAR * min(s.par.tolist()) ** 2
 
 
 class Pulled(NamedTuple):

@@ -60,7 +60,7 @@ def _padded(s: Landmarks, block: int, width: int = 0):
     return out
 
 
-def _inverted(s: Landmarks, block: int, padded):
+def _inverted(padded, block: int):
     """[M, block]: inverses of the diagonal blocks, in float64 before they are rounded."""
     M = padded.shape[0]
     blocks = padded.double().view(M // block, block, M // block, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -100,7 +100,7 @@ def phi_of(s: Landmarks, rows):
     with torch.cuda.device_of(rows):
         if s.whiten == "cholesky":
             R = _padded(s, FEATURES.columns)
-            inverse = _inverted(s, FEATURES.columns, R)
+            inverse = _inverted(R, FEATURES.columns)
             feature_rows[_grid(rows, FEATURES)](operands, R, inverse, phi, MODE=TRIANGLE.value, **_launch(FEATURES))
         else:
             config = next(config for most, config in ROOTS if s.z.shape[0] <= most)
@@ -122,7 +122,7 @@ def pull(s: Landmarks, rows, grad, need: int) -> Pulled:
     else:
         R = _padded(s, PULL.columns)
         if s.whiten == "cholesky":
-            inverse = _inverted(s, PULL.columns, R)
+            inverse = _inverted(R, PULL.columns)
     V = torch.empty_like(grad)
     # linear kernels: V is dL/dC itself
     dC = torch.empty_like(grad) if mode is TRIANGLE and not s.spec.linear else V

@@ -40,9 +40,13 @@ def present(x, mask):
         return x
     boolean(mask, x, "x")
     if mask.shape != x.shape:
-        if mask.dim() > x.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+        if not broadcasts(mask.shape, x.shape):
             raise ValueError(f"mask has shape {tuple(mask.shape)}: it must broadcast to that of x, {tuple(x.shape)}")
     return x.masked_fill(~mask, -math.inf)
+
+
+def broadcasts(shape, to) -> bool:
+    return len(shape) <= len(to) and all(m in (1, n) for m, n in zip(shape[::-1], to[::-1], strict=False))
 
 
 def check_regularization(regularization) -> bool:

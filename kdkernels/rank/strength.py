@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import may_read
+from ..checks import is_number, may_read
 
 SMALLEST = torch.finfo(torch.float64).tiny  # of a spread: 1 / eps stays finite
 
@@ -37,8 +37,8 @@ def parse(value, x, name: str = "regularization_strength") -> Strength:
             raise ValueError(f'{name} is {value!r}: give a number, a tensor, "auto" or ("auto", c)')
         value, relative = factor[0] if factor else 1.0, True
     if isinstance(value, torch.Tensor):
-        return Strength(_checked(value, x, name, relative), 1.0, relative)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return Strength(_checked(value, x, name), 1.0, relative)
+    if not is_number(value):
         raise TypeError(f'{name} is a {type(value).__name__}: give a number, a tensor, "auto" or ("auto", c)')
     if not (0 <= value < math.inf) or (relative and value == 0):
         least = "c > 0" if relative else "a finite number >= 0 (0 gives hard ranks, with zero gradient)"
@@ -46,7 +46,7 @@ def parse(value, x, name: str = "regularization_strength") -> Strength:
     return Strength(None, float(value), relative)
 
 
-def _checked(value, x, name, relative):
+def _checked(value, x, name):
     if not value.is_floating_point():
         raise TypeError(f"{name} is a tensor of {value.dtype}: it needs a floating-point tensor")
     if value.device != x.device:

@@ -43,7 +43,7 @@ def _cases(op, backend, quick, generator):
     interpreted, groups = backend == "triton" and quick, ((None, False), (2, False), (None, True), (2, True))
     for count, regime, shape, (G, masked) in one_in(quick, 7 if interpreted else 4, REGIMES, SHAPES, groups):
         inputs = _inputs(regime, shape, G, masked, generator)
-        yield _case(op, backend, regime, inputs, dtypes=_dtypes(count, regime))
+        yield _case(op, backend, regime, inputs, dtypes=_dtypes(count))
     for n in FEW_SIZES if interpreted else SIZES if quick else (*SIZES, *MORE_SIZES):
         if n >= MINIMUM[op]:
             # the only distance is its own mean: the gradient is 0 but for rounding
@@ -75,7 +75,7 @@ def _inputs(regime, shape, G, masked, generator):
     return inputs
 
 
-def _dtypes(count, regime):
+def _dtypes(count):
     return EVERY_DTYPE if count % 8 == 0 else (SINGLE,)
 
 

@@ -9,6 +9,7 @@ from ... import distributed
 from ...autograd import at_least_float32, device_type, without_autocast
 from ...distributed import Agreed
 from ..call import Question, Rows, minimum_rows
+from ..torch_impl.forms import difference_and_sum
 from ..torch_impl.prepared import unit_rows
 
 
@@ -120,7 +121,7 @@ class _MSE(torch.autograd.Function):
 
     @staticmethod
     def forward(X, Y, handle):
-        D, M = _difference(X, Y)
+        D, M = difference_and_sum(X, Y)
         DD, MM, DM = _products([(D, D), (M, M), (D, M)], handle)
         return ((DD * MM).sum((1, 2)) + (DM * DM.mT).sum((1, 2))) / 2
 
@@ -132,7 +133,7 @@ class _MSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         sides = ctx.saved_tensors
-        D, M = _difference(*sides)
+        D, M = difference_and_sum(*sides)
         grad = distributed.sum_over(grad, ctx.handle)[:, None, None]
         out = [None, None]
         for k in (0, 1):
@@ -141,9 +142,3 @@ class _MSE(torch.autograd.Function):
                 MZ, DZ = _products([(M, Z), (D, Z)], ctx.handle)
                 out[k] = (sign * grad).to(Z.dtype) * (D @ MZ.to(Z.dtype) + M @ DZ.to(Z.dtype))[..., : Z.shape[-1]]
         return *out, None
-
-
-def _difference(X, Y):
-    width = max(X.shape[-1], Y.shape[-1])
-    X, Y = (torch.nn.functional.pad(Z, (0, width - Z.shape[-1])) for Z in (X, Y))
-    return X - Y, X + Y

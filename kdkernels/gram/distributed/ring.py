@@ -159,14 +159,9 @@ class Ring(NamedTuple):
         return call_of(self.problem, x, y, mask, (sigma_x, sigma_y), need)
 
     def sigma(self, kernel, x, mask):
-        """The bandwidth as a tensor [1] or [G], None where it is a number or none; a rule sees all ranks' rows."""
-        sigma = kernel.sigma
-        if isinstance(sigma, torch.Tensor):
-            return sigma.to(x.device).reshape(-1)
-        if sigma is None or not isinstance(sigma[0], str):
-            return None
+        """`sigma_of`, where a rule sees all ranks' rows."""
         with without_autocast(device_type(x)):
-            return rules.bandwidth_of_all(x, mask, *sigma, self.group)
+            return rules.sigma_of(kernel, x, mask, partial(rules.bandwidth_of_all, group=self.group))
 
     def pairs(self, call: Call, overs, rows=None) -> Pairs:
         """Both sides of a block of rows prepared, to be multiplied by `_between`; rows: their vectors [G, 12, n]."""

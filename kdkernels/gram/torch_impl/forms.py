@@ -198,16 +198,16 @@ def _total(A, B, like):
     return (total / like.shape[-1])[..., None].expand_as(like)
 
 
-def _pad(X, Y):
-    """Zero columns change no Gram matrix and give both sides one width."""
+def difference_and_sum(X, Y):
+    """D = X - Y and M = X + Y; zero columns, which change no Gram matrix, pad the narrower."""
     width = max(X.shape[-1], Y.shape[-1])
-    return [torch.nn.functional.pad(Z, (0, width - Z.shape[-1])) for Z in (X, Y)]
+    X, Y = (torch.nn.functional.pad(Z, (0, width - Z.shape[-1])) for Z in (X, Y))
+    return X - Y, X + Y
 
 
 def _difference(X, Y, like):
-    """|XX' - YY'|^2 = 1/2 [<D'D, M'M> + tr(D'M D'M)], D = X - Y, M = X + Y: nothing cancels as X nears Y."""
-    X, Y = _pad(X, Y)
-    D, M = X - Y, X + Y
+    """|XX' - YY'|^2 = 1/2 [<D'D, M'M> + tr(D'M D'M)]: nothing cancels as X nears Y."""
+    D, M = difference_and_sum(X, Y)
     DD, MM, DM = ((A.mT @ B).double() for A, B in ((D, D), (M, M), (D, M)))
     total = ((DD * MM).sum((-2, -1)) + (DM * DM.mT).sum((-2, -1))) / 2
     return (total / like.shape[-1])[..., None].expand_as(like)
@@ -218,7 +218,7 @@ def feature_gradient(pairs: Pairs, weights: Weights) -> Gradient:
     X, Y = pairs.x.P.z, pairs.y.P.z
     none = X.new_zeros(X.shape[:-1])
     if pairs.problem.stat == "mse":
-        D, M = (A for A in _difference_pair(X, Y))
+        D, M = difference_and_sum(X, Y)  # X drops the padded columns of the result
         dz = (D @ (M.mT @ X) + M @ (D.mT @ X)) * weights.q[..., :1, None]
         return Gradient(dz, none, none[..., 0])
     p, q, e, f, h = (None if v.shape[-1] == 0 else v[..., None] for v in weights)
@@ -238,9 +238,3 @@ def feature_gradient(pairs: Pairs, weights: Weights) -> Gradient:
         own = p * l + q * k + e
         dz = dz - 2 * own * X
     return Gradient(dz, none, none[..., 0])
-
-
-def _difference_pair(X, Y):
-    """D and M of `_difference`; the padded columns of the result would be dropped by X anyway."""
-    X, Y = _pad(X, Y)
-    return X - Y, X + Y
