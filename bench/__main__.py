@@ -3,6 +3,7 @@
 
 python -m bench run        time, launches, memory and percent of roof of every case      -> JSON lines
 python -m bench accuracy   error of CKA and of soft ranks against float64                -> JSON lines
+python -m bench model      predicted times of kernels: executed on the CPU, played on a model of a GPU
 python -m bench report     Markdown from rows, and plots with the roof drawn in
 python -m bench list       the cases of a device
 """
@@ -19,7 +20,7 @@ FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "analysis", "loss
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=raw)
-    commands = top.add_subparsers(dest="command", required=True, metavar="run | accuracy | report | list")
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | accuracy | model | report | list")
     run = commands.add_parser("run", help="time the cases", description=_doc("drive"), formatter_class=raw)
     accuracy = commands.add_parser(
         "accuracy", help="error against float64", description=_doc("accuracy"), formatter_class=raw
@@ -48,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="torch.compile of the best plain PyTorch; default on CUDA only: it is slow to compile",
     )
+    model = commands.add_parser("model", help="predicted times", description=_doc("model.rows"), formatter_class=raw)
+    model.add_argument("--case", default="", help="only those with this in what is printed: 'kl 8192x1000 bfloat16'")
+    model.add_argument("--architecture", type=int, default=90, help="that the code is compiled for: 80 or 90 (default)")
+    model.add_argument("--lines", type=int, default=0, metavar="N", help="print the N largest phases of each kernel")
+    model.add_argument("--against", metavar="CHECKOUT", help="predict the package of another checkout too")
+    model.add_argument("--out", help="append the rows to this file")
     report.add_argument("rows", nargs="+", help="files written by run and accuracy")
     report.add_argument("--plots", metavar="DIR", help="also write SVG and PNG plots there (needs matplotlib)")
     return top
@@ -62,6 +69,10 @@ def _doc(name: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     top = parser()
     options = top.parse_args(arguments)
+    if options.command == "model":
+        from .model import rows
+
+        return rows.run(options)
     if options.command == "report":
         from . import report
 

@@ -19,14 +19,14 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def provenance(device: str) -> dict:
-    """The fields that every row of one run shares."""
+def provenance(device: str, root: Path = ROOT) -> dict:
+    """The fields that every row of one run shares; `root` is the checkout that the package comes from."""
     cuda = device == "cuda"
     return {
         "run": now(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": _git(root, "rev-parse", "--short=12", "HEAD"),
         # only what can change a number counts: the package, its sources, this driver
-        "dirty": bool(_git("status", "--porcelain", "--", "kdkernels", "csrc", "bench/*.py")),
+        "dirty": bool(_git(root, "status", "--porcelain", "--", "kdkernels", "csrc", "bench/*.py")),
         "device": device,
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
@@ -69,9 +69,9 @@ def _words(text: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def _git(*arguments: str) -> str | None:
+def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

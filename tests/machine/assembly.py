@@ -6,20 +6,30 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from decode import Control
 from emulator import Function, Schedule
 
 IN_TURN = Schedule()
 START = 0x160  # of the parameters: the tensors' addresses, 8 bytes each
 
 
-def assembled(text: str, shared_bytes: int = 0, architecture: int = 80, tensors: int = 2) -> Function:
+def assembled(
+    text: str, shared_bytes: int = 0, architecture: int = 80, tensors: int = 2, registers: int = 32
+) -> Function:
+    """A line may end with fields of its control code: LDS R0, [R0] // stall=2 writes=0"""
     lines = [line.strip() for line in text.strip().splitlines()]
-    listing = "\n".join(f"        /*{16 * i:04x}*/   {line} ;  /* 0x0 */" for i, line in enumerate(lines))
+    listing = "\n".join(_listed(16 * i, *line.partition("//")[::2]) for i, line in enumerate(lines))
     layout = SimpleNamespace(start=START, size=8 * tensors, parameters=[(8 * i, 8) for i in range(tensors)])
     like_cubin = SimpleNamespace(
-        name="written", architecture=architecture, layout=layout, constants={}, listing=f"Function : written\n{listing}"
-    )
+        name="written", architecture=architecture, layout=layout, constants={}, registers=registers,
+        listing=f"Function : written\n{listing}",
+    )  # fmt: skip
     return Function(like_cubin, shared_bytes)
+
+
+def _listed(pc: int, text: str, codes: str) -> str:
+    control = Control(**{name: int(value) for name, value in (code.split("=") for code in codes.split())})
+    return f"        /*{pc:04x}*/   {text} ;  /* 0x0 */\n        /* 0x{control.word():016x} */"
 
 
 def run(function: Function, *tensors: torch.Tensor, grid=(1, 1, 1), threads: int = 32, schedule=IN_TURN):

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 KEPT = Path(__file__).resolve().parents[2] / "build" / "machine"  # ignored by git
 
@@ -54,22 +55,27 @@ def disassembly(cubin: bytes) -> str:
     return done.stdout
 
 
-def sections(cubin: bytes) -> dict[str, bytes]:
-    """Name -> content of an ELF64 file."""
+class Section(NamedTuple):
+    content: bytes
+    info: int  # of code: its symbol, below bit 24
+
+
+def sections(cubin: bytes) -> dict[str, Section]:
+    """Name -> section of an ELF64 file."""
     if cubin[:5] != b"\x7fELF\x02":
         raise MachineError("this is no compiled kernel: it does not begin like a 64-bit ELF file")
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<3H", cubin, 58)
-    heads = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    heads = [struct.unpack_from("<IIQQQQII", cubin, table + i * size) for i in range(count)]
     strings = cubin[heads[names][4] :]
     out = {}
-    for name, kind, _, _, offset, length in heads:
+    for name, kind, _, _, offset, length, _, info in heads:
         text = strings[name : strings.index(b"\0", name)].decode()
-        out[text] = b"" if kind == 8 else cubin[offset : offset + length]  # 8: nothing in the file
+        out[text] = Section(b"" if kind == 8 else cubin[offset : offset + length], info)  # 8: nothing in the file
     return out
 
 
-KPARAM_INFO, PARAM_CBANK = 0x17, 0x0A
+KPARAM_INFO, PARAM_CBANK, REGCOUNT = 0x17, 0x0A, 0x2F
 
 
 def _attributes(info: bytes):
@@ -105,9 +111,15 @@ class Cubin:
         if f".nv.info.{name}" not in parts:
             raise MachineError(f"the compiled file has no kernel {name}")
         self.name, self.binary = name, binary
-        self.layout = Layout(parts[f".nv.info.{name}"])
+        self.layout = Layout(parts[f".nv.info.{name}"].content)
+        counted = dict(
+            struct.unpack("<2I", payload) for a, payload in _attributes(parts[".nv.info"].content) if a == REGCOUNT
+        )
+        self.registers = counted[parts[f".text.{name}"].info & 0xFFFFFF]  # of a lane
         self.listing = disassembly(binary)
         (arch,) = set(re.findall(r"code for sm_(\d+)", self.listing)) or {""}
         self.architecture = int(arch or 0)
         banks = {section: re.fullmatch(r"\.nv\.constant([1-9]\d*)(?:\.(.*))?", section) for section in parts}
-        self.constants = {int(m[1]): parts[section] for section, m in banks.items() if m and m[2] in (None, name)}
+        self.constants = {
+            int(m[1]): parts[section].content for section, m in banks.items() if m and m[2] in (None, name)
+        }

@@ -26,6 +26,7 @@ ZERO_REGISTER, ZERO_UNIFORM, TRUE = 255, 63, 7
 SPECIAL = ("SR_TID.X", "SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z", "SR_LANEID", "SRZ", "SR_CgaCtaId")
 PARTS = {"H0": 1, "H0_H0": 1, "H1": 2, "H1_H1": 2, "B0": 4, "B1": 5, "B2": 6, "B3": 7}
 JUMPS = ("BRA", "CALL", "BSSY", "RET")  # their last number is an address in the function
+NO_SCOREBOARD = 7
 PACKED = ("HADD2", "HMUL2", "HFMA2")  # pairs of halves
 
 
@@ -42,6 +43,24 @@ class Operand(NamedTuple):
     wide: bool = False  # of an address: a pair of registers
 
 
+class Control(NamedTuple):
+    """What the compiler tells the scheduler: the upper bits of an instruction's second word, from bit 41."""
+
+    stall: int = 1  # cycles before the next instruction of the warp
+    yields: bool = False  # another warp goes first, if one can
+    writes: int = NO_SCOREBOARD  # counts up now, and down when the result is written
+    reads: int = NO_SCOREBOARD  # counts up now, and down when the operands are read
+    waits: int = 0  # a bit for each scoreboard that has to be at zero
+
+    @classmethod
+    def of(cls, word: int) -> Control:
+        bits = word >> 41
+        return cls(bits & 15, not bits >> 4 & 1, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63)
+
+    def word(self) -> int:
+        return (self.stall | (not self.yields) << 4 | self.writes << 5 | self.reads << 8 | self.waits << 11) << 41
+
+
 class Instruction(NamedTuple):
     pc: int
     text: str
@@ -50,6 +69,7 @@ class Instruction(NamedTuple):
     guard: Operand | None
     operands: list[Operand]
     target: int
+    control: Control = Control()
 
 
 def functions(listing: str) -> dict[str, list[Instruction]]:
@@ -61,6 +81,8 @@ def functions(listing: str) -> dict[str, list[Instruction]]:
             code = found.setdefault(name[1], [])
         elif m := re.match(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;?\s+/\* 0x", line):
             code.append(instruction(int(m[1], 16), m[2]))
+        elif code and (m := re.match(r"\s+/\* (0x[0-9a-f]{16}) \*/", line)):  # the second word, on a line of its own
+            code[-1] = code[-1]._replace(control=Control.of(int(m[1], 16)))
     return found
 
 

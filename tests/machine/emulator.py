@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -16,10 +17,18 @@ ARCHITECTURES = (80, 90)
 MOST_BLOCKS, MOST_STEPS = 1 << 16, 400_000_000  # of one launch: blocks, and instructions of a warp (minutes)
 STACK = 0x28  # in constant bank 0: where a lane's stack ends; its parts below are the block's and the grid's sizes
 STACK_BYTES = 32768
+SECTOR_BYTES = 32  # of a cache line
 SM90_RESERVED = 1024  # bytes of shared memory before the kernel's own
 
 Lanes = IntEnum("Lanes", "LOWEST HIGHEST RANDOM", start=0)  # of a diverged warp: whose pc goes first
 Warps = IntEnum("Warps", "IN_TURN REVERSED RANDOM", start=0)  # up to the next barrier, or step by step
+
+
+class Share(NamedTuple):
+    """The blocks that one multiprocessor gets are run alone, without looking for races, and traced for bench/model."""
+
+    multiprocessors: int
+    l1_bytes: Callable[[Function, int], int]  # that a block has; of a function and its warps
 
 
 class Schedule(NamedTuple):
@@ -29,9 +38,15 @@ class Schedule(NamedTuple):
     early: bool = False  # asynchronous copies and products end when issued, not when waited for
     truncated_sums: bool = False  # of tensor cores: terms aligned to the largest and cut, not exact
     seed: int = 1
+    share: Share | None = None
+
+    @property
+    def step(self) -> int:
+        return self.share.multiprocessors if self.share else 1
 
     def order(self, count: int) -> list[int]:
-        blocks = list(range(count))
+        """Of `count` blocks, each `step` of the grid."""
+        blocks = [self.step * k for k in range(count)]
         if self.blocks == "random":
             random.Random(self.seed).shuffle(blocks)
         return blocks[::-1] if self.blocks == "reversed" else blocks
@@ -54,6 +69,7 @@ class Launch(NamedTuple):
     steps: int  # instructions of warps
     reports: dict[str, int]  # of races and the like: how often
     counts: list[int]  # executions of each instruction
+    trace: object  # of the schedule's share, for bench/model; or None
 
 
 class Function:
@@ -74,7 +90,7 @@ class Function:
 
     def run(self, grid, threads: int, parameters: list[bytes], tensors: dict[str, torch.Tensor], schedule: Schedule):
         """One launch; `tensors` name the memory that it may touch. Returns a Launch or raises core().Fault."""
-        blocks = grid[0] * grid[1] * grid[2]
+        blocks = len(range(0, grid[0] * grid[1] * grid[2], schedule.step))
         if blocks > MOST_BLOCKS:
             raise MachineError(f"{self.name}: a grid of {blocks} blocks is too large to emulate, {MOST_BLOCKS} go")
         if threads % 32:
@@ -86,13 +102,15 @@ class Function:
         machine.set_constants(0, self._bank(grid, threads, parameters))
         for bank, data in self.cubin.constants.items():
             machine.set_constants(bank, data)
+        share = schedule.share
+        trace = machine.start_trace(share.l1_bytes(self, threads // 32) // SECTOR_BYTES) if share else None
         for name, storage in _storages(tensors).items():
             machine.add_global(name, storage.data_ptr(), storage.nbytes())
         try:
             machine.run(grid, threads // 32, self.shared_bytes, schedule.order(blocks), MOST_STEPS)
         except core().Fault as fault:
             raise core().Fault(f"{self.name}: {fault}; {schedule}") from None
-        return Launch(self, grid, machine.steps, machine.reports, machine.counts)
+        return Launch(self, grid, machine.steps, machine.reports, machine.counts, trace)
 
     def _bank(self, grid, threads: int, parameters: list[bytes]) -> bytes:
         layout = self.cubin.layout

@@ -54,7 +54,7 @@ struct Row;  // semantics.h
 
 struct Instruction {
   std::uint32_t pc = 0;
-  std::string text;
+  std::string text, opcode;
   const Row* row = nullptr;
   Operand guard;  // kNone, or a predicate
   std::vector<Operand> operands;
@@ -71,8 +71,8 @@ struct Instruction {
 
 class Program {
  public:
-  // finds the row of `opcode`; a Fault names an opcode, or a modifier, that the table does not have
-  void add(Instruction instruction, const std::string& opcode);
+  // finds the row of its opcode; a Fault names an opcode, or a modifier, that the table does not have
+  void add(Instruction instruction);
   const std::vector<Instruction>& code() const { return code_; }
   std::size_t index_at(std::uint32_t pc) const;
   // replaces an instruction by one that does nothing, and back

@@ -13,8 +13,8 @@ std::size_t Program::index_at(std::uint32_t pc) const {
   return found->second;
 }
 
-void Program::add(Instruction instruction, const std::string& opcode) {
-  instruction.row = &table().find(opcode, instruction.modifiers, instruction.text);
+void Program::add(Instruction instruction) {
+  instruction.row = &table().find(instruction.opcode, instruction.modifiers, instruction.text);
   if (instruction.modifiers.size() > instruction.hashes.size()) throw Fault("too many modifiers: " + instruction.text);
   std::transform(instruction.modifiers.begin(), instruction.modifiers.end(), instruction.hashes.begin(), hash);
   at_[instruction.pc] = code_.size();
@@ -72,10 +72,11 @@ void Machine::start_block(const Launch& launch, std::uint32_t number) {
   block[1] = number / launch.grid[0] % launch.grid[1];
   block[2] = number / launch.grid[0] / launch.grid[1];
   ++epoch_;
+  if (trace) trace->start_block(launch.warps);
   shared_bytes.resize(launch.shared_bytes);
   for (auto& byte : shared_bytes) byte = static_cast<std::uint8_t>(random());
   shared.clear();
-  shared.emplace_back("shared memory", 0, shared_bytes.data(), shared_bytes.size(), false);
+  shared.emplace_back("shared memory", 0, shared_bytes.data(), shared_bytes.size(), false, true);
   warps_.resize(launch.warps);
   for (int id = 0; id < launch.warps; ++id) {  // nothing may depend on what a register held before
     Warp& warp = warps_[id];
@@ -177,6 +178,7 @@ bool Machine::step(Warp& warp) {
     if (at.guard.kind != Kind::kNone && !Lane{step, l}.p(at.guard)) step.mask &= ~(1u << l);
   });
   try {
+    if (trace) trace->add(step, index);
     at.row->execute(step);
   } catch (const Fault& fault) {
     throw Fault(std::string(fault.what()) + ", by " + at.text);

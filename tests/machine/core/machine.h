@@ -5,12 +5,14 @@
 #include <bit>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "instruction.h"
 #include "memory.h"
+#include "trace.h"
 
 namespace machine {
 
@@ -91,6 +93,7 @@ class Machine {
   std::map<std::string, std::uint64_t> reports;
   std::vector<std::uint64_t> counts;  // executions of each instruction
   std::uint64_t steps = 0;            // warp instructions
+  std::shared_ptr<Trace> trace;       // where one is wanted
 
  private:
   void start_block(const Launch& launch, std::uint32_t number);

@@ -20,7 +20,7 @@ Shadow& Region::shadow(std::uint64_t address) {
 }
 
 void Region::read(const Access& by, std::uint64_t address, void* to, int n) {
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; checked_ && i < n; ++i) {
     Shadow& byte = shadow(address + i);
     if (byte.in_flight) by.report(name_ + " is touched while an asynchronous copy into it is in flight");
     if (!written_ && !byte.write_block) by.report(name_ + " is read before it is written");
@@ -37,7 +37,7 @@ void Region::read(const Access& by, std::uint64_t address, void* to, int n) {
 }
 
 void Region::check_write(const Access& by, std::uint64_t address, const void* from, int n) {
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; checked_ && i < n; ++i) {
     Shadow& byte = shadow(address + i);
     if (byte.in_flight) by.report(name_ + " is touched while an asynchronous copy into it is in flight");
     // the warps of a Triton program may all store a value that all of them hold

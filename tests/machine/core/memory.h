@@ -23,14 +23,16 @@ struct Shadow {
 
 class Region {
  public:
-  // `written`: its bytes have values already
-  Region(std::string name, std::uint64_t base, std::uint8_t* bytes, std::uint64_t size, bool written)
-      : name_(std::move(name)), base_(base), size_(size), bytes_(bytes), written_(written) {}
+  // `written`: its bytes have values already. not `checked`: without shadows, which take 28 bytes for each
+  Region(std::string name, std::uint64_t base, std::uint8_t* bytes, std::uint64_t size, bool written, bool checked)
+      : name_(std::move(name)), base_(base), size_(size), bytes_(bytes), written_(written), checked_(checked) {}
 
   bool holds(std::uint64_t address, std::uint64_t n) const {
     return address >= base_ && address - base_ <= size_ && n <= size_ - (address - base_);
   }
   bool is_near(std::uint64_t address) const { return address + 4096 >= base_ && address < base_ + size_ + 4096; }
+  std::uint64_t base() const { return base_; }
+  std::uint64_t size() const { return size_; }
   std::string place(std::uint64_t address) const;
   void read(const Access& by, std::uint64_t address, void* to, int n);
   void write(const Access& by, std::uint64_t address, const void* from, int n);
@@ -47,7 +49,7 @@ class Region {
   std::string name_;
   std::uint64_t base_, size_;
   std::uint8_t* bytes_;
-  bool written_;
+  bool written_, checked_;
   std::vector<Shadow> shadows_;  // made at the first access
 };
 

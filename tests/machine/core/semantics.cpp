@@ -42,6 +42,12 @@ void Table::warp(const std::string& opcodes, const std::string& modifiers, WarpE
   add(opcodes, {words(modifiers), nullptr, effect});
 }
 
+std::vector<std::string> Table::opcodes() const {
+  std::vector<std::string> names;
+  for (const auto& [name, row] : rows_) names.push_back(name);
+  return names;
+}
+
 const Row& Table::find(const std::string& opcode, const std::vector<std::string>& modifiers,
                        const std::string& text) const {
   const auto found = rows_.find(opcode);

@@ -89,6 +89,7 @@ class Table {
  public:
   void lanes(const std::string& opcodes, const std::string& modifiers, LaneEffect effect);
   void warp(const std::string& opcodes, const std::string& modifiers, WarpEffect effect);
+  std::vector<std::string> opcodes() const;
   const Row& find(const std::string& opcode, const std::vector<std::string>& modifiers, const std::string& text) const;
 
  private:
@@ -97,6 +98,8 @@ class Table {
 };
 
 const Table& table();
+
+int bytes_of(const Step& step);  // that a lane loads or stores
 
 void add_integers(Table& table);
 void add_floats(Table& table);

@@ -11,12 +11,6 @@ namespace {
 // hints of caches and scopes: what is in order between blocks is checked as if none were given
 const std::string kHints = "E SYS STRONG GPU SM CTA CONSTANT LTC128B LTC256B LU EF EL NA BYPASS ";
 
-int bytes_of(const Step& x) {
-  if (x.has("128")) return 16;
-  if (x.has("64")) return 8;
-  return x.has("U8") || x.has("S8") ? 1 : x.has("U16") || x.has("S16") ? 2 : 4;
-}
-
 void aligned(std::uint64_t address, int n) {
   if (address % n) throw Fault("a misaligned access");
 }
@@ -169,6 +163,12 @@ void atomic_add(Lane& x) {
 }
 
 }  // namespace
+
+int bytes_of(const Step& x) {
+  if (x.has("128")) return 16;
+  if (x.has("64")) return 8;
+  return x.has("U8") || x.has("S8") ? 1 : x.has("U16") || x.has("S16") ? 2 : 4;
+}
 
 void add_transfers(Table& table) {
   const std::string sizes = "U8 S8 U16 S16 64 128";

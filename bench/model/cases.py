@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is predicted: calls of the package, the kernels of each that are wanted, and what these cannot do without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import kdkernels as kd
+
+
+class Work(NamedTuple):
+    """Of a kernel: bytes that DRAM has to move, and operations at a rate of rates.Machine."""
+
+    bytes: int
+    operations: int = 0
+    rate: str = "float32"  # multiply-adds; special: exponentials and their like
+
+
+class Case(NamedTuple):
+    name: str
+    shape: str  # 8192x1000
+    dtype: str
+    call: Callable[[], object]
+    kernels: dict[str, Work]
+
+
+def cases() -> list[Case]:
+    """In the order they are printed; nothing is drawn or run before its call."""
+    return [
+        make(name, shape, dtype)
+        for make, name, shape in (
+            (_kl, "kl", (8192, 1000)),
+            (_kl, "kl", (1024, 32000)),
+            (_project, "projected_mse", (32, 256, 32, 32, 64)),
+            (_cka, "cka", (66, 128, 512)),
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
+def _draw(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(getattr(torch, dtype))
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _kl(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    elements = shape[0] * shape[1]
+    read = 2 * elements * _size(dtype)
+
+    def call():
+        student, teacher = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
+        kd.distillation_kl(student, teacher, tau=4.0, backend="triton").backward()
+
+    kernels = {
+        "loss_rows": Work(read, 2 * elements, "special"),
+        "gradient_rows": Work(read * 3 // 2, 2 * elements, "special"),
+    }
+    return Case(name, "x".join(map(str, shape)), dtype, call, kernels)
+
+
+def _project(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    *maps, k = shape
+    batch, channels, height, width = maps
+    rows = batch * height * width
+
+    def call():
+        s, t = _draw(*maps, dtype=dtype).requires_grad_(), _draw(*maps, dtype=dtype)
+        kd.projected_mse(s, t, _draw(channels, k, dtype="float32") / channels**0.5, backend="triton")
+
+    terms = 3 if dtype == "float32" else 1  # float32 factors are split in two
+    moved = 2 * rows * channels * _size(dtype) + rows * k * 4
+    return Case(
+        name, "x".join(map(str, shape)), dtype, call, {"project": Work(moved, terms * rows * channels * k, "tf32")}
+    )
+
+
+def _cka(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    groups, n, p = shape
+    matrices = 2 * groups * n * n * 4
+    features = 2 * groups * n * p * _size(dtype)
+
+    def call():
+        x, y = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
+        kd.cka(x, y, backend="triton").sum().backward()
+
+    rate = "float32" if dtype == "float32" else "tf32"
+    kernels = {
+        "split_gram": Work(features + matrices, groups * n * (n + 1) * p, rate),
+        "row_sums": Work(2 * matrices, 2 * groups * n * n * 4, "float64"),
+        "weighted_rows": Work(features + matrices, groups * n * n * p, rate),
+    }
+    return Case(name, "x".join(map(str, shape)), dtype, call, kernels)
