@@ -62,7 +62,14 @@ def markdown(rows: list[dict]) -> str:
     parts = []
     for _, group in _by_run(rows):
         parts += [_heading(group[0]), _targets(group), _times(group), _ranking(group)]
-        parts += [_traffic(group), _misfits(group), _accuracy(group), _rank_accuracy(group), _roofs(group)]
+        parts += [
+            _traffic(group),
+            _misfits(group),
+            _accuracy(group),
+            _rank_accuracy(group),
+            _roofs(group),
+            _predicted(group),
+        ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -256,6 +263,34 @@ def _rank_accuracy(rows) -> str:
 def _worst(group, name: str) -> str:
     found = [row[name] for row in group if row[name] is not None]
     return f"{max(found, key=lambda e: math.inf if math.isnan(e) else e):.1e}" if found else ""
+
+
+def _predicted(rows) -> str:
+    body = [
+        [
+            f"{row['case']} {row['shape']} {row['dtype']}",
+            f"{row['kernel']} (sm_{row['architecture']})",
+            *(f"{row[key]:.1f}" for key in ("microseconds", "memory_floor", "arithmetic_floor")),
+            f"{row['cycles']:.0f}",
+            f"{row['instructions'] / row['blocks']:.0f}",
+            f"{row['issue_rate']:.2f}",
+            f"{row['resident']['warps']} ({row['resident']['limit']})",
+        ]
+        for row in rows
+        if row["kind"] == "model"
+    ]
+    head = [
+        "case",
+        "kernel",
+        "us",
+        "memory floor",
+        "arithmetic floor",
+        "cycles",
+        "instructions a block",
+        "a cycle",
+        "warps",
+    ]
+    return _table(head, body, f"Predicted by a model of {rows[0].get('modelled')}, **not measured**")
 
 
 def _roofs(rows) -> str:

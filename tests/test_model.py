@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT / "tests" / "machine"))
 
 from assembly import assembled, run
 from decode import Control
-from emulator import Schedule, Share
 from machine_build import core, simt_build
 
 from bench.model import multiprocessor, rates
@@ -24,11 +23,12 @@ pytestmark = [
     pytest.mark.skipif(simt_build.compiler() is None, reason="no C++ compiler"),
 ]
 START = H200.rates.start
-ONE = Schedule(share=Share(H200.rates.multiprocessors, multiprocessor.l1_bytes))
 
 
-def played(text: str, size: int = 128, machine=H200, costs=COSTS, threads: int = 32, **made):
-    launch = run(assembled(text, **made), torch.zeros(size), torch.zeros(size), threads=threads, schedule=ONE)
+def played(text: str, size: int = 128, machine=H200, costs=COSTS, threads: int = 32, blocks: int = 1, **made):
+    """Of a launch with so many blocks for each multiprocessor."""
+    tensors, grid = (torch.zeros(size), torch.zeros(size)), (132 * (blocks - 1) + 1, 1, 1)
+    launch = run(assembled(text, **made), *tensors, grid=grid, threads=threads, schedule=multiprocessor.SHARE)
     return multiprocessor.play(core(), launch, machine, costs)
 
 
@@ -83,6 +83,13 @@ def test_a_second_warp_of_a_partition_hides_the_latency_of_the_first():
     assert until_exit(*chain, threads=32 * 32, costs=costs) == 8 * 51 - 1  # eight: no cycle without an instruction
 
 
+def test_a_warp_stays_in_its_partition():
+    text = ["FFMA R0, R1, R1, R1"] * 50
+    costs = with_cost("EXIT", interval=1)
+    assert until_exit(*text, threads=4 * 32, costs=costs) == 50
+    assert until_exit(*text, threads=5 * 32, costs=costs) == 2 * 51 - 1  # the fifth shares with the first
+
+
 @pytest.mark.parametrize("interval", [2, 6])
 def test_a_pipe_takes_the_next_after_its_interval(interval):
     costs = with_cost("IMAD", interval=interval)
@@ -118,6 +125,24 @@ def test_words_of_one_bank_are_read_one_after_the_other(stride, passes, latency)
     assert spent == before + first + 39 * interval + passes - 1 + latency
 
 
+@pytest.mark.parametrize("queue", [24, 8])
+def test_an_access_waits_for_room_in_the_queue(queue):
+    address, passes = [line.format(hex(128)) for line in ADDRESS], 32
+    stored = until_exit(*address, shared_bytes=4096) - 1  # when STS goes
+    loads = ["LDS R2, [R0]"] * 10
+    spent = until_exit(*address, *loads, shared_bytes=4096, machine=with_rates(queue=queue))
+    assert spent == stored + 10 * passes - queue + 1
+
+
+@pytest.mark.parametrize("operands_read", [8, 20])
+def test_a_register_may_be_overwritten_when_a_store_has_read_it(operands_read):
+    address = [line.format("0x4") for line in ADDRESS]
+    stored = until_exit(*address, shared_bytes=4096) - 1
+    address[-1] += " // reads=1"
+    spent = until_exit(*address, "NOP // waits=2", shared_bytes=4096, machine=with_rates(operands_read=operands_read))
+    assert spent == stored + operands_read + 1
+
+
 # bytes between lanes, width -> passes: 32 lanes of 8 bytes fill the banks twice, of 16 four times, and no broadcast
 # reaches from one half or quarter of the warp to the next
 @pytest.mark.parametrize("stride, width, passes", [(8, 64, 2), (16, 128, 4), (32, 128, 8), (0, 64, 2), (0, 128, 4)])
@@ -138,10 +163,20 @@ def test_what_is_read_comes_no_faster_than_from_dram(rate):
     loads = [f"LDG.E.128 R4, [R2.64+{hex(4096 * k)}] // writes=0" for k in range(16)]
     own = 256 * 16 * 16  # bytes that the block reads: its multiprocessor's share of the tensor
     cycles = until_exit(*LOADS, *loads, threads=256, size=132 * own // 4, machine=with_rates(dram_bytes=rate))
-    assert own / rate < cycles < own / rate + H200.rates.dram + 100
+    first_and_last = 512 / rate  # a load waits for those before it
+    assert own / rate - first_and_last <= cycles - H200.rates.dram < own / rate + 100
     # all multiprocessors read the same: each brings its part of it from DRAM, and the rest from L2
     shared = played("\n".join([*LOADS, *loads, "EXIT // waits=1"]), threads=256, size=own // 4)
     assert shared.dram_bytes == pytest.approx(own / 132) and shared.l2_bytes == own
+
+
+@pytest.mark.parametrize("rate", [H200.rates.l2_bytes, H200.rates.l2_bytes / 2])
+def test_a_launch_ends_when_what_it_stored_has_gone(rate):
+    stores = [f"STG.E.128 [R2.64+{hex(4096 * k)}], R4" for k in range(16)]
+    stored = 256 * 16 * 16
+    machine = with_rates(l2_bytes=rate, dram_bytes=1e9)
+    cycles = until_exit(*LOADS, *stores, threads=256, size=132 * stored // 4, machine=machine)
+    assert stored / rate < cycles < stored / rate + 100
 
 
 @pytest.mark.parametrize("changes", [{}, {"dram": 600, "l2": 300, "l1": 50}])
@@ -152,9 +187,27 @@ def test_a_load_takes_as_long_as_the_place_it_comes_from(changes):
     first, *others = (b - a for a, b in zip(counts, counts[1:], strict=False))
     lines = 4  # of 128 bytes, one a cycle
     assert first == machine.rates.dram + lines - 1 and others == [machine.rates.l1 + lines - 1] * 2
-    bypassing = load.replace("LDG.E", "LDG.E.STRONG.GPU")
-    again = until_exit(*LOADS, load, bypassing, machine=machine) - counts[1]
-    assert again == machine.rates.l2 + lines - 1
+    stored = [until_exit(*LOADS, "STG.E [R2.64], R4", *[load] * k, machine=machine) for k in (0, 1)]
+    assert stored[1] - stored[0] == pytest.approx(machine.rates.l2, abs=30)  # EXIT alone ends before what is stored
+    for scope, rate in (("GPU", machine.rates.l2), ("SM", machine.rates.l1)):
+        again = until_exit(*LOADS, load, load.replace("LDG.E", f"LDG.E.STRONG.{scope}"), machine=machine) - counts[1]
+        assert again == rate + lines - 1
+
+
+def test_l1_holds_what_a_block_read_last_and_shared_memory_leaves_room_for():
+    loads = [f"LDG.E.128 R4, [R2.64+{hex(16384 * (k % 3))}]\nBAR.SYNC 0x0" for k in range(4)]  # 16 KB each
+    text = "\n".join([*LOADS, *loads, "EXIT"])
+    asked = {
+        shared: played(text, 3 * 4096, threads=1024, shared_bytes=shared << 10).l2_bytes / 16384 for shared in (10, 227)
+    }
+    assert asked == {10: 3, 227: 4}
+    one = "\n".join([*LOADS, loads[0], "EXIT"])
+    assert played(one, 4096, threads=1024, blocks=2).l2_bytes == 2 * 16384  # each block brings its own
+    copy = "LDGSTS.E{}.128 [R0], [R2.64] // stall=2"
+    address = "IMAD R0, R0, 0x10, RZ // stall=5"
+    for bypass, times in (("", 1), (".BYPASS", 2)):
+        text = "\n".join([*LOADS, address, *[copy.format(bypass)] * 2, "EXIT"])
+        assert played(text, shared_bytes=512).l2_bytes == times * 512
 
 
 @pytest.mark.parametrize("dram", [479, 700])
@@ -169,6 +222,7 @@ def test_copies_are_waited_for_by_groups(dram):
     assert cycles[1] - cycles[0] == dram + 3 - 3
 
 
+TAKEN = 16 * 128 * 16 / 512  # cycles of a partition's tensor core, which makes 512 products in one
 HALF_GROUP = "HGMMA.64x128x16.F32.BF16 R24, R92, gdesc[UR4], R24"
 DESCRIPTORS = [f"UMOV UR{k}, {value}" for k, value in ((4, "0x0"), (5, "0x40000000"), (6, "0x0"), (7, "0x40000000"))]
 
@@ -181,9 +235,28 @@ def test_products_of_a_warpgroup_take_the_tensor_cores_one_after_the_other(laten
         until_exit(*DESCRIPTORS, *[HALF_GROUP] * k, HALF_GROUP + ", gsb0", wait, architecture=90, threads=128,
                    shared_bytes=4096, costs=costs) for k in (0, 3)
     ]  # fmt: skip
-    taken = 16 * 128 * 16 / 512  # cycles of a partition's tensor core, which makes 512 products in one
-    assert cycles[1] - cycles[0] == 3 * taken
-    assert cycles[0] == 2 * len(DESCRIPTORS) - 1 + taken + latency + 1  # an issue of UMOV each second cycle; DEPBAR
+    assert cycles[1] - cycles[0] == 3 * TAKEN
+    assert cycles[0] == 2 * len(DESCRIPTORS) - 1 + TAKEN + latency + 1  # an issue of UMOV each second cycle; DEPBAR
+
+
+def test_groups_of_products_are_waited_for_by_their_number():
+    group = [HALF_GROUP, HALF_GROUP + ", gsb0"]
+    cycles = [
+        until_exit(*DESCRIPTORS, *group, *group, f"WARPGROUP.DEPBAR.LE gsb0, {left}", architecture=90, threads=128,
+                   shared_bytes=4096) for left in ("0x2", "0x1", "0x0")
+    ]  # fmt: skip
+    assert cycles[2] - cycles[1] == 2 * TAKEN and cycles[1] > cycles[0]
+
+
+def test_narrow_products_wait_for_shared_memory():
+    both_in_shared = "HGMMA.64x8x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    cycles = [
+        until_exit(*DESCRIPTORS, *[both_in_shared] * k, wait, architecture=90, threads=128, shared_bytes=4096)
+        for k in (10, 20)
+    ]
+    of_a_warp = 16 * 32 / 128 + 1  # its rows of A, 32 bytes each, and its quarter of B, less than a pass
+    assert cycles[1] - cycles[0] == 10 * 4 * of_a_warp
 
 
 @pytest.mark.parametrize("barrier, branch", [(20, 6), (50, 15)])
@@ -218,7 +291,7 @@ def test_blocks_that_are_not_resident_wait_for_one_that_ends():
     text = "\n".join(["FFMA R0, R0, R0, R0 // stall=4"] * 50 + ["EXIT"])
     many = assembled(text, 227 << 10)
     tensors = torch.zeros(4), torch.zeros(4)
-    one, three = (run(many, *tensors, grid=(grid, 1, 1), schedule=ONE) for grid in (132, 2 * 132 + 1))
+    one, three = (run(many, *tensors, grid=(grid, 1, 1), schedule=multiprocessor.SHARE) for grid in (132, 2 * 132 + 1))
     assert (one.trace.blocks, three.trace.blocks) == (1, 3)
     times = [multiprocessor.play(core(), launch).cycles for launch in (one, three)]
     assert times == [START + 201, 3 * (START + 200) + 1]
@@ -256,4 +329,7 @@ def test_a_row_says_what_it_is_and_repeats(python, tmp_path):
     assert row["memory_floor"] == pytest.approx(2 * 8192 * 1000 * 2 / 4.3e12 * 1e6)
     assert row["microseconds"] > row["memory_floor"] and 0 < row["issue_rate"] <= 4
     assert sum(row["idle"].values()) + row["issue_rate"] / 4 == pytest.approx(1, abs=1e-3)
+    report = python("-m", "bench", "report", str(out)).stdout
+    assert "Predicted by a model of H200, 132 multiprocessors at 1.75 GHz, **not measured**" in report
+    assert report.count("| kl 8192x1000 bfloat16 | loss_rows (sm_80) | ") == 2
     assert row["dram_bytes"] * 132 == pytest.approx(2 * 8192 * 1000 * 2, rel=0.02)  # it reads each byte once

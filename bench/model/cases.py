@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,30 @@ def cases() -> list[Case]:
         )
         for dtype in ("float32", "bfloat16")
     ]
+
+
+@contextmanager
+def plausible_memory():
+    """Memory that starts with numbers about one, the same in each run: the kernels read results of which only a part
+    has been computed, and garbage takes other paths than numbers."""
+    names = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    originals = [getattr(owner, name) for owner, name in names]
+    generator = torch.Generator().manual_seed(1)
+
+    def filled(original):
+        def make(*arguments, **options):
+            made = original(*arguments, **options)
+            return made.uniform_(0.5, 1.5, generator=generator) if made.is_floating_point() else made.zero_()
+
+        return make
+
+    for (owner, name), original in zip(names, originals, strict=True):
+        setattr(owner, name, filled(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(names, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def _draw(*shape: int, dtype: str) -> torch.Tensor:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+from emulator import Schedule, Share, Warps
+
 from .rates import COSTS, H200, PIPES, Cost, Effect, Machine, tensor
 
 NO_SCOREBOARD, PRODUCTS = 7, 6  # products of a warpgroup have a scoreboard of their own
@@ -86,6 +88,10 @@ def l1_bytes(function, warps: int, machine: Machine = H200) -> int:
     """What shared memory leaves of L1 to each resident block."""
     blocks = occupancy(function, warps, machine).blocks
     return (machine.l1_and_shared_bytes - blocks * _shared(function)) // blocks
+
+
+# warps go on in any order, as L1 sees them
+SHARE = Schedule(warps=Warps.RANDOM, share=Share(H200.rates.multiprocessors, l1_bytes))
 
 
 def play(core, launch, machine: Machine = H200, costs: tuple[Cost, ...] = COSTS):

@@ -17,15 +17,14 @@ from pathlib import Path
 import contract
 import device as emulated
 import torch
-from emulator import Schedule, Share
 from machine_build import core
 
 import kdkernels as kd
 
 from .. import machine
 from . import lines
-from .cases import Case, Work, cases
-from .multiprocessor import l1_bytes, occupancy, play
+from .cases import Case, Work, cases, plausible_memory
+from .multiprocessor import SHARE, occupancy, play
 from .rates import H200, Machine
 
 WIDTH = 52  # of the column of names
@@ -40,11 +39,12 @@ def run(options) -> int:
     torch.set_num_threads(1)
     contract.allow_cpu_tensors()
     device = emulated.install(options.architecture)
-    device.schedules = (Schedule(share=Share(H200.rates.multiprocessors, l1_bytes)),)
+    device.schedules = (SHARE,)
     others = {_key(row): row for row in of_checkout(options)} if options.against else {}
+    shared = machine.provenance("cpu", Path(kd.__file__).resolve().parent.parent)
     print(head(options.architecture))
     for case in chosen:
-        for row in predicted(device, case):
+        for row in (shared | row for row in predicted(device, case)):
             print(shown(row, options.lines), flush=True)
             pair = [row, others[_key(row)]] if _key(row) in others else [row]
             if len(pair) == 2:
@@ -94,7 +94,8 @@ def of_checkout(options) -> list[dict]:
 def predicted(device, case: Case) -> list[dict]:
     """A row for each wanted kernel of a case, in the order of the launches."""
     device.launches.clear()
-    case.call()
+    with plausible_memory():
+        case.call()
     rows = []
     for launch in device.launches:
         name = launch.function.name
@@ -108,10 +109,8 @@ def predicted(device, case: Case) -> list[dict]:
 
 def row_of(launch, case: Case, model: Machine) -> dict:
     function, trace = launch.function, launch.trace
-    package = Path(kd.__file__).resolve().parent.parent
     played = play(core(), launch, model)
     return {
-        **{key: value for key, value in machine.provenance("cpu", package).items() if key != "threads"},
         "kind": "model",
         "modelled": model.name,
         "architecture": function.cubin.architecture,

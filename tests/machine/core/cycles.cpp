@@ -126,7 +126,8 @@ class Multiprocessor {
       if (op.waits >> s & 1 && slot.counts[s]) return false;
     if (op.effect == Effect::kWait && slot.counts[op.scoreboard] > op.left) return false;
     reason = kPipe;
-    if (op.pipes && *pipe(partition, op) > double(now_)) return blocked_until(*pipe(partition, op));
+    const bool queues = op.effect == Effect::kProduct;  // the warp goes on
+    if (op.pipes && !queues && *pipe(partition, op) > double(now_)) return blocked_until(*pipe(partition, op));
     reason = kQueue;
     if (through_queue(op) && lsu_free_ > double(now_ + rates_.queue)) return blocked_until(lsu_free_ - rates_.queue);
     return true;
@@ -156,7 +157,7 @@ class Multiprocessor {
     const Operation& op = program_[event.instruction];
     note(event, double(now_ - slot.next));
     double begin = double(now_), end = double(now_ + op.latency);
-    if (op.pipes) *pipe(partition, op) = double(now_) + op.interval;
+    if (op.pipes) *pipe(partition, op) = std::max(*pipe(partition, op), begin) + op.interval;
     if (through_queue(op)) {
       begin = std::max(lsu_free_, begin);
       lsu_free_ = begin + std::max<int>(1, event.wavefronts);

@@ -25,7 +25,7 @@ std::array<std::uint64_t, kLanes> addresses(const Step& step, int operand, bool 
 int product_passes(const Step& step) {
   int rows, columns, depth;
   if (std::sscanf(step.at.modifiers[0].c_str(), "%dx%dx%d", &rows, &columns, &depth) != 3) return 0;
-  return columns / 16 + (step.operand(1).kind == Kind::kRegister ? 0 : 4);
+  return (columns + 15) / 16 + (step.operand(1).kind == Kind::kRegister ? 0 : 4);
 }
 
 int first_address(const Step& step) {
@@ -90,7 +90,9 @@ void Trace::global(const Step& step, int operand, int bytes, std::uint32_t lanes
   event.wavefronts = static_cast<std::uint16_t>(std::max<std::size_t>(event.wavefronts, lines.size()));
   const std::string& opcode = step.at.opcode;
   const bool write = !one_of(opcode, {"LDG", "LDGSTS", "LD"});
-  const bool cached = !write && !step.has("BYPASS") && !step.has("STRONG");
+  // STRONG.SM is what a block may keep to itself
+  const bool shared = step.has("STRONG") && !step.has("SM");
+  const bool cached = !write && !shared && !step.has("BYPASS");
   regions_.resize(std::max(regions_.size(), all.size()));
   Touched& touched = regions_[event.region];
   touched.bytes = region.size();
