@@ -2,6 +2,7 @@
 """The drop-in for torchsort: its values, gradients, dtypes and errors; oracles are a formula without pooling and rows
 that torchsort 0.1.10 itself computed."""
 
+import itertools
 import math
 
 import minmax
@@ -242,6 +243,28 @@ def test_soft_sort_of_a_row_with_infinities_is_their_sum_throughout_and_other_ro
     result.backward(torch.tensor([[1.0, 2, 6]] * 4))
     torch.testing.assert_close(x.grad[:3], torch.full((3, 3), 3.0))
     torch.testing.assert_close(x.grad[3], torch.tensor([6.0, 1, 2]))
+
+
+# float64 sums of a block that holds its least number may leave its range
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+EVERY = itertools.product(FUNCTIONS, REGULARIZATIONS, DTYPES)
+
+
+@pytest.mark.parametrize("name, regularization, dtype", [e for e in EVERY if e != ("soft_sort", "l2", torch.float64)])
+def test_the_least_number_of_a_dtype_counts_as_in_torchsort(name, regularization, dtype):
+    """In kd.soft_rank and kd.soft_sort it is absent."""
+    function = getattr(torchsort, name)
+    limits, x = torch.finfo(dtype), torch.tensor([[0.3, -5000, 1.0, -2.0, 0.4], [3, 1, 2, 5, 4]], dtype=dtype)
+    expected, found = by_the_formula(function.__name__, x.double(), regularization, 0.7), []
+    if function is torchsort.soft_sort:  # all in one block, of their mean or of the least; ranks are the same far below
+        expected[0] = limits.min / (5 if regularization == "l2" else 1)
+    for least in (-5000, limits.min):
+        x[0, 1] = least
+        leaf = x.clone().requires_grad_()
+        result = function(leaf, regularization, 0.7)
+        found += torch.autograd.grad(result, leaf, torch.tensor([[1.0, -2, 3, 0.5, 4]] * 2, dtype=dtype))
+    torch.testing.assert_close(result.double(), expected, rtol=4 * limits.eps, atol=4 * limits.eps)
+    torch.testing.assert_close(*found, rtol=2 * limits.eps, atol=0)
 
 
 def test_nan_stays_in_its_row(function):

@@ -7,6 +7,7 @@ import minmax
 import numpy as np
 import pytest
 import torch
+from conftest import needs_native
 
 from kdkernels.losses import CMKDLoss
 
@@ -145,6 +146,21 @@ def test_a_class_that_is_minus_infinity_on_either_side_is_out_of_its_row():
     torch.testing.assert_close(loss(student, teacher), sum(rows), rtol=1e-9, atol=1e-12)
     (grad,) = torch.autograd.grad(loss(student, teacher), student)
     assert grad.isfinite().all() and grad[0, 2] == grad[0, 4] == grad[1, 5] == 0 and grad[0, 3] != 0
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_native())])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_class_that_is_the_least_number_of_its_dtype_is_out_as_minus_infinity_is(dtype, backend):
+    found = []
+    for padding in (-math.inf, torch.finfo(dtype).min):
+        student, teacher = (t.detach().to(dtype) for t in logits(3, 9))
+        student[0, 2] = student[1, 5] = teacher[1, 5] = padding
+        teacher = teacher.float() if dtype == torch.float16 else teacher
+        teacher[0, 4] = torch.finfo(teacher.dtype).min if padding > -math.inf else padding
+        student.requires_grad_()
+        value = CMKDLoss(class_weight=1, backend=backend)(student, teacher)
+        found.append((value.detach(), *torch.autograd.grad(value, student)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True)) and found[0][0].isfinite()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])

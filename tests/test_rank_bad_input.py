@@ -172,9 +172,9 @@ def test_the_whole_range_of_float32_in_one_row(regularization, backend):
 @every_backend
 def test_the_whole_range_of_float64_in_one_row(backend):
     big = torch.finfo(torch.float64).max
-    x = torch.tensor([[big, -big, 1e-300, 0.0, -0.0, 1.0, 1e39]], dtype=torch.float64)
-    r = kd.soft_rank(x, "l2", 1e-3, backend=backend)
-    assert r.tolist() == [[7.0, 1.0, 3.0, 3.0, 3.0, 5.0, 6.0]]
+    for least, ranks in ((-math.nextafter(big, 0), [7.0, 1.0, 3.0, 3.0, 3.0, 5.0, 6.0]), (-big, [6, 0, 2, 2, 2, 4, 5])):
+        x = torch.tensor([[big, least, 1e-300, 0.0, -0.0, 1.0, 1e39]], dtype=torch.float64)
+        assert kd.soft_rank(x, "l2", 1e-3, backend=backend).tolist() == [ranks]
 
 
 def test_explain_knows_the_ranking_ops():

@@ -50,6 +50,86 @@ def test_absent_entries_are_sorted_last_in_either_direction(descending, regulari
     torch.testing.assert_close(g, torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]]))
 
 
+def padded(n, dtype):
+    """Pairs of rows with gaps, one without, one of nothing else, one with ties; and which entries are gaps."""
+    x, y = (torch.randn(5, n, generator=torch.Generator().manual_seed(n)).to(dtype).roll(k, 0) for k in (0, 1))
+    gaps = torch.rand(2, 5, n, generator=torch.Generator().manual_seed(n + 1)) < 0.3
+    gaps[:, 0], gaps[0, 1], x[3, 1:3] = False, True, x[3, 0]
+    return x, y, gaps
+
+
+def outcome(f, x, y, gaps, padding):
+    """Value and gradients of f of both sides with their gaps padded, those of one side with either kind."""
+    x, y = x.masked_fill(gaps[0], padding), y.masked_fill(gaps[1], padding)
+    if padding != -math.inf:
+        x[:, ::2] = x[:, ::2].masked_fill(gaps[0][:, ::2], -math.inf)
+    sides = [side.requires_grad_() for side in (x, y)]
+    value = f(*sides)
+    if not value.requires_grad:
+        return (value,)
+    upstream = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view_as(value)
+    some = torch.where(value.isfinite(), value, 0).mul(upstream).sum()
+    return value.detach(), *torch.autograd.grad(some, sides, allow_unused=True)
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDE = torch.linspace(-1, 1, 9, dtype=torch.float64).sin()
+STRENGTHS = {"l2": (0.0, 0.3, "auto", torch.tensor(0.5).double()), "kl": (0.3, "auto")}
+
+
+def functions(backend):
+    for regularization, strengths in STRENGTHS.items():
+        for strength in strengths:
+            how = {"regularization": regularization, "regularization_strength": strength, "backend": backend}
+            for op in (kd.soft_rank, kd.soft_sort):
+                for descending in (False, True):
+                    yield lambda x, y, op=op, how=how, d=descending: op(x, descending=d, **how)
+            for hard in (False, True):
+                yield lambda x, y, how=how, hard=hard: kd.spearman(x, y, hard_target=hard, **how)
+                yield lambda x, y, how=how, hard=hard: kd.spearman(WIDE.expand_as(x), x, hard_target=hard, **how)
+            yield lambda x, y, how=how: kd.rank_diagnostics(x, **how).fraction_pooled
+    yield lambda x, y: kd.spearman_corr(x, y, backend=backend)
+    yield lambda x, y: kd.pearson(x, y, backend=backend if backend == "reference" else "torch")
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_least_number_of_a_dtype_is_absent_bit_for_bit_as_minus_infinity_is(dtype, backend):
+    pairs = padded(9, dtype)
+    for f in functions(backend):
+        want = outcome(f, *pairs, -math.inf)
+        for a, b in zip(outcome(f, *pairs, torch.finfo(dtype).min), want, strict=True):
+            assert (a is b is None) or torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+    rank = kd.soft_rank(pairs[0].masked_fill(pairs[2][0], torch.finfo(dtype).min), "l2", "auto", backend=backend)
+    assert torch.equal(rank == 0, pairs[2][0])
+
+
+@every
+def test_a_number_next_to_the_least_or_the_least_of_a_narrower_dtype_is_a_number(backend):
+    limits = torch.finfo(torch.float32)
+    for low in ((1 - limits.eps) * limits.min, torch.finfo(torch.float16).min, torch.finfo(torch.bfloat16).min):
+        x = torch.tensor([[low, 1.0, limits.max, -1.0]])
+        assert kd.soft_rank(x, "l2", 0.1, backend=backend).tolist() == [[1, 3, 4, 2]]
+        assert kd.soft_rank(x, "l2", 0.1, descending=True, backend=backend).tolist() == [[4, 2, 1, 3]]
+        for descending in (False, True):
+            value = kd.soft_sort(x, "l2", 0.0, descending=descending, backend=backend)
+            assert torch.equal(value, x.sort(descending=descending).values)
+    wide = torch.tensor([[limits.min, 1.0]]).double()
+    assert kd.soft_rank(wide, "l2", 0.1, backend=backend).tolist() == [[1, 2]]
+
+
+@every
+def test_a_tangent_knows_what_is_absent_in_the_dtype_of_the_rows(backend):
+    x, _, (gaps, _) = padded(9, torch.float16)
+    strength = torch.full((5,), 0.4, dtype=torch.float64)
+    f = lambda x, eps: kd.soft_rank(x, "l2", eps, backend=backend)  # noqa: E731
+    tangents = [
+        torch.func.jvp(f, (x.masked_fill(gaps, padding), strength), (torch.ones_like(x), torch.ones_like(strength)))[1]
+        for padding in (-math.inf, torch.finfo(x.dtype).min)
+    ]
+    assert torch.equal(*tangents) and tangents[0].any()
+
+
 @every
 @both
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.nan])

@@ -276,10 +276,10 @@ class TestRanking:
     # which rows of a float32 batch hold half values is found on the device: those count, the others are sorted
     @pytest.mark.parametrize("n, strength, kl, descending", [(1027, 0.01, False, False), (67, 0.3, True, True)])
     def test_long_float32_rows_that_hold_half_values_are_counted_row_by_row(self, kernels, n, strength, kl, descending):
-        x, names, sorted_rows = rows.upcast(n)
+        data, sorted_rows = rows.upcast(n)
         kernels.sorted_segments()
         long = drive.Kernels(kernels, "long")
-        compare.compare_rank(long, n, "float32", strength, kl=kl, descending=descending, data=(x, x, names))
+        compare.compare_rank(long, n, "float32", strength, kl=kl, descending=descending, data=data)
         assert kernels.sorted_segments() == sorted_rows
 
     # 99 KiB of shared memory a block (sm_86, sm_89): less than a half of the codes needs
@@ -292,9 +292,9 @@ class TestRanking:
         assert kernels.sorted_segments() == with_elements
 
     def test_a_count_of_equal_elements_may_exceed_sixteen_bits(self, kernels):
-        x, names, sorted_rows = rows.upcast(70001, names=["one value", "float32"])
+        data, sorted_rows = rows.upcast(70001, names=["one value", "float32"])
         kernels.sorted_segments()
-        compare.compare_rank(drive.Kernels(kernels), 70001, "float32", 1e-3, data=(x, x, names))
+        compare.compare_rank(drive.Kernels(kernels), 70001, "float32", 1e-3, data=data)
         assert kernels.sorted_segments() == sorted_rows
 
     # float32 is sorted, the half formats count; 65,537: more elements than codes

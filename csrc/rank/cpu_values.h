@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The four dtypes of a row as unsigned keys whose order is that of the numbers: -NaN < -inf < ... < inf < NaN.
-// The least and the greatest key of a row tell whether it is poisoned and whether entries are absent.
+// The least and the greatest key of a row tell whether it is poisoned and whether entries are absent. The least finite
+// number, by which rows are padded, has the key of -inf.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -50,7 +51,8 @@ struct Ordered {
   static KDK_INLINE Key key(T value) {
     Key bits;
     std::memcpy(&bits, &value, sizeof(bits));
-    return static_cast<Key>(bits & kSign ? ~bits : bits | kSign);
+    const Key key = static_cast<Key>(bits & kSign ? ~bits : bits | kSign);
+    return static_cast<Key>(key - (key == kAbsent + 1));
   }
   static KDK_INLINE double value(Key key) {
     const Key bits = static_cast<Key>(key & kSign ? key ^ kSign : ~key);

@@ -2,6 +2,8 @@
 // What every ranking kernel knows of a row: where its elements are, what its strength is, how its memory is laid out.
 #pragma once
 
+#include <cfloat>
+
 #include "isotonic.cuh"
 
 namespace kdkernels {
@@ -17,6 +19,26 @@ struct Rows {
   template <class Value>
   __device__ __forceinline__ Value at(int64_t row, int i) const {
     return load<Value>(p, dtype, row * stride + i);
+  }
+  // an element to be ranked: the least finite number of the dtype, by which rows are padded, is -inf, absent
+  template <class Value>
+  __device__ __forceinline__ Value entry(int64_t row, int i) const {
+    const Value v = at<Value>(row, i);
+    bool least = false;
+    switch (dtype) {
+      case kHalf:
+        least = v == static_cast<Value>(-65504.0);
+        break;
+      case kBfloat16:
+        least = v == static_cast<Value>(-0x1.FEp127);
+        break;
+      case kFloat:
+        least = v == static_cast<Value>(-FLT_MAX);
+        break;
+      default:
+        least = v == static_cast<Value>(-DBL_MAX);
+    }
+    return least ? -static_cast<Value>(INFINITY) : v;
   }
 };
 
@@ -69,10 +91,10 @@ struct RowFacts {
 template <class Value>
 __device__ __forceinline__ typename KeyOf<Value>::Key key_of(const Rows& x, const Rows& partner, int64_t row, int i,
                                                              bool descending, bool& poisoned) {
-  const Value v = x.at<Value>(row, i);
+  const Value v = x.entry<Value>(row, i);
   bool absent = is_absent(v), poison = is_poison(v);
   if (partner.p) {
-    const Value w = partner.at<Value>(row, i);
+    const Value w = partner.entry<Value>(row, i);
     absent |= is_absent(w);
     poison |= is_poison(w);
   }
@@ -87,10 +109,11 @@ __device__ __forceinline__ void each_key(const Group<T>& group, const Rows& x, c
                                          bool descending, bool& poisoned, Visit visit) {
   if (x.dtype == KeyOf<Value>::kDtype && !partner.p) {
     const Value* p = static_cast<const Value*>(x.p) + row * x.stride + group.rank();
+    constexpr auto kLeast = static_cast<Value>(sizeof(Value) == 4 ? -FLT_MAX : -DBL_MAX);
 #pragma unroll 4
     for (int i = group.rank(); i < n; i += T, p += T) {
       const Value v = *p;
-      auto key = encode(descending ? -v : v);
+      auto key = v == kLeast ? kAbsent<Value> : encode(descending ? -v : v);
       if (!(fabs(v) < static_cast<Value>(INFINITY))) {
         if (is_absent(v)) {
           key = kAbsent<Value>;

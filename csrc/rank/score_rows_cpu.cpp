@@ -51,6 +51,9 @@ struct ScoreGradient {
 
 template <class T>
 constexpr T kAway = -std::numeric_limits<T>::infinity();
+// what is no greater is away: rows are padded with -inf or with this
+template <class T>
+constexpr T kLeast = std::numeric_limits<T>::lowest();
 
 // 1 / population deviation; 0 where the spread is no more than the mean's rounding. NaN stays NaN
 template <class T>
@@ -96,12 +99,12 @@ KDK_INLINE void score_row(const Scored<T>& c, int64_t r, RowScratch<T>& s) {
   double *__restrict__ a = s.a, *__restrict__ b = s.b;
   T *__restrict__ own_x = s.x, *__restrict__ own_y = s.y, *__restrict__ keep = s.keep, *__restrict__ scores = s.scores;
   int64_t first = 0;
-  while (first < n && (x[first] == kAway<T> || y[first] == kAway<T>)) ++first;
+  while (first < n && (x[first] <= kLeast<T> || y[first] <= kLeast<T>)) ++first;
   // about an entry of the row: equal entries then have a spread of exactly 0
   const T about_x = first < n ? x[first] : T(0), about_y = first < n ? y[first] : T(0);
   // one loop each: the compiler makes vectors of these, not of their union
-  for (int64_t j = 0; j < n; ++j) keep[j] = x[j] == kAway<T> ? T(0) : T(1);
-  for (int64_t j = 0; j < n; ++j) keep[j] = y[j] == kAway<T> ? T(0) : keep[j];
+  for (int64_t j = 0; j < n; ++j) keep[j] = x[j] <= kLeast<T> ? T(0) : T(1);
+  for (int64_t j = 0; j < n; ++j) keep[j] = y[j] <= kLeast<T> ? T(0) : keep[j];
   for (int64_t j = 0; j < n; ++j) own_x[j] = keep[j] == 0 ? about_x : x[j];
   for (int64_t j = 0; j < n; ++j) own_y[j] = keep[j] == 0 ? about_y : y[j];
   for (int64_t j = 0; j < n; ++j) scores[j] = keep[j] == 0 ? kAway<T> : y[j];

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(T, 1) spearman_tail_kernel(TailCall call) {
     Value* r = static_cast<Value*>(call.r) + row * call.n;
     Value* t = static_cast<Value*>(call.t) + row * call.n;
     auto there = [&](int i) {
-      return !is_absent(call.x.template at<Value>(row, i)) && !is_absent(call.y.template at<Value>(row, i));
+      return !is_absent(call.x.template entry<Value>(row, i)) && !is_absent(call.y.template entry<Value>(row, i));
     };
     int count = 0;
     for (int i = group.rank(); i < call.n; i += T) count += there(i);

@@ -7,6 +7,7 @@ What torchsort 0.1.10 does and this keeps: values [B, n] only; ranks from 1, asc
 the dtype of the input, integers giving float32; a strength that is a number, or a tensor that broadcasts against the
 values, without gradient to it (so [n] is one a column, in soft_rank); a negative strength of soft_rank ranks downwards;
 an infinite value has the rank NaN and the others count it (in kd.soft_rank -inf is absent and +inf spoils the row);
+the least number of a dtype is one (there it is absent too; float32 and float64 sort it an ulp or two higher here);
 under l2, soft_sort of a row with infinities is their sum n times.
 
 What it does not keep is what rounding spoils there: float32 ranks are here within rounding of the exact ones at any
@@ -74,11 +75,11 @@ def soft_sort(values, regularization="l2", regularization_strength=1.0):
         negative = bool(negative.any())
     if negative:
         raise ValueError(f"regularization_strength is {regularization_strength!r}: soft_sort needs a positive one")
+    if _ordinary(values):
+        return op.soft_sort(values, regularization, strength).to(values.dtype)
     spoilt = ~values.detach().isfinite().all(1, keepdim=True)
     clean = torch.where(spoilt, torch.zeros_like(values), values)
-    sorted_values = op.soft_sort(clean, regularization, strength).to(values.dtype)
-    if values.numel() == 0:
-        return sorted_values
+    sorted_values = op.soft_sort(_numbers(clean), regularization, strength).to(values.dtype)
     # one block: w - (mean(w) - mean(-x)) with an infinite mean
     return torch.where(spoilt, values.mean(1, keepdim=True), sorted_values)
 
@@ -107,14 +108,27 @@ def _within_rows(strength) -> bool:
     return strength.dim() > 0 and strength.shape[-1] > 1
 
 
+def _ordinary(values) -> bool:
+    """Whether kdkernels takes them for what torchsort does, as far as one may look."""
+    if values.numel() == 0 or not checks.may_read(values):
+        return values.numel() == 0
+    least, most = values.detach().aminmax()
+    return least.item() > torch.finfo(values.dtype).min and most.item() < math.inf  # NaN: neither
+
+
+def _numbers(values):
+    """In at least float32, with the least of its numbers, which would be absent, a little higher."""
+    wide = values.to(at_least_float32(values))
+    limits = torch.finfo(wide.dtype)
+    return wide * (1 - limits.eps * (wide.detach() <= limits.min).to(wide.dtype))
+
+
 def _without_infinities(values, strength, kl: bool):
     """values with infinities moved so far out that they pool with each other alone, and where they were, or None."""
-    seen = values.detach()
-    if seen.numel() == 0 or (checks.may_read(seen) and bool(seen.sum(dtype=torch.float64).isfinite())):
+    if _ordinary(values):
         return values, None
-    beyond = seen.isinf()
-    # half precision has no room to move out
-    wide = values.to(at_least_float32(values))
+    beyond = values.detach().isinf()
+    wide = _numbers(values)  # half precision has no room to move out
     rest = torch.where(beyond, 0, wide.detach())
     n = values.shape[1]
     largest = rest.abs().amax(1, keepdim=True)

@@ -9,6 +9,7 @@ import torch
 
 from .. import checks
 from ..autograd import at_least_float32
+from ..rank.checks import widened
 from ..rank.op import spearman
 from ..rank.scores import score
 from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
@@ -49,11 +50,12 @@ class CMKDLoss(Loss):
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
     `KDLoss`: logits [..., C], each leading index a row, C >= 2; float16 to float64, each side its own dtype, computed
     in at least float32; masked rows take no part. normalizer replaces the number of rows, of the row terms alone: the
-    class term is one statistic of the batch, 0 where fewer than two rows count. A logit of -inf on either side takes
-    the class out of that row (in the class term it stands at the row's mean). A constant row correlates 0: it adds w_P
-    + w_S, with zero gradient. NaN or +inf in a row that counts gives NaN. A batch without rows gives 0 with zero
-    gradient and warns once; so does one row for the class term alone, which is 0; all masked gives 0. Gradient to the
-    student only, through its z-score too: it does not change the logits' mean or scale.
+    class term is one statistic of the batch, 0 where fewer than two rows count. A logit of -inf, or finfo.min
+    of its dtype, on either side takes the class out of that row (in the class term it stands at the row's mean). A
+    constant row correlates 0: it adds w_P + w_S, with zero gradient. NaN or +inf in a row that counts gives NaN. A
+    batch without rows gives 0 with zero gradient and warns once; so does one row for the class term alone, which is 0;
+    all masked gives 0. Gradient to the student only, through its z-score too: it does not change the logits' mean or
+    scale.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.CMKDLoss()
@@ -127,7 +129,7 @@ class CMKDLoss(Loss):
             self._too_small(n, 2, "rows for its class term")
         with full_precision(student):
             dtype = at_least_float32(student, teacher)
-            x, y = (zero_where_masked(side, counted).to(dtype) for side in (student, teacher))
+            x, y = (widened(zero_where_masked(side, counted), dtype) for side in (student, teacher))
             by_entropy = self.spearman_share == "entropy"
             z_x, z_y, share, pearson = score(x, y, self.weight_tau if by_entropy else 0.0, self.backend)
             if not by_entropy:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ..checks import boolean, floating, integer, same_device
 
 REGULARIZATIONS = ("l2", "kl")
@@ -47,6 +49,16 @@ def present(x, mask):
 
 def broadcasts(shape, to) -> bool:
     return len(shape) <= len(to) and all(m in (1, n) for m, n in zip(shape[::-1], to[::-1], strict=False))
+
+
+def absent(x):
+    """What is no entry: -inf, and the least number of x's dtype, by which logits are padded. Asked before x is widened
+    or negated; `widened` and `torch_impl.theta_of` leave -inf."""
+    return x <= torch.finfo(x.dtype).min
+
+
+def widened(x, dtype):
+    return x if x.dtype == dtype else x.masked_fill(absent(x), -math.inf).to(dtype)
 
 
 def check_regularization(regularization) -> bool:

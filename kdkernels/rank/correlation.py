@@ -12,7 +12,7 @@ import torch
 from ..autograd import at_least_float32
 from ..backend import implementation
 from ..differentiable import of_rows, operator
-from . import metrics
+from . import checks, metrics
 
 X, Y = 1, 2  # bits of `need`
 
@@ -23,7 +23,7 @@ def _spearman_forward(x, y, *how):
     *how, backend, need = how
     if x.dtype != y.dtype:
         wide = torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(wide), y.to(wide)
+        x, y = checks.widened(x, wide), checks.widened(y, wide)
     return implementation(__package__, backend).spearman_forward(x, y, *how, bool(need & X), bool(need & Y))
 
 
@@ -72,7 +72,7 @@ def _pearson_backward(grad, x, y, moments, need):
 def _pearson_tangent(run, moved, value, saved, how):
     """By a gradient that is not rounded to half precision."""
     x, y, moments = saved
-    return of_rows(0, 1)(run, moved, value, (x.to(value.dtype), y.to(value.dtype), moments), how)
+    return of_rows(0, 1)(run, moved, value, (*(checks.widened(t, value.dtype) for t in (x, y)), moments), how)
 
 
 pearson = operator(

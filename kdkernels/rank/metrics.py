@@ -7,11 +7,13 @@ import math
 
 import torch
 
+from .checks import absent
+
 
 def drop_pairs(x, y):
-    """An entry absent (-inf) on either side is absent on both, whatever the other side holds; NaN or +inf elsewhere
+    """An entry absent on either side is absent on both, whatever the other side holds; NaN or +inf elsewhere
     makes both rows NaN."""
-    gone = (x == -math.inf) | (y == -math.inf)
+    gone = absent(x) | absent(y)
     x, y = x.masked_fill(gone, -math.inf), y.masked_fill(gone, -math.inf)
     wrong = (x.detach().amax(-1, keepdim=True) + y.detach().amax(-1, keepdim=True)) if x.shape[-1] else x
     # NaN where a maximum is NaN or +inf; -inf + -inf stays, an empty row of pairs is no error
@@ -52,7 +54,7 @@ def of_ranks(r, t, valid, dtype):
 
 def pearson(x, y):
     """The correlation float64 [...] and, float64 [5, ...]: means, inverse norms (0 for a constant side), the value."""
-    keep = (x != -math.inf) & (y != -math.inf)
+    keep = ~(absent(x) | absent(y))
     count = keep.sum(-1).clamp(min=1)
     centred, means, inverse = [], [], []
     for t in (x, y):
@@ -71,7 +73,7 @@ def pearson(x, y):
 
 def pearson_gradient(grad, x, y, moments, need_x, need_y):
     """d rho / dx = (y^ - rho x^) / |x|, with centred unit vectors x^, y^; dy likewise."""
-    keep = (x != -math.inf) & (y != -math.inf)
+    keep = ~(absent(x) | absent(y))
     mean_x, mean_y, inverse_x, inverse_y, rho = (m[..., None] for m in moments)
     a = (x - mean_x).masked_fill_(~keep, 0.0) * inverse_x
     b = (y - mean_y).masked_fill_(~keep, 0.0) * inverse_y
@@ -87,7 +89,7 @@ def pearson_gradient(grad, x, y, moments, need_x, need_y):
 
 def diagnose(x, ids):
     """Fraction pooled and number of blocks of each row from its block ids."""
-    valid = (x != -math.inf).sum(-1)
+    valid = (~absent(x)).sum(-1)
     pooled = (ids >= 0).sum(-1)
     s = ids.sort(-1).values
     first = (s >= 0) & torch.nn.functional.pad(s[..., 1:] != s[..., :-1], (1, 0), value=True)

@@ -2,7 +2,8 @@
 """What the compiled libraries implement, on rows: the schemas stand here, `csrc/rank/` registers CPU and CUDA for them.
 
 x [R, n]: the last dimension contiguous, the stride of a row free; float16, bfloat16, float32, float64. Ranks, values
-and statistics are float32, float64 for float64 rows. x = -inf is absent, a row with NaN or +inf is NaN throughout.
+and statistics are float32, float64 for float64 rows. x = -inf, or the least number of its dtype, is
+absent, a row with NaN or +inf is NaN throughout.
 eps of row r = strength * (strengths[r], or strengths[0], if given) * (the row's spread if relative, `strength.py`).
 """
 

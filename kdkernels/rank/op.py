@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft ranks, soft sorts and rank correlations of rows, differentiable, O(n log n), any dtype, absent entries as -inf.
+"""Soft ranks, soft sorts and rank correlations of rows, differentiable, O(n log n), any dtype, with absent entries.
 
 Read on in `reference.py` (what is computed), `torch_impl.py` and `isotonic.py` (how, in PyTorch), `csrc/rank/` (how,
 compiled).
@@ -15,7 +15,7 @@ from .. import backend as backends
 from .. import checks
 from ..autograd import at_least_float32, device_type, without_autocast
 from . import correlation, metrics, operator, reference
-from .checks import check_pair, check_regularization, check_rows, present
+from .checks import absent, check_pair, check_regularization, check_rows, present
 from .strength import Strength, of_rows, parse
 
 __all__ = ["RankDiagnostics", "pearson", "rank_diagnostics", "soft_rank", "soft_sort", "spearman", "spearman_corr"]
@@ -31,24 +31,26 @@ def soft_rank(
     w = n, ..., 1 and R_B = sum_B w. An element alone in its block has its hard rank, and gradient 0.
 
     Args:
-        x: [..., n] along dim; float16, bfloat16, float32 or float64, any strides. -inf marks an absent entry.
+        x: [..., n] along dim; float16, bfloat16, float32 or float64, any strides. An entry is absent where it is
+            -inf or `torch.finfo(x.dtype).min`, by which masked logits are padded. The least number of a narrower dtype
+            (half logits padded, then widened) and -1e4 are numbers like `finfo.max`: as a padding they stretch the
+            spread that "auto" goes by until the ranks of the others are one block, so mask them.
         regularization: "l2", or "kl" (entropic; neighbours at w pool within eps log(w / (w - 1)), so it is harder).
         regularization_strength: eps, in the unit of x. A number; 0 gives hard ranks with zero gradient. A tensor, 0-d
             or one value a row, all > 0; it may have a gradient. "auto" is ("auto", 1.0), and ("auto", c) is
             eps = c std(x) sqrt(12) / n of the row's present entries, detached: softness then does not depend on the
             scale of x or on n. Under eps = 1 rows of unit scale and n >= 100 are one block, and r is affine in x.
-        descending: the largest gets rank 1 (x is negated; -inf stays absent).
+        descending: the largest gets rank 1 (x is negated; what is absent stays so).
         mask: bool, of the shape of x or one that broadcasts to it, True for what is there: False is absent, like -inf,
-            whatever x holds. A padding by `torch.finfo(x.dtype).min` or -1e4 is a value like any other, and stretches
-            the spread that "auto" goes by until the ranks of the others are one block: use -inf, or mask.
+            whatever x holds.
         backend: "auto", "cuda", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
     Returns:
         Ranks from 1 (smallest) to n, float32 for half inputs (float16 has no rank 2049), else x's dtype, like x. Blocks
         and means are found in float64. Gradients to x, in its dtype, and to a strength tensor. Ties share their rank;
-        they pool always. Absent entries: rank 0, gradient 0, the others are ranked as if they were not there. A row
-        with NaN or +inf is NaN, and so is its gradient; no other row is. A constant row has ranks (n + 1) / 2 and, as
-        its "auto" strength is c, a gradient.
+        they pool always. Absent entries: rank 0, gradient 0, the others are ranked as if they were not there; a row
+        of nothing else is 0. A row with NaN or +inf is NaN, and so is its gradient; no other row is. A constant row
+        has ranks (n + 1) / 2 and, as its "auto" strength is c, a gradient.
 
     Raises:
         TypeError: x or a strength that is not floating. ValueError: a dim out of range, an unknown regularization, a
@@ -73,7 +75,7 @@ def soft_sort(
     as in torchsort.
 
     Arguments, errors and NaN as in `soft_rank`; eps has the unit of 1 / x, and "auto" is no natural choice. Absent
-    entries (-inf) come last, as -inf, in either direction. The dtype is that of `soft_rank`. Ascending by default.
+    entries come last, as -inf, in either direction. The dtype is that of `soft_rank`. Ascending by default.
 
     >>> kd.soft_sort(torch.tensor([5.0, 1.0, 2.0]), "l2", 2.0)
     tensor([2.1667, 2.6667, 3.1667])
@@ -94,7 +96,7 @@ def _along(run, op, x, regularization, strength, dim, descending, mask, backend)
 
 def _eps(rows, strength):
     poisoned = ((rows == torch.inf) | rows.isnan()).any(-1)
-    return of_rows(rows, rows != -torch.inf, poisoned, strength)
+    return of_rows(rows, ~absent(rows), poisoned, strength)
 
 
 def _soft_rank(rows, strength, kl, descending, chosen):
@@ -155,7 +157,7 @@ def spearman(
 
     Returns:
         [...] without dim, float32, float64 if either input is. Gradients to x, y and a strength tensor. A pair absent
-        (-inf) on either side is dropped from both, whatever its other half holds. Fewer than two pairs, or a side
+        on either side is dropped from both, whatever its other half holds. Fewer than two pairs, or a side
         whose ranks are all equal: 0 with zero gradient, so a mean of 1 - rho had better leave out rows that have no two
         pairs, as below. NaN or +inf: value and gradients NaN in that row only.
 
@@ -202,7 +204,7 @@ def pearson(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
     x, y = present(x, mask).movedim(dim, -1), y.movedim(dim, -1)
     chosen = backends.resolve("pearson", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
-        valid, dtype = (x != -torch.inf) & (y != -torch.inf), at_least_float32(x, y)
+        valid, dtype = ~(absent(x) | absent(y)), at_least_float32(x, y)
         return reference.correlation(x, y, valid).to(dtype)
     return correlation.pearson(x, y)
 

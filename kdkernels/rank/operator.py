@@ -47,13 +47,13 @@ def _rank_backward(grad, x, strengths, rank, blocks, eps, *how):
 def _rank_tangent(run, moved, value, saved, how):
     """J t with J symmetric. Ranks depend on x / eps alone: a strength that grows by a share does to x the opposite."""
     x, strengths, *kept = saved
-    x, (along, growth) = x.to(value.dtype), moved
+    along, growth = moved
     along = torch.zeros_like(value) if along is None else along.to(value.dtype)
     if growth is not None:
         share = growth / strengths
         share = share if share.numel() == 1 else share.reshape(x.shape[:-1])[..., None]
-        along = along - torch_impl.centred(x) * share
-    return run(along.to(value.dtype), x, None, *kept, *how[:-1], X)[0]
+        along = along - torch_impl.centred(x, value.dtype) * share
+    return run(along.to(value.dtype), x.to(value.dtype), None, *kept, *how[:-1], X)[0]
 
 
 # no permutation is kept: the ranks, block ids and one strength a row will do

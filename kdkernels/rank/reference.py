@@ -140,9 +140,14 @@ def over_rows(one, x, eps):
     return [one(row, e) for row, e in zip(flat, strengths, strict=True)]
 
 
+def _widened(x):
+    """In at least float32, with the least number of x's own dtype, which is absent too, at -inf."""
+    return x.masked_fill(x <= torch.finfo(x.dtype).min, -math.inf).to(torch.promote_types(x.dtype, torch.float32))
+
+
 def soft_rank(x, eps, kl: bool, descending: bool):
     """Soft ranks of each row of x [..., n] and the block ids, -1 for an element alone; eps [...], NaN poisons."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = _widened(x)
 
     def one(row, e):
         if math.isnan(e.detach()):
@@ -158,7 +163,7 @@ def soft_rank(x, eps, kl: bool, descending: bool):
 
 def soft_sort(x, eps, kl: bool, descending: bool):
     """Each row of x [..., n] softly sorted, absent entries last, as -inf; eps [...], NaN poisons."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = _widened(x)
 
     def one(row, e):
         if math.isnan(e.detach()):

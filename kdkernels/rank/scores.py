@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a loss of ranks needs of two rows of logits beside them: one compiled visit on the CPU, PyTorch elsewhere.
 
-Of x and y [..., C], an entry that is -inf on either side is absent from both: (z_x, z_y, share, pearson), z-scores with
-z_x = 0 and z_y = -inf where absent, the relative entropy of softmax(y / tau), and the correlation of the present
-entries, [...]. Gradient to x alone, through z_x and pearson; both ways can be differentiated twice, and in forward
-mode. Half of one loss and no public op: it has no row in the registry and no contract of its own.
+Of x and y [..., C], an entry absent (`checks.absent`) on either side is absent from both: (z_x, z_y, share, pearson),
+z-scores with z_x = 0 and z_y = -inf where absent, the relative entropy of softmax(y / tau), and the correlation of the
+present entries, [...]. Gradient to x alone, through z_x and pearson; both ways can be differentiated twice, and in
+forward mode. Half of one loss and no public op: it has no row in the registry and no contract of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from ..autograd import apply, device_type, in_forward_mode, in_transform, ordinary
 from ..backend import runs_compiled
+from . import checks
 
 NATIVE = {
     # x, y [R, C] of one dtype, float32 or float64, rows dense; scale, count float64 [R]: 1 / deviation of x, entries
@@ -47,7 +48,7 @@ def score(x, y, tau: float, backend: str):
     if runs_compiled(backend, device_type(x), tuple(NATIVE)) and not (dual or in_transform()):
         z_x, z_y, _, _, share, pearson = apply(ScoreRows, x, y, tau)
         return z_x, z_y, share, pearson
-    absent = torch.fmin(x.detach(), y) == -math.inf  # whatever the other side holds
+    absent = checks.absent(torch.fmin(x.detach(), y))  # whatever the other side holds
     keep = (~absent).to(x.dtype)
     count = keep.sum(-1, keepdim=True).clamp_min(1)
     share = relative_entropy(y, absent, count[..., 0], tau) if tau else None

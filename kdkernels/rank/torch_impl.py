@@ -14,6 +14,7 @@ import torch
 
 from ..autograd import at_least_float32
 from . import isotonic, metrics, strength
+from .checks import absent
 
 
 class Blocks(NamedTuple):
@@ -80,9 +81,16 @@ def sort_descending(theta):
     return torch.sort(theta, dim=-1, descending=True, stable=True)
 
 
-def negated(x):
-    """-x, where absent entries (-inf) stay so and +inf, which poisons a row, becomes NaN."""
-    return torch.where(x == -math.inf, x, torch.where(x == math.inf, math.nan, -x))
+def negated(x, gone=None):
+    """-x, where absent entries stay -inf and +inf, which poisons a row, becomes NaN."""
+    gone = x == -math.inf if gone is None else gone
+    return torch.where(gone, -math.inf, torch.where(x == math.inf, math.nan, -x))
+
+
+def theta_of(x, descending: bool):
+    """x, or -x, with absent entries at -inf."""
+    gone = absent(x)
+    return negated(x, gone) if descending else x.masked_fill(gone, -math.inf)
 
 
 def _sorted_rows(theta):
@@ -99,9 +107,9 @@ def rank_forward(x, strengths, number, relative, kl, descending, need, dtype=Non
     dtype = dtype or at_least_float32(x)
     shape, n = x.shape, x.shape[-1]
     rows = x.reshape(-1, n)
-    s, order, poisoned, gone = _sorted_rows(negated(rows) if descending else rows)
+    s, order, poisoned, gone = _sorted_rows(theta_of(rows, descending))
     how = strength.Strength(strengths, number, relative)
-    eps = strength.of_rows(rows, rows != -math.inf if relative else None, poisoned[:, 0], how)
+    eps = strength.of_rows(rows, ~absent(rows) if relative else None, poisoned[:, 0], how)
     if number == 0:
         blocks = runs(s)
     else:
@@ -220,7 +228,7 @@ def soft_sort_forward(x, strengths, number, relative, kl, descending):
 def of_sorted(forward, x, *how):
     """(value, s, order, start, eps) of rows in any order, by what sorts those that stand sorted, descending."""
     *how, descending = how
-    s, order = sort_descending(x.contiguous() if descending else negated(x.contiguous()))
+    s, order = sort_descending(theta_of(x.contiguous(), not descending))
     value, start, eps = forward(s, *how)
     return value if descending else negated(value), s, order, start, eps
 
@@ -268,10 +276,10 @@ def spearman_forward(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
     return rho.to(dtype).reshape(x.shape[:-1]), gradient(0, grad_x), gradient(1, grad_y)
 
 
-def centred(x):
-    """Rows less their mean, absent entries 0. The Jacobian of a row sums to 0 over each block, so any centre will do;
-    one near the values loses no digits."""
-    top = x.masked_fill(x == -math.inf, 0.0)
+def centred(x, dtype):
+    """Rows less their mean in `dtype`, absent entries 0. The Jacobian of a row sums to 0 over each block, so any centre
+    will do; one near the values loses no digits."""
+    top = x.masked_fill(absent(x), 0.0).to(dtype)
     return top - top.mean(-1, keepdim=True)
 
 
@@ -279,7 +287,7 @@ def rank_strength_gradient(run, grad, x, strengths, rank, *how):
     """d/dstrengths: -(1/eps) <theta, J u> a row, times eps / strength; J is symmetric. run: `rank_backward`."""
     n = x.shape[-1]
     g = run(grad.double(), x.double(), rank.double(), *how)
-    per_row = -(centred(x.reshape(-1, n).double()) * g.reshape(-1, n)).sum(-1)
+    per_row = -(centred(x.reshape(-1, n), torch.float64) * g.reshape(-1, n)).sum(-1)
     return _to_strengths(per_row, strengths)
 
 

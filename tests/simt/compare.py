@@ -182,9 +182,12 @@ class Textbook:
         return x.astype(np.float64 if dtype == "float64" else np.float32)
 
     def _values(self, storage, dtype):
+        absent = storage == rows.LEAST[dtype]
         if dtype == "bfloat16":
-            return (storage.astype(np.uint32) << 16).view(np.float32)
-        return storage.view(np.float16).astype(np.float32) if dtype == "float16" else storage
+            storage = (storage.astype(np.uint32) << 16).view(np.float32)
+        if dtype == "float16":
+            storage = storage.view(np.float16).astype(np.float32)
+        return np.where(absent, -np.inf, storage)
 
     def rank_rows(self, x, dtype, factor, strength, relative, kl, descending, need_blocks):
         rank, block, eps = oracle.rank_rows(self._values(x, dtype), factor, strength, relative, kl, descending)

@@ -3,6 +3,11 @@
 
 import numpy as np
 
+# as stored; what is no greater is absent
+LEAST = {
+    "float16": np.uint16(0xFBFF), "bfloat16": np.uint16(0xFF7F),
+    "float32": np.finfo(np.float32).min, "float64": np.finfo(np.float64).min,
+}  # fmt: skip
 HUGE, TINY = {"float16": 3e4, "bfloat16": 3e38, "float32": 3e38, "float64": 1e150}, 1e-40
 
 
@@ -71,11 +76,17 @@ def _values(rng, n, dtype, scale=3.0):
     return round_to(scale * rng.standard_normal(n), dtype)[0].astype(np.float64)
 
 
+def padded(x, storage, dtype: str):
+    """Rows as stored, with every other -inf of x as the least number of the dtype."""
+    absent = np.isneginf(x)
+    return np.where(absent & (absent.cumsum(1) % 2 == 1), LEAST[dtype], storage)
+
+
 def upcast(n: int, seed: int = 0, names=None):
-    """(float32 [R, n], names, the rows that have to be sorted)."""
+    """(values float32 [R, n], storage, names), and the rows that have to be sorted."""
     rng, names = np.random.default_rng([seed, n]), list(UPCAST if names is None else names)
     x = np.stack([UPCAST[name][0](rng, n) for name in names]).astype(np.float32)
-    return x, names, [row for row, name in enumerate(names) if not UPCAST[name][1]]
+    return (x, padded(x, x, "float32"), names), [row for row, name in enumerate(names) if not UPCAST[name][1]]
 
 
 def round_to(x, dtype: str):
@@ -100,4 +111,5 @@ def matrix(n: int, dtype: str, seed: int, names=None):
     rng = np.random.default_rng([seed, n])
     names = list(REGIMES if names is None else names)
     x = np.stack([np.asarray(REGIMES[name](rng, n, dtype), np.float64) for name in names])
-    return *round_to(np.ascontiguousarray(x), dtype), names
+    x, storage = round_to(np.ascontiguousarray(x), dtype)
+    return x, padded(x, storage, dtype), names
