@@ -23,7 +23,7 @@ help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
 	@echo "make test         the whole test suite      make test-quick   the faster part of it"
 	@echo "make fuzz         ops against formulas of the fuzzer's own, two minutes: ARGS=\"--seconds 3600\""
-	@echo "make machine      all Triton kernels as compiled for a GPU, executed on the CPU: an hour"
+	@echo "make machine      all kernels as compiled for a GPU, executed on the CPU: an hour"
 	@echo "make lint         ruff, tools/house.py      make bench        measure this machine"
 	@echo "make resolve      whether what make installs exists for every Python; needs the network, installs nothing"
 	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"

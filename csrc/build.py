@@ -83,8 +83,8 @@ def sources(library: str) -> list[Path]:
     return sorted((ROOT / "csrc").rglob("*_cpu.cpp" if library == "cpu" else "*_cuda.cu"))
 
 
-def build_library(library: str, work: Path, output: Path) -> dict:
-    """Builds one library into `output`; raises Unavailable with a reason of one line."""
+def compile_library(library: str, work: Path, target: str = "all") -> tuple[Path, dict]:
+    """The folder with what was built and what with; raises Unavailable with a reason of one line."""
     if not sources(library):
         raise Unavailable(f"no sources: csrc holds no {'*_cuda.cu' if library == 'cuda' else '*_cpu.cpp'}")
     if sys.platform == "win32":
@@ -115,7 +115,7 @@ def build_library(library: str, work: Path, output: Path) -> dict:
     made = folder / "out"
     commands = (
         [cmake, "-S", str(ROOT), "-B", str(folder), f"-DKDK_OUTPUT={made}", *options],
-        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)],
+        [cmake, "--build", str(folder), "--target", target, "--parallel", str(os.cpu_count() or 1)],
     )
     with open(log, "w") as stream:
         for command in commands:
@@ -123,13 +123,19 @@ def build_library(library: str, work: Path, output: Path) -> dict:
             if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode:
                 stream.flush()
                 raise Unavailable(f"{first_error(log.read_text(errors='replace'))} (log: {log})")
+    return made, {"torch_headers": torch_version, "compiler": compiler}
+
+
+def build_library(library: str, work: Path, output: Path) -> dict:
+    """Builds one library into `output`; raises Unavailable with a reason of one line."""
+    made, tools = compile_library(library, work)
     name = f"libkdkernels_{library}.so"
     output.mkdir(parents=True, exist_ok=True)
     # a new file takes the name: a process that has the old one mapped keeps it
     staged = output / f".{name}.{os.getpid()}"
     shutil.copy2(made / name, staged)
     os.replace(staged, output / name)
-    return {"built": True, "reason": "", "library": name, "torch_headers": torch_version, "compiler": compiler}
+    return {"built": True, "reason": "", "library": name, **tools}
 
 
 def first_error(log: str) -> str:

@@ -86,6 +86,19 @@ def nothing_compiled_before():
     torch._dynamo.reset()
 
 
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    """The compiled CUDA library, which no GPU is needed to read; skips where it cannot be, or was not to be, built."""
+    library, record = native._FOLDER / "libkdkernels_cuda.so", native._read_build_record()
+    if load_by_path(ROOT / "csrc" / "build.py").find_nvcc() is None:
+        pytest.skip("nvcc not found: the CUDA library cannot be built here")
+    if os.environ.get("KDK_BUILD", record.get("mode")) in ("none", "cpu") and not library.exists():
+        pytest.skip("the CUDA library was not asked for: KDK_BUILD=none or cpu")
+    # fails rather than skips: a build that silently stopped working must not look like a machine without nvcc
+    assert library.exists(), record.get("cuda", "no build was run (python csrc/build.py)")
+    return library
+
+
 @pytest.fixture
 def python():
     """Runs Python in the repository root with more environment variables; returns the finished process."""

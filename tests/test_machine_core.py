@@ -58,7 +58,7 @@ def test_an_operand_is_read(text, operand):
 
 
 @pytest.mark.parametrize(
-    "text", ["IADD3 R0, R1, 5", "LDG R0, [R1.64+R2.128]", "MOV R0, SR_CLOCKLO", "MOV R0, c[0x3][R2+0x4]"]
+    "text", ["IADD3 R0, R1, 5", "LDG R0, [R1.64+R2.128]", "MOV R0, SR_CLOCKLO", "MOV R0, c[0x3][UR2]"]
 )
 def test_a_line_that_is_not_understood_is_named(text):
     with pytest.raises(DecodeError, match="R0, "):
@@ -396,4 +396,4 @@ def test_what_the_disassembler_does_not_know_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(cubin, "KEPT", tmp_path)
     assert subprocess.run([str(refusing)], capture_output=True).returncode == 1
     with pytest.raises(cubin.MachineError, match="cannot read this kernel: .* unknown architecture sm_999"):
-        cubin.disassembly(b"anything")
+        cubin.disassembly(b"anything", "kernel")

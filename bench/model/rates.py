@@ -33,7 +33,8 @@ COSTS = (
     Cost("FADD FMUL FFMA HADD2 HMUL2 HFMA2", "heavy lite", 2),
     Cost("IMAD", "heavy", 2),
     # 16 lanes [guide: 64]
-    Cost("IADD3 LEA SHF SEL ISETP IMNMX VIADD VIMNMX VIADDMNMX IABS PRMT SGXT BMSK LOP3 PLOP3 MOV P2R R2P", "alu", 2),
+    Cost("IADD3 LEA SHF SEL ISETP IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX IABS PRMT", "alu", 2),
+    Cost("SGXT BMSK LOP3 PLOP3 MOV P2R R2P", "alu", 2),
     Cost("FSETP FSEL FMNMX FCHK F2FP I2FP VOTE CS2R", "alu", 2),
     Cost("DADD DMUL DFMA DSETP", "fp64", 2, 16),  # [guide: 64; latency: none]
     # 4 lanes [guide: 16]; latency [none], 22 is between what papers say of its functions
@@ -46,17 +47,18 @@ COSTS = (
     Cost("LDS", "mio", 2, 29, Effect.SHARED),  # [luo]
     Cost("LDSM", "mio", 2, 33, Effect.SHARED),  # [none]
     Cost("STS STSM", "mio", 2, 20, Effect.SHARED),  # [none]
-    Cost("LDG", "mio", 2, effect=Effect.LOAD),  # latencies: RATES
-    Cost("STG RED", "mio", 2, effect=Effect.STORE),
-    Cost("ATOMG", "mio", 2, effect=Effect.LOAD),
+    Cost("ATOMS", "mio", 2, 29, Effect.SHARED),  # [none]
+    Cost("LDG LD", "mio", 2, effect=Effect.LOAD),  # latencies: RATES
+    Cost("STG ST RED", "mio", 2, effect=Effect.STORE),
+    Cost("ATOMG ATOM", "mio", 2, effect=Effect.LOAD),
     Cost("LDL STL", "mio", 2, 40, Effect.SHARED),  # a lane's stack, as if always in L1 [luo]
     Cost("LDGSTS", "mio", 2, effect=Effect.COPY),
-    Cost("LDC S2R S2UR", "mio", 2, 28),  # [none]
+    Cost("LDC S2R S2UR B2R QSPC", "mio", 2, 28),  # [none]
     Cost("REDUX", "mio", 8, 30),  # [guide: 16; latency: none]
     Cost("LDGDEPBAR", "mio", 2, effect=Effect.COMMIT),
     Cost("DEPBAR", "", 1, effect=Effect.WAIT),
-    Cost("BRA CALL RET EXIT BSSY BSYNC BREAK WARPSYNC ENDCOLLECTIVE", "branch", 2),  # [none]
-    Cost("NOP MEMBAR FENCE", "", 1),
+    Cost("BRA BRX CALL RET EXIT BSSY BSYNC BREAK WARPSYNC ENDCOLLECTIVE", "branch", 2),  # [none]
+    Cost("NOP YIELD MEMBAR FENCE", "", 1),
     Cost("BAR", "branch", 2, effect=Effect.BARRIER),
     Cost("HMMA", "tensor", 6.5, 33),  # interval: tensor()
     Cost("HGMMA", "tensor", 32, 16, Effect.PRODUCT),  # latency after the pipe has taken it: 18 of the smallest [luo]

@@ -7,21 +7,22 @@ from types import SimpleNamespace
 
 import torch
 from decode import Control
-from emulator import Function, Schedule
+from emulator import Function, Schedule, memory_of
 
 IN_TURN = Schedule()
 START = 0x160  # of the parameters: the tensors' addresses, 8 bytes each
 
 
 def assembled(
-    text: str, shared_bytes: int = 0, architecture: int = 80, tensors: int = 2, registers: int = 32
+    text: str, shared_bytes: int = 0, architecture: int = 80, tensors: int = 2, registers: int = 32, constants=None
 ) -> Function:
     """A line may end with fields of its control code: LDS R0, [R0] // stall=2 writes=0"""
     lines = [line.strip() for line in text.strip().splitlines()]
     listing = "\n".join(_listed(16 * i, *line.partition("//")[::2]) for i, line in enumerate(lines))
     layout = SimpleNamespace(start=START, size=8 * tensors, parameters=[(8 * i, 8) for i in range(tensors)])
     like_cubin = SimpleNamespace(
-        name="written", architecture=architecture, layout=layout, constants={}, registers=registers,
+        name="written", architecture=architecture, layout=layout, constants=constants or {}, registers=registers,
+        shared_bytes=0,
         listing=f"Function : written\n{listing}",
     )  # fmt: skip
     return Function(like_cubin, shared_bytes)
@@ -34,7 +35,8 @@ def _listed(pc: int, text: str, codes: str) -> str:
 
 def run(function: Function, *tensors: torch.Tensor, grid=(1, 1, 1), threads: int = 32, schedule=IN_TURN):
     addresses = [t.data_ptr().to_bytes(8, "little") for t in tensors]
-    return function.run(grid, threads, addresses, {f"tensor {i}": t for i, t in enumerate(tensors)}, schedule)
+    memory = memory_of({f"tensor {i}": t for i, t in enumerate(tensors)})
+    return function.run(grid, threads, addresses, memory, schedule)
 
 
 ROW = """

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package's own contract of an op's Triton kernels, executed as machine code:
+"""The package's own contract of an op's Triton or CUDA kernels, executed as machine code:
 
-    python tests/machine/contract.py mixup gram_mse --architectures 80 90 --checks accuracy,twice
-    python tests/machine/contract.py              every op that has Triton kernels, for every architecture
+    python tests/machine/contract.py mixup soft_rank --architectures 80 90 --checks accuracy,twice
+    python tests/machine/contract.py              every op that has such kernels, for every architecture
 
 The launches take the schedules in turn. Prints what failed, and per op how much ran; returns 1 where anything failed.
 """
 
 import argparse
+import os
 import sys
 import time
 
-import device as machine
+os.environ["KDK_NATIVE"] = "0"  # the operators of the CUDA library take the place of the CPU library's
+
+import cuda_device
+import device as triton_device
 import torch
-from emulator import ARCHITECTURES, SCHEDULES
+from emulator import ARCHITECTURES, SCHEDULES, Device
 
 from kdkernels import backend, testing
 from kdkernels.registry import OPS
@@ -28,10 +32,19 @@ def allow_cpu_tensors():
     backend._triton_obstacle = obstacle
 
 
-def ran(device: machine.Device, op: str, checks: list[str], quick: bool) -> bool:
+def kind_of(op: str) -> str:
+    """The backend whose kernels are executed."""
+    return "cuda" if "cuda" in OPS[op].backends else "triton"
+
+
+def install(kind: str, architecture: int) -> Device:
+    return (cuda_device if kind == "cuda" else triton_device).install(architecture)
+
+
+def ran(device: Device, op: str, checks: list[str], quick: bool) -> bool:
     start, done, failed = time.monotonic(), 0, []
     device.launches.clear()
-    for result in testing.measure(op, "triton", "cpu", quick=quick, checks=checks):
+    for result in testing.measure(op, kind_of(op), "cpu", quick=quick, checks=checks):
         done += 1
         if not result.ok:
             failed.append(result)
@@ -48,7 +61,9 @@ def ran(device: machine.Device, op: str, checks: list[str], quick: bool) -> bool
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("ops", nargs="*", default=[op.name for op in OPS.values() if "triton" in op.backends])
+    parser.add_argument(
+        "ops", nargs="*", default=[op.name for op in OPS.values() if {"triton", "cuda"} & {*op.backends}]
+    )
     parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
     parser.add_argument("--checks", default="accuracy")
     parser.add_argument("--all", action="store_true", help="every combination of options, not the quick ones")
@@ -59,11 +74,12 @@ def main(arguments: list[str]) -> int:
     allow_cpu_tensors()
     kept = True
     for architecture in options.architectures:
-        device = machine.install(architecture)
-        if checks != ["accuracy"]:  # they compare two calls: the rounding of products must not change between them
-            device.schedules = tuple(s for s in SCHEDULES if not s.truncated_sums)
+        devices = {kind: install(kind, architecture) for kind in sorted({*map(kind_of, options.ops)})}
+        for device in devices.values():
+            if checks != ["accuracy"]:  # they compare two calls: the rounding of products must not change between them
+                device.schedules = tuple(s for s in SCHEDULES if not s.truncated_sums)
         for op in options.ops:
-            kept &= ran(device, op, checks, not options.all)
+            kept &= ran(devices[kind_of(op)], op, checks, not options.all)
     return int(not kept)
 
 

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,20 +33,24 @@ def tool(name: str) -> str:
     raise MachineError(f"{name} is neither in the triton package nor on the PATH: pip install triton")
 
 
-def disassembly(cubin: bytes) -> str:
-    """As text; kept by content."""
-    kept = KEPT / "sass" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.sass"
+def _cuobjdump(*arguments: str, **how) -> subprocess.CompletedProcess:
+    command = tool("cuobjdump")
+    # it starts nvdisasm, which stands beside it
+    paths = os.pathsep.join([str(Path(command).parent), os.environ.get("PATH", "")])
+    return subprocess.run(
+        [command, *arguments], capture_output=True, text=True, env={**os.environ, "PATH": paths}, **how
+    )
+
+
+def disassembly(cubin: bytes, name: str) -> str:
+    """Of one function, as text; kept by content."""
+    kept = KEPT / "sass" / f"{hashlib.sha256(cubin + name.encode()).hexdigest()[:24]}.sass"
     if kept.is_file():
         return kept.read_text()
-    command = tool("cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        # cuobjdump starts nvdisasm, which stands beside it
-        paths = os.pathsep.join([str(Path(command).parent), os.environ.get("PATH", "")])
-        done = subprocess.run(
-            [command, "-sass", str(path)], capture_output=True, text=True, env={**os.environ, "PATH": paths}
-        )
+        done = _cuobjdump("-sass", "-fun", name, str(path))
     if done.returncode or "Function : " not in done.stdout:
         raise MachineError(f"cuobjdump cannot read this kernel: {(done.stderr or done.stdout).strip()[:500]}")
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +65,19 @@ class Section(NamedTuple):
     info: int  # of code: its symbol, below bit 24
 
 
+def of_library(library: Path, architecture: int) -> list[bytes]:
+    """The compiled files for one architecture in a library that nvcc made."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = _cuobjdump("-xelf", "all", str(library.resolve()), cwd=folder)
+        found = sorted(Path(folder).glob(f"*.sm_{architecture}*.cubin"))
+        if done.returncode or not found:
+            raise MachineError(f"{library} holds nothing for sm_{architecture}: {(done.stderr or done.stdout)[:500]}")
+        return [path.read_bytes() for path in found]
+
+
+@lru_cache(maxsize=8)
 def sections(cubin: bytes) -> dict[str, Section]:
-    """Name -> section of an ELF64 file."""
+    """Name -> section of an ELF64 file; zeros for what the file does not hold."""
     if cubin[:5] != b"\x7fELF\x02":
         raise MachineError("this is no compiled kernel: it does not begin like a 64-bit ELF file")
     (table,) = struct.unpack_from("<Q", cubin, 40)
@@ -71,7 +87,8 @@ def sections(cubin: bytes) -> dict[str, Section]:
     out = {}
     for name, kind, _, _, offset, length, _, info in heads:
         text = strings[name : strings.index(b"\0", name)].decode()
-        out[text] = Section(b"" if kind == 8 else cubin[offset : offset + length], info)  # 8: nothing in the file
+        content = bytes(length) if kind == 8 else cubin[offset : offset + length]  # 8: nothing in the file
+        out[text] = Section(content, info)
     return out
 
 
@@ -116,10 +133,17 @@ class Cubin:
             struct.unpack("<2I", payload) for a, payload in _attributes(parts[".nv.info"].content) if a == REGCOUNT
         )
         self.registers = counted[parts[f".text.{name}"].info & 0xFFFFFF]  # of a lane
-        self.listing = disassembly(binary)
+        nothing = Section(b"", 0)
+        self.shared_bytes = len(parts.get(f".nv.shared.{name}", nothing).content)  # declared in the kernel
+        self.listing = disassembly(binary, name)
         (arch,) = set(re.findall(r"code for sm_(\d+)", self.listing)) or {""}
         self.architecture = int(arch or 0)
         banks = {section: re.fullmatch(r"\.nv\.constant([1-9]\d*)(?:\.(.*))?", section) for section in parts}
         self.constants = {
-            int(m[1]): parts[section].content for section, m in banks.items() if m and m[2] in (None, name)
+            int(m[1]): parts[section].content
+            for section, m in banks.items()
+            # addresses of global variables are not known
+            if m
+            and m[2] in (None, name)
+            and not any(parts.get(f"{kind}{section}", nothing).content for kind in (".rel", ".rela"))
         }

@@ -23,9 +23,9 @@ Kind = IntEnum(
     "Kind", "REGISTER UNIFORM IMMEDIATE CONSTANT PREDICATE UNIFORM_PREDICATE MEMORY DESCRIPTOR NONE", start=0
 )
 ZERO_REGISTER, ZERO_UNIFORM, TRUE = 255, 63, 7
-SPECIAL = ("SR_TID.X", "SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z", "SR_LANEID", "SRZ", "SR_CgaCtaId")
+SPECIAL = ("SR_TID.X", "SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z", "SR_LANEID", "SRZ", "SR_CgaCtaId", "SR_SWINHI")
 PARTS = {"H0": 1, "H0_H0": 1, "H1": 2, "H1_H1": 2, "B0": 4, "B1": 5, "B2": 6, "B3": 7}
-JUMPS = ("BRA", "CALL", "BSSY", "RET")  # their last number is an address in the function
+JUMPS = ("BRA", "BRX", "CALL", "BSSY", "RET")  # their last number is an address in the function, or a distance
 NO_SCOREBOARD = 7
 PACKED = ("HADD2", "HMUL2", "HFMA2")  # pairs of halves
 
@@ -41,6 +41,7 @@ class Operand(NamedTuple):
     uniform: int = ZERO_UNIFORM  # of an address: added to it
     scale: int = 1  # of an address: factor of its register
     wide: bool = False  # of an address: a pair of registers
+    added: int = ZERO_REGISTER  # of a constant: a register added to its offset
 
 
 class Control(NamedTuple):
@@ -79,21 +80,26 @@ def functions(listing: str) -> dict[str, list[Instruction]]:
     for line in listing.splitlines():
         if name := re.search(r"Function : (\S+)", line):
             code = found.setdefault(name[1], [])
-        elif m := re.match(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;?\s+/\* 0x", line):
-            code.append(instruction(int(m[1], 16), m[2]))
+        elif m := re.match(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;?\s+/\* 0x([0-9a-f]+)", line):
+            code.append(instruction(int(m[1], 16), m[2], int(m[3], 16)))
         elif code and (m := re.match(r"\s+/\* (0x[0-9a-f]{16}) \*/", line)):  # the second word, on a line of its own
             code[-1] = code[-1]._replace(control=Control.of(int(m[1], 16)))
     return found
 
 
-def instruction(pc: int, text: str) -> Instruction:
+def instruction(pc: int, text: str, word: int = 0) -> Instruction:
+    """`word`: the first of the two that encode it."""
     guard, name, rest = re.fullmatch(r"(?:@(\S+)\s+)?(\S+)\s*(.*)", text).groups()
     opcode, *modifiers = name.split(".")
+    if (
+        word and opcode not in PACKED
+    ):  # which NaN, the text does not say: it may be the upper half of an infinite double
+        rest = re.sub(r"[+-]?[QS]NAN", hex(word >> 32), rest)
     texts = _split(re.sub(r"\{[^}]*\}|\.reuse\b", "", rest))
     target = 0
     if opcode in JUMPS and texts:
-        *before, last = texts.pop().split()  # RET.REL.NODEC R18 0x0
-        texts, target = [*texts, *before], int(last, 16)
+        *before, last = texts.pop().split()  # RET.REL.NODEC R18 0x0, BRX R10 -0x680
+        texts, target = [*texts, *before], int(last, 16) & 0xFFFFFFFF
     try:
         operands = [_operand(t, _format(opcode, modifiers)) for t in texts]
         wanted = _operand(guard, None) if guard else None
@@ -167,10 +173,12 @@ def _operand(text: str, form: str | None) -> Operand:
     if not m or m[3] != m[6] or (m[5] or m[7] or "H0") not in PARTS:
         raise DecodeError(f"an operand that is not known, {text}")
     signs = dict(negated=bool(m[1]), inverted=bool(m[2]), absolute=bool(m[3]), part=PARTS.get(m[5] or m[7], 0))
-    if constant := re.fullmatch(r"c\[(0x[0-9a-f]+)\]\[(0x[0-9a-f]+)\]", m[4]):
-        return Operand(Kind.CONSTANT, int(constant[1], 16), int(constant[2], 16), **signs)
+    if constant := re.fullmatch(r"c\[(0x[0-9a-f]+)\]\[(R\d+|RZ)?\+?(0x[0-9a-f]+)?\]", m[4]):
+        bank, added, offset = constant.groups()
+        added = _register(added)[1] if added else ZERO_REGISTER
+        return Operand(Kind.CONSTANT, int(bank, 16), int(offset or "0", 16), **signs, added=added)
     if m[4][0] == "c":
-        raise DecodeError(f"a constant with an index, {text}")
+        raise DecodeError(f"a constant with an index of this kind, {text}")
     return Operand(*_register(m[4]), **signs)
 
 

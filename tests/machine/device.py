@@ -9,21 +9,20 @@ Compilation, specialisation, grids and arguments are Triton's own; only the driv
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import struct
 
 import torch
 from cubin import KEPT, Cubin, MachineError
-from emulator import ARCHITECTURES, SCHEDULES, Function, Launch
+from emulator import SHARED_LIMIT, Function, memory_of
+from emulator import Device as Executing
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(KEPT / "triton"))  # by content
 
 import triton
 from triton.backends.compiler import GPUTarget
 
-SHARED_LIMIT = {80: 166912, 90: 232448}  # bytes a block may ask for
 INTEGERS = {f"{sign}{bits}": (bits // 8, sign == "i") for sign in "iu" for bits in (8, 16, 32, 64)}
 FLOATS = {"fp32": "<f", "fp64": "<d"}
 
@@ -31,10 +30,6 @@ FLOATS = {"fp32": "<f", "fp64": "<d"}
 # Triton lets several lanes hold one value and store it to one word of shared memory. where they added it up in another
 # order it differs by a rounding: which is kept is not defined, and each is right. elements that meet are global stores
 REPLICAS = re.compile("two lanes store different values to one address, by [0-9a-f]+: (@.* )?STS")
-
-
-class Report(AssertionError):
-    """A launch that ended, in which two accesses had no order, or memory was read before it was written."""
 
 
 class Launcher:
@@ -52,7 +47,7 @@ class Launcher:
                 tensors[name] = value
         # Triton's own scratch memory, which no kernel here uses
         missing = len(function.cubin.layout.parameters) - len(parameters)
-        self.device.ran(function, (x, y, z), self.threads, parameters + missing * [bytes(8)], tensors)
+        self.device.ran(function, (x, y, z), self.threads, parameters + missing * [bytes(8)], memory_of(tensors))
 
 
 def _flat(kinds: dict, values: dict):
@@ -93,25 +88,14 @@ class Utils:
         pass
 
 
-class Device:
-    """Triton's active driver. Launches take the schedules in turn; one with reports raises."""
+class Device(Executing):
+    """Triton's active driver."""
+
+    passes = REPLICAS
 
     def __init__(self, architecture: int):
-        if architecture not in ARCHITECTURES:
-            raise MachineError(f"sm_{architecture} is not modelled: {', '.join(f'sm_{a}' for a in ARCHITECTURES)} are")
-        self.architecture, self.launches = architecture, []
-        self.schedules = SCHEDULES
+        super().__init__(architecture)
         self.utils = Utils(self)
-        self._number = itertools.count(1)
-
-    def ran(self, function: Function, *how):
-        number = next(self._number)
-        schedule = self.schedules[number % len(self.schedules)]._replace(seed=number)
-        launch: Launch = function.run(*how, schedule)
-        self.launches.append(launch)
-        lines = [line for line in launch.reports if not REPLICAS.match(line)]
-        if lines:
-            raise Report(f"{function.name}, {len(lines)} reports: {'; '.join(lines[:3])}; {schedule}")
 
     def launcher_cls(self, source, metadata):
         return Launcher(self, source, metadata)

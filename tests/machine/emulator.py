@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
@@ -15,10 +17,13 @@ from machine_build import core
 
 ARCHITECTURES = (80, 90)
 MOST_BLOCKS, MOST_STEPS = 1 << 16, 400_000_000  # of one launch: blocks, and instructions of a warp (minutes)
-STACK = 0x28  # in constant bank 0: where a lane's stack ends; its parts below are the block's and the grid's sizes
+# in constant bank 0: the block's and the grid's sizes from its start on, where shared memory lies among the addresses
+# of any memory (sm_80), and where a lane's stack ends
+WINDOW, STACK = 0x18, 0x28
 STACK_BYTES = 32768
 SECTOR_BYTES = 32  # of a cache line
 SM90_RESERVED = 1024  # bytes of shared memory before the kernel's own
+SHARED_LIMIT = {80: 166912, 90: 232448}  # bytes a block may ask for
 
 Lanes = IntEnum("Lanes", "LOWEST HIGHEST RANDOM", start=0)  # of a diverged warp: whose pc goes first
 Warps = IntEnum("Warps", "IN_TURN REVERSED RANDOM", start=0)  # up to the next barrier, or step by step
@@ -38,6 +43,7 @@ class Schedule(NamedTuple):
     early: bool = False  # asynchronous copies and products end when issued, not when waited for
     truncated_sums: bool = False  # of tensor cores: terms aligned to the largest and cut, not exact
     seed: int = 1
+    first_blocks: int = MOST_BLOCKS  # only so many are executed
     share: Share | None = None
 
     @property
@@ -46,7 +52,7 @@ class Schedule(NamedTuple):
 
     def order(self, count: int) -> list[int]:
         """Of `count` blocks, each `step` of the grid."""
-        blocks = [self.step * k for k in range(count)]
+        blocks = [self.step * k for k in range(min(count, self.first_blocks))]
         if self.blocks == "random":
             random.Random(self.seed).shuffle(blocks)
         return blocks[::-1] if self.blocks == "reversed" else blocks
@@ -72,6 +78,12 @@ class Launch(NamedTuple):
     trace: object  # of the schedule's share, for bench/model; or None
 
 
+def readable(symbol: str) -> str:
+    """rank_rows_kernel<fLi32ELi4E> of a mangled name; another one as it is."""
+    mangled = re.match(r"_ZN(?:\d+\w+?)*?\d+([A-Za-z_]+)I(.*?)EEv", symbol)
+    return f"{mangled[1]}<{mangled[2][:24]}>" if mangled else symbol
+
+
 class Function:
     """A kernel whose every instruction is modelled; anything else is an error here, before it runs."""
 
@@ -81,17 +93,18 @@ class Function:
                 f"{cubin.name} is compiled for sm_{cubin.architecture}: what is modelled is "
                 + ", ".join(f"sm_{a}" for a in ARCHITECTURES)
             )
-        self.cubin, self.name = cubin, cubin.name
-        self.shared_bytes = shared_bytes + (SM90_RESERVED if cubin.architecture >= 90 else 0)
+        self.cubin, self.name = cubin, readable(cubin.name)
+        reserved = SM90_RESERVED if cubin.architecture >= 90 else 0
+        self.shared_bytes = max(cubin.shared_bytes, reserved) + shared_bytes
         self.code = functions(cubin.listing)[cubin.name]
         self.program = core().Program()
         for line in self.code:
             self.program.add(line.pc, line.text, line.opcode, line.modifiers, line.guard, line.operands, line.target)
 
-    def run(self, grid, threads: int, parameters: list[bytes], tensors: dict[str, torch.Tensor], schedule: Schedule):
-        """One launch; `tensors` name the memory that it may touch. Returns a Launch or raises core().Fault."""
+    def run(self, grid, threads: int, parameters: list[bytes], memory: list, schedule: Schedule):
+        """One launch; `memory` holds the core().Regions that it may touch. Returns a Launch or raises core().Fault."""
         blocks = len(range(0, grid[0] * grid[1] * grid[2], schedule.step))
-        if blocks > MOST_BLOCKS:
+        if min(blocks, schedule.first_blocks + 1) > MOST_BLOCKS:
             raise MachineError(f"{self.name}: a grid of {blocks} blocks is too large to emulate, {MOST_BLOCKS} go")
         if threads % 32:
             raise MachineError(f"{self.name}: {threads} threads a block: only whole warps are modelled")
@@ -104,8 +117,8 @@ class Function:
             machine.set_constants(bank, data)
         share = schedule.share
         trace = machine.start_trace(share.l1_bytes(self, threads // 32) // SECTOR_BYTES) if share else None
-        for name, storage in _storages(tensors).items():
-            machine.add_global(name, storage.data_ptr(), storage.nbytes())
+        for region in memory:
+            machine.add_global(region)
         try:
             machine.run(grid, threads // 32, self.shared_bytes, schedule.order(blocks), MOST_STEPS)
         except core().Fault as fault:
@@ -117,6 +130,7 @@ class Function:
         bank = bytearray(layout.start + layout.size)
         for i, size in enumerate((threads, 1, 1, *grid)):
             bank[4 * i : 4 * i + 4] = size.to_bytes(4, "little")
+        bank[WINDOW : WINDOW + 8] = core().SHARED_WINDOW.to_bytes(8, "little")
         bank[STACK : STACK + 4] = STACK_BYTES.to_bytes(4, "little")
         for value, (offset, size) in zip(parameters, layout.parameters, strict=True):
             if len(value) != size:
@@ -125,11 +139,37 @@ class Function:
         return bytes(bank)
 
 
-def _storages(tensors: dict[str, torch.Tensor]) -> dict:
+def memory_of(tensors: dict[str, torch.Tensor]) -> list:
     """The memory under tensors, each once: views share theirs."""
     found = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
         if storage.nbytes() and all(storage.data_ptr() != other.data_ptr() for other in found.values()):
             found[name] = storage
-    return found
+    return [core().Region(name, storage.data_ptr(), storage.nbytes()) for name, storage in found.items()]
+
+
+class Report(AssertionError):
+    """A launch that ended, in which two accesses had no order, or memory was read before it was written."""
+
+
+class Device:
+    """Launches take the schedules in turn; one with reports raises."""
+
+    passes: re.Pattern = re.compile(r"(?!)")  # reports that are none
+
+    def __init__(self, architecture: int):
+        if architecture not in ARCHITECTURES:
+            raise MachineError(f"sm_{architecture} is not modelled: {', '.join(f'sm_{a}' for a in ARCHITECTURES)} are")
+        self.architecture, self.launches = architecture, []
+        self.schedules, self.first_blocks = SCHEDULES, MOST_BLOCKS
+        self._number = itertools.count(1)
+
+    def ran(self, function: Function, *how):
+        number = next(self._number)
+        schedule = self.schedules[number % len(self.schedules)]._replace(seed=number, first_blocks=self.first_blocks)
+        launch: Launch = function.run(*how, schedule)
+        self.launches.append(launch)
+        lines = [line for line in launch.reports if not self.passes.match(line)]
+        if lines:
+            raise Report(f"{function.name}, {len(lines)} reports: {'; '.join(lines[:3])}; {schedule}")

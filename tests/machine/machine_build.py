@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The core, built on demand beside the other test module: `core()` is the module machine_core."""
 
+import fcntl
 import importlib.util
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,19 @@ def _load(name: str, path: Path):
     return module
 
 
-simt_build = _load("simt_build", Path(__file__).resolve().parent.parent / "simt" / "build.py")
+ROOT = Path(__file__).resolve().parents[2]
+simt_build = _load("simt_build", ROOT / "tests" / "simt" / "build.py")
+
+
+@cache
+def cuda_on_machine() -> Path:
+    """The CUDA library over stand-ins, from the objects that make up the package's own."""
+    tools = _load("native_build", ROOT / "csrc" / "build.py")
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "cuda.lock", "w") as lock:  # test workers share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made, _ = tools.compile_library("cuda", ROOT / "build", "cuda_on_machine")
+    return made / "cuda_on_machine.so"
 
 
 @cache

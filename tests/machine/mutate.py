@@ -13,6 +13,7 @@ import argparse
 import contract
 import device as machine
 import torch
+from emulator import ARCHITECTURES, SCHEDULES, Report
 from machine_build import core
 
 import kdkernels as kd
@@ -51,11 +52,11 @@ def waits(launches) -> list:
 def seen(device, call, right) -> str:
     """What removing something changes, under every schedule."""
     worst = "harmless"
-    for schedule in machine.SCHEDULES:
+    for schedule in SCHEDULES:
         device.schedules = (schedule,)
         try:
             got = call()
-        except (machine.Report, core().Fault):
+        except (Report, core().Fault):
             return "reported"
         if not all(torch.equal(a, b) for a, b in zip(got, right[schedule], strict=True)):
             worst = "wrong result"
@@ -64,7 +65,7 @@ def seen(device, call, right) -> str:
 
 def results(device, call) -> dict:
     out = {}
-    for schedule in machine.SCHEDULES:
+    for schedule in SCHEDULES:
         device.schedules = (schedule,)
         out[schedule] = call()
     return out
@@ -73,7 +74,7 @@ def results(device, call) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("ops", nargs="*", default=list(calls()))
-    parser.add_argument("--architectures", nargs="+", type=int, default=machine.ARCHITECTURES)
+    parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
     options = parser.parse_args()
     contract.allow_cpu_tensors()
     for architecture in options.architectures:

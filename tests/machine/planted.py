@@ -11,6 +11,7 @@ import device as machine
 import torch
 import triton
 import triton.language as tl
+from emulator import Report
 from machine_build import core
 
 
@@ -37,7 +38,7 @@ def product(x, y, out, N: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.
 def said(call) -> str:
     try:
         call()
-    except (core().Fault, machine.Report) as error:
+    except (core().Fault, Report) as error:
         return f"{type(error).__name__}, {error}"
     return "nothing"
 

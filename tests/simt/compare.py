@@ -155,9 +155,9 @@ def compare_spearman(
     names = [f"{a} against {b}" for a, b in zip(names, turned, strict=True)]
     what = f"spearman n={n} {dtype} eps={strength} relative={relative} kl={kl} hard={hard}"
     call = (x_storage, y_storage, dtype, strength, relative, kl, hard)
-    value, dx, dy = kernels.spearman_rows(*call, True, not hard)
+    value, dx, dy = kernels.spearman_rows(*call, True, True)
     if twice:
-        again = kernels.spearman_rows(*call, True, not hard)
+        again = kernels.spearman_rows(*call, True, True)
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip((value, dx, dy), again, strict=True)), what
         alone, no_dx, no_dy = kernels.spearman_rows(*call, False, False)
         assert no_dx.size == no_dy.size == 0 and np.array_equal(alone, value, equal_nan=True), what
@@ -167,7 +167,7 @@ def compare_spearman(
         if min(length_x, length_y) < 1e-6 * n:  # ranks that are equal up to rounding: no correlation to speak of
             continue
         near(value[r : r + 1, None], np.full((1, 1), rho), 1e-9 if tight else 1e-6, what, [name])
-        sides = [(dx, gx, length_x, eps_x)] + ([] if hard else [(dy, gy, length_y, eps_y)])
+        sides = [(dx, gx, length_x, eps_x), (dy, gy, length_y, eps_y)]  # hard: eps 0, gradient 0
         for found, expected, length, eps in sides:
             # d rho/dr is at most 1 / length; the Jacobian brings 1 / eps, and with kl a rank of up to n
             terms = (n if kl else 1) / (length * eps) if eps > 0 else 0

@@ -14,16 +14,19 @@ void wait(Step& x, int barrier) {
 }
 
 void jump(Step& x) {
-  // only where the lanes that are here together are not those of the mask
-  if (x.has("DIV") && Lane{x, std::countr_zero(x.active)}.u(0) == x.active) return;
+  // only where the lanes that are here together are not those of the mask, or only where they are
+  if (x.has("DIV") || x.has("CONV"))
+    if ((Lane{x, std::countr_zero(x.active)}.u(0) == x.active) == x.has("DIV")) return;
   each_lane(x.mask, [&](int l) {
     if (!x.count() || !x.operand(0).is_predicate() || Lane{x, l}.p(0)) x.warp.pc[l] = x.at.target;
   });
 }
 
 void block_barrier(Step& x) {
-  if (x.count() != 1 || x.operand(0).value != 0) throw Fault("a barrier of part of a block");
+  const bool reduces = x.has("RED");
+  if (x.count() != 1 + reduces || x.operand(0).value != 0) throw Fault("a barrier of part of a block");
   if (x.active != x.warp.alive) x.report("a barrier is reached by part of a warp");
+  if (reduces) each_lane(x.mask, [&](int l) { x.machine.vote(Lane{x, l}.p(1), x.has("AND")); });
   wait(x, kBlockBarrier);
 }
 
@@ -39,14 +42,15 @@ void end(Step& x) {
   x.machine.release_lanes(warp);
 }
 
-// decode.py's SPECIAL. the last is the block's number in its cluster, which has one block
-enum Special { kThread, kBlockX, kBlockY, kBlockZ, kLane, kSpecialZero, kClusterBlock };
+// decode.py's SPECIAL. the last but one is the block's number in its cluster, which has one block
+enum Special { kThread, kBlockX, kBlockY, kBlockZ, kLane, kSpecialZero, kClusterBlock, kWindowHigh };
 
 void special_register(Lane& x) {
   switch (x.operand(1).value) {
     case kThread: return x.set(0, x.warp.id * kLanes + x.lane);
     case kBlockX: case kBlockY: case kBlockZ: return x.set(0, x.machine.block[x.operand(1).value - kBlockX]);
     case kLane: return x.set(0, x.lane);
+    case kWindowHigh: return x.set(0, kSharedWindow >> 32);
     default: return x.set(0, 0);
   }
 }
@@ -120,10 +124,13 @@ void to_uniform(Step& step) {
 
 void add_control(Table& table) {
   auto nothing = [](Step&) {};
-  table.warp("NOP", "", nothing);
+  table.warp("NOP YIELD", "", nothing);
   table.warp("MEMBAR", "ALL SC CTA GPU SYS", nothing);  // accesses happen in the order they are executed
   table.warp("FENCE", "VIEW ASYNC S", nothing);
-  table.warp("BRA", "DIV", jump);
+  table.warp("BRA", "U DIV CONV", jump);
+  table.warp("BRX", "", [](Step& x) {  // by a table of constants: from the next instruction on
+    each_lane(x.mask, [&](int l) { x.warp.pc[l] = x.at.pc + 16 + x.at.target + Lane{x, l}.u(0); });
+  });
   table.warp("CALL", "REL NOINC", jump);
   table.warp("RET", "REL NODEC", [](Step& x) {
     each_lane(x.mask, [&](int l) { x.warp.pc[l] = Lane{x, l}.u(0) + x.at.target; });
@@ -137,14 +144,18 @@ void add_control(Table& table) {
     for (auto& lanes : x.warp.convergence[x.operand(0).index]) lanes &= ~x.mask;
     x.machine.release_lanes(x.warp);
   });
-  table.warp("WARPSYNC", "ALL COLLECTIVE", [](Step& x) {
+  table.warp("WARPSYNC", "ALL COLLECTIVE EXCLUSIVE", [](Step& x) {
     each_lane(x.mask, [&](int l) {
       if (!x.has("ALL") && Lane{x, l}.u(0) != kAllLanes) throw Fault("a barrier of part of a warp");
     });
     wait(x, kWholeWarp);
   });
   table.warp("ENDCOLLECTIVE", "", nothing);  // the lanes that WARPSYNC brought together stay so
-  table.warp("BAR", "SYNC DEFER_BLOCKING", block_barrier);
+  table.warp("BAR", "SYNC RED AND OR DEFER_BLOCKING", block_barrier);
+  table.lanes("B2R", "RESULT", [](Lane& x) {
+    if (x.operand(0).index != kZeroRegister) throw Fault("a count at a barrier");
+    x.set_p(1, x.machine.reduced);
+  });
   table.lanes("S2R S2UR", "", special_register);
   table.lanes("CS2R", "32", [](Lane& x) {
     if (x.operand(1).value != kSpecialZero) throw Fault("a special register that is not modelled");

@@ -45,6 +45,7 @@ struct Operand {
   int part = 0;                                             // 1 low half, 2 high half, 4 + b byte b; 0 all
   int uniform = kZeroUniform, scale = 1;                    // of an address: added register, factor of the index
   bool wide = false;                                        // of an address: the index is a pair of registers
+  int added = kZeroRegister;                                // of a constant: added to its offset
 
   bool is_predicate() const { return kind == Kind::kPredicate || kind == Kind::kUniformPredicate; }
   bool is_uniform() const { return kind == Kind::kUniform || kind == Kind::kUniformPredicate; }
@@ -61,6 +62,7 @@ struct Instruction {
   std::vector<std::string> modifiers;  // in the order written
   std::array<std::uint64_t, 12> hashes{};
   std::uint32_t target = 0;  // of a jump
+  bool checked = false;      // a load whose value a compare-and-swap compares: it need not be in order
 
   bool has(Modifier m) const {
     for (std::size_t i = 0; i < modifiers.size(); ++i)

@@ -161,6 +161,9 @@ void add_integers(Table& table) {
   table.lanes("SEL USEL", "", [](Lane& x) { x.set(0, x.p(3) ? x.u(1) : x.u(2)); });
   table.lanes("ISETP UISETP", "LT LE GT GE EQ NE AND OR XOR U32 EX", compare_integers);
   table.lanes("IMNMX UIMNMX VIMNMX", "U32", [](Lane& x) { x.set(0, extreme(x, x.u(1), x.u(2), x.p(3))); });
+  table.lanes("VIMNMX3", "U32", [](Lane& x) {
+    x.set(0, extreme(x, extreme(x, x.u(1), x.u(2), x.p(4)), x.u(3), x.p(4)));
+  });
   table.lanes("VIADDMNMX", "U32", [](Lane& x) { x.set(0, extreme(x, x.u(1) + x.u(2), x.u(3), x.p(4))); });
   table.lanes("IABS", "", [](Lane& x) { x.set(0, x.s(1) < 0 ? 0 - x.u(1) : x.u(1)); });
   table.lanes("PRMT UPRMT", "", permute_bytes);

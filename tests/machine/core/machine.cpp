@@ -13,10 +13,26 @@ std::size_t Program::index_at(std::uint32_t pc) const {
   return found->second;
 }
 
+namespace {
+// whether a load goes to the registers that a compare-and-swap compares, from where it swaps
+bool same_word(const Instruction& load, const Instruction& swap) {
+  const Operand &to = load.operands.at(0), &from = load.operands.at(1), &at = swap.operands.at(1);
+  return to.index == swap.operands.at(2).index && from.index == at.index && from.value == at.value;
+}
+}  // namespace
+
 void Program::add(Instruction instruction) {
   instruction.row = &table().find(instruction.opcode, instruction.modifiers, instruction.text);
   if (instruction.modifiers.size() > instruction.hashes.size()) throw Fault("too many modifiers: " + instruction.text);
   std::transform(instruction.modifiers.begin(), instruction.modifiers.end(), instruction.hashes.begin(), hash);
+  // of a loop that adds by comparing and swapping: what it loads may change before it swaps
+  if (instruction.opcode == "ATOMS" && instruction.has("CAST"))
+    for (std::size_t k = code_.size(), first = k < 6 ? 0 : k - 6; k > first; --k) {
+      Instruction& load = code_[k - 1];
+      if (load.opcode != "LDS" || !load.has("64") || !same_word(load, instruction)) continue;
+      load.checked = true;
+      break;
+    }
   at_[instruction.pc] = code_.size();
   code_.push_back(std::move(instruction));
   skipped_.push_back(false);
@@ -50,19 +66,19 @@ Access Machine::access(const Warp& warp, const Instruction& at) {
 
 Region& Machine::region(std::uint64_t address, int n) {
   std::string near;
-  for (Region& region : global) {
-    if (region.holds(address, n)) return region;
-    if (region.is_near(address)) near = "; near " + region.place(address);
+  for (const auto& region : global) {
+    if (region->holds(address, n)) return *region;
+    if (region->is_near(address)) near = "; near " + region->place(address);
   }
   throw Fault("an access outside of every argument" + near);
 }
 
-std::uint32_t Machine::constant(int bank, std::uint64_t offset) const {
+std::uint32_t Machine::constant(int bank, std::uint64_t offset, int bytes) const {
   const auto found = constants.find(bank);
-  if (found == constants.end() || offset + 4 > found->second.size())
+  if (found == constants.end() || offset + bytes > found->second.size())
     throw Fault("a constant beyond the end of its bank");
-  std::uint32_t value;
-  std::copy_n(found->second.data() + offset, 4, reinterpret_cast<std::uint8_t*>(&value));
+  std::uint32_t value = 0;
+  std::copy_n(found->second.data() + offset, bytes, reinterpret_cast<std::uint8_t*>(&value));
   return value;
 }
 
@@ -143,6 +159,8 @@ bool Machine::block_barrier_completes() {
   if (!any) return false;
   for (Warp& warp : warps_) std::fill_n(warp.waits_for, kLanes, kRunning);
   ++epoch_;
+  reduced = all_ ? !no_ : yes_ != 0;
+  yes_ = no_ = 0;
   return true;
 }
 

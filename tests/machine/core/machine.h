@@ -19,6 +19,11 @@ namespace machine {
 constexpr int kLanes = 32;
 constexpr std::uint32_t kAllLanes = ~0u;
 constexpr int kLocalBytes = 32768;  // a lane's stack
+// where shared memory lies among the addresses that may mean any memory: no address of the host
+constexpr std::uint64_t kSharedWindow = 0x00ff'0000'0000'0000, kSharedWindowBytes = 1 << 24;
+constexpr bool in_shared_window(std::uint64_t address) {
+  return address >= kSharedWindow && address - kSharedWindow < kSharedWindowBytes;
+}
 // what a lane waits for: nothing, a convergence barrier (0 to 15), its whole warp, its block
 constexpr int kRunning = -1, kWholeWarp = 16, kBlockBarrier = 17;
 
@@ -82,14 +87,16 @@ class Machine {
   Access access(const Warp& warp, const Instruction& at);
   void report(const std::string& what, const Instruction& at);
   void release_lanes(Warp& warp);  // those whose convergence barrier is complete
-  std::uint32_t constant(int bank, std::uint64_t offset) const;
+  std::uint32_t constant(int bank, std::uint64_t offset, int bytes = 4) const;
+  void vote(bool yes, bool all) { ++(yes ? yes_ : no_), all_ = all; }  // of a lane at a barrier that reduces
 
   Schedule schedule;
   std::map<int, std::vector<std::uint8_t>> constants;
-  std::vector<Region> global;
+  std::vector<std::shared_ptr<Region>> global;
   std::vector<std::uint8_t> shared_bytes;
   std::vector<Region> shared;  // the one of this block
   std::uint32_t block[3] = {0, 0, 0};
+  bool reduced = false;  // whether all lanes, or any, voted yes at the last barrier
   std::map<std::string, std::uint64_t> reports;
   std::vector<std::uint64_t> counts;  // executions of each instruction
   std::uint64_t steps = 0;            // warp instructions
@@ -106,6 +113,8 @@ class Machine {
   const Program& program_;
   std::vector<Warp> warps_;
   std::uint32_t block_number_ = 0, epoch_ = 0;
+  std::uint32_t yes_ = 0, no_ = 0;  // at a barrier that reduces
+  bool all_ = false;
   std::uint64_t random_state_, most_steps_ = 0;
 };
 

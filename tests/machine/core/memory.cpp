@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "instruction.h"
+
 namespace machine {
 namespace {
 constexpr std::uint32_t kMany = ~0u;
@@ -23,7 +25,7 @@ void Region::read(const Access& by, std::uint64_t address, void* to, int n) {
   for (int i = 0; checked_ && i < n; ++i) {
     Shadow& byte = shadow(address + i);
     if (byte.in_flight) by.report(name_ + " is touched while an asynchronous copy into it is in flight");
-    if (!written_ && !byte.write_block) by.report(name_ + " is read before it is written");
+    if (!written_ && !byte.write_block && !byte.known) by.report(name_ + " is read before it is written");
     if (byte.write_block && byte.write_block != by.block)
       by.report("a block reads what another wrote: " + name_);
     else if (byte.write_block && byte.write_warp != by.warp && byte.write_epoch == by.epoch)
@@ -36,7 +38,19 @@ void Region::read(const Access& by, std::uint64_t address, void* to, int n) {
   std::memcpy(to, unchecked(address), n);
 }
 
+void Region::check_read_by_others(const Access& by, const Shadow& byte) const {
+  if (byte.read_block && byte.read_block != by.block)
+    by.report("a block writes what another read: " + name_);
+  else if (byte.read_block && byte.read_warp != by.warp && byte.read_epoch == by.epoch)
+    by.report("a warp writes what another reads, no barrier between: " + name_);
+}
+
+void Region::check_writable(std::uint64_t address) const {
+  if (!writable_) throw Fault("a write to what is only read: " + place(address));
+}
+
 void Region::check_write(const Access& by, std::uint64_t address, const void* from, int n) {
+  check_writable(address);
   for (int i = 0; checked_ && i < n; ++i) {
     Shadow& byte = shadow(address + i);
     if (byte.in_flight) by.report(name_ + " is touched while an asynchronous copy into it is in flight");
@@ -44,13 +58,38 @@ void Region::check_write(const Access& by, std::uint64_t address, const void* fr
     const bool same = unchecked(address)[i] == static_cast<const std::uint8_t*>(from)[i];
     if (byte.write_block && byte.write_block != by.block)
       by.report("two blocks write " + name_);
-    else if (byte.write_block && byte.write_warp != by.warp && byte.write_epoch == by.epoch && !same)
+    else if (byte.write_block && byte.write_warp != by.warp && byte.write_epoch == by.epoch &&
+             (!same || byte.atomic))
       by.report("two warps write different values, no barrier between: " + name_);
-    if (byte.read_block && byte.read_block != by.block)
-      by.report("a block writes what another read: " + name_);
-    else if (byte.read_block && byte.read_warp != by.warp && byte.read_epoch == by.epoch)
-      by.report("a warp writes what another reads, no barrier between: " + name_);
+    check_read_by_others(by, byte);
     byte.write_block = by.block, byte.write_warp = static_cast<std::uint16_t>(by.warp), byte.write_epoch = by.epoch;
+    byte.atomic = false;
+  }
+}
+
+std::uint8_t* Region::atomic(const Access& by, std::uint64_t address, int n) {
+  check_writable(address);
+  for (int i = 0; checked_ && i < n; ++i) {
+    Shadow& byte = shadow(address + i);
+    if (!written_ && !byte.write_block && !byte.known) by.report(name_ + " is read before it is written");
+    const bool other_block = byte.write_block && byte.write_block != by.block;
+    const bool other_warp = byte.write_block && byte.write_warp != by.warp && byte.write_epoch == by.epoch;
+    if (!byte.atomic && (other_block || other_warp))
+      by.report("an atomic operation on what another wrote, no barrier between: " + name_);
+    check_read_by_others(by, byte);
+    byte.write_block = other_block ? kMany : by.block;
+    byte.write_warp = other_warp ? kManyWarps : static_cast<std::uint16_t>(by.warp);
+    byte.write_epoch = by.epoch, byte.atomic = true;
+  }
+  return unchecked(address);
+}
+
+void Region::start_launch(bool checked) {
+  checked_ = checked;
+  for (Shadow& byte : shadows_) {
+    const bool known = byte.known || byte.write_block;
+    byte = Shadow{};
+    byte.known = known;
   }
 }
 

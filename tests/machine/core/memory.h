@@ -19,13 +19,15 @@ struct Shadow {
   std::uint32_t write_block = 0, write_epoch = 0, read_block = 0, read_epoch = 0;  // 0: none, kMany: several
   std::uint16_t write_warp = 0, read_warp = 0;
   std::uint8_t in_flight = 0;  // asynchronous copies that have not landed on it
+  bool atomic = false;         // its last writes were atomic operations
+  bool known = false;          // an earlier launch wrote it
 };
 
 class Region {
  public:
-  // `written`: its bytes have values already. not `checked`: without shadows, which take 28 bytes for each
-  Region(std::string name, std::uint64_t base, std::uint8_t* bytes, std::uint64_t size, bool written, bool checked)
-      : name_(std::move(name)), base_(base), size_(size), bytes_(bytes), written_(written), checked_(checked) {}
+  // `written`: its bytes have values already
+  Region(std::string name, std::uint64_t base, std::uint8_t* bytes, std::uint64_t size, bool written, bool writable)
+      : name_(std::move(name)), base_(base), size_(size), bytes_(bytes), written_(written), writable_(writable) {}
 
   bool holds(std::uint64_t address, std::uint64_t n) const {
     return address >= base_ && address - base_ <= size_ && n <= size_ - (address - base_);
@@ -36,7 +38,11 @@ class Region {
   std::string place(std::uint64_t address) const;
   void read(const Access& by, std::uint64_t address, void* to, int n);
   void write(const Access& by, std::uint64_t address, const void* from, int n);
-  // of atomic operations and of what is in order by other means
+  // the place of an atomic operation, which has an order with other ones, but none with loads and stores
+  std::uint8_t* atomic(const Access& by, std::uint64_t address, int n);
+  // everything of earlier launches has happened. not `checked`: without shadows, which take 28 bytes for each
+  void start_launch(bool checked);
+  // of what is in order by other means
   std::uint8_t* unchecked(std::uint64_t address) { return bytes_ + (address - base_); }
   void copy_starts(const Access& by, std::uint64_t address, const void* from, int n, bool lands);
   void copy_lands(const Access& by, std::uint64_t address, const void* from, int n);
@@ -45,11 +51,13 @@ class Region {
  private:
   Shadow& shadow(std::uint64_t address);
   void check_write(const Access& by, std::uint64_t address, const void* from, int n);
+  void check_read_by_others(const Access& by, const Shadow& byte) const;
+  void check_writable(std::uint64_t address) const;
 
   std::string name_;
   std::uint64_t base_, size_;
   std::uint8_t* bytes_;
-  bool written_, checked_;
+  bool written_, writable_, checked_ = true;
   std::vector<Shadow> shadows_;  // made at the first access
 };
 

@@ -21,6 +21,7 @@ Operand operand_of(const py::tuple& t) {
   o.negated = t[3].cast<bool>(), o.absolute = t[4].cast<bool>(), o.inverted = t[5].cast<bool>();
   o.part = t[6].cast<int>();
   o.uniform = t[7].cast<int>(), o.scale = t[8].cast<int>(), o.wide = t[9].cast<bool>();
+  o.added = t[10].cast<int>();
   return o;
 }
 
@@ -61,6 +62,7 @@ Played play_trace(const Trace& trace, const std::vector<py::tuple>& program, con
 }  // namespace
 
 PYBIND11_MODULE(machine_core, m) {
+  m.attr("SHARED_WINDOW") = kSharedWindow;
   py::register_exception<Fault>(m, "Fault", PyExc_RuntimeError);
   py::class_<Program>(m, "Program")
       .def(py::init())
@@ -86,6 +88,12 @@ PYBIND11_MODULE(machine_core, m) {
       .def_readonly("instructions", &Played::instructions);
   m.def("play", &play_trace);
   m.def("opcodes", [] { return table().opcodes(); });
+  py::class_<Region, std::shared_ptr<Region>>(m, "Region")
+      .def(py::init([](const std::string& name, std::uint64_t base, std::uint64_t size, bool written, bool writable) {
+             auto* bytes = reinterpret_cast<std::uint8_t*>(base);
+             return std::make_shared<Region>(name, base, bytes, size, written, writable);
+           }),
+           py::arg("name"), py::arg("address"), py::arg("size"), py::arg("written") = true, py::arg("writable") = true);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](const Program& program, int lanes, int warps, bool early, bool truncated, std::uint64_t seed) {
              return std::make_unique<Machine>(
@@ -95,8 +103,9 @@ PYBIND11_MODULE(machine_core, m) {
       .def("set_constants",
            [](Machine& self, int bank, const py::bytes& data) { self.constants[bank] = bytes_of(data); })
       .def("add_global",
-           [](Machine& self, const std::string& name, std::uint64_t address, std::uint64_t size) {
-             self.global.emplace_back(name, address, reinterpret_cast<std::uint8_t*>(address), size, true, !self.trace);
+           [](Machine& self, std::shared_ptr<Region> region) {
+             region->start_launch(!self.trace);
+             self.global.push_back(std::move(region));
            })
       // the arguments added after it are not checked for races
       .def("start_trace", [](Machine& self, std::size_t l1_sectors) {

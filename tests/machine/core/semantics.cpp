@@ -73,7 +73,7 @@ std::uint32_t Lane::raw(const Operand& o) const {
     case Kind::kRegister: return get(o.index, lane);
     case Kind::kUniform: return o.index == kZeroUniform ? 0 : warp.uniforms[o.index];
     case Kind::kImmediate: return static_cast<std::uint32_t>(o.value);
-    case Kind::kConstant: return machine.constant(o.index, o.value);
+    case Kind::kConstant: return machine.constant(o.index, constant_offset(o));
     default: throw Fault("an operand that is no number");
   }
 }

@@ -65,6 +65,7 @@ struct Lane : Step {
   bool p(int k) const { return p(operand(k)); }
   bool p(const Operand& operand) const;
   std::uint32_t raw(const Operand& operand) const;
+  std::uint64_t constant_offset(const Operand& o) const { return std::uint32_t(o.value + get(o.added, lane)); }
 
   void set(int k, std::uint32_t value);
   void set_wide(int k, std::uint64_t value);

@@ -79,7 +79,8 @@ void Trace::global(const Step& step, int operand, int bytes, std::uint32_t lanes
   const auto at = addresses(step, operand, true, lanes);
   const auto& all = step.machine.global;
   const auto& region = step.machine.region(at[std::countr_zero(lanes)], bytes);
-  event.region = static_cast<std::uint8_t>(&region - all.data());
+  const auto found = std::find_if(all.begin(), all.end(), [&](const auto& other) { return other.get() == &region; });
+  event.region = static_cast<std::uint8_t>(found - all.begin());
   std::set<std::uint64_t> sectors, lines;
   each_lane(lanes, [&](int l) {
     // on a GPU memory begins at a line; here it may lie otherwise in each process
@@ -128,6 +129,13 @@ void Trace::add(const Step& step, std::size_t index) {
     global(step, 1, bytes_of(step), reading, event);
   } else if (one_of(opcode, {"LDG", "STG", "ATOMG", "RED"})) {
     global(step, first_address(step), bytes_of(step), step.mask, event);
+  } else if (one_of(opcode, {"LD", "ST", "ATOM"})) {  // of any memory
+    const auto at = addresses(step, first_address(step), true, step.mask);
+    std::uint32_t shared = 0;
+    each_lane(step.mask, [&](int l) { shared |= std::uint32_t(in_shared_window(at[l])) << l; });
+    if (shared)
+      event.wavefronts = static_cast<std::uint16_t>(bank_passes(at.data(), shared, bytes_of(step), opcode != "ATOM"));
+    global(step, first_address(step), bytes_of(step), step.mask & ~shared, event);
   }
   warps[warps.size() - per_block + step.warp.id].push_back(event);
 }

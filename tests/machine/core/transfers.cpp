@@ -27,6 +27,18 @@ Region& global_at(const Step& x, std::uint64_t address, int n) {
   return x.machine.region(address, n);
 }
 
+enum class Space { kShared, kGlobal, kAny };
+
+// an address in any memory becomes one in shared memory, if it lies in its window
+template <Space space>
+Region& memory_at(const Step& x, std::uint64_t& address, int n) {
+  if (space == Space::kAny && in_shared_window(address)) {
+    address -= kSharedWindow;
+    return shared_at(x, address, n);
+  }
+  return space == Space::kShared ? shared_at(x, address, n) : global_at(x, address, n);
+}
+
 // n bytes into the registers from operand k on; of fewer than four the sign is kept where the type has one
 void unpack(Lane& x, int k, const std::uint8_t* bytes, int n) {
   std::uint32_t words[4] = {};
@@ -44,26 +56,30 @@ void pack(const Lane& x, int k, std::uint8_t* bytes, int n) {
   std::memcpy(bytes, words, n);
 }
 
-template <bool kGlobal>
+template <Space space>
 void load(Lane& x) {
   if (x.count() > 2) throw Fault("a load with a predicate");
   const int n = bytes_of(x);
-  const std::uint64_t address = x.address(1, kGlobal);
+  std::uint64_t address = x.address(1, space != Space::kShared);
+  Region& memory = memory_at<space>(x, address, n);
   std::uint8_t bytes[16];
-  (kGlobal ? global_at(x, address, n) : shared_at(x, address, n)).read(x.access(), address, bytes, n);
+  if (x.at.checked)
+    std::memcpy(bytes, memory.unchecked(address), n);
+  else
+    memory.read(x.access(), address, bytes, n);
   unpack(x, 0, bytes, n);
 }
 
-template <bool kGlobal>
+template <Space space>
 void store(Step& step) {
   const int n = bytes_of(step);
   std::uint64_t to[kLanes];
   std::uint8_t bytes[kLanes][16];
   each_lane(step.mask, [&](int l) {
     const Lane x{step, l};
-    to[l] = x.address(0, kGlobal);
+    to[l] = x.address(0, space != Space::kShared);
     pack(x, 1, bytes[l], n);
-    (kGlobal ? global_at(x, to[l], n) : shared_at(x, to[l], n)).write(x.access(), to[l], bytes[l], n);
+    memory_at<space>(x, to[l], n).write(x.access(), to[l], bytes[l], n);
     each_lane(step.mask & ((1u << l) - 1), [&](int k) {
       const bool overlap = to[k] < to[l] + n && to[l] < to[k] + n;
       if (overlap && (to[k] != to[l] || std::memcmp(bytes[k], bytes[l], n)))
@@ -146,13 +162,18 @@ void store_matrices(Step& step) {
   }
 }
 
-// in any order between lanes, warps and blocks: no race with other additions
+// in any order between lanes, warps and blocks: no race with other atomic operations. its predicate, if it has one,
+// says whether it was done: shared memory has no sums of 64 bits
+template <Space space>
 void atomic_add(Lane& x) {
   const int address_at = x.at.operands[0].kind == Kind::kMemory ? 0 : x.after_predicates(0) + 1;
-  const bool f64 = x.has("F64"), f32 = x.has("F32"), wide = x.has("64") || f64;
+  const bool f64 = x.has("F64"), f32 = x.has("F32"), wide = x.has("64") || f64, has_predicate = address_at == 2;
   const int n = wide ? 8 : 4;
-  const std::uint64_t address = x.address(address_at, true);
-  std::uint8_t* place = global_at(x, address, n).unchecked(address);
+  std::uint64_t address = x.address(address_at, true);
+  const bool done = !(space == Space::kAny && wide && in_shared_window(address));
+  if (has_predicate) x.set_p(0, done);
+  if (!done) return;
+  std::uint8_t* place = memory_at<space>(x, address, n).atomic(x.access(), address, n);
   std::uint64_t old = 0, add = wide ? x.raw_wide(address_at + 1) : x.raw(address_at + 1);
   std::memcpy(&old, place, n);
   std::uint64_t sum = old + add;
@@ -160,6 +181,38 @@ void atomic_add(Lane& x) {
   if (f32) sum = std::bit_cast<std::uint32_t>(__uint_as_float(unsigned(old)) + __uint_as_float(unsigned(add)));
   std::memcpy(place, &sum, n);
   if (address_at) wide ? x.set_wide(address_at - 1, old) : x.set(address_at - 1, static_cast<std::uint32_t>(old));
+}
+
+// ATOMS adds (POPC.INC: one for each lane), or swaps 64 bits if they are what is expected: its result is then one
+void atomic_in_shared(Lane& x) {
+  const bool swaps = x.has("CAST");
+  const int n = swaps ? 8 : 4;
+  if (swaps != x.has("64") || (!swaps && x.operand(0).index != kZeroRegister)) throw Fault("an atomic operation");
+  const std::uint64_t address = x.address(1, false);
+  std::uint8_t* place = shared_at(x, address, n).atomic(x.access(), address, n);
+  std::uint64_t old = 0;
+  std::memcpy(&old, place, n);
+  if (swaps) {
+    const bool same = old == x.raw_wide(2);
+    const std::uint64_t now = same ? x.raw_wide(3) : old;
+    std::memcpy(place, &now, n);
+    return x.set_wide(0, same);
+  }
+  const std::uint32_t now = static_cast<std::uint32_t>(old) + (x.has("POPC") ? 1 : x.raw(2));
+  std::memcpy(place, &now, n);
+}
+
+void load_constant(Lane& x) {
+  if (x.has("64")) return x.set_wide(0, x.raw_wide(1));
+  const Operand& o = x.operand(1);
+  x.set(0, x.has("U8") ? x.machine.constant(o.index, x.constant_offset(o), 1) : x.raw(1));
+}
+
+// whether an address means shared memory; all 64 bits of it, though only the first register is written
+void is_shared(Lane& x) {
+  const Operand& o = x.operand(2);
+  const std::uint64_t high = x.get(o.index + 1, x.lane);
+  x.set_p(0, in_shared_window((high << 32 | x.get(o.index, x.lane)) + o.value));
 }
 
 }  // namespace
@@ -172,13 +225,15 @@ int bytes_of(const Step& x) {
 
 void add_transfers(Table& table) {
   const std::string sizes = "U8 S8 U16 S16 64 128";
-  table.lanes("LDG", kHints + sizes, load<true>);
-  table.lanes("LDS", sizes, load<false>);
-  table.warp("STG", kHints + sizes, store<true>);
-  table.warp("STS", sizes, store<false>);
+  table.lanes("LD", kHints + sizes, load<Space::kAny>);
+  table.lanes("LDG", kHints + sizes, load<Space::kGlobal>);
+  table.lanes("LDS", sizes, load<Space::kShared>);
+  table.warp("ST", kHints + sizes, store<Space::kAny>);
+  table.warp("STG", kHints + sizes, store<Space::kGlobal>);
+  table.warp("STS", sizes, store<Space::kShared>);
   table.lanes("LDL", kHints + sizes, [](Lane& x) { unpack(x, 0, local_at(x, 1, bytes_of(x)), bytes_of(x)); });
   table.lanes("STL", kHints + sizes, [](Lane& x) { pack(x, 1, local_at(x, 0, bytes_of(x)), bytes_of(x)); });
-  table.lanes("LDC ULDC", "64", [](Lane& x) { x.has("64") ? x.set_wide(0, x.raw_wide(1)) : x.set(0, x.raw(1)); });
+  table.lanes("LDC ULDC", "64 U8", load_constant);
   table.lanes("LDGSTS", kHints + "64 128", start_copy);
   table.warp("LDGDEPBAR", "", [](Step& x) {
     x.warp.copy_groups.push_back(std::move(x.warp.open_copies));
@@ -187,7 +242,10 @@ void add_transfers(Table& table) {
   table.warp("DEPBAR", "LE", wait_for_copies);
   table.warp("LDSM", "16 M88 MT88 2 4", load_matrices);
   table.warp("STSM", "16 M88 MT88 2 4", store_matrices);
-  table.lanes("ATOMG RED", kHints + "ADD F32 F64 64 RN FTZ", atomic_add);
+  table.lanes("ATOMG RED", kHints + "ADD F32 F64 64 RN FTZ", atomic_add<Space::kGlobal>);
+  table.lanes("ATOM", kHints + "ADD 64", atomic_add<Space::kAny>);
+  table.lanes("ATOMS", "ADD POPC INC 32 CAST SPIN 64", atomic_in_shared);
+  table.lanes("QSPC", "E S", is_shared);
 }
 
 }  // namespace machine
