@@ -38,7 +38,7 @@ struct Rates {
   int l1, l2, dram;                // cycles until a load's data are there
   int queue;                       // wavefronts that may wait for shared memory and L1
   int operands_read;               // cycles after an instruction leaves the queue
-  int barrier, branch, start;      // cycles after the last warp arrives; after a jump; until a block's first instruction
+  int barrier, branch, start;      // cycles after the last warp arrives; a jump; until a block begins
 };
 
 // why a partition issued nothing in a cycle: the first of these that holds for one of its warps
