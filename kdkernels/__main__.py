@@ -110,16 +110,18 @@ def run_validate(ops: list[str], backend: str | None, device: str, quick: bool) 
         return _refuse(f"device is {device!r}: give cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         return _refuse("device is 'cuda', but torch finds no CUDA device here: pass --device cpu")
-    jobs = []
+    jobs, left_out = [], []
     for op in ops:
         for name in OPS[op].backends if backend is None else (backend,):
             why = backends.obstacle(name, kind, op=op) if name in OPS[op].backends else f"{op} has {OPS[op].backends}"
             if why is None:
                 jobs.append((op, name))
-            elif backend is not None:
-                return _refuse(f"{op} on {name} cannot run: {why}")
             else:
-                print(f"{op} on {name} left out: {why}")
+                left_out.append(f"{op} on {name} cannot run: {why}")
+    if not jobs:
+        return _refuse("\n".join(left_out))
+    for reason in left_out:
+        print(reason)
     failures, start = [], time.perf_counter()
     print(f"{'op':<{NAME}} {'backend':<10} {'check':<15} {'measured':>8} {'failed':>7}  worst error / its budget")
     for op, name in jobs:

@@ -322,7 +322,7 @@ def expected(case, work):
     ups = NOISE[:100_000].bfloat16().double()  # of few digits: exact in every dtype
     weights = lambda value: ups[: value.numel()].reshape(value.shape)  # noqa: E731
     question = getattr(fuzz_formulas, case.op), [t.double() for t in case.tensors.values()], case.options, weights
-    eps = torch.finfo(work).eps * (16 if case.op == "rkd_angle" else 1)  # which goes by the law of cosines
+    eps = torch.finfo(work).eps * (64 if case.op == "rkd_angle" else 1)  # which goes by the law of cosines
     runs = [evaluate(*question), *Rounded(eps).runs(*question)]
     top = max(largest(g) for _, grads in runs for g in grads) or 1.0
     factor = 2.0 ** max(-100, min(100, -round(math.log2(top))))  # half gradients neither overflow nor vanish

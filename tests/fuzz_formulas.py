@@ -39,11 +39,7 @@ def unit(t):
 
 
 def squared_distances(x, z):
-    """As exact as the squares of the rows, from whose products the package has them (gram/MATH.md, "Precision")."""
-    d2 = (x[:, None] - z[None]).square().sum(-1)
-    squares = [(t - x.mean(0)).square().sum(-1).detach() for t in (x, z)]
-    size = squares[0][:, None] + squares[1]
-    return torch.where(d2 == 0, 0.0, ((d2 + size) - size).clamp(min=0))
+    return (x[:, None] - z[None]).square().sum(-1)
 
 
 def bandwidth(x, sigma):
@@ -130,9 +126,16 @@ def smooth_l1(a, b):
     return torch.where(e < 1, e**2 / 2, e - 0.5).mean()
 
 
+def distinct(t):
+    """Squared distances, as exact as squares of rows in float64; nearer ones are 0 (relation/MATH.md, "Precision")."""
+    d2, size = squared_distances(t, t), (t - t.mean(0)).square().sum(-1).detach()
+    size = size[:, None] + size
+    return torch.where(d2 <= 64 * torch.finfo(torch.float64).eps * size, 0.0, (d2 + size) - size)
+
+
 @in_groups
 def rkd_distance(x, y):
-    d = [root(squared_distances(t, t)) for t in (x, y)]
+    d = [root(distinct(t)) for t in (x, y)]
     return smooth_l1(*(over(t, t.sum() / (t > 0).sum().clamp(min=1)) for t in d)) if len(x) > 1 else ZERO
 
 

@@ -52,6 +52,19 @@ def test_cka_does_not_see_the_scale_of_a_side(kernel, scale, backend):
     assert got.item() == pytest.approx(kd.cka(x, y, kernel=kernel, backend=backend).item(), abs=3e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [31, 1100])
+def test_the_slope_of_a_laplacian_knows_in_which_direction_a_near_pair_lies(backend, rows):
+    """MMD of points on a line: sum_j w_j exp(-|x_i - x_j|) sign(x_i - x_j), however near they are."""
+    x, y = (torch.linspace(start, start + 4, rows)[:, None].clone() for start in (-2, -1.9))
+    x[rows // 3] = x[rows // 2 + 1] + 1e-4
+    found = torch.autograd.grad(kd.mmd(x.requires_grad_(), y, kernel=kd.Laplacian(1.0), backend=backend), x)[0]
+    slopes = [torch.exp(-d.abs()) * d.sign() for d in (x.detach().double() - side.double().T for side in (x, y))]
+    wanted = 2 * (slopes[1].mean(1) / rows - slopes[0].sum(1) / (rows * (rows - 1)))
+    of_a_pair = 2 / (rows * (rows - 1))
+    torch.testing.assert_close(found[:, 0].double(), wanted, rtol=0, atol=0.01 * of_a_pair)
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kernel", TRANSLATED)
 def test_cka_does_not_see_where_a_side_lies(kernel, backend):

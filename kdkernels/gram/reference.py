@@ -61,16 +61,25 @@ def row_normalized(K):
 
 
 def hsic_of(K, L, unbiased, center):
-    """HSIC_1 (Song et al. 2012) if unbiased, else tr(K H L' H)/(n-1)^2; without H if not centred."""
+    """HSIC_1 (Song et al. 2012) if unbiased, else tr(K H L' H)/(n-1)^2; without H if not centred.
+
+    HSIC_1 = sum_ij K~_ij L~_ij / (n (n - 3)) of U-centred matrices (Szekely & Rizzo 2014), whose terms do not cancel.
+    """
     n = len(K)
     if unbiased:
-        K, L = K - K.diagonal().diag(), L - L.diagonal().diag()
-        cross = (K * L).sum() + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (K.sum(0) * L.sum(0)).sum()
-        return cross / (n * (n - 3))
+        return (u_centred(K) * u_centred(L)).sum() / (n * (n - 3))
     if center:
         H = torch.eye(n, dtype=K.dtype, device=K.device) - 1 / n
         K, L = H @ K @ H, H @ L @ H
     return (K * L).sum() / max(n - 1, 1) ** 2
+
+
+def u_centred(K):
+    """K~_ij = K_ij - (K_i. + K_.j) / (n - 2) + K.. / ((n - 1) (n - 2)) of K without its diagonal, 0 on the diagonal."""
+    n, off = len(K), 1 - torch.eye(len(K), dtype=K.dtype, device=K.device)
+    K = K * off
+    rows = K.sum(0)
+    return off * (K - (rows[:, None] + rows) / (n - 2) + rows.sum() / ((n - 1) * (n - 2)))
 
 
 def gram_pair(x, y, kernels, row_normalize):
@@ -87,10 +96,8 @@ def cka_one(x, y, kernels, unbiased, center, row_normalize):
     K, L = (M / largest(M) for M in gram_pair(x, y, kernels, row_normalize))
     kk, ll = hsic_of(K, K, unbiased, center), hsic_of(L, L, unbiased, center)
     kl = hsic_of(K, L, unbiased, center)
-    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN. HSIC_1 is a difference of
-    # sums of squares, HSIC_0 a sum of squared differences
-    eps = 8 * torch.finfo(K.dtype).eps
-    least = (eps if unbiased else eps**2) / max(len(K) - 1, 1) ** 2
+    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN
+    least = (8 * torch.finfo(K.dtype).eps / max(len(K) - 1, 1)) ** 2
     if not (kk > least * K.square().sum() and ll > least * L.square().sum()):
         undefined = kk * ll * kl
         return undefined if undefined.isnan() else zero_of(x, y, *(k.sigma for k in kernels))

@@ -50,11 +50,8 @@ def tile(spec: KernelSpec, x, z, half_x, half_z):
     if not spec.of_distance:
         return t
     size = (half_x + 0 * half_x)[:, None] + half_z  # NaN where a row is infinite: exp(-inf) = 0 would hide it
-    t.sub_(size).clamp_(max=0)
-    if spec.name != "laplacian":
-        return t
-    # it has a cusp at 0: what is only the rounding of a zero distance becomes zero
-    return t.masked_fill_(t > -16 * torch.finfo(t.dtype).eps * size, 0.0)
+    t.sub_(size)
+    return prepared.at_the_cusp(t, x, z, half_x, half_z) if spec.name == "laplacian" else t.clamp_(max=0)
 
 
 def kernel_value(spec: KernelSpec, t, par):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The textbook of the Nystrom family: one line per equation of MATH.md, plain autograd, n x n where it is written so.
 
-Letters: C = k(X, Z), W = k(Z, Z), Phi = C W^(-1/2), K~ = Phi Phi'. Half inputs are computed in float32; W is formed
-and factored in float64 whatever the dtype, as the definition of the op says.
+Letters: C = k(X, Z), W = k(Z, Z), Phi = C W^(-1/2), K~ = Phi Phi'. Everything is float64.
 """
 
 import torch
@@ -41,15 +40,13 @@ def squared_distances(x, z):
 
 def features(x, z, name, params, whiten, jitter):
     """Phi [n, m]: Phi Phi' = C W^+ C'. NaN if a landmark holds it."""
-    wide = [p.double() if isinstance(p, torch.Tensor) else p for p in params]
-    W = kernel(z.double(), z.double(), name, wide)
-    C = kernel(x, z, name, params)
+    W, C = kernel(z, z, name, params), kernel(x, z, name, params)
     if not W.isfinite().all():
         return C * torch.nan
     if whiten == "cholesky":
         R = torch.linalg.cholesky(jittered(W, jitter))
-        return torch.linalg.solve_triangular(R.T.to(C.dtype), C, upper=True, left=False)
-    return C @ inverse_root(W, jitter).to(C.dtype)
+        return torch.linalg.solve_triangular(R.T, C, upper=True, left=False)
+    return C @ inverse_root(W, jitter)
 
 
 def jittered(W, jitter):

@@ -151,7 +151,7 @@ def _degenerate(generator):
 def _parts(kernel, x, z, mask, whiten, jitter):
     """C and the whitener, which is a constant here."""
     function = spec_of(kernel)[0]
-    params = ops._parameters(function, sigma_of(function, x, mask), DOUBLE)
+    params = ops._parameters(function, sigma_of(function, x, mask))
     still = [p.detach() if isinstance(p, torch.Tensor) else p for p in params]
     fixed = z.detach()
     W = reference.kernel(fixed, fixed, function.name, still)
@@ -348,7 +348,7 @@ def _quality_case(kernel, label, inputs, **fields):
         """|K_S| and |K_T| apart, over the fixed distance and norm that the quotient rule divides by."""
         one = spec_of(kernel)[0]
         K, L = (
-            reference.kernel(v, v, one.name, ops._parameters(one, sigma_of(one, v), DOUBLE)) for v in (t["s"], t["t"])
+            reference.kernel(v, v, one.name, ops._parameters(one, sigma_of(one, v))) for v in (t["s"], t["t"])
         )
         distance, norm = (K - L).norm().detach(), L.norm().detach()
         return (K.square().sum() + L.square().sum()) / (distance * norm)

@@ -73,11 +73,11 @@ def poisoned(probe: Probe) -> Iterator[Result]:
     yield from probe.alike("poison", "", got)
 
 
-_LAYOUTS = {
-    "strided": lambda t: torch.stack([t, t + 1], -1).flatten(-2)[..., ::2],
+_LAYOUTS = {  # NaN between what is seen, not even to be multiplied by 0
+    "strided": lambda t: torch.stack([t, t * math.nan], -1).flatten(-2)[..., ::2],
     "transposed": lambda t: t.mT.contiguous().mT,
-    "offset": lambda t: torch.cat([t[..., :1] + 1, t], -1)[..., 1:],
-    "row slice": lambda t: torch.cat([t, t * 2], -2)[..., : t.shape[-2], :],
+    "offset": lambda t: torch.cat([t[..., :1] * math.nan, t], -1)[..., 1:],
+    "row slice": lambda t: torch.cat([t, t * math.nan], -2)[..., : t.shape[-2], :],
     "windows": lambda t: t.flatten(-2)[..., : sum(t.shape[-2:]) - 1].unfold(-1, t.shape[-1], 1),
 }
 

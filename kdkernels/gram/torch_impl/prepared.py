@@ -22,6 +22,8 @@ from ..kernels import KernelSpec
 from ..scales import outside
 
 FAR = 16  # |z_i|^2 over sigma^2 from which the rounding of a near pair's distance, a difference of squares, would show
+NEAR = 1 / 128  # d2 over |z_i|^2 + |z_j|^2 below which the direction z_i - z_j over d, a laplacian's slope, would show it
+PAIRS = 1 << 18  # numbers of rows of near pairs at a time
 
 
 class Prepared(NamedTuple):
@@ -222,7 +224,8 @@ def side_of(P: Prepared, spec: KernelSpec, stable: bool) -> Tiled:
 
 def product(side: Tiled, i, j) -> torch.Tensor:
     """t on rows i and columns j (slices or index tensors)."""
-    return rounded(side, side.left[..., i, :] @ side.right[..., j, :].mT, i, j)
+    t = side.left[..., i, :] @ side.right[..., j, :].mT
+    return rounded(side, t, side.P.z[..., i, :], side.P.z[..., j, :], i, j)
 
 
 def product_of(side: Tiled, zi, zj, i, j) -> torch.Tensor:
@@ -231,21 +234,39 @@ def product_of(side: Tiled, zi, zj, i, j) -> torch.Tensor:
     if side.spec.of_distance:
         half = side.P.square / 2
         t = t.sub_(half[..., i][..., None]).sub_(half[..., j][..., None, :])
-    return rounded(side, t, i, j)
+    return rounded(side, t, zi, zj, i, j)
 
 
-def rounded(side: Tiled, t, i, j) -> torch.Tensor:
+def rounded(side: Tiled, t, zi, zj, i, j) -> torch.Tensor:
     """A squared distance is not negative, and that of a row to itself 0."""
     if not side.spec.of_distance:
         return t
-    if side.spec.name == "laplacian":  # it has a cusp at 0: what is only the rounding of a zero distance becomes zero
-        s = side.P.square
-        floor = -16 * torch.finfo(t.dtype).eps * (s[..., i][..., None] + s[..., j][..., None, :])
-        t = torch.where(t > floor, torch.zeros_like(t), t)
+    same = isinstance(i, slice) and isinstance(j, slice) and i.start == j.start
+    if same:
+        t.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)  # no near pair
+    if side.spec.name == "laplacian":
+        half = side.P.square / 2
+        t = at_the_cusp(t, zi, zj, half[..., i], half[..., j])
     else:
         t.clamp_(max=0)
-    if isinstance(i, slice) and isinstance(j, slice) and i.start == j.start:
+    if same:
         t.diagonal(dim1=-2, dim2=-1).zero_()
+    return t
+
+
+def at_the_cusp(t, zi, zj, half_i, half_j):
+    """t = -d2/2 of a laplacian, which has a cusp at 0, as a difference of half = |z|^2 / 2, in place.
+
+    The CPU subtracts the rows of near pairs. Elsewhere what is only the rounding of a zero distance becomes zero.
+    """
+    if t.is_cpu and (t.numel() == 0 or t.amax() <= -NEAR * (half_i.amax() + half_j.amax())):
+        return t
+    size = half_i[..., None] + half_j[..., None, :]
+    if not t.is_cpu:
+        return t.masked_fill_(t > -16 * torch.finfo(t.dtype).eps * size, 0.0)
+    for pairs in (t > -NEAR * size).nonzero().split(max(1, PAIRS // zi.shape[-1])):
+        *group, i, j = pairs.unbind(-1)
+        t[*group, i, j] = (zi[*group, i] - zj[*group, j]).square().sum(-1) / -2
     return t
 
 
