@@ -349,13 +349,13 @@ def judge(case):
     return {"value": found["value"]} if overflows else found
 
 
-def fails(case):
-    """What to say of a case, or nothing."""
+def fails(case, granted=1.0):
+    """What to say of a case, or nothing; granted: budgets."""
     try:
         found = judge(case)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return ", ".join(f"{part} {ratio:.3g} of its budget" for part, ratio in found.items() if not ratio <= 1)
+    return ", ".join(f"{part} {ratio:.3g} of its budget" for part, ratio in found.items() if not ratio <= granted)
 
 
 def main(arguments=None):

@@ -59,3 +59,11 @@ def test_a_planted_fault_is_found(monkeypatch, family, fault):
 @pytest.mark.parametrize("seed", range(40))
 def test_a_case_takes_half_its_budget_at_most(seed):
     assert worst(fuzz.draw_case(seed)) <= 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(40, 640, 25))
+def test_the_fuzzer_finds_nothing(first):
+    """Twice a budget: one drawn case of a thousand needs a little more than one, elsewhere perhaps another."""
+    found = {seed: fuzz.fails(fuzz.draw_case(seed), granted=2) for seed in range(first, first + 25)}
+    assert {seed: said for seed, said in found.items() if said} == {}

@@ -94,8 +94,7 @@ def hsic_one(x, y, kernels, unbiased, center, row_normalize):
 
 def cka_one(x, y, kernels, unbiased, center, row_normalize):
     K, L = (M / largest(M) for M in gram_pair(x, y, kernels, row_normalize))
-    kk, ll = hsic_of(K, K, unbiased, center), hsic_of(L, L, unbiased, center)
-    kl = hsic_of(K, L, unbiased, center)
+    kk, ll, kl = (hsic_of(A, B, unbiased, center) for A, B in ((K, K), (L, L), (K, L)))
     # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN
     least = (8 * torch.finfo(K.dtype).eps / max(len(K) - 1, 1)) ** 2
     if not (kk > least * K.square().sum() and ll > least * L.square().sum()):

@@ -20,6 +20,8 @@ from .call import Question, Side
 from .landmarks import Landmarks
 
 X, Z, SIGMA = 1, 2, 4  # bits of `need` of one side
+CENTRED = ("cka", "hsic")
+FAR_OFF = 2**-8  # the spread of landmarks, as a share of their squared mean, from which centring takes float32's digits
 CHUNK = 4096  # rows of a chunk on a CPU: 4 MB of features at m = 256 stay in its caches
 CHUNK_BYTES = 256 << 20  # of one [rows, m] panel on a GPU
 
@@ -35,10 +37,11 @@ def prepared_landmarks(side: Side, question: Question, dtype, *factor) -> Landma
     """The landmarks of a side in the dtype of the work: float64 where float32 does not do and the backend takes it."""
     s = landmarks.prepare(side, question, dtype, *factor)
     takes_any = getattr(implementation(__package__, question.backend), "TAKES_ANY_DTYPE", False)
-    return landmarks.prepare(side, question, torch.float64, *factor) if takes_any and unfit(side.rows, s) else s
+    unfit = takes_any and (outside_float32(side.rows, s) or (question.stat in CENTRED and far_off(s)))
+    return landmarks.prepare(side, question, torch.float64, *factor) if unfit else s
 
 
-def unfit(rows, s: Landmarks) -> bool:
+def outside_float32(rows, s: Landmarks) -> bool:
     """Whether squares of rows or landmarks leave float32, or landmarks are far apart under a narrow kernel: distances
     to near ones are then rounded away. Asked on the CPU only: a GPU would have to wait for the answer."""
     if not s.z.is_cpu or s.z.dtype != torch.float32 or s.spec.name == "cosine" or rows.numel() == 0:
@@ -48,6 +51,14 @@ def unfit(rows, s: Landmarks) -> bool:
     if outside(torch.stack([square, mean]), 1e-30, 1e30):
         return True
     return s.spec.of_distance and square.item() > FAR * min(s.par.tolist()) ** 2
+
+
+def far_off(s: Landmarks) -> bool:
+    """Whether features of dot products hardly vary beside their mean, which a centred statistic takes from them."""
+    if not s.z.is_cpu or s.z.dtype != torch.float32 or s.spec.of_distance:
+        return False
+    mean = s.z.mean(0).square().sum()
+    return bool(2 * s.half.mean() - mean < FAR_OFF * mean)
 
 
 class Pulled(NamedTuple):

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 JITTER = 1e-6
+TEXTBOOK = torch.float64  # of statistics on the backend reference: off the origin their sums cancel
 
 
 def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JITTER, backend="auto") -> torch.Tensor:
@@ -71,7 +72,8 @@ def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JI
     side = Side(x, landmarks, sigma_of(one, x.double() if wide else x), one)
     if question.backend != "reference":
         return features(side, question)
-    return _reference_features(side, question).to(torch.promote_types(x.dtype, landmarks.dtype))
+    phi = _reference_features(side, question, at_least_float32(x, landmarks))
+    return phi.to(torch.promote_types(x.dtype, landmarks.dtype))
 
 
 def select_landmarks(
@@ -221,7 +223,7 @@ def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
     dtype = at_least_float32(s, t)
     if chosen == "reference":
         with without_autocast(device_type(s)):
-            return _reference_quality(s.double(), t.double(), kernels).to(dtype)
+            return _reference_quality(s.to(dtype), t.to(dtype), kernels)
     s, t = s.double(), t.double()
     names = [k.name for k in kernels]
     if names[0] == names[1] and names[0] in ("linear", "cosine"):
@@ -258,19 +260,19 @@ def _answer(question: Question, rows: Rows, group) -> torch.Tensor:
         return _reference_statistic(call)
 
 
-def _parameters(kernel: Kernel, sigma):
+def _parameters(kernel: Kernel, sigma, dtype):
     """What the textbook takes: numbers, or the bandwidth tensor."""
     if sigma is not None:
-        return [sigma.double().reshape(())]
+        return [sigma.to(dtype).reshape(())]
     return [float(value) for value in kernel.code.split(":")[1:]]
 
 
-def _reference_features(side: Side, question: Question):
+def _reference_features(side: Side, question: Question, dtype):
     *tensors, kernel = side
 
     def features(x, z, sigma):
-        params = _parameters(kernel, sigma)
-        return reference.features(x.double(), z.double(), kernel.name, params, question.whiten, question.jitter)
+        params = _parameters(kernel, sigma, dtype)
+        return reference.features(x.to(dtype), z.to(dtype), kernel.name, params, question.whiten, question.jitter)
 
     return in_pytorch(features, tensors)
 
@@ -283,7 +285,8 @@ def _reference_statistic(call: Call):
     if sides[0].rows.shape[0] == 0:
         tensors = (t for side in sides for t in side[:3] if t is not None)
         return reference.nothing(*(t.to(dtype) for t in tensors)).to(dtype)
-    phi, psi = (_reference_features(side, question) for side in sides)
+    wide = torch.promote_types(dtype, TEXTBOOK)
+    phi, psi = (_reference_features(side, question, wide) for side in sides)
     if question.stat == "transfer":
         return reference.transfer(phi, psi, question.normalize).to(dtype)
     return (reference.cka if question.stat == "cka" else reference.hsic)(phi, psi, question.unbiased).to(dtype)
@@ -291,7 +294,7 @@ def _reference_statistic(call: Call):
 
 def _reference_quality(s, t, kernels):
     matrices = {
-        id(v): reference.kernel(v, v, k.name, _parameters(k, sigma_of(k, v)))
+        id(v): reference.kernel(v, v, k.name, _parameters(k, sigma_of(k, v), v.dtype))
         for v, k in zip((s, t), kernels, strict=True)
     }
     return reference.transfer_quality(s, t, lambda v: matrices[id(v)])
@@ -304,7 +307,7 @@ def _reference_selection(x, m, method, kernel, sigma, u, mask):
     if method == "kmeans++":
         columns = lambda i: reference.squared_distances(x - x.mean(0), x[i : i + 1] - x.mean(0))[:, 0]  # noqa: E731
         return reference.select(x, m, method, columns, torch.ones_like(x[:, 0]), u, keep)
-    params = _parameters(kernel, sigma)
+    params = _parameters(kernel, sigma, x.dtype)
     columns = lambda i: reference.kernel(x, x[i : i + 1], kernel.name, params)[:, 0]  # noqa: E731
     diagonal = torch.cat([columns(i)[i : i + 1] for i in range(len(x))])
     return reference.select(x, m, method, columns, diagonal, u, keep)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The textbook of the Nystrom family: one line per equation of MATH.md, plain autograd, n x n where it is written so.
 
-Letters: C = k(X, Z), W = k(Z, Z), Phi = C W^(-1/2), K~ = Phi Phi'. Everything is float64.
+Letters: C = k(X, Z), W = k(Z, Z), Phi = C W^(-1/2), K~ = Phi Phi'. Statistics are float64; features have the dtype of
+the rows, at least float32, and W is formed and factored in float64, as the definition of the op says.
 """
 
 import torch
@@ -40,13 +41,15 @@ def squared_distances(x, z):
 
 def features(x, z, name, params, whiten, jitter):
     """Phi [n, m]: Phi Phi' = C W^+ C'. NaN if a landmark holds it."""
-    W, C = kernel(z, z, name, params), kernel(x, z, name, params)
+    wide = [p.double() if isinstance(p, torch.Tensor) else p for p in params]
+    W = kernel(z.double(), z.double(), name, wide)
+    C = kernel(x, z, name, params)
     if not W.isfinite().all():
         return C * torch.nan
     if whiten == "cholesky":
         R = torch.linalg.cholesky(jittered(W, jitter))
-        return torch.linalg.solve_triangular(R.T, C, upper=True, left=False)
-    return C @ inverse_root(W, jitter)
+        return torch.linalg.solve_triangular(R.T.to(C.dtype), C, upper=True, left=False)
+    return C @ inverse_root(W, jitter).to(C.dtype)
 
 
 def jittered(W, jitter):
@@ -73,14 +76,20 @@ def whitener(W, whiten, jitter):
 
 
 def hsic_of(K, L, unbiased):
-    """HSIC_1 (Song et al. 2012) if unbiased, else tr(K H L H)/(n-1)^2."""
+    """HSIC_1 (Song et al. 2012), a sum over U-centred matrices, if unbiased, else tr(K H L H)/(n-1)^2."""
     n = len(K)
     if unbiased:
-        K, L = K - K.diagonal().diag(), L - L.diagonal().diag()
-        cross = (K * L).sum() + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (K.sum(0) * L.sum(0)).sum()
-        return cross / (n * (n - 3))
+        off = 1 - torch.eye(n, dtype=K.dtype, device=K.device)
+        K, L = (u_centred(A * off) * off for A in (K, L))
+        return (K * L).sum() / (n * (n - 3))
     H = torch.eye(n, dtype=K.dtype, device=K.device) - 1 / n
     return (H @ K @ H * L).sum() / (n - 1) ** 2
+
+
+def u_centred(K):
+    """K_ij - (K_i. + K_.j) / (n - 2) + K.. / ((n - 1) (n - 2)) (Szekely & Rizzo 2014)."""
+    n, rows = len(K), K.sum(0)
+    return K - (rows[:, None] + rows) / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
 
 
 def hsic(phi, psi, unbiased):
@@ -89,12 +98,10 @@ def hsic(phi, psi, unbiased):
 
 def cka(phi, psi, unbiased):
     K, L = phi @ phi.T, psi @ psi.T
-    kk, ll, kl = hsic_of(K, K, unbiased), hsic_of(L, L, unbiased), hsic_of(K, L, unbiased)
-    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN. kk itself would not tell: its
-    # terms cancel to eps |K|^2, not to its square
-    H = torch.eye(len(K), dtype=K.dtype, device=K.device) - 1 / len(K)
-    least = (32 * torch.finfo(K.dtype).eps) ** 2
-    if not all((H @ A @ H).square().sum() > least * A.square().sum() for A in (K, L)):
+    kk, ll, kl = (hsic_of(A, B, unbiased) for A, B in ((K, K), (L, L), (K, L)))
+    # a side whose centred matrix is rounding is constant: 0 by convention; NaN stays NaN
+    least = (32 * torch.finfo(K.dtype).eps / max(len(K) - 1, 1)) ** 2
+    if not (kk > least * K.square().sum() and ll > least * L.square().sum()):
         undefined = kk * ll * kl
         return undefined if undefined.isnan() else nothing(phi, psi)
     return kl / (kk.sqrt() * ll.sqrt())

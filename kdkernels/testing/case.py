@@ -41,6 +41,7 @@ class Case(NamedTuple):
     ruled: bool = False  # by a number that follows from the inputs and is detached: differences would see it move
     alike: int | None = -1  # the dimension along which a probe stays well conditioned where all entries are alike
     context: Callable = contextlib.nullcontext  # forces a path of the implementation, for instance small tiles
+    textbook: Callable = contextlib.nullcontext  # in which the reference rounds as its inputs do, where it is wider
 
     @property
     def floats(self) -> list[str]:

@@ -126,10 +126,14 @@ class Yardstick:
 
     def __init__(self, case: Case, inputs, backend: str, weights=alternating, coarsest: torch.dtype = torch.float32):
         self.case, self.inputs, self.oracle = case, inputs, oracle_of(case, inputs, weights)
-        self.own = evaluate(case, inputs, "reference", self.oracle.upstream)
+        self.own = self._textbook(inputs)
         self.caps = TEXTBOOK if backend == "reference" else case.caps(coarsest)
         self.eps = torch.finfo(coarsest).eps
         self._worst, self._ways = [], torch.Generator().manual_seed(0)
+
+    def _textbook(self, inputs) -> Outcome:
+        with self.case.textbook():
+            return evaluate(self.case, inputs, "reference", self.oracle.upstream)
 
     def _parts(self, run: Outcome, want: Outcome | Oracle) -> Iterator[tuple]:
         """(name, of the run, what is wanted, the size of its terms, its cap) of the value and of each gradient."""
@@ -154,7 +158,7 @@ class Yardstick:
         worst, run = dict(self._worst[-1]), functools.partial(evaluate, self.case, backend="reference")
         double, single = doubled(self.case, self.inputs), torch.finfo(torch.float32).eps
         inputs = moved(self.case, self.inputs, self._ways)
-        own = run(inputs, upstream=self.oracle.upstream)
+        own = self._textbook(inputs)
         want = run(doubled(self.case, inputs), upstream=self.oracle.upstream)
         near = run(moved(self.case, double, self._ways, single), upstream=self.oracle.upstream)
         for factor, errors in ((1, self.errors(own, want)), (STEPS / 2, self.errors(near, self.oracle))):

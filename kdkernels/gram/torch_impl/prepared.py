@@ -22,7 +22,7 @@ from ..kernels import KernelSpec
 from ..scales import outside
 
 FAR = 16  # |z_i|^2 over sigma^2 from which the rounding of a near pair's distance, a difference of squares, would show
-NEAR = 1 / 128  # d2 over |z_i|^2 + |z_j|^2 below which the direction z_i - z_j over d, a laplacian's slope, would show it
+NEAR = 1 / 128  # d2 over |z_i|^2 + |z_j|^2 below which it would show in a laplacian's slope, (z_i - z_j) / d
 PAIRS = 1 << 18  # numbers of rows of near pairs at a time
 
 
@@ -266,7 +266,7 @@ def at_the_cusp(t, zi, zj, half_i, half_j):
         return t.masked_fill_(t > -16 * torch.finfo(t.dtype).eps * size, 0.0)
     for pairs in (t > -NEAR * size).nonzero().split(max(1, PAIRS // zi.shape[-1])):
         *group, i, j = pairs.unbind(-1)
-        t[*group, i, j] = (zi[*group, i] - zj[*group, j]).square().sum(-1) / -2
+        t[(*group, i, j)] = (zi[(*group, i)] - zj[(*group, j)]).square().sum(-1) / -2
     return t
 
 
