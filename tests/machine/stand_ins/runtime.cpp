@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // In the place of the CUDA runtime, for the launch code of csrc/ as it is compiled: it remembers which kernel stands
-// behind which function, gives every launch to the machine (machine/cuda_device.py), and knows one device. What the real
-// runtime refuses is refused here, too.
+// behind which function, gives every launch to the machine (machine/cuda_device.py), and knows one device. What the
+// real runtime refuses is refused here, too.
 #include <cuda_runtime_api.h>
 
 #include <map>
