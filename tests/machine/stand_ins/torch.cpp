@@ -49,7 +49,8 @@ static void remember(AtenTensorHandle tensor, const void* begin, bool writable) 
 
 extern "C" {
 
-__attribute__((visibility("default"))) void machine_set_device(const char* (*run)(const machine::Launch*), int architecture, std::size_t shared) {
+__attribute__((visibility("default"))) void machine_set_device(const char* (*run)(const machine::Launch*),
+                                                               int architecture, std::size_t shared) {
   machine::device() = {run, architecture, shared};
 }
 
