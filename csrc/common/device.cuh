@@ -5,6 +5,7 @@
 //   atomicAdd (int, unsigned, unsigned long long)  __clz __ffs __popc
 //   __half2float __bfloat162float __float2half_rn __float2bfloat16_rn __half_as_ushort __ushort_as_half and bfloat16's
 //   __float_as_uint __uint_as_float __double_as_longlong __longlong_as_double  exp expm1 log sqrt llrint fabs fmax
+//   fma __fdividef
 #pragma once
 
 #ifdef KDK_SIMT

@@ -73,19 +73,30 @@ __device__ __forceinline__ Value load(const void* p, int dtype, int64_t at) {
 }
 
 // a double is rounded once
+__device__ __forceinline__ void put(__half& to, double v) { to = __double2half(v); }
+__device__ __forceinline__ void put(__nv_bfloat16& to, double v) { to = __double2bfloat16(v); }
+__device__ __forceinline__ void put(float& to, double v) { to = static_cast<float>(v); }
+__device__ __forceinline__ void put(double& to, double v) { to = v; }
+
+// go(p), p the typed results of rows that are worked on in Value: the dtype is looked at once, not for each element
+template <class Value, class Go>
+__device__ __forceinline__ void with_results(void* p, int dtype, Go go) {
+  if constexpr (sizeof(Value) == 8) {
+    go(static_cast<double*>(p));
+  } else if (dtype == kFloat) {
+    go(static_cast<float*>(p));
+  } else if (dtype == kBfloat16) {
+    go(static_cast<__nv_bfloat16*>(p));
+  } else {
+    go(static_cast<__half*>(p));
+  }
+}
+
 __device__ __forceinline__ void store(void* p, int dtype, int64_t at, double v) {
-  switch (dtype) {
-    case kHalf:
-      static_cast<__half*>(p)[at] = __double2half(v);
-      break;
-    case kBfloat16:
-      static_cast<__nv_bfloat16*>(p)[at] = __double2bfloat16(v);
-      break;
-    case kFloat:
-      static_cast<float*>(p)[at] = static_cast<float>(v);
-      break;
-    default:
-      static_cast<double*>(p)[at] = v;
+  if (dtype == kDouble) {
+    put(static_cast<double*>(p)[at], v);
+  } else {
+    with_results<float>(p, dtype, [&](auto* typed) { put(typed[at], v); });
   }
 }
 

@@ -1,135 +1,257 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over the blocks of a row in any order of its elements, with the same bits in every run: fixed point, integer
-// atomics. Summands lie in [-1, 1]; one is rounded to 2^-33 (narrow: two native 32-bit shared atomics, rows up to
-// 32,768) or 2^-(62 - log2 n) (wide: one 64-bit atomic, emulated by a loop in shared memory, for float64 and rows in
-// global memory). A row whose elements share a block would queue at one address: equal slots of a warp are added up
-// first.
+// atomics. Summands are less than 2 in size, scaled by a power of two. Three pools, which offer the same:
+//   SmallPool   rows up to 1,024 in shared memory: parts of 2^-31, a sum and its count in two 32-bit words
+//   NarrowPool  rows up to 32,768 in shared memory: parts of 2^-31, the sum in two words, the count in a third
+//   WidePool    float64, and rows in global memory: parts of 2^-(61 - log2 n), one 64-bit atomic, which in shared
+//               memory is emulated by a loop
+// One without counts (`counted` false) takes less memory. After `settle` what the elements of a block share lies over
+// its sum.
 #pragma once
 
 #include "../common/group.cuh"
+#include "../common/numbers.cuh"
 
 namespace kdkernels {
 
-constexpr int kNarrowRow = 32768;   // |high| <= 2^15 and low < 2^17: sums of 2^15 of them fit 32 bits
-constexpr int kPoolSlotBytes = 12;  // 8 of the sum, 4 of the count
-constexpr int kSharedSlots = 2;     // groups of equal slots that a warp adds up before it goes one by one
+constexpr int kSmallRow = 1024;
+constexpr int kNarrowRow = 32768;
 
 // blocks of two or more start at least two apart: the slot of a block is half its start
 __host__ __device__ inline int pool_slots(int n) { return (n + 1) / 2; }
 
-template <bool kWide>
-struct Pool {
-  unsigned long long* sum;  // narrow: [slots] low words, then [slots] high words
-  int* count;
-  int slots;
-  int bits;  // wide: places after the point
+struct Total {
+  double sum;  // in parts
+  int count;   // of what was counted
+};
 
-  __device__ static Pool at(void* memory, int n) {
-    const int slots = pool_slots(n);
-    auto* sum = static_cast<unsigned long long*>(memory);
-    return {sum, reinterpret_cast<int*>(sum + slots), slots, 30 + __clz(n)};
+// two words of 32 bits an array apart hold a double
+__device__ __forceinline__ double joined_words(unsigned low, unsigned high) {
+  return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(high) << 32 | low));
+}
+__device__ __forceinline__ void split_double(double v, unsigned& low, unsigned& high) {
+  const long long bits = __double_as_longlong(v);
+  low = static_cast<unsigned>(bits);
+  high = static_cast<unsigned>(bits >> 32);
+}
+
+struct SmallPool {
+  // 2^43 + q, q the part: its last 22 bits, and those above. Sums of 1,024 of either fit their words, and leave the
+  // count above bit 43
+  struct Part {
+    unsigned low, high;
+    __device__ static Part none() { return {0, 0}; }
+    __device__ Part then(const Part& next) const { return {low + next.low, high + next.high}; }
+    __device__ Part over_warp() const {
+      return {__reduce_add_sync(kAllLanes, low), __reduce_add_sync(kAllLanes, high)};
+    }
+  };
+  unsigned* word;
+  int apart;  // of the two words
+
+  __host__ __device__ static size_t bytes(int n, bool) {
+    return (static_cast<size_t>(8) * pool_slots(n) + 15) / 16 * 16;
   }
-  __device__ __forceinline__ unsigned* low() const { return reinterpret_cast<unsigned*>(sum); }
-  __device__ __forceinline__ int* high() const { return reinterpret_cast<int*>(sum) + slots; }
+  __device__ static SmallPool at(void* memory, int n) { return {static_cast<unsigned*>(memory), pool_slots(n)}; }
 
+  __device__ __forceinline__ double one() const { return 0x1p31; }
+  // the last place of the sum is 2: its bits are those of 2^43 + q
+  __device__ __forceinline__ Part part(double u, double scale) const {
+    const long long bits = __double_as_longlong(fma(u, scale * 0x1p32, 0x1p53 + 0x1p44));
+    return {static_cast<unsigned>(bits) & 0x3FFFFFu, static_cast<unsigned>(bits >> 22)};
+  }
+  template <bool kCount, bool kSum>
+  __device__ __forceinline__ void put(int slot, const Part& part) const {
+    static_assert(kCount && kSum);
+    atomicAdd(word + slot, part.low);
+    atomicAdd(word + apart + slot, part.high);
+  }
+  __device__ __forceinline__ Total total(int slot) const {
+    const long long all = (static_cast<long long>(word[apart + slot]) << 22) + word[slot];
+    const long long count = (all + (1ll << 42)) >> 43;
+    return {whole(all - (count << 43)), static_cast<int>(count)};
+  }
+  __device__ __forceinline__ void settle(int slot, double v) const { split_double(v, word[slot], word[apart + slot]); }
+  __device__ __forceinline__ double shared(int slot) const { return joined_words(word[slot], word[apart + slot]); }
   template <int T>
-  __device__ void clear(const Group<T>& group) const {
-    for (int i = group.rank(); i < slots; i += T) {
-      sum[i] = 0;
-      count[i] = 0;
-    }
+  __device__ void clear(const Group<T>& group, int slots, bool) const {
+    for (int i = group.rank(); i < slots; i += T) word[i] = word[apart + i] = 0;
     group.sync();
-  }
-
-  // all lanes of a warp call; those without a part have active = false
-  template <bool kCount, bool kSum>
-  __device__ void add(int slot, bool active, double part) const {
-    const double scale = kWide ? static_cast<double>(1ull << bits) : 0x1p32;
-    const long long q = kSum && active ? llrint(part * scale) : 0;
-    const unsigned q_low = static_cast<unsigned>(q) & 0x1FFFFu;
-    const int q_high = static_cast<int>(q >> 17);
-#pragma unroll 1
-    for (int round = 0; round < kSharedSlots; ++round) {
-      const unsigned left = __ballot_sync(kAllLanes, active);
-      if (!left) return;
-      const int leader = __ffs(static_cast<int>(left)) - 1;
-      const int wanted = __shfl_sync(kAllLanes, slot, leader);  // all lanes take part, the idle ones too
-      const bool same = active && slot == wanted;
-      const unsigned members = __ballot_sync(kAllLanes, same);
-      if (__popc(members) < 3) break;
-      long long total = 0;
-      unsigned total_low = 0;
-      int total_high = 0;
-      if (kSum && kWide) {
-        total = same ? q : 0;
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-      } else if (kSum) {
-        total_low = __reduce_add_sync(kAllLanes, same ? q_low : 0u);
-        total_high = __reduce_add_sync(kAllLanes, same ? q_high : 0);
-      }
-      if (Group<32>::lane() == leader) put<kCount, kSum>(slot, total, total_low, total_high, __popc(members));
-      active = active && !same;
-    }
-    if (active) put<kCount, kSum>(slot, q, q_low, q_high, 1);
-  }
-
-  template <bool kCount, bool kSum>
-  __device__ __forceinline__ void put(int slot, long long q, unsigned q_low, int q_high, int c) const {
-    if (kSum && kWide) atomicAdd(sum + slot, static_cast<unsigned long long>(q));
-    if (kSum && !kWide) {
-      atomicAdd(low() + slot, q_low);
-      atomicAdd(high() + slot, q_high);
-    }
-    if (kCount) atomicAdd(count + slot, c);
-  }
-
-  __device__ __forceinline__ double total(int slot) const {
-    if (kWide) return static_cast<double>(static_cast<long long>(sum[slot])) / static_cast<double>(1ull << bits);
-    return (static_cast<double>(high()[slot]) * 0x1p17 + static_cast<double>(low()[slot])) * 0x1p-32;
   }
 };
 
-// J u of one row, J = d rank / d theta. each(visit) calls visit(i, u, r, name) as often in every lane of a warp, with
-// name -1 where there is nothing; store(i, g) takes what it gives. u is scaled by the row's largest
-template <bool kKl, bool kWide, int T, class Each, class Store>
-__device__ void rank_gradient(const Group<T>& group, const Pool<kWide>& pool, double eps, Each each, Store store) {
-  double largest = 0.0;
-  bool finite = true;
-  pool.clear(group);
-  each([&](int, double u, double, int name) {
-    if (name >= 0) {
-      finite = finite && isfinite(u);
-      largest = fmax(largest, fabs(u));
+struct NarrowPool {
+  struct Part {
+    unsigned low;  // 17 bits of one part; |high| <= 2^15
+    int high, count;
+    __device__ static Part none() { return {0, 0, 0}; }
+    __device__ Part then(const Part& next) const { return {low + next.low, high + next.high, count + next.count}; }
+    __device__ Part over_warp() const {
+      return {__reduce_add_sync(kAllLanes, low), __reduce_add_sync(kAllLanes, high),
+              __reduce_add_sync(kAllLanes, count)};
     }
-    if (kKl) pool.template add<true, false>(name >> 1, name >= 0, 0.0);
-  });
-  largest = group.reduce(largest, [](double a, double b) { return fmax(a, b); });
-  const double unit = group.any(!finite) ? static_cast<double>(NAN) : largest > 0.0 ? largest : 1.0;
-  // R_B = sum_B w is known exactly from where the block stands
-  auto weight = [&](double r, int name) {
-    const double c = pool.count[name >> 1];
-    return r / (0.5 * c * (2 * name + c + 1));
   };
-  group.sync();
-  if (isfinite(unit)) {
-    each([&](int, double u, double r, int name) {
-      double part = 0.0;
-      if (name >= 0) part = kKl ? fmin(weight(r, name), 1.0) * (u / unit) : u / unit;
-      pool.template add<!kKl, true>(name >> 1, name >= 0, part);
-    });
+  unsigned* low;
+  int* high;
+  int* count;
+
+  __host__ __device__ static size_t bytes(int n, bool counted) {
+    return (static_cast<size_t>(counted ? 12 : 8) * pool_slots(n) + 15) / 16 * 16;
   }
-  group.sync();
-  // l2: (u - mean_B u) / eps;  kl: r (u - sum_B r u / R_B) / eps
-  each([&](int i, double u, double r, int name) {
-    double g = 0.0;
-    if (name >= 0) {
-      const double total = pool.total(name >> 1);
-      g = kKl ? r * (u / unit - total) : u / unit - total / pool.count[name >> 1];
-      g *= unit;
+  __device__ static NarrowPool at(void* memory, int n) {
+    auto* words = static_cast<int*>(memory);
+    return {reinterpret_cast<unsigned*>(words), words + pool_slots(n), words + 2 * pool_slots(n)};
+  }
+  __device__ __forceinline__ double one() const { return 0x1p31; }
+  __device__ __forceinline__ Part part(double u, double scale) const {
+    const long long q = rounded(u, scale * 0x1p31);
+    return {static_cast<unsigned>(q) & 0x1FFFFu, static_cast<int>(q >> 17), 1};
+  }
+  template <bool kCount, bool kSum>
+  __device__ __forceinline__ void put(int slot, const Part& part) const {
+    if (kSum) atomicAdd(low + slot, part.low);
+    if (kSum) atomicAdd(high + slot, part.high);
+    if (kCount) atomicAdd(count + slot, part.count);
+  }
+  __device__ __forceinline__ Total total(int slot) const {
+    return {fma(static_cast<double>(high[slot]), 0x1p17, static_cast<double>(low[slot])), count[slot]};
+  }
+  __device__ __forceinline__ void settle(int slot, double v) const {
+    unsigned above;
+    split_double(v, low[slot], above);
+    high[slot] = static_cast<int>(above);
+  }
+  __device__ __forceinline__ double shared(int slot) const {
+    return joined_words(low[slot], static_cast<unsigned>(high[slot]));
+  }
+  template <int T>
+  __device__ void clear(const Group<T>& group, int slots, bool counted) const {
+    for (int i = group.rank(); i < slots; i += T) {
+      low[i] = 0, high[i] = 0;
+      if (counted) count[i] = 0;
     }
-    store(i, eps == 0.0 ? 0.0 : g / eps);
-  });
+    group.sync();
+  }
+};
+
+struct WidePool {
+  struct Part {
+    long long sum;
+    int count;
+    __device__ static Part none() { return {0, 0}; }
+    __device__ Part then(const Part& next) const { return {sum + next.sum, count + next.count}; }
+    __device__ Part over_warp() const {
+      Part all = *this;
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) all.sum += __shfl_xor_sync(kAllLanes, all.sum, step);
+      all.count = __reduce_add_sync(kAllLanes, count);
+      return all;
+    }
+  };
+  unsigned long long* sum;
+  int* count;
+  int bits;  // places after the point
+
+  __host__ __device__ static size_t bytes(int n, bool counted) {
+    return (static_cast<size_t>(counted ? 12 : 8) * pool_slots(n) + 15) / 16 * 16;
+  }
+  __device__ static WidePool at(void* memory, int n) {
+    auto* sum = static_cast<unsigned long long*>(memory);
+    return {sum, reinterpret_cast<int*>(sum + pool_slots(n)), 29 + __clz(n)};
+  }
+  __device__ __forceinline__ double one() const { return static_cast<double>(1ull << bits); }
+  __device__ __forceinline__ Part part(double u, double scale) const { return {llrint(u * scale * one()), 1}; }
+  template <bool kCount, bool kSum>
+  __device__ __forceinline__ void put(int slot, const Part& part) const {
+    if (kSum) atomicAdd(sum + slot, static_cast<unsigned long long>(part.sum));
+    if (kCount) atomicAdd(count + slot, part.count);
+  }
+  __device__ __forceinline__ Total total(int slot) const {
+    return {static_cast<double>(static_cast<long long>(sum[slot])), count[slot]};
+  }
+  __device__ __forceinline__ void settle(int slot, double v) const {
+    sum[slot] = static_cast<unsigned long long>(__double_as_longlong(v));
+  }
+  __device__ __forceinline__ double shared(int slot) const {
+    return __longlong_as_double(static_cast<long long>(sum[slot]));
+  }
+  template <int T>
+  __device__ void clear(const Group<T>& group, int slots, bool counted) const {
+    for (int i = group.rank(); i < slots; i += T) {
+      sum[i] = 0;
+      if (counted) count[i] = 0;
+    }
+    group.sync();
+  }
+};
+
+// of the largest |u|, a power of two 2^e and its reciprocal
+template <class Value>
+struct Unit {
+  static constexpr int kLeast = sizeof(Value) == 8 ? -1022 : -150;
+  double to, back;
+  __device__ static Unit of(double largest) {
+    const int e = max(kLeast, min(exponent_of(largest), 1022));
+    return {power_of_two(-e), power_of_two(e)};
+  }
+};
+
+// a block whose sum stays in registers of a warp: elements that share one would queue at its address
+template <class Pool>
+struct Frequent {
+  const Pool& pool;
+  int slot;
+  typename Pool::Part sum;
+
+  // the more frequent one of two among a warp's first elements, if any has one. All lanes call, each with the slot of
+  // its first element or -1
+  __device__ Frequent(const Pool& pool, int first) : pool(pool), slot(-1), sum(Pool::Part::none()) {
+    int most = 0;
+    bool other = first >= 0;
+#pragma unroll
+    for (int round = 0; round < 2; ++round) {
+      const int leader = __ffs(static_cast<int>(__ballot_sync(kAllLanes, other))) - 1;
+      const int found = __shfl_sync(kAllLanes, other ? first : -1, max(leader, 0));
+      const int count = __popc(__ballot_sync(kAllLanes, other && first == found));
+      if (count > most) {
+        most = count;
+        slot = found;
+      }
+      other = other && first != found;
+    }
+  }
+  template <bool kCount, bool kSum>
+  __device__ __forceinline__ void add(int where, const typename Pool::Part& part) {
+    if (where == slot) {
+      sum = sum.then(part);
+    } else if (where >= 0) {
+      pool.template put<kCount, kSum>(where, part);
+    }
+  }
+  // all lanes of a warp call
+  template <bool kCount, bool kSum>
+  __device__ void finish() {
+    const auto all = sum.over_warp();
+    if (slot >= 0 && Group<32>::lane() == 0) pool.template put<kCount, kSum>(slot, all);
+    sum = Pool::Part::none();
+  }
+  // goes over to another block. All lanes of a warp call
+  template <bool kCount, bool kSum>
+  __device__ __forceinline__ void follow(int where) {
+    if (where == slot) return;
+    finish<kCount, kSum>();
+    slot = where;
+  }
+};
+
+// the mean of every block over its sum; NaN in all where the unit is
+template <class Pool, int T>
+__device__ void settle_means(const Group<T>& group, const Pool& pool, int slots, double unit) {
+  const double part = 1.0 / pool.one();
+  for (int slot = group.rank(); slot < slots; slot += T) {
+    const Total total = pool.total(slot);
+    if (total.count || isnan(unit)) pool.settle(slot, quotient(total.sum, natural(total.count)) * part * unit);
+  }
 }
 
 }  // namespace kdkernels

@@ -174,14 +174,18 @@ void rank_rows(const RankCall& call, bool wide, const Device& device, Allocate a
        : launch_ranks_of<float>(call, device, allocate, stream);
 }
 
-// the kernels of a backward pass, by the threads of a row
+// the kernels of a backward pass, by the threads of a row, and the bytes of its sums
 template <class Value, bool kKl>
 struct RankBackward {
   template <bool kWide, int T>
   static auto kernel() {
     return rank_rows_backward_kernel<Value, kKl, kWide, T>;
   }
-  static size_t bytes(int n) { return pool_bytes_of(n, false); }
+  template <bool kWide, int T>
+  static size_t bytes(int n) {
+    using Pool = PoolOf<kWide, T, kKl>;
+    return Pool::bytes(room_of<Pool>(n), true);
+  }
 };
 template <class Value, bool kKl>
 struct SortBackward {
@@ -189,38 +193,43 @@ struct SortBackward {
   static auto kernel() {
     return sort_rows_backward_kernel<Value, kKl, kWide, T>;
   }
-  static size_t bytes(int n) { return pool_bytes_of(n, kKl); }
+  template <bool kWide, int T>
+  static size_t bytes(int n) {
+    using Pool = PoolOf<kWide, T, kKl>;
+    return (kKl ? 2 : 1) * Pool::bytes(room_of<Pool>(n), !kKl);
+  }
 };
 
-template <class Kernels, bool kWide, int T, class Allocate>
-void launch_backward(BackwardCall call, const Device& device, Allocate allocate, cudaStream_t stream) {
-  call.pool_bytes = Kernels::bytes(call.n);
-  size_t shared = slots_of<T>() * (Group<T>::kBytes + call.pool_bytes);
-  unsigned grid = grid_of(blocks_of(call.rows, slots_of<T>()));
-  if (shared > device.shared || device.forced == Schedule::kLong) {
-    shared = Group<T>::kBytes;
-    grid = grid_of(call.rows, 2 * kOutsideGrid);
-    call.pool = static_cast<unsigned char*>(allocate(grid * call.pool_bytes));
-  }
-  KDK_LAUNCH((Kernels::template kernel<kWide, T>()), grid, T * slots_of<T>(), shared, stream, call);
+// false: the sums do not fit into shared memory
+template <class Kernels, bool kWide, int T>
+bool launch_backward(BackwardCall call, const Device& device, cudaStream_t stream) {
+  call.pool_bytes = Kernels::template bytes<kWide, T>(call.n);
+  const size_t shared = slots_of<T>() * (Group<T>::kBytes + call.pool_bytes);
+  if (shared > device.shared || device.forced == Schedule::kLong) return false;
+  KDK_LAUNCH((Kernels::template kernel<kWide, T>()), grid_of(blocks_of(call.rows, slots_of<T>())), T * slots_of<T>(),
+             shared, stream, call);
+  return true;
+}
+template <class Kernels, class Allocate>
+void launch_outside_backward(BackwardCall call, Allocate allocate, cudaStream_t stream) {
+  constexpr int T = kOutsideThreads;
+  call.pool_bytes = Kernels::template bytes<true, T>(call.n);
+  const unsigned grid = grid_of(call.rows, 2 * kOutsideGrid);
+  call.pool = static_cast<unsigned char*>(allocate(grid * call.pool_bytes));
+  KDK_LAUNCH((Kernels::template kernel<true, T>()), grid, T, Group<T>::kBytes, stream, call);
 }
 
 template <class Value, class Kernels, class Allocate>
 void backward(const BackwardCall& call, const Device& device, Allocate allocate, cudaStream_t stream) {
   if constexpr (sizeof(Value) == 8) {
-    launch_backward<Kernels, true, kBlockThreads>(call, device, allocate, stream);
+    if (launch_backward<Kernels, true, kBlockThreads>(call, device, stream)) return;
   } else {
-    const bool narrow = call.n <= kNarrowRow && Group<64>::kBytes + Kernels::bytes(call.n) <= device.shared;
     const bool warp = device.forced == Schedule::kWarp || (device.forced == Schedule::kAuto &&
                                                            (call.rows >= kFewRows || call.n <= 128));
-    if (!narrow || device.forced == Schedule::kLong) {
-      launch_backward<Kernels, true, kLargeThreads>(call, device, allocate, stream);
-    } else if (warp && call.n <= 1024) {
-      launch_backward<Kernels, false, 32>(call, device, allocate, stream);
-    } else {
-      launch_backward<Kernels, false, kBlockThreads>(call, device, allocate, stream);
-    }
+    if (warp && call.n <= kSmallRow && launch_backward<Kernels, false, 32>(call, device, stream)) return;
+    if (call.n <= kNarrowRow && launch_backward<Kernels, false, kBlockThreads>(call, device, stream)) return;
   }
+  launch_outside_backward<Kernels>(call, allocate, stream);
 }
 
 template <class Allocate>

@@ -5,7 +5,9 @@
 //   d rho / dr = ((t - mu) / |t - mu| - rho (r - mu) / |r - mu|) / |r - mu|, then the Jacobian of the ranks
 #pragma once
 
-#include "pool.cuh"
+#include <type_traits>
+
+#include "rank_gradient.cuh"
 #include "soft_rank.cuh"
 
 namespace kdkernels {
@@ -39,22 +41,27 @@ __host__ __device__ inline size_t pair_bytes(int n, int shift) {
   return row_bytes<Value, T, kItems>(n, shift) + (2 * n * (sizeof(Value) + sizeof(int)) + 15) / 16 * 16;
 }
 
+// of one side: its ranks and the other's, both less mu
+template <class Value>
+struct Side {
+  const Value *own, *other;
+  const int* name;
+  double eps, mu, mixed, along;
+};
+
 template <class Value, bool kKl, int T>
-__device__ void gradient_of_side(const Group<T>& group, const Pool<sizeof(Value) == 8>& pool, double eps, int n,
-                                 const Value* own, const Value* other, const int* name, double mu, double mixed,
-                                 double along, Value* out) {
-  rank_gradient<kKl>(
-      group, pool, eps,
+__device__ void gradient_of_side(const Group<T>& group, void* memory, int n, const Side<Value>& side, Value* out) {
+  using Pool = std::conditional_t<sizeof(Value) == 8, WidePool, std::conditional_t<kKl, NarrowPool, SmallPool>>;
+  rank_gradient<Value, kKl>(
+      group, Pool::at(memory, n), pool_slots(n), side.eps, group.rank() < n ? side.name[group.rank()] : -1,
       [&](auto visit) {
-        for (int first = 0; first < n; first += T) {
-          const int i = first + group.rank(), id = i < n ? name[i] : -1;
-          const double r = id >= 0 ? static_cast<double>(own[i]) : 0.0;
-          visit(i, id >= 0 ? mixed * other[i] - along * r : 0.0, r + mu, id);
+        for (int i = group.rank(); i < n; i += T) {
+          const int id = side.name[i];
+          const double r = side.own[i];
+          visit(i - group.rank(), id >= 0 ? side.mixed * side.other[i] - side.along * r : 0.0, r + side.mu, id);
         }
       },
-      [&](int i, double g) {
-        if (i < n) out[i] = static_cast<Value>(g);
-      });
+      [&](auto run) { run([&](int i, double g) { out[group.rank() + i] = static_cast<Value>(g); }); });
 }
 
 template <class Value, int T, int kItems>
@@ -67,7 +74,6 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 3) spearman_rows_kernel(Spe
   Value* rank = reinterpret_cast<Value*>(base + row_bytes<Value, T, kItems>(call.n, call.shift));  // [2, n]
   int* name = reinterpret_cast<int*>(rank + 2 * call.n);                                           // [2, n]
   base += Group<T>::kBytes;
-  const auto pool = Pool<sizeof(Value) == 8>::at(base, call.n);
   const int64_t step = static_cast<int64_t>(gridDim.x) * slots;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * slots + slot; row < call.rows; row += step) {
     double eps_x = 0.0, eps_y = 0.0;
@@ -122,14 +128,12 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 3) spearman_rows_kernel(Spe
     for (int side = 0; side < 2; ++side) {
       Value* const out = side ? dy : dx;
       if (!out) continue;
-      const Value *own = rank + side * call.n, *other = rank + (1 - side) * call.n;
-      const double eps = side ? eps_y : eps_x, along = side ? c.of_t : c.of_r;
+      const Side<Value> one{rank + side * call.n, rank + (1 - side) * call.n, name + side * call.n,
+                            side ? eps_y : eps_x, mu, c.mixed, side ? c.of_t : c.of_r};
       if (call.kl) {
-        gradient_of_side<Value, true>(group, pool, eps, call.n, own, other, name + side * call.n, mu, c.mixed, along,
-                                      out);
+        gradient_of_side<Value, true>(group, base, call.n, one, out);
       } else {
-        gradient_of_side<Value, false>(group, pool, eps, call.n, own, other, name + side * call.n, mu, c.mixed, along,
-                                       out);
+        gradient_of_side<Value, false>(group, base, call.n, one, out);
       }
       group.sync();
     }
