@@ -53,6 +53,7 @@ def test_a_small_divergence_keeps_its_digits_at_every_temperature(tau, apart, di
     exact = tau**2 * (log_q.exp() * (w.expm1() - w)).sum(1)
     if backend == "reference":  # in float32 it rounds each logarithm
         student, teacher = student.double(), teacher.double()
+    digits = 2e-7 if backend == "torch" else digits  # short rows in float64, rounded once
     value = kd.distillation_kl(student, teacher, tau=tau, reduction="none", backend=backend)
     torch.testing.assert_close(value.double(), exact, rtol=digits, atol=0)
     assert (kd.distillation_kl(student, student, tau=tau, reduction="none", backend=backend) == 0).all()

@@ -14,7 +14,7 @@ from ..differentiable import of_rows, operator
 from . import reference
 from .call import L_S, L_T, M_S, M_T, K, rows_of
 from .operator import rows_without_copy
-from .torch_impl import _chunks, _part, _shifted
+from .torch_impl import _chunks, _part, _shifted, softmax
 
 KEPT = 5
 FAR = 80  # of |w|: exp(-80) is nothing beside 1, in float64 too
@@ -42,7 +42,7 @@ def _forward(student, teacher, tau: float, need: int):
     kept = values.new_empty((KEPT, len(values)) if need else (0,))
     for rows in _chunks(sides[0]):
         (_, zs, p, m_s, l_s), (_, ys, q, m_t, l_t) = (_shifted(_part(side, rows), tau, dtype) for side in sides)
-        w = _log_ratio(zs, ys, l_s - l_t)
+        p, q, w = softmax(p, l_s), softmax(q, l_t), _log_ratio(zs, ys, l_s - l_t)
         moved, log = _of_both(w)
         if need:
             mean = (p * (w + log)).sum(-1, keepdim=True)

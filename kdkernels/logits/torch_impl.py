@@ -45,16 +45,21 @@ def _lam(problem: Problem, extras: Extras, rows: slice, count: int, like):
 
 
 def _shifted(logits, tau, dtype):
-    """x - max, (x - max) / tau, softmax(x / tau), the maximum [r, 1], and the log of the sum of exponentials at tau."""
+    """x - max, (x - max) / tau, its exponentials, the maximum [r, 1], and the log of the sum of exponentials."""
     x = logits.to(dtype)
     top = x.amax(-1, keepdim=True)
     x = x - top
     scaled = x / tau if tau != 1 else x
-    p = scaled.exp()
-    log = p.sum(-1, keepdim=True).log()
-    return x, scaled, p.mul_((-log).exp()), top, log  # rounded as the log is, which `kl` counts on
+    e = scaled.exp()
+    return x, scaled, e, top, e.sum(-1, keepdim=True).log()
 
 
+def softmax(e, log):
+    """In the place of e; rounded as the log is, which `kl` counts on."""
+    return e.mul_((-log).exp())
+
+
+SHORT = 128  # classes
 NEAR = 0.25  # of |log(p / q)|: below, p - q - q log(p / q) is its series
 
 
@@ -77,14 +82,21 @@ def kl(p, q, w):
     return total - torch.where(a.abs() < 1e-3, a * a / 2, 0)
 
 
-def _divergence(p, q, w):
-    """`kl`; on a CPU, where a look at values costs nothing, only of rows whose plain sum has lost digits."""
-    if not p.is_cpu:
-        return kl(p, q, w)
-    value = (w * q).masked_fill_(q == 0, 0.0).sum(-1).neg_()  # not the product alone: 0 * infinity
-    near = (value < 1 / 64).nonzero()[:, 0]
-    if len(near):
-        value[near] = kl(p[near], q[near], w[near])
+def _working_dtype(dtype, logits):
+    """float64 for short rows on a CPU: it costs less than `kl` of most of them, and loses no digits of float32."""
+    return torch.float64 if logits.is_cpu and logits.shape[-1] <= SHORT else dtype
+
+
+def _divergence(e, log, q, w, dtype):
+    """`kl` of p = softmax(e, log) and -w = log(p / q); on a CPU, where a look at values costs nothing, only of rows
+    whose plain sum has lost digits of `dtype`."""
+    if not e.is_cpu:
+        return kl(softmax(e, log), q, -w)
+    value = (w * q).masked_fill_(q == 0, 0.0).sum(-1)  # not the product alone: 0 * infinity
+    least = 1 / 64 if w.dtype == dtype else 2.0**-24  # above, a normaliser's rounding is nothing
+    if not value.min().item() >= least:
+        near = (value < least).nonzero()[:, 0]
+        value[near] = kl(softmax(e[near], log[near]), q[near], -w[near])
     return value
 
 
@@ -115,27 +127,27 @@ def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     R, C = rows_of(student), student.shape[-1]
     values = student.new_empty(R, dtype=dtype)
     statistics = student.new_empty((problem.statistics, R) if need else (0,), dtype=dtype)
-    tau = problem.tau
+    tau, work = problem.tau, _working_dtype(dtype, student)
     for rows in _chunks(student):
-        z, zs, p, m_s, l_s = _shifted(_part(student, rows), tau, dtype)
+        z, zs, e, m_s, l_s = _shifted(_part(student, rows), tau, work)
         lam = _lam(problem, extras, rows, len(z), z) if problem.labelled else None
         kept, clean_kept, value = [m_s, l_s], [], 0
         if problem.soft:
-            _, ys, q, m_t, l_t = _shifted(_part(teacher, rows), tau, dtype)
-            clean = None
+            _, ys, q, m_t, l_t = _shifted(_part(teacher, rows), tau, work)
+            q, clean = softmax(q, l_t), None
             if problem.cleaned:
                 clean = []
                 for logits in _clean_rows(extras, rows):
-                    _, _, of_clean, m, l = _shifted(logits, tau, dtype)
-                    clean.append(of_clean)
+                    _, _, of_clean, m, l = _shifted(logits, tau, work)
+                    clean.append(softmax(of_clean, l))
                     clean_kept += [m, l]
             if problem.plain_target:
-                w = (zs - ys).sub_(l_s - l_t)  # digits of logits are lost in logs of their softmax
+                w = (ys - zs).sub_(l_t - l_s)  # digits of logits are lost in logs of their softmax
             else:
                 q = _target(problem, extras, rows, q, lam, clean)
-                w = (zs - l_s).sub_(q.log())
-            divergence = tau**2 * _divergence(p, q, w)[:, None]
-            value = problem.alpha * divergence
+                w = q.log().sub_(zs - l_s)
+            divergence = tau**2 * _divergence(e, l_s, q, w, dtype)[:, None]
+            value = divergence if problem.alpha == 1 else problem.alpha * divergence
             kept += [m_t, l_t, divergence]
         else:
             kept += [torch.zeros_like(m_s)] * 3
@@ -148,7 +160,7 @@ def forward(student, teacher, problem: Problem, extras: Extras, need: int):
                 hard = torch.where(lam == 0, 0.0, lam * (l_1 - z.gather(-1, a)))
                 hard = hard + torch.where(lam == 1, 0.0, (1 - lam) * (l_1 - z.gather(-1, b)))
                 value = value + (1 - problem.alpha) * hard
-            value = value + (wrong_a + wrong_b + 0 * lam).to(dtype)
+            value = value + (wrong_a + wrong_b + 0 * lam).to(work)
         values[rows] = value[:, 0]
         if need:
             statistics[:, rows] = torch.cat(kept, -1).mT
@@ -169,7 +181,7 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
         g = grad[rows, None].to(dtype) * factor
         counts = g != 0
         z = _part(student, rows).to(dtype) - of[M_S]
-        d, lam = torch.zeros_like(z), None
+        lam = None
         if problem.labelled:
             lam = _lam(problem, extras, rows, len(z), z)
             (a, wrong_a), (b, wrong_b) = (_classes(t[rows], z.shape[-1]) for t in (extras.labels, extras.permuted))
@@ -189,6 +201,8 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
                     clean = [((t.to(dtype) - of[m]) / tau - of[l]).exp_() for t, (m, l) in pairs]
                 q = _target(problem, extras, rows, q, lam, clean)
             d = log_p.exp_().sub_(q).mul_(problem.alpha * tau)
+        else:
+            d = torch.zeros_like(z)
         if problem.labelled:
             if problem.hard:
                 d += z.sub_(of[L_1]).exp_().mul_(1 - problem.alpha)
