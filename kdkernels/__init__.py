@@ -6,7 +6,7 @@ from .analysis import CKAMetric, Comparison, cka_matrix, compare_models
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
-from .logits import MixupBatch, distillation_kl, mixed_distillation, mixup
+from .logits import MixupBatch, distillation_kl, generalized_jsd, mixed_distillation, mixup
 from .nystrom import (
     nystrom_cka,
     nystrom_features,
@@ -43,6 +43,7 @@ __all__ = [
     "distributed",
     "distillation_kl",
     "explain",
+    "generalized_jsd",
     "gram_mse",
     "hsic",
     "landmark_similarity_loss",

@@ -214,9 +214,10 @@ def _registered(name: str, words: _Words, forward, backward, fake) -> _Halves:
         with without_autocast(device_type(a[0])):
             return tuple(backward(*a))
 
-    def backward_registered(*a):  # an operator has no None to give
+    def backward_registered(*a):  # an operator has no None to give, and nothing that it was given
         need, found = a[-1], backward_here(*a)
-        return tuple(g if need >> bit & 1 and g is not None else a[0].new_empty(0) for bit, g in enumerate(found))
+        own = [g.clone() if g is not None and any(g is t for t in a) else g for g in found]
+        return tuple(g if need >> bit & 1 and g is not None else a[0].new_empty(0) for bit, g in enumerate(own))
 
     def backward_fake(*a):
         need, found = a[-1], []

@@ -54,6 +54,7 @@ OPS = {
         Op("spearman_corr", "rank", _RANK, _RANKS[:1]),
         Op("mixup", "logits", _LOGITS, ("mix_rows",)),
         Op("distillation_kl", "logits", _LOGITS, (*_LOGIT_ROWS, "kl_rows", "kl_rows_backward")),
+        Op("generalized_jsd", "logits", _LOGITS, ("divergence_rows", "divergence_rows_backward")),
         Op("mixed_distillation", "logits", _LOGITS, _LOGIT_ROWS),
         Op("rkd_distance", "relation", ("cpp", "torch", "reference"), _RELATIONS),
         Op("rkd_angle", "relation", ("triton", "cpp", "torch", "reference"), ("angle_triplets",)),

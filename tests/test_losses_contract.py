@@ -51,7 +51,8 @@ def rdimkd(**how):
 CASES = {
     "kd": Case(lambda **how: losses.KDLoss(**how), "logits", 1),
     "kd reverse": Case(lambda **how: losses.KDLoss(tau=2.0, divergence="reverse", **how), "logits", 1),
-    "kd jsd": Case(lambda **how: losses.KDLoss(divergence="jsd", weight=3.0, **how), "logits", 1),
+    "kd jsd": Case(lambda **how: losses.KDLoss(divergence="jsd", beta=0.3, weight=3.0, **how), "logits", 1),
+    "kd skew": Case(lambda **how: losses.KDLoss(divergence="skew", scale_tau=False, **how), "logits", 1),
     "cka": Case(lambda **how: losses.CKALoss(**how), "features", 4, 14),
     "cka rbf": Case(
         lambda **how: losses.CKALoss(kd.RBF(sigma=3.0), unbiased=False, weight=2.0, **how), "features", 2, 14

@@ -94,16 +94,20 @@ struct Side {
   float top, log;
 };
 
+// sum_c exp((x_c - top) / tau) of a block at most
+template <int W>
+KDK_INLINE double block_sum(const float* x, float top, int64_t padded, float inverse_tau) {
+  typename Wide<W>::F s{};
+  for (int64_t j = 0; j < padded; j += W) s += exp_of<W>((load<W>(x + j) - top) * inverse_tau);
+  return sum_of<W>(s);
+}
+
 template <int W>
 KDK_INLINE void normalise(Side& side, int64_t padded, float inverse_tau) {
   side.top = maximum<W>(side.x, padded);
   double sum = 0;
-  for (int64_t j0 = 0; j0 < padded; j0 += kBlock) {
-    typename Wide<W>::F s{};
-    for (int64_t j = j0; j < std::min(padded, j0 + kBlock); j += W) {
-      s += exp_of<W>((load<W>(side.x + j) - side.top) * inverse_tau);
-    }
-    sum += sum_of<W>(s);
+  for (int64_t j = 0; j < padded; j += kBlock) {
+    sum += block_sum<W>(side.x + j, side.top, std::min(padded - j, kBlock), inverse_tau);
   }
   side.log = static_cast<float>(std::log(sum));
 }

@@ -6,36 +6,21 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
+#include "matrix.h"
 #include "rows.h"
 
 namespace kdkernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 enum Statistic { kMs, kLs, kMt, kLt, kKl, kL1, kMa, kLa, kMb, kLb };
-
-// row r of [R, C] or of [B, T, C], whose samples may lie apart; a division takes as long as a short row
-struct Matrix {
-  const void* data;
-  int64_t inner, outer_stride, stride;  // rows of a sample; from sample to sample, from row to row
-  ScalarType dtype;
-
-  int64_t at(int64_t r) const { return r < inner ? r * stride : r / inner * outer_stride + r % inner * stride; }
-};
-
-int64_t rows_of(const Tensor& t) { return t.dim() == 3 ? t.size(0) * t.size(1) : t.size(0); }
 
 struct Call {
   Matrix student, teacher, clean;
@@ -48,42 +33,6 @@ struct Call {
   float share(int64_t r) const { return lam ? static_cast<float>(lam[r]) : number; }
 };
 
-template <class T>
-void widen(const T* from, float* to, int64_t C) {
-  for (int64_t j = 0; j < C; ++j) to[j] = static_cast<float>(from[j]);
-}
-
-void fetch(const Matrix& m, int64_t r, float* to, int64_t C, int64_t padded) {
-  using torch::headeronly::BFloat16;
-  using torch::headeronly::Half;
-  const int64_t at = m.at(r);
-  if (m.dtype == ScalarType::Float) {
-    std::memcpy(to, static_cast<const float*>(m.data) + at, C * sizeof(float));
-  } else if (m.dtype == ScalarType::Half) {
-    widen(static_cast<const Half*>(m.data) + at, to, C);
-  } else {
-    widen(static_cast<const BFloat16*>(m.data) + at, to, C);
-  }
-  std::fill(to + C, to + padded, -std::numeric_limits<float>::infinity());
-}
-
-template <class T>
-void narrow(const float* from, T* to, int64_t C) {
-  for (int64_t j = 0; j < C; ++j) to[j] = static_cast<T>(from[j]);
-}
-
-void deliver(const float* from, void* to, ScalarType dtype, int64_t r, int64_t C) {
-  using torch::headeronly::BFloat16;
-  using torch::headeronly::Half;
-  if (dtype == ScalarType::Float) {
-    std::memcpy(static_cast<float*>(to) + r * C, from, C * sizeof(float));
-  } else if (dtype == ScalarType::Half) {
-    narrow(from, static_cast<Half*>(to) + r * C, C);
-  } else {
-    narrow(from, static_cast<BFloat16*>(to) + r * C, C);
-  }
-}
-
 // what one thread works in: student, teacher, the clean rows, the target or the gradient
 struct Scratch {
   std::vector<float> memory;
@@ -92,6 +41,12 @@ struct Scratch {
     for (int k = 0; k < 5; ++k) part[k] = memory.data() + k * padded;
   }
 };
+
+// a row, padded with classes that are not there
+KDK_INLINE void read(const Call& c, const Matrix& m, int64_t r, float* to) {
+  fetch(m, r, 0, c.C, to);
+  std::fill(to + c.C, to + c.padded, -std::numeric_limits<float>::infinity());
+}
 
 KDK_INLINE void add_labels(const Call& c, int64_t r, float weight, float* to) {
   const float lam = c.share(r);
@@ -104,8 +59,8 @@ KDK_INLINE void loss_row(const Call& c, int64_t r, Scratch& s, float* value, flo
   const Terms& of = c.of;
   Side z{s.part[0], 0, 0}, y{s.part[1], 0, 0}, clean[2] = {{s.part[2], 0, 0}, {s.part[3], 0, 0}};
   const bool together = of.soft && of.plain;
-  fetch(c.student, r, s.part[0], c.C, c.padded);
-  if (of.soft) fetch(c.teacher, r, s.part[1], c.C, c.padded);
+  read(c, c.student, r, s.part[0]);
+  if (of.soft) read(c, c.teacher, r, s.part[1]);
   z.top = maximum<W>(z.x, c.padded);
   if (together) y.top = maximum<W>(y.x, c.padded);
   const Sums sums = both_sides<W>(z, y, c.padded, of, together);
@@ -119,8 +74,8 @@ KDK_INLINE void loss_row(const Call& c, int64_t r, Scratch& s, float* value, flo
   } else if (of.soft) {
     normalise<W>(y, c.padded, of.inverse_tau);
     if (of.clean) {
-      fetch(c.clean, r, s.part[2], c.C, c.padded);
-      fetch(c.clean, c.order[r], s.part[3], c.C, c.padded);
+      read(c, c.clean, r, s.part[2]);
+      read(c, c.clean, c.order[r], s.part[3]);
       for (Side& side : clean) normalise<W>(side, c.padded, of.inverse_tau);
     }
     mixture<W>(y, clean, c.share(r), of, s.part[4], c.padded);
@@ -155,25 +110,25 @@ KDK_INLINE void gradient_row(const Call& c, int64_t r, float g, const float* sta
   float* out = s.part[4];
   if (g == 0) {  // a row that does not count, whatever it holds
     std::fill(out, out + c.C, 0.f);
-    if (ds) deliver(out, ds, c.student.dtype, r, c.C);
-    if (dt) deliver(out, dt, c.teacher.dtype, r, c.C);
+    if (ds) deliver(out, ds, c.student.dtype, r * c.C, c.C);
+    if (dt) deliver(out, dt, c.teacher.dtype, r * c.C, c.C);
     return;
   }
   const float* kept = statistics + r;
   Side z{s.part[0], kept[kMs * c.R], kept[kLs * c.R]}, y{s.part[1], kept[kMt * c.R], kept[kLt * c.R]};
-  fetch(c.student, r, s.part[0], c.C, c.padded);
-  if (of.soft) fetch(c.teacher, r, s.part[1], c.C, c.padded);
+  read(c, c.student, r, s.part[0]);
+  if (of.soft) read(c, c.teacher, r, s.part[1]);
   if (dt) {
     teacher_gradient<W>(z, y, kept[kKl * c.R], of, g, out, c.padded);
-    deliver(out, dt, c.teacher.dtype, r, c.C);
+    deliver(out, dt, c.teacher.dtype, r * c.C, c.C);
   }
   if (!ds) return;
   const float* q = nullptr;
   if (of.soft && !of.plain) {
     Side clean[2] = {{s.part[2], 0, 0}, {s.part[3], 0, 0}};
     if (of.clean) {
-      fetch(c.clean, r, s.part[2], c.C, c.padded);
-      fetch(c.clean, c.order[r], s.part[3], c.C, c.padded);
+      read(c, c.clean, r, s.part[2]);
+      read(c, c.clean, c.order[r], s.part[3]);
       clean[0].top = kept[kMa * c.R], clean[0].log = kept[kLa * c.R];
       clean[1].top = kept[kMb * c.R], clean[1].log = kept[kLb * c.R];
     }
@@ -183,7 +138,7 @@ KDK_INLINE void gradient_row(const Call& c, int64_t r, float g, const float* sta
   }
   student_gradient<W>(z, y, q, of.hard ? kept[kL1 * c.R] : 0.f, of, g, out, c.padded);
   if (of.hard) add_labels(c, r, -g * (1 - of.alpha), out);
-  deliver(out, ds, c.student.dtype, r, c.C);
+  deliver(out, ds, c.student.dtype, r * c.C, c.C);
 }
 
 struct Backward {
@@ -232,18 +187,6 @@ GradientRows gradient_rows() {
   return gradient_baseline;
 }
 
-Matrix matrix(const Tensor& t, const char* name, int64_t R, int64_t C) {
-  const auto dtype = t.scalar_type();
-  const int64_t last = t.dim() - 1;
-  KDK_CHECK(t.is_cpu() && (last == 1 || last == 2) && rows_of(t) == R && t.size(last) == C &&
-                (C <= 1 || t.stride(last) == 1),
-            "logits_rows: ", name, " must be CPU logits [", R, ", ", C, "] with dense rows");
-  KDK_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-            "logits_rows: ", name, " is ", torch::headeronly::toString(dtype), ": pass float32, float16 or bfloat16");
-  const int64_t inner = last == 2 ? t.size(1) : R;
-  return {t.const_data_ptr(), std::max<int64_t>(1, inner), t.stride(0), t.stride(last - 1), dtype};
-}
-
 template <class T>
 const T* vector_of(const OptionalTensor& t, ScalarType dtype, int64_t R, const char* name) {
   if (!t) return nullptr;
@@ -264,9 +207,9 @@ Call call_of(const Tensor& student, const Tensor& teacher, const OptionalTensor&
   const int64_t R = rows_of(student), C = student.size(student.dim() - 1);
   Call c{};
   c.R = R, c.C = C, c.padded = (C + kPad - 1) / kPad * kPad;
-  c.student = matrix(student, "student", R, C);
-  c.teacher = matrix(teacher, "teacher", R, C);
-  if (clean) c.clean = matrix(*clean, "clean", R, C);
+  c.student = matrix(student, "logits_rows: student", R, C);
+  c.teacher = matrix(teacher, "logits_rows: teacher", R, C);
+  if (clean) c.clean = matrix(*clean, "logits_rows: clean", R, C);
   c.labels = vector_of<int64_t>(labels, ScalarType::Long, R, "labels");
   c.permuted = vector_of<int64_t>(permuted, ScalarType::Long, R, "permuted");
   c.order = vector_of<int64_t>(order, ScalarType::Long, R, "order");
@@ -284,8 +227,6 @@ Call call_of(const Tensor& student, const Tensor& teacher, const OptionalTensor&
   KDK_CHECK(!c.of.clean || (clean && order), "logits_rows: k2 > 0 needs clean and order");
   return c;
 }
-
-int64_t grain(int64_t C) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, C)); }
 
 std::tuple<Tensor, Tensor> logits_rows(Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor permuted,
                                        OptionalTensor lam, OptionalTensor clean, OptionalTensor order, double tau,

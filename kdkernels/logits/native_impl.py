@@ -10,7 +10,7 @@ import torch
 
 from ..autograd import NoSecondDerivative, applied, at_least_float32, plain
 from . import torch_impl
-from .call import STUDENT, TEACHER, Extras, Problem
+from .call import STUDENT, TEACHER, Extras, Measure, Problem
 
 
 def _dense(t):
@@ -41,6 +41,27 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
     numbers = problem[:-1]
     run = torch.ops.kdkernels.logits_rows_backward
     return run(grad, factor, *arguments, statistics.contiguous(), *numbers, need & STUDENT > 0, need & TEACHER > 0)
+
+
+def _single(t):
+    return t if t is None else t.float()
+
+
+def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need: bool, made: bool):
+    """As `torch_impl.divergence`."""
+    if at_least_float32(student, teacher) == torch.float64:
+        return torch_impl.divergence(student, teacher, rows_of_each, how, factor, need, made)
+    rows_of_each = map(_single, rows_of_each)
+    run = torch.ops.kdkernels.divergence_rows
+    return run(_dense(student), _dense(teacher), *rows_of_each, *how, factor, need, made)
+
+
+def divergence_gradient(grad, student, teacher, taus, statistics, how: Measure):
+    """As `torch_impl.divergence_gradient`."""
+    if statistics.dtype == torch.float64:
+        return torch_impl.divergence_gradient(grad, student, teacher, taus, statistics, how)
+    run = torch.ops.kdkernels.divergence_rows_backward
+    return run(grad, _dense(student), _dense(teacher), _single(taus), statistics.contiguous(), *how)
 
 
 def lerp_rows(x, weight, other, index):

@@ -7,15 +7,18 @@ Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch),
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import backend as backends
 from .. import checks
 from ..autograd import at_least_float32, device_type, in_pytorch
-from . import lerp, operator, reference
-from .call import Extras, Problem
+from . import divergences, lerp, operator, reference
+from .call import DIVERGENCES, Extras, Measure, Problem, measure_of  # noqa: F401
 from .checks import (
     check_fraction,
+    check_inside,
     check_labels,
     check_lam,
     check_logits,
@@ -23,12 +26,12 @@ from .checks import (
     check_permutation,
     check_reduction,
     check_tau,
+    check_taus,
 )
-from .js import divergence as jensen_shannon  # noqa: F401  for the losses, as is `kl`
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
-from .torch_impl import kl  # noqa: F401
+from .torch_impl import kl  # noqa: F401  for the losses, as is DIVERGENCES
 
-__all__ = ["distillation_kl", "mixed_distillation", "mixup"]
+__all__ = ["distillation_kl", "generalized_jsd", "mixed_distillation", "mixup"]
 
 
 def mixup(x, labels, *, alpha=1.0, lam=None, per_sample=False, generator=None, backend="auto") -> MixupBatch:
@@ -124,6 +127,64 @@ def divergence(student, teacher, tau: float, reduction: str, backend: str, weigh
     return value if weight is None else value * weight.to(value.dtype)
 
 
+def generalized_jsd(student, teacher, *, tau=4.0, beta=0.5, reduction="mean", backend="auto") -> torch.Tensor:
+    """tau^2 [beta KL(p_t || m) + (1 - beta) KL(p_s || m)] of each row, m = beta p_t + (1 - beta) p_s.
+
+    p = softmax(z / tau), in nats, mean over the rows: the generalised Jensen-Shannon divergence. Source: Agarwal et al.
+    2024, On-Policy Distillation of Language Models (GKD), arXiv 2306.13649; there, in TRL and in Liger without tau^2.
+
+    Args:
+        student, teacher: logits [..., C], classes last, each leading index a row; float16 to float64, each side its own
+            dtype.
+        tau: temperature: a positive number, or a float tensor [] or one a row [...], a constant.
+        beta: share of the teacher in m, between 0 and 1. At both ends the value is 0: its limits, divided by beta or
+            1 - beta, are KL(p_t || p_s) and KL(p_s || p_t), `kd.losses.KDLoss` with divergence="forward" or "reverse".
+        reduction: "mean" over the rows, "sum", or "none": [...].
+        backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
+
+    Returns:
+        A scalar, or [...]; float32 for half inputs, else the promoted dtype of both sides, in which it is computed.
+        Gradients to student and teacher. Equal logits give exactly 0. A logit of -inf is a class with probability 0, on
+        one side or both: value and gradient stay finite. A row with NaN, +inf, or nothing but -inf is NaN, value and
+        gradient, and leaves the other rows alone. A row whose upstream gradient is 0 gets the gradient 0 even then.
+
+    Raises:
+        ValueError: shapes that differ, beta outside (0, 1), tau <= 0 (CUDA tensors are not looked at), no rows, an
+            unknown reduction. TypeError: logits or a tau that are not float.
+
+    >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+    >>> kd.generalized_jsd(student, teacher, tau=2.0, beta=0.1).backward()
+    >>> kd.generalized_jsd(teacher, teacher).item()
+    0.0
+    """
+    check_logits(student, teacher)
+    check_reduction(reduction)
+    beta = check_inside(beta, "beta", ": at 0 and 1 the divergence is 0, see kd.losses.KDLoss for its limits")
+    tau, taus = check_taus(tau, student)
+    return reduced_divergence(student, teacher, measure_of("jsd", tau, beta=beta), taus, reduction, backend)
+
+
+def reduced_divergence(student, teacher, how, taus, reduction: str, backend: str):
+    """Of checked arguments: the divergence of each row, their sum or mean."""
+    if reduction == "none":
+        return any_divergence(student, teacher, how, taus, "none", backend)
+    factor = 1 / math.prod(student.shape[:-1]) if reduction == "mean" else 1.0
+    return any_divergence(student, teacher, how, taus, "sum", backend, factor=factor)
+
+
+def any_divergence(student, teacher, how: Measure, taus, reduction: str, backend: str, *, weights=None, factor=1.0):
+    """factor tau^2 times the divergence of each row of [..., C], or their sum.
+
+    taus: None, or a constant a row [R] in the place of how.tau. weights, constants [R], multiply the rows; one of
+    weight 0 is left out whatever it holds.
+    """
+    dtypes = (student.dtype, teacher.dtype)
+    chosen = backends.resolve("generalized_jsd", backend, device_type(student), dtypes)
+    if chosen != "reference":
+        return divergences.divergence(student, teacher, taus, weights, *how, factor, reduction, chosen)
+    return in_pytorch(_reference_divergence, (student, teacher, taus, weights), how, factor, reduction)
+
+
 def mixed_distillation(
     student,
     teacher,
@@ -207,6 +268,16 @@ def mixed_distillation(
 def _reference_kl(student, teacher, tau, reduction):
     dtype = at_least_float32(student, teacher)
     return _reduced(reference.distillation_kl(student.to(dtype), teacher.to(dtype), tau), reduction)
+
+
+def _reference_divergence(student, teacher, taus, weights, how, factor, reduction):
+    dtype = at_least_float32(student, teacher)
+    tau = how.tau if taus is None else taus.to(dtype).reshape(*student.shape[:-1], 1)
+    rows = factor * reference.divergence(student.to(dtype), teacher.to(dtype), tau, *how[1:])
+    if weights is not None:
+        weights = weights.to(dtype).reshape(rows.shape)
+        rows = torch.where(weights == 0, 0, rows * weights)
+    return rows.sum() if reduction == "sum" else rows
 
 
 def _reference_mixed(student, teacher, *rest):

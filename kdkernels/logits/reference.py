@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -23,11 +25,25 @@ def distillation_kl(z, y, tau):
     return tau**2 * kl(log_q.exp(), log_q, log_p(z, tau))
 
 
-def jensen_shannon(z, y, tau):
-    p, q = log_p(z, tau).exp(), log_p(y, tau).exp()
-    d = (p - q) / torch.where(p + q == 0, 1, p + q)
-    log_p_of_m, log_q_of_m = (torch.where(r == 0, 0, x).log1p() for r, x in ((p, d), (q, -d)))
-    return tau**2 / 2 * (p * log_p_of_m + q * log_q_of_m).sum(-1)
+def divergence(z, y, tau, b, u, v):
+    """tau^2 [u KL(q || m) + v KL(p || m)], m = b q + (1 - b) p; with u = v = 0 tau^2 / 2 sum_c |p_c - q_c|."""
+    of_z, of_y = log_p(z, tau), log_p(y, tau)
+    p, q = of_z.exp(), of_y.exp()
+    if u == v == 0:
+        d = p - q
+        side = torch.where(d == 0, 0, d / d.abs()).detach()  # NaN where a side is, which abs() would not hand on
+        value = (d * side).sum(-1) / 2
+    else:
+        of_m = of_z if b == 0 else of_y if b == 1 else log_mixture(of_y, of_z, b)
+        value = u * kl(q, of_y, of_m) + v * kl(p, of_z, of_m)
+    return (tau**2 * value[..., None])[..., 0]
+
+
+def log_mixture(log_q, log_p, b):
+    """log(b q + (1 - b) p), -inf where both are 0."""
+    closed = (log_q == -math.inf) & (log_p == -math.inf)
+    log_q, log_p = (torch.where(closed, 0, x) for x in (log_q, log_p))
+    return torch.where(closed, -math.inf, torch.logaddexp(log_q + math.log(b), log_p + math.log1p(-b)))
 
 
 def mixed_label(a, b, lam, C):

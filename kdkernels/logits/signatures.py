@@ -7,13 +7,16 @@ Used by the compile-only test leg, which has no GPU: kernel, argument types, com
 from __future__ import annotations
 
 from ..testing.compiling import CompileCase, compile_case
+from .triton_divergence import FORWARD, MIXTURE, REVERSE, VARIATION, divergence_gradient_rows, divergence_rows
 from .triton_impl import MIX, ROWS
 from .triton_kernels import gradient_rows, loss_rows, mix_rows
 
 INDICES = ("labels_ptr", "permuted_ptr", "order_ptr", "index_ptr")
-FLOATS = ("tau", "inverse_tau", "alpha", "k1", "k2", "k3", "number", "factor")
+FLOATS = (
+    "tau", "inverse_tau", "alpha", "k1", "k2", "k3", "number", "factor", "weight", "b", "u", "v", "log_b", "log_c",
+)  # fmt: skip
 ALIGNED = ("C", "width", "s_b", "t_b", "s_r", "t_r", "clean_r")
-SINGLE = ("value_ptr", "stat_ptr", "grad_ptr", "lam_ptr", "weight_ptr", "other_ptr")
+SINGLE = ("value_ptr", "stat_ptr", "grad_ptr", "lam_ptr", "weight_ptr", "other_ptr", "tau_ptr")
 
 
 def _case(name, kernel, dtype, warps, **constants) -> CompileCase:
@@ -31,9 +34,28 @@ FORMS = {
     "mixed": {"SOFT": True, "HARD": True, "LABELLED": True, "PLAIN": True, "CLEAN": False, "HAS_LAM": True},
     "full": {"SOFT": True, "HARD": True, "LABELLED": True, "PLAIN": False, "CLEAN": True, "HAS_LAM": True},
 }
+DIVERGENCES = {"mixture": MIXTURE, "forward": FORWARD, "reverse": REVERSE, "variation": VARIATION}
+
+
+def _divergence_cases():
+    """The mixture in every configuration, of long rows in every dtype; the other forms of long rows."""
+    for limit, config in ROWS:
+        long = limit == 1 << 31
+        of = [("mixture", dtype) for dtype in (("float32", "float16", "bfloat16") if long else ("float32",))]
+        for form, dtype in [*of, *(((form, "float32") for form in DIVERGENCES if form != "mixture") if long else ())]:
+            yield from _divergence(f"{form}-{'long' if long else f'c{limit}'}", dtype, config, form)
+    yield from _divergence("mixture-c1", "float32", ROWS[0][1], "mixture", C=1, s_r=1, t_r=1)
+
+
+def _divergence(name, dtype, config, form, **constants):
+    shared = {"BLOCK": config.block, "FORM": DIVERGENCES[form].value, "HAS_TAU": False, **constants}
+    kept = {"HAS_WEIGHT": False, "KEEP": True}
+    yield _case(f"divergence_rows-{name}", divergence_rows, dtype, config.warps, **kept, **shared)
+    yield _case(f"divergence_gradient_rows-{name}", divergence_gradient_rows, dtype, config.warps, **shared)
 
 
 def compile_cases():
+    yield from _divergence_cases()
     for dtype in ("float32", "float16", "bfloat16"):
         for limit, config in ROWS:
             for form, flags in FORMS.items():

@@ -17,6 +17,7 @@ from ..testing import REGIMES, Caps, Case, generator_beside, pair, seeded
 from ..testing.shared import DOUBLE, EVERY_DTYPE, HALF, ONE_DTYPE, SINGLE, cases_of, grid, instead
 from . import op as ops
 from . import reference, torch_impl
+from .call import Measure, measure_of
 
 TAUS = (1.0, 4.0, 2.0, 3.7, 0.5)
 REDUCTIONS = ("none", "mean", "sum")
@@ -121,6 +122,102 @@ def _kl_case(student, teacher, tau, reduction, label, **fields):
     inputs = {"student": student, "teacher": teacher}
     name = f"tau {tau:g} {reduction} {label} {'x'.join(map(str, student.shape))}"
     return Case(name, inputs, call, caps, scale, terms, alike=0, **fields)
+
+
+# ---- generalized_jsd, and the other divergences of its kernels
+
+
+FORMS = ("jsd", "skew", "forward", "reverse", "skew_reverse", "tvd")
+
+
+def _divergences(op, backend, quick, generator):
+    rows = torch.linspace(0.5, 6, 9, dtype=torch.float64)
+    for count, regime, name, reduction in grid(quick, 3, REGIMES, FORMS, ("none", "mean", "sum")):
+        shape = ((9, 37), (3, 3, 40), (9, 100))[count % 3]
+        how = measure_of(name, TAUS[count % len(TAUS)], beta=(0.5, 0.1, 0.9)[count % 3])
+        taus = rows if count % 4 == 0 else None
+        dtypes = EVERY_DTYPE if count % 2 else (SINGLE, HALF[count // 2 % 2])
+        yield _divergence_case(*pair(regime, shape, shape, generator), how, reduction, regime, taus, dtypes=dtypes)
+    for C in SIZES if quick else (*SIZES, *MORE_SIZES):
+        how = measure_of(FORMS[C % 6], 2.0, beta=0.3)
+        s, t = pair("peaky", (3, C), (3, C), generator)
+        yield _divergence_case(s, t, how, "none", "size", dtypes=(SINGLE, HALF[C % 2]))
+    s, t = pair("peaky", (4, 100), (4, 100), generator)
+    for name in FORMS[:4]:
+        how = measure_of(name, 4.0)
+        yield _divergence_case(1e4 * s, 1e4 * t, how, "none", "huge", dtypes=(SINGLE, torch.bfloat16))
+        yield _divergence_case(s + 1e4, t - 3e4, how, "none", "far", dtypes=(SINGLE,))
+    for beta in (1e-6, 0.999):
+        for regime in ("peaky", "near"):
+            how = measure_of("jsd", 1.0, beta=beta)
+            yield _divergence_case(*pair(regime, (5, 37), (5, 37), generator), how, "none", "end", dtypes=ONE_DTYPE)
+    yield from _closed_divergences(generator)
+    if backend != "reference":
+        for name in FORMS:
+            s, t = pair("peaky", (11, 37), (11, 37), generator)
+            fields = {"context": partial(small_chunks, backend), "dtypes": (SINGLE, HALF[0])}
+            yield _divergence_case(s, t, measure_of(name, 3.0), "none", "chunks", **fields)
+    for name, reduction in (("jsd", "mean"), ("skew_reverse", "none"), ("tvd", "sum")):
+        how = measure_of(name, 1.5, beta=0.3)
+        yield _divergence_case(*pair("peaky", (7, 33), (7, 33), generator), how, reduction, "probe", probe=True)
+
+
+def _closed_divergences(generator):
+    """Classes at -inf on either side or both, and rows that are poisoned between healthy ones."""
+    for name in ("jsd", "skew", "skew_reverse", "tvd"):
+        s, t = (torch.randn(7, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+        for side in (s, t):
+            side[:, 1:].masked_fill_(torch.rand(7, 11, generator=generator) < 0.4, -math.inf)
+        yield _divergence_case(s, t, measure_of(name, 2.0, beta=0.3), "none", "closed", dtypes=ONE_DTYPE)
+        s[1, 3], s[3, 11], t[5] = math.nan, math.inf, -math.inf
+        for sides in ((s, t), (t, s)):
+            yield _divergence_case(*sides, measure_of(name, 2.0), "none", "poisoned", dtypes=(SINGLE, *HALF))
+
+
+def _divergence_case(student, teacher, how: Measure, reduction, label, taus=None, **fields):
+    share = _share(reduction, student[..., 0].numel())
+    reduced = "none" if reduction == "none" else "sum"
+
+    def call(t, backend):
+        sides, rows = (t["student"], t["teacher"]), t.get("taus")
+        if how[1:] == (0.5, 0.5, 0.5):
+            tau = how.tau if rows is None else rows.reshape(student.shape[:-1])
+            return ops.generalized_jsd(*sides, tau=tau, reduction=reduction, backend=backend)
+        return ops.any_divergence(*sides, how, rows, reduced, backend, factor=share)
+
+    def tau_of(t):
+        return t["taus"].reshape(*student.shape[:-1], 1) if taus is not None else how.tau
+
+    def sizes(t):
+        """tau, p, q, and bounds of d term / dp and d term / dq."""
+        tau = tau_of(t)
+        log_p, log_q = (reference.log_p(t[side].detach(), tau) for side in ("student", "teacher"))
+        p, q = log_p.exp(), log_q.exp()
+        m = (how.b * q + (1 - how.b) * p).clamp(min=1e-300)
+        log_m = log_p if how.b == 0 else log_q if how.b == 1 else m.log()
+        both = (how.u * q + how.v * p) / m
+        over_p, over_q = ((log_m - log).abs().nan_to_num(0.0, 0.0, 0.0) for log in (log_p, log_q))
+        logs = log_p.abs().clamp(max=1e3) + log_q.abs().clamp(max=1e3)
+        extra = 0.5 if how.variation else 0.0
+        return tau, p, q, logs, how.v * over_p + (1 - how.b) * both + extra, how.u * over_q + how.b * both + extra
+
+    def scale(t):
+        tau, p, q, logs, *_ = sizes(t)
+        weight = 0.5 if how.variation else how.u * (1 - how.b) + how.v * how.b
+        rows = (torch.as_tensor(tau) ** 2 * weight * (p - q).abs() * logs).sum(-1)
+        return _reduced(rows, reduction).clamp(min=1e-30)
+
+    def terms(t):
+        tau, p, q, _, of_p, of_q = sizes(t)
+        size_p, size_q = (x * (of + (x * of).sum(-1, keepdim=True)) for x, of in ((p, of_p), (q, of_q)))
+        rows = (tau * (t["student"] * size_p + t["teacher"] * size_q)).sum(-1)
+        return rows if reduction == "none" else rows.sum() * share
+
+    inputs = {"student": student, "teacher": teacher} | ({} if taus is None else {"taus": taus})
+    name = f"{'/'.join(f'{x:g}' for x in how)} {reduction} {label} {'x'.join(map(str, student.shape))}"
+    # one rounding of log p moves the gradient beside a teacher this near by 1e-12
+    limits = (lambda dtype: Caps(1e-12, 1e-11) if dtype == DOUBLE else caps(dtype)) if label == "near" else caps
+    return Case(name, inputs, call, limits, scale, terms, constants=("taus",), alike=0, **fields)
 
 
 # ---- mixed_distillation
@@ -239,4 +336,4 @@ def flops(R: int, C: int, exponentials: int = 2) -> int:
     return R * C * exponentials
 
 
-cases = cases_of(mixup=_mixup, distillation_kl=_kl, mixed_distillation=_mixed)
+cases = cases_of(mixup=_mixup, distillation_kl=_kl, generalized_jsd=_divergences, mixed_distillation=_mixed)

@@ -11,7 +11,31 @@ import math
 import torch
 
 from ..autograd import at_least_float32
-from .call import L_1, L_A, L_B, L_S, L_T, M_A, M_B, M_S, M_T, STUDENT, TEACHER, Extras, K, Problem, rows_of
+from .call import (
+    INVERSE_S,
+    INVERSE_T,
+    KEPT,
+    L_1,
+    L_A,
+    L_B,
+    L_S,
+    L_T,
+    M_A,
+    M_B,
+    M_S,
+    M_T,
+    MAX_S,
+    MAX_T,
+    MEAN_S,
+    RATIO,
+    STUDENT,
+    TEACHER,
+    Extras,
+    K,
+    Measure,
+    Problem,
+    rows_of,
+)  # fmt: skip
 
 CPU_CHUNK, CUDA_CHUNK = 1 << 16, 1 << 25  # elements: a few temporaries fit the second-level cache; the launches count
 
@@ -63,21 +87,27 @@ SHORT = 128  # classes
 NEAR = 0.25  # of |log(p / q)|: below, p - q - q log(p / q) is its series
 
 
+def _excess(m, x, l):
+    """x (exp(l) - 1 - l) = m - x - x l of each class, l = log(m / x), and x l."""
+    l = torch.where(x == 0, 0, l)
+    v = l.clamp(-NEAR, NEAR)
+    near = (l == v) & (x > 0)
+    terms = 7 if l.dtype == torch.float32 else 13
+    series = torch.full_like(v, 1 / math.factorial(terms))
+    for k in range(terms - 1, 1, -1):
+        series = (series * v).add_(1 / math.factorial(k))
+    moved = x * l
+    # products with masks: a choice entry by entry takes twenty times as long on a CPU
+    return series * v * v * x * near + (m - x - moved) * ~near, moved
+
+
 def kl(p, q, w):
     """sum_c q_c log(q_c / p_c) of each row, as sum_c (p_c - q_c - q_c w_c), w = log(p / q): no term is negative.
 
     What w is off for all classes alike, by normalisers that are rounded, is a = sum_c (p_c - q_c): a^2 / 2 leaves.
     """
-    w = torch.where(q == 0, 0, w)
-    v = w.clamp(-NEAR, NEAR)
-    near = (w == v) & (q > 0)
-    terms = 7 if w.dtype == torch.float32 else 13
-    series = torch.full_like(v, 1 / math.factorial(terms))
-    for k in range(terms - 1, 1, -1):
-        series = (series * v).add_(1 / math.factorial(k))
-    moved = q * w
-    # products with masks: a choice entry by entry takes twenty times as long on a CPU
-    total = (series * v * v * q * near + (p - q - moved) * ~near).sum(-1)
+    terms, moved = _excess(p, q, w)
+    total = terms.sum(-1)
     a = total + moved.sum(-1)
     return total - torch.where(a.abs() < 1e-3, a * a / 2, 0)
 
@@ -212,6 +242,91 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
         d_student[rows] = torch.where(counts, d.mul_(g), 0.0).to(student.dtype)
     empty = student.new_empty(0)
     return empty if d_student is None else d_student, empty if d_teacher is None else d_teacher
+
+
+FAR = 80  # of |w|: exp(-80) is nothing beside 1, in float64 too
+
+
+def _classes_of(how: Measure, p, q, w):
+    """Of each class: its term, p - q, and p d term / dp; w = log(p / q)."""
+    apart = torch.where(w.abs() < NEAR, q * w.clamp(-NEAR, NEAR).expm1(), p - q)
+    if how.variation:
+        return apart.abs() / 2, apart, p * w.sign() / 2
+    if how.b == 0:
+        return how.u * _excess(p, q, w)[0], apart, how.u * apart
+    if how.b == 1:
+        return how.v * _excess(q, p, -w)[0], apart, how.v * torch.where(p == 0, 0, p * w)
+    b, c = how.b, 1 - how.b
+    mine = c * p > b * q  # m by the side that is more of it
+    log = (torch.where(mine, -w, w).clamp_(max=FAR).expm1_() * torch.where(mine, torch.full_like(w, b), c)).log1p_()
+    log_p, log_q = torch.where(mine, log, log - w), torch.where(mine, log + w, log)
+    m = b * q + c * p
+    term, slope = how.u * _excess(m, q, log_q)[0], how.tilt * c * apart * (p / torch.where(m == 0, 1, m))
+    if how.v:
+        over_p, moved = _excess(m, p, log_p)
+        term, slope = term + how.v * over_p, slope - how.v * moved
+    return term, apart, slope
+
+
+def _side(logits, tau, dtype):
+    """Logits, their maximum [r, 1], exp((x - max) / tau) and the sum of it."""
+    x = logits.to(dtype)
+    top = x.amax(-1, keepdim=True)
+    e = ((x - top) / tau).exp_()
+    return x, top, e, e.sum(-1, keepdim=True)
+
+
+def _log_ratio(z, y, top_z, top_y, tau, ratio):
+    """w = log(p / q), 0 where both sides exclude the class: with maxima that are near, z - y is exact."""
+    near = (top_z - top_y).abs() <= tau
+    z, y = (x - torch.where(near, 0, top) for x, top in ((z, top_z), (y, top_y)))
+    w = (z.sub_(y).sub_(torch.where(near, top_z - top_y, 0)) / tau).add_(ratio)
+    return w.nan_to_num_(0.0, math.inf, -math.inf)
+
+
+def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need: bool, made: bool):
+    """Values [R] times tau^2 and their weights, statistics (`call.KEPT` a row) if `need`, and, if `made`, the student's
+    gradient of their sum; rows_of_each: temperatures and weights, None or [R], in the place of how.tau and of `factor`.
+    """
+    dtype, (taus, weights) = at_least_float32(student, teacher), rows_of_each
+    R = rows_of(student)
+    values = student.new_empty(R, dtype=dtype)
+    statistics = values.new_empty((KEPT, R) if need else (0,))
+    gradient = student.new_empty((R, student.shape[-1]) if made else (0,))
+    for rows in _chunks(student):
+        tau = how.tau if taus is None else taus[rows, None].to(dtype)
+        (z, top_z, p, sum_z), (y, top_y, q, sum_y) = (_side(_part(t, rows), tau, dtype) for t in (student, teacher))
+        ratio = (sum_y / sum_z).log_()
+        p, q = p.div_(sum_z), q.div_(sum_y)
+        finite = 0 * ratio  # NaN for a row that is poisoned
+        terms, apart, slope = _classes_of(how, p, q, _log_ratio(z, y, top_z, top_y, tau, ratio))
+        value, off, mean = ((t.sum(-1, keepdim=True) + finite) for t in (terms, apart, slope))
+        # normalisers are rounded, which moves w alike for all classes: by sum_c (p - q), which is 0
+        off = torch.where((off.abs() < 1e-3) & mean.isfinite(), off, 0)
+        value = value - torch.where(off == 0, 0, off * mean) + off * off * (how.curvature / 2)
+        weight = factor if weights is None else weights[rows, None].to(dtype)
+        counts = torch.ones_like(value, dtype=torch.bool) if weights is None else weight != 0
+        values[rows] = torch.where(counts, value * tau**2 * weight, 0)[:, 0]
+        if need:
+            statistics[:, rows] = torch.cat([top_z, 1 / sum_z, top_y, 1 / sum_y, ratio, mean, value - mean], -1).mT
+        if made:
+            found = slope.sub_(mean * p).mul_(weight * tau)
+            gradient[rows] = torch.where(counts, found, 0).to(student.dtype)
+    return values, statistics, gradient
+
+
+def divergence_gradient(grad, student, teacher, taus, statistics, how: Measure):
+    """d/d student of sum_r grad_r divergence_r, [R, C]. A row with grad 0 gets exactly 0, whatever it holds."""
+    found, dtype = student.new_empty((rows_of(student), student.shape[-1])), statistics.dtype
+    for rows in _chunks(student):
+        of, g = statistics[:, rows, None], grad[rows, None].to(dtype)
+        tau = how.tau if taus is None else taus[rows, None].to(dtype)
+        z, y = (_part(t, rows).to(dtype) for t in (student, teacher))
+        p, q = (((x - of[m]) / tau).exp_() * of[i] for x, m, i in ((z, MAX_S, INVERSE_S), (y, MAX_T, INVERSE_T)))
+        slope = _classes_of(how, p, q, _log_ratio(z, y, of[MAX_S], of[MAX_T], tau, of[RATIO]))[2]
+        d = slope.sub_(of[MEAN_S] * p) * (g * tau)
+        found[rows] = torch.where(g != 0, d, 0.0).to(student.dtype)
+    return found
 
 
 def lerp_rows(x, weight, other, index):

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 
-from .call import STUDENT, TEACHER, Extras, Problem, rows_of
+from .call import KEPT, STUDENT, TEACHER, Extras, Measure, Problem, rows_of
+from .triton_divergence import FORWARD, MIXTURE, REVERSE, VARIATION, divergence_gradient_rows, divergence_rows
 from .triton_kernels import gradient_rows, loss_rows, mix_rows
 
 
@@ -46,15 +48,18 @@ def _constants(problem: Problem, extras: Extras) -> dict:
     }
 
 
+def _strides(student, teacher):
+    """From sample to sample, and from row to row, of both."""
+    return *(t.stride(0) if t.dim() == 3 else 0 for t in (student, teacher)), student.stride(-2), teacher.stride(-2)
+
+
 def _arguments(student, teacher, problem: Problem, extras: Extras):
     """Pointers and strides: what a kernel is told not to read gets the student's."""
     lam, clean = extras.lam, extras.clean
     fill = lambda t: student if t is None else t  # noqa: E731
     pointers = (fill(extras.labels), fill(extras.permuted), fill(lam), fill(clean), fill(extras.permutation))
     strides = (
-        *(t.stride(0) if t.dim() == 3 else 0 for t in (student, teacher)),
-        student.stride(-2),
-        teacher.stride(-2),
+        *_strides(student, teacher),
         0 if clean is None else clean.stride(0),
         lam.stride(0) if lam is not None and lam.dim() else 0,
     )
@@ -93,6 +98,52 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
             num_warps=config.warps, **_constants(problem, extras),
         )  # fmt: skip
     return d_student, d_teacher
+
+
+def _form(how: Measure) -> int:
+    """Which code of `class_of` runs."""
+    if how.variation:
+        return VARIATION.value
+    return {0: FORWARD.value, 1: REVERSE.value}.get(how.b, MIXTURE.value)
+
+
+def _numbers(how: Measure):
+    b = min(max(how.b, 1e-30), 1 - 1e-16)  # at the ends the logs are not read
+    return (*how[1:], math.log(b), math.log1p(-b))
+
+
+def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need: bool, made: bool):
+    """As `torch_impl.divergence`."""
+    student, teacher, (taus, weights) = _dense(student), _dense(teacher), rows_of_each
+    R, T, C = rows_of(student), *student.shape[-2:]
+    value = student.new_empty(R, dtype=torch.float32)
+    statistics = student.new_empty((KEPT, R) if need else (0,), dtype=torch.float32)
+    config = row_config(C)
+    with torch.cuda.device_of(student):
+        divergence_rows[(R,)](
+            student, teacher, value if taus is None else taus, value if weights is None else weights, value, statistics,
+            R, T, C, *_strides(student, teacher), *(0 if t is None else t.stride(0) for t in rows_of_each),
+            how.tau, factor, *_numbers(how), BLOCK=config.block, FORM=_form(how), HAS_TAU=taus is not None,
+            HAS_WEIGHT=weights is not None, KEEP=need, num_warps=config.warps,
+        )  # fmt: skip
+    if not made:
+        return value, statistics, student.new_empty(0)
+    weights = value.new_full((R,), factor) if weights is None else weights
+    return value, statistics, divergence_gradient(weights, student, teacher, taus, statistics, how)
+
+
+def divergence_gradient(grad, student, teacher, taus, statistics, how: Measure):
+    """As `torch_impl.divergence_gradient`."""
+    student, teacher = _dense(student), _dense(teacher)
+    R, T, C = rows_of(student), *student.shape[-2:]
+    out, config = student.new_empty((R, C)), row_config(C)
+    with torch.cuda.device_of(student):
+        divergence_gradient_rows[(R * triton.cdiv(C, config.block),)](
+            grad, student, teacher, grad if taus is None else taus, statistics, out, R, T, C,
+            *_strides(student, teacher), grad.stride(0), 0 if taus is None else taus.stride(0), how.tau, *_numbers(how),
+            BLOCK=config.block, FORM=_form(how), HAS_TAU=taus is not None, num_warps=config.warps,
+        )  # fmt: skip
+    return out
 
 
 def lerp_rows(x, weight, other, index):

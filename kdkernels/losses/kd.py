@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vanilla knowledge distillation: the Kullback-Leibler divergences are the fused row op, Jensen-Shannon its sibling."""
+"""Vanilla knowledge distillation: each divergence is a fused row op."""
 
 from __future__ import annotations
 
 import math
 
 from .. import checks
-from ..logits.checks import check_rows, check_tau
-from ..logits.op import divergence, jensen_shannon
+from ..logits.checks import check_inside, check_rows, check_tau
+from ..logits.op import DIVERGENCES, any_divergence, divergence, measure_of
 from .base import Loss, check_pair, row_mask, zero_where_masked
-from .means import mean_of_rows
-
-DIVERGENCES = ("forward", "reverse", "jsd")
+from .means import mean_of_rows, weights_of_rows
 
 
 class KDLoss(Loss):
@@ -20,20 +18,27 @@ class KDLoss(Loss):
     Args:
         tau: temperature, 4 by default (the usual choice on CIFAR-100; the paper has no default). TRL and Liger have 1
             and no tau^2.
-        divergence: "forward" KL(p_t || p_s), the paper's; "reverse" KL(p_s || p_t); "jsd" the Jensen-Shannon divergence
-            [KL(p_t || m) + KL(p_s || m)] / 2 with m = (p_t + p_s) / 2; beta = 0, 1 and 0.5 of TRL's GKD and Liger's
-            JSD (there a beta near 0 gives beta times the KL, not the KL). Each times tau^2.
+        divergence: of p_t and p_s, times tau^2:
+            "forward" KL(p_t || p_s), the paper's; "reverse" KL(p_s || p_t);
+            "jsd" beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s (GKD, arXiv 2306.13649, as
+            in TRL and in Liger, which jump to the KL divergences at 0 and 1: near an end the value is beta, or
+            1 - beta, times them);
+            "skew" KL(p_t || skew p_t + (1 - skew) p_s) and "skew_reverse" KL(p_s || (1 - skew) p_t + skew p_s)
+            (DistiLLM, arXiv 2402.03898); "tvd" half of sum |p_t - p_s|, whose slope at equal probabilities is 0.
+        beta: of "jsd", in (0, 1); 0.5 is the Jensen-Shannon divergence. skew: of the skew ones, in (0, 1).
+        scale_tau: False leaves tau^2 out.
         weight: factor of the loss, a buffer; 1 gives the formula.
         reduction: "mean" over the rows that count, or "sum".
-        backend: as in `kd.distillation_kl`; "jsd" is PyTorch in all of them.
+        backend: as in `kd.distillation_kl`.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`. Logits
     [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass `logits.movedim(1, -1)`); float16 to
     float64, each side its own dtype, computed in at least float32. mask: bool [...], False rows do not count; labels
     [...] mark with ignore_index the rows that do not count. normalizer replaces the number of rows as divisor (gradient
     accumulation). A batch without rows, or all masked, gives 0 with zero gradient. A logit of -inf is a class with
-    probability 0: where both sides have it, the class adds nothing. NaN in a row that counts gives NaN. Gradient to the
-    student only; second derivatives with backend="reference".
+    probability 0: where both sides have it, the class adds nothing; where only the student has it "forward", and where
+    only the teacher has it "reverse", is inf (the latter's gradient NaN); the others are finite. NaN in a row that
+    counts gives NaN. Gradient to the student only; second derivatives with backend="reference".
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.KDLoss(tau=4.0)
@@ -42,23 +47,30 @@ class KDLoss(Loss):
     0.0
     """
 
-    shown = ("tau", "divergence", "reduction")
+    shown = ("tau", "divergence", "beta", "skew", "scale_tau", "reduction")
 
     def __init__(
         self,
         tau: float = 4.0,
         *,
         divergence: str = "forward",
+        beta: float = 0.5,
+        skew: float = 0.1,
+        scale_tau: bool = True,
         weight: float = 1.0,
         reduction: str = "mean",
         backend: str = "auto",
     ):
         super().__init__(weight)
         if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence is {divergence!r}: give one of {DIVERGENCES}")
+            raise ValueError(f"divergence is {divergence!r}: give one of {tuple(DIVERGENCES)}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
+        checks.flags(scale_tau=scale_tau)
         self.tau, self.divergence, self.reduction, self.backend = check_tau(tau), divergence, reduction, backend
+        ends = ": its ends are other divergences, divergence='forward' and 'reverse'"
+        self.beta, self.skew = check_inside(beta, "beta", ends), check_inside(skew, "skew", ends)
+        self.scale_tau = scale_tau
 
     def forward(
         self,
@@ -76,22 +88,27 @@ class KDLoss(Loss):
         if student_logits.numel() == 0 and self._too_small(math.prod(student_logits.shape[:-1]), 1):
             return self._nothing(["kd"], student_logits, return_parts)
         student, teacher = student_logits, teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
-        if self.divergence == "jsd":
-            pair = (hidden(side, counted, self.backend) for side in (student, teacher))
-            rows = jensen_shannon(*pair, self.tau, self.backend)
-            value = mean_of_rows(rows, counted, normalizer, self.reduction)
-        else:
-            # the op treats its second argument as the fixed side of the divergence, and differentiates in both
-            pair = (student, teacher) if self.divergence == "forward" else (teacher, student)
-            check_rows(student, teacher, "student_logits", "teacher_logits")
-            if counted is None and normalizer is None:
-                checks.flags(return_parts=return_parts)
-                value = divergence(*pair, self.tau, self.reduction, self.backend, self.weight)
-                return (value, {"kd": value}) if return_parts else value
-            pair = (hidden(side, counted, self.backend) for side in pair)
-            rows = divergence(*pair, self.tau, "none", self.backend)
-            value = mean_of_rows(rows, counted, normalizer, self.reduction)
-        return self._total({"kd": value}, return_parts)
+        check_rows(student, teacher, "student_logits", "teacher_logits")
+        scale = 1.0 if self.scale_tau else self.tau**-2
+        if self.divergence not in ("forward", "reverse"):
+            factor, weights = weights_of_rows(counted, normalizer, self.reduction, student)
+            how = measure_of(self.divergence, self.tau, self.beta, self.skew)
+            more = {"weights": weights, "factor": scale * factor}
+            value = any_divergence(*self._hidden(counted, student, teacher), how, None, "sum", self.backend, **more)
+            return self._total({"kd": value}, return_parts)
+        # the op treats its second argument as the fixed side of the divergence, and differentiates in both
+        pair = (student, teacher) if self.divergence == "forward" else (teacher, student)
+        if counted is None and normalizer is None:
+            checks.flags(return_parts=return_parts)
+            weight = self.weight if self.scale_tau else self.weight * scale
+            value = divergence(*pair, self.tau, self.reduction, self.backend, weight)
+            return (value, {"kd": value}) if return_parts else value
+        rows = divergence(*self._hidden(counted, *pair), self.tau, "none", self.backend)
+        value = mean_of_rows(rows, counted, normalizer, self.reduction)
+        return self._total({"kd": value if self.scale_tau else value * scale}, return_parts)
+
+    def _hidden(self, counted, *sides):
+        return (hidden(side, counted, self.backend) for side in sides)
 
 
 def check_classes(loss, student_logits, teacher_logits):

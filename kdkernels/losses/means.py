@@ -32,16 +32,32 @@ def mean_of_rows(values, mask, normalizer, reduction: str = "mean", group=None):
     if group is not None:
         total = group.sum(total)
     if normalizer is not None:
-        if isinstance(normalizer, torch.Tensor):
-            normalizer = normalizer.reshape(()).to(total.dtype)
-            # nothing counted by nobody is 0, not 0 / 0
-            normalizer = torch.where(normalizer == 0, torch.finfo(total.dtype).tiny, normalizer)
-        return total / normalizer
+        return total / _divisor(normalizer, total.dtype)
     if reduction == "sum":
         return total
     if mask is None:
         return total / (values.numel() if group is None else group.total)
     return total / (mask.sum() if group is None else group.sum(mask.sum())).clamp_min(1)
+
+
+def _divisor(normalizer, dtype):
+    if not isinstance(normalizer, torch.Tensor):
+        return normalizer
+    normalizer = normalizer.reshape(()).to(dtype)
+    # nothing counted by nobody is 0, not 0 / 0
+    return torch.where(normalizer == 0, torch.finfo(dtype).tiny, normalizer)
+
+
+def weights_of_rows(mask, normalizer, reduction: str, like):
+    """By what each row of `like` [..., C] enters `mean_of_rows`: a number for all, and a tensor [R] or None."""
+    check_normalizer(normalizer, reduction)
+    dtype, rows = at_least_float32(like), like.shape[:-1]
+    if normalizer is None:
+        normalizer = 1 if reduction == "sum" else rows.numel() if mask is None else mask.sum().clamp_min(1)
+    if mask is None and not isinstance(normalizer, torch.Tensor):
+        return 1 / normalizer, None
+    weights = torch.ones(rows, dtype=dtype, device=like.device) if mask is None else mask.to(dtype)
+    return 1.0, (weights / _divisor(normalizer, dtype)).reshape(-1)
 
 
 def number_of_rows(x, mask, group=None):
