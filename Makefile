@@ -45,7 +45,7 @@ fuzz:
 # an hour on two cores. ARGS="mixup cka --architectures 80" for a part of it
 machine:
 	@python="$$(sh tools/env.sh test)" && export OMP_NUM_THREADS=1 && "$$python" tests/machine/contract.py $(ARGS) \
-	&& "$$python" tests/machine/mutate.py
+	&& "$$python" tests/machine/ranks.py long && "$$python" tests/machine/mutate.py
 
 lint:
 	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" tools/house.py --check

@@ -21,3 +21,37 @@ def test_an_op_keeps_the_contract_in_machine_code(op, architecture, python):
     done = python("tests/machine/contract.py", op, "--architectures", str(architecture))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
     assert f"{op} on sm_{architecture}: " in done.stdout and " 0 failed" in done.stdout
+
+
+def test_rows_of_every_regime_are_ranked_as_the_oracle_ranks_them_by_warps_blocks_and_workspaces(python):
+    done = python("tests/machine/ranks.py", "quick", "--architectures", "80")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
+    # which kernels: rank_rows<float, threads, keys of each>, and those of rows that go through workspace
+    for kernel in ("<fLi32ELi16E>", "<fLi32ELi32E>", "<fLi128ELi8E>", "<dLi512ELi16E>", "SortKernel", "tail_kernel"):
+        assert kernel in done.stdout, kernel
+
+
+def test_a_barrier_that_is_taken_out_is_seen(python):
+    done = python("tests/machine/mutate.py", "soft_rank", "--architectures", "80")
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
+    assert set(seen.values()) <= {"reported", "wrong result", "harmless"}
+    barriers = [outcome for line, outcome in seen.items() if " BAR." in line]
+    # with one row to a block, the barriers before the next row change nothing
+    assert barriers.count("reported") > 20 and barriers.count("harmless") < 12
+
+
+def test_planted_faults_in_what_is_launched_are_seen(python):
+    done = python("tests/machine/planted_cuda.py", "80")
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert said.pop("none") == said.pop("none, through workspace") == "nothing"
+    expected = {
+        "too little shared memory": "a shared access beyond the end",
+        "a row too long": "an access outside of every argument; near input",
+        "a result that is an input": "a write to what is only read: input",
+        "a launch that is left out": "is read before it is written",
+    }
+    assert said.keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in said[name], said[name]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Are the checks sharp? Each barrier and each wait of a kernel is taken out in turn: is that seen?
 
-    python tests/machine/mutate.py distillation_kl cka --architectures 80 90
+    python tests/machine/mutate.py distillation_kl soft_rank --architectures 80 90
 
 Prints a line for each that is executed, `sm_80 loss_rows 0a40 BAR.SYNC 0x0: reported | wrong result | harmless`.
 Harmless is what no schedule reports and no result shows: what it orders is in order by other means, as by the other of
@@ -9,9 +9,9 @@ two barriers with nothing between.
 """
 
 import argparse
+import re
 
 import contract
-import device as machine
 import torch
 from emulator import ARCHITECTURES, SCHEDULES, Report
 from machine_build import core
@@ -25,13 +25,23 @@ def calls() -> dict:
     s, t = torch.randn(2, 1000, requires_grad=True), torch.randn(2, 1000)
     x, y = torch.randn(70, 96, requires_grad=True), torch.randn(70, 64)
     half, other = x.detach().bfloat16().requires_grad_(), y.bfloat16()
+    # a block for each row, and a warp, of values with ties
+    wide, narrow = (torch.randn(3, n).mul(4).round().div(4).requires_grad_() for n in (200, 40))
     z, w, basis = torch.randn(2, 2, 64, 64).bfloat16().unbind() + (torch.randn(64, 32),)
     z.requires_grad_()
     return {
         "distillation_kl": lambda: both(kd.distillation_kl(s, t, backend="triton"), s),
         "cka": lambda: both(kd.cka(half, other, backend="triton"), half),
         "projected_mse": lambda: both(kd.projected_mse(z, w, basis, backend="triton"), z),
+        "soft_rank": lambda: both(kd.soft_rank(wide, "kl", 0.1, backend="cuda"), wide),
+        "soft_sort": lambda: both(kd.soft_sort(wide, "l2", 0.1, backend="cuda"), wide),
+        "spearman": lambda: tuple(t for x in (wide, narrow) for t in correlated(x)),
     }
+
+
+def correlated(x):
+    y = x.detach().roll(1, 1)
+    return both(kd.spearman(x, y, regularization_strength=0.1, backend="cuda"), x)
 
 
 def both(value, leaf):
@@ -39,12 +49,15 @@ def both(value, leaf):
 
 
 def waits(launches) -> list:
-    """(function, line): each barrier, and wait for copies or products that names a count, that a launch executed."""
+    """(function, line): each barrier of a block or a warp, and wait for copies or products that names a count, that a
+    launch executed."""
     found = {}
     for launch in launches:
         for line, count in zip(launch.function.code, launch.counts, strict=True):
             names_count = "LE" in line.modifiers and len(line.operands) > 1
-            if count and (line.opcode == "BAR" or (line.opcode in ("DEPBAR", "WARPGROUP") and names_count)):
+            if count and (
+                line.opcode in ("BAR", "WARPSYNC") or (line.opcode in ("DEPBAR", "WARPGROUP") and names_count)
+            ):
                 found[launch.function.name, line.pc] = launch.function, line
     return list(found.values())
 
@@ -57,6 +70,10 @@ def seen(device, call, right) -> str:
         try:
             got = call()
         except (Report, core().Fault):
+            return "reported"
+        except RuntimeError as error:  # of an operator, whose launch failed
+            if not re.search("Fault, |Report, ", str(error)):
+                raise
             return "reported"
         if not all(torch.equal(a, b) for a, b in zip(got, right[schedule], strict=True)):
             worst = "wrong result"
@@ -78,8 +95,8 @@ def main():
     options = parser.parse_args()
     contract.allow_cpu_tensors()
     for architecture in options.architectures:
-        device = machine.install(architecture)
         for op in options.ops:
+            device = contract.install(contract.kind_of(op), architecture)
             call = calls()[op]
             device.launches.clear()
             right = results(device, call)

@@ -88,7 +88,8 @@ def compare_rank(
 
     expected, expected_block, expected_eps = oracle.rank_rows(x, factor, strength, relative, kl, descending)
     near(eps[:, None], expected_eps[:, None], 1e-12 * np.abs(expected_eps[:, None]), f"eps, {what}", names)
-    near(rank, expected, ulp(expected, work) if work == "float32" else FLOAT64 * n, what, names)
+    half_an_ulp = ulp(expected, work) / 2 if work == "float32" else 0
+    near(rank, expected, half_an_ulp + FLOAT64 * n, what, names)
     numbered = first_positions(x, block, descending)
     for r, name in enumerate(names):
         # at strength 0 ties may count as blocks or not: the gradient is zero

@@ -17,7 +17,7 @@ std::string Region::place(std::uint64_t address) const {
 }
 
 Shadow& Region::shadow(std::uint64_t address) {
-  if (shadows_.empty()) shadows_.resize(size_);
+  if (!shadows_) shadows_.reset(static_cast<Shadow*>(std::calloc(size_, sizeof(Shadow))));
   return shadows_[address - base_];
 }
 
@@ -86,7 +86,9 @@ std::uint8_t* Region::atomic(const Access& by, std::uint64_t address, int n) {
 
 void Region::start_launch(bool checked) {
   checked_ = checked;
-  for (Shadow& byte : shadows_) {
+  for (std::uint64_t i = 0; shadows_ && i < size_; ++i) {
+    Shadow& byte = shadows_[i];
+    if (!byte.write_block && !byte.read_block) continue;
     const bool known = byte.known || byte.write_block;
     byte = Shadow{};
     byte.known = known;

@@ -4,9 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
+#include <memory>
 #include <string>
-#include <vector>
 
 namespace machine {
 
@@ -58,7 +59,8 @@ class Region {
   std::uint64_t base_, size_;
   std::uint8_t* bytes_;
   bool written_, writable_, checked_ = true;
-  std::vector<Shadow> shadows_;  // made at the first access
+  // made at the first access, and pages of it as they are touched
+  std::unique_ptr<Shadow[], decltype(&std::free)> shadows_{nullptr, &std::free};
 };
 
 }  // namespace machine

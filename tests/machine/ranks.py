@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of every regime through every ranking kernel of the CUDA library, executed as machine code, against the float64
+oracle of tests/simt:
+
+    python tests/machine/ranks.py quick|long --architectures 80 90
+
+Prints what each case launched. Returns 1 where a comparison fails or, after all cases, a kernel was never run.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["KDK_NATIVE"] = "0"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "simt"))
+
+import cuda_device
+import drive
+import numpy as np
+import torch
+from cubin import sections
+from emulator import ARCHITECTURES, SHARED_LIMIT, readable
+
+MANY_ROWS = 4096  # with so many, a warp takes a row of up to 1,024
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+class Module:
+    """What tests/simt/module.cpp offers, by the operators of the package. `schedule` says how a device is made to take
+    certain kernels: "warp" by many rows, of which the first are executed; "long" by too little shared memory."""
+
+    def __init__(self, device: cuda_device.Cuda):
+        self.device, self.ops = device, torch.ops.kdkernels
+
+    def reverse_blocks(self, on: bool):
+        pass  # the machine's schedules do
+
+    def _call(self, operator, arguments, out, schedule):
+        """Fills the arrays `out`, [R, n] or [R], or None where nothing is wanted."""
+        R, device = len(out[0]), self.device
+        device.shared_limit = 1024 if schedule == "long" else SHARED_LIMIT[device.architecture]
+        if schedule == "warp":
+            device.first_blocks = R
+            many = torch.arange(MANY_ROWS) % R
+            arguments = [a[many] if isinstance(a, torch.Tensor) and len(a) == R else a for a in arguments]
+        found = operator(*arguments)
+        device.first_blocks = MANY_ROWS
+        for array, tensor in zip(out, found if isinstance(found, tuple) else (found,), strict=True):
+            if array is not None:
+                array[...] = (
+                    (tensor.view(torch.int16) if array.dtype == np.uint16 else tensor)[:R].numpy().view(array.dtype)
+                )
+
+    def rank_rows(
+        self, x, dtype, factors, strength, relative, kl, descending, out, blocks, eps, schedule, shared
+    ):  # fmt: skip
+        how = (_factors(factors), strength, relative, kl, descending, blocks is not None)
+        self._call(self.ops.rank_rows, [_tensor(x, dtype), *how], (out, blocks, eps), schedule)
+
+    def rank_rows_backward(self, grad, ranks, blocks, eps, kl, descending, dx, dtype, schedule, shared):
+        tensors = [_tensor(grad), torch.zeros(grad.shape, dtype=DTYPES[dtype]), *map(_tensor, (ranks, blocks, eps))]
+        self._call(self.ops.rank_rows_backward, [*tensors, kl, descending], (dx,), schedule)
+
+    def sort_rows(self, s, dtype, factors, strength, relative, kl, value, start, eps, schedule, shared):
+        how = (_factors(factors), strength, relative, kl)
+        self._call(self.ops.sort_rows, [_tensor(s, dtype), *how], (value, start, eps), schedule)
+
+    def sort_rows_backward(self, grad, s, start, kl, ds, dtype, schedule, shared):
+        self._call(self.ops.sort_rows_backward, [_tensor(grad), _tensor(s, dtype), _tensor(start), kl], (ds,), schedule)
+
+    def spearman_rows(self, x, y, dtype, strength, relative, kl, hard, value, dx, dy, schedule, shared):
+        how = (strength, relative, kl, hard, dx is not None, dy is not None)
+        self._call(self.ops.spearman_rows, [_tensor(x, dtype), _tensor(y, dtype), *how], (value, dx, dy), schedule)
+
+
+def _tensor(array, dtype: str | None = None) -> torch.Tensor:
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(DTYPES[dtype])
+    return torch.from_numpy(array)
+
+
+def _factors(factors):
+    return None if factors is None else torch.from_numpy(factors)
+
+
+# schedule, n, ops (ranks, sorts, Spearman), settings, few rows, first setting: each continues where the last one
+# stopped, so that strengths and dtypes come up with every kernel
+QUICK = [
+    ("auto", 1, "rsp", 2, False, 0),
+    ("auto", 33, "rsp", 3, False, 2),
+    ("warp", 130, "rs", 1, True, 5),
+    ("warp", 1000, "rs", 1, True, 8),
+    ("auto", 1000, "rsp", 1, True, 9),
+    ("auto", 1030, "p", 1, True, 6),
+    ("long", 67, "rsp", 2, True, 4),
+]
+LONG = [
+    *((schedule, n, "rsp", 11, False, n) for schedule, n in (("auto", 2), ("auto", 32), ("auto", 128), ("auto", 129))),
+    *(("warp", n, "rs", 4, True, n) for n in (129, 512, 513, 1024)),
+    *(("auto", n, "rsp", 4, True, n) for n in (1000, 1024, 1025)),
+    *(("auto", n, "rs", 4, True, n) for n in (4096, 4097)),
+    *(("long", n, "rsp", 4, True, n) for n in (1, 129, 1025)),
+    ("auto", 12289, "rs", 2, True, 0),
+    ("auto", 21841, "r", 1, True, 3),
+    ("auto", 24577, "r", 4, True, 0),
+]
+
+
+def compared(device: cuda_device.Cuda, cases, names: set[str]):
+    for case in cases:
+        start = time.monotonic()
+        device.launches.clear()
+        drive.sweep(Module(device), *case)
+        ran = {launch.function.cubin.name for launch in device.launches}
+        names -= ran
+        steps = sum(launch.steps for launch in device.launches)
+        print(
+            f"{case[0]} {case[1]} {case[2]} on sm_{device.architecture}: {len(device.launches)} launches of"
+            f" {', '.join(sorted(map(readable, ran)))}; {steps} instructions; {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+
+
+def kernels(device: cuda_device.Cuda) -> set[str]:
+    """All of the library, but for the one with which cub asks what it was compiled for."""
+    found = {name.removeprefix(".nv.info.") for file in device.files for name in sections(file) if ".nv.info._" in name}
+    return {name for name in found if "EmptyKernel" not in name}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("which", choices=("quick", "long"))
+    parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = True
+    for architecture in options.architectures:
+        device = cuda_device.install(architecture)
+        left = kernels(device)
+        compared(device, QUICK if options.which == "quick" else QUICK + LONG, left)
+        print(f"never run on sm_{architecture}: {', '.join(sorted(map(readable, left))) or 'none'}")
+        kept &= options.which == "quick" or not left
+    return int(not kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
