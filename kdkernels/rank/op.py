@@ -103,7 +103,7 @@ def _soft_rank(rows, strength, kl, descending, chosen):
     if chosen != "reference":
         return operator.soft_rank.value(rows, *strength, kl, descending, chosen)
     with without_autocast(device_type(rows)):
-        wide = reference.soft_rank(rows.double(), _eps(rows, strength), kl, descending)[0]
+        wide = reference.soft_rank(rows, _eps(rows, strength), kl, descending)[0]
         return wide.to(at_least_float32(rows))
 
 
@@ -111,7 +111,7 @@ def _soft_sort(rows, strength, kl, descending, chosen):
     if chosen != "reference":
         return operator.soft_sort.value(rows, *strength, kl, descending, chosen)
     with without_autocast(device_type(rows)):
-        wide = reference.soft_sort(rows.double(), _eps(rows, strength), kl, descending)
+        wide = reference.soft_sort(rows, _eps(rows, strength), kl, descending)
         return wide.to(at_least_float32(rows))
 
 

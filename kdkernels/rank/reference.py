@@ -141,8 +141,10 @@ def over_rows(one, x, eps):
 
 
 def _widened(x):
-    """In at least float32, with the least number of x's own dtype, which is absent too, at -inf."""
-    return x.masked_fill(x <= torch.finfo(x.dtype).min, -math.inf).to(torch.promote_types(x.dtype, torch.float32))
+    """In float64, with the least number of x's own dtype, which is absent too, at -inf."""
+    # added, not filled in: the gradient of a poisoned row is NaN where something is absent, too
+    away = torch.zeros_like(x).masked_fill(x <= torch.finfo(x.dtype).min, -math.inf)
+    return (x + away).double()
 
 
 def soft_rank(x, eps, kl: bool, descending: bool):
