@@ -83,7 +83,7 @@ def sources(library: str) -> list[Path]:
     return sorted((ROOT / "csrc").rglob("*_cpu.cpp" if library == "cpu" else "*_cuda.cu"))
 
 
-def compile_library(library: str, work: Path, target: str = "all") -> tuple[Path, dict]:
+def compile_library(library: str, work: Path, target: str = "all", source: Path = ROOT) -> tuple[Path, dict]:
     """The folder with what was built and what with; raises Unavailable with a reason of one line."""
     if not sources(library):
         raise Unavailable(f"no sources: csrc holds no {'*_cuda.cu' if library == 'cuda' else '*_cpu.cpp'}")
@@ -108,13 +108,13 @@ def compile_library(library: str, work: Path, target: str = "all") -> tuple[Path
     options += [f"-DKDK_{name.upper()}={'ON' if name == library else 'OFF'}" for name in LIBRARIES]
 
     # CMake's cache remembers its tools and paths, so another set of them gets another folder
-    key = hashlib.sha256("\n".join([cmake, str(ROOT), *options]).encode()).hexdigest()[:8]
+    key = hashlib.sha256("\n".join([cmake, str(source), *options]).encode()).hexdigest()[:8]
     folder = work / f"{library}-{key}"
     log = work / f"{library}.log"
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "out"
     commands = (
-        [cmake, "-S", str(ROOT), "-B", str(folder), f"-DKDK_OUTPUT={made}", *options],
+        [cmake, "-S", str(source), "-B", str(folder), f"-DKDK_OUTPUT={made}", *options],
         [cmake, "--build", str(folder), "--target", target, "--parallel", str(os.cpu_count() or 1)],
     )
     with open(log, "w") as stream:

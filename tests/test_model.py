@@ -15,8 +15,9 @@ from assembly import assembled, run
 from decode import Control
 from machine_build import core, simt_build
 
-from bench.model import multiprocessor, rates
+from bench.model import lines, multiprocessor, rates
 from bench.model.rates import COSTS, H200
+from bench.report import markdown
 
 pytestmark = [
     pytest.mark.machine,
@@ -278,8 +279,8 @@ def test_a_warp_goes_on_until_it_yields():
 # registers of a lane, shared bytes, warps of a block -> resident blocks, as the vendor's occupancy calculator has them
 @pytest.mark.parametrize(
     "registers, shared, warps, blocks",
-    [(32, 0, 8, 8), (32, 0, 1, 32), (128, 0, 4, 4), (168, 0, 4, 3), (255, 0, 8, 1), (32, 51 << 10, 4, 4),
-     (32, 227 << 10, 4, 1)],
+    [(32, 0, 8, 8), (32, 0, 1, 32), (128, 0, 4, 4), (33, 0, 4, 12), (168, 0, 4, 3), (255, 0, 8, 1),
+     (32, 51 << 10, 4, 4), (32, 227 << 10, 4, 1)],
 )  # fmt: skip
 def test_registers_and_shared_memory_bound_the_resident_blocks(registers, shared, warps, blocks):
     for architecture in (80, 90):
@@ -304,14 +305,42 @@ def test_an_opcode_without_a_cost_is_named():
 
 @pytest.mark.parametrize(
     "path, functions",
-    [("kdkernels/logits/triton_kernels.py", {"loss_rows", "load_row"}), ("csrc/rank/isotonic.cuh", {"solve", "merge"})],
+    [
+        ("kdkernels/logits/triton_kernels.py", {"loss_rows", "load_row"}),
+        ("csrc/rank/isotonic.cuh", {"solve", "merge"}),
+        ("csrc/rank/soft_rank.cuh", {"rank_rows_kernel", "emit_ranks"}),
+    ],
 )
 def test_a_line_is_told_by_the_function_it_stands_in(path, functions):
-    from bench.model.lines import function_at
-
     path = ROOT / path
-    found = {function_at(str(path), k + 1) for k, _ in enumerate(path.read_text().splitlines())}
+    found = {lines.function_at(str(path), k + 1) for k, _ in enumerate(path.read_text().splitlines())}
     assert functions < found and not found & {"if", "for", "while", "switch", "return"}
+    assert lines.function_at("nowhere.cuh", 1) == ""
+
+
+LISTING = """//--------------------- .text.other --------------------------
+	//## File "a.cuh", line 9
+        /*0000*/                   NOP ;
+//--------------------- .text.kernel --------------------------
+	//## File "a.cuh", line 1 inlined at "b.cuh", line 2
+	//## File "b.cuh", line 2 inlined at "c.cuh", line 3
+	//## File "c.cuh", line 3
+        /*0000*/                   NOP ;
+        /*0010*/                   NOP ;
+	//## File "c.cuh", line 4
+        /*0020*/                   EXIT ;
+"""
+
+
+def test_an_instruction_has_its_line_and_those_it_was_inlined_at():
+    found = lines.parsed(LISTING, "kernel")
+    assert {pc: [(f.file, f.number) for f in frames] for pc, frames in found.items()} == {
+        0x00: [("a.cuh", 1), ("b.cuh", 2), ("c.cuh", 3)],
+        0x10: [("a.cuh", 1), ("b.cuh", 2), ("c.cuh", 3)],
+        0x20: [("c.cuh", 4)],
+    }
+    frames = [lines.Frame("x", name, 1) for name in ("find", "merge", "merge", "solve", "kernel")]
+    assert lines.phase(frames) == "solve > merge > find" and lines.phase(frames[-1:]) == "kernel"
 
 
 def test_a_row_says_what_it_is_and_repeats(python, tmp_path):
@@ -322,14 +351,14 @@ def test_a_row_says_what_it_is_and_repeats(python, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("MODEL, not measured: H200, 132 multiprocessors at 1.75 GHz, code for sm_80, 20")
     assert done.stdout.count("now 1.00 x its time, 1.00 x its instructions") == 2
-    assert "triton_kernels.py:loss_rows" in done.stdout
+    assert "    loss_rows " in done.stdout
     row, again, *_ = map(json.loads, out.read_text().splitlines())
     assert (row["kind"], row["kernel"], row["blocks"]) == ("model", "loss_rows", 63)
     assert row["cycles"] == again["cycles"] and row["triton"] and row["run"]
     assert row["memory_floor"] == pytest.approx(2 * 8192 * 1000 * 2 / 4.3e12 * 1e6)
     assert row["microseconds"] > row["memory_floor"] and 0 < row["issue_rate"] <= 4
     assert sum(row["idle"].values()) + row["issue_rate"] / 4 == pytest.approx(1, abs=1e-3)
-    report = python("-m", "bench", "report", str(out)).stdout
+    report = markdown([row, again])
     assert "Predicted by a model of H200, 132 multiprocessors at 1.75 GHz, **not measured**" in report
     assert report.count("| kl 8192x1000 bfloat16 | loss_rows (sm_80) | ") == 2
     assert row["dram_bytes"] * 132 == pytest.approx(2 * 8192 * 1000 * 2, rel=0.02)  # it reads each byte once

@@ -25,7 +25,8 @@ class Case(NamedTuple):
     shape: str  # 8192x1000
     dtype: str
     call: Callable[[], object]
-    kernels: dict[str, Work]
+    kernels: dict[str, Work]  # by the name that they have without parameters of templates
+    backend: str = "triton"
 
 
 def cases() -> list[Case]:
@@ -37,6 +38,10 @@ def cases() -> list[Case]:
             (_kl, "kl", (1024, 32000)),
             (_project, "projected_mse", (32, 256, 32, 32, 64)),
             (_cka, "cka", (66, 128, 512)),
+            (_rank, "soft_rank", (8192, 1000)),
+            (_rank, "soft_rank", (256, 1000)),
+            (_rank, "soft_rank", (64, 21841)),
+            (_spearman, "spearman", (8192, 1000)),
         )
         for dtype in ("float32", "bfloat16")
     ]
@@ -121,3 +126,27 @@ def _cka(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         "weighted_rows": Work(features + matrices, groups * n * n * p, rate),
     }
     return Case(name, "x".join(map(str, shape)), dtype, call, kernels)
+
+
+def _rank(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    elements = shape[0] * shape[1]
+
+    def call():
+        kd.soft_rank(_draw(*shape, dtype=dtype).requires_grad_(), "l2", "auto", backend="cuda").sum().backward()
+
+    # ranks and what the backward pass is told of the blocks are 4 bytes each
+    kernels = {
+        "rank_rows_kernel" if shape[1] <= 4096 else "rank_big_kernel": Work(elements * (_size(dtype) + 4 + 4)),
+        "rank_rows_backward_kernel": Work(elements * (4 + 4 + _size(dtype))),
+    }
+    return Case(name, "x".join(map(str, shape)), dtype, call, kernels, "cuda")
+
+
+def _spearman(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    read = 2 * shape[0] * shape[1] * _size(dtype)
+
+    def call():
+        x, y = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
+        kd.spearman(x, y, backend="cuda").sum().backward()
+
+    return Case(name, "x".join(map(str, shape)), dtype, call, {"spearman_rows_kernel": Work(read * 3 // 2)}, "cuda")

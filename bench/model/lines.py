@@ -13,14 +13,14 @@ from typing import NamedTuple
 import cubin
 
 
-class Line(NamedTuple):
+class Frame(NamedTuple):
     file: str  # without its folder
-    function: str  # that it stands in
+    function: str  # that the line stands in
     number: int
 
 
-def of_instructions(binary: bytes, name: str) -> dict[int, Line]:
-    """Address -> innermost line, of one function; empty where the file has no table."""
+def of_instructions(binary: bytes, name: str) -> dict[int, list[Frame]]:
+    """Address -> its line and those that it was inlined at, of one function; empty where the file has no table."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
@@ -28,26 +28,31 @@ def of_instructions(binary: bytes, name: str) -> dict[int, Line]:
     return parsed(done.stdout, name)
 
 
-def parsed(listing: str, name: str) -> dict[int, Line]:
-    out, here, inside, fresh = {}, None, False, True
+def parsed(listing: str, name: str) -> dict[int, list[Frame]]:
+    out, frames, inside, fresh = {}, [], False, True
     for text in listing.splitlines():
         if text.startswith("//-----"):
-            inside, here = f".text.{name} " in text, None
+            inside, frames = f".text.{name} " in text, []
         elif not inside:
             continue
         elif found := re.match(r'\s*//## File "([^"]+)", line (\d+)', text):
-            if fresh:  # those below it are where it was inlined
-                here, fresh = line(found[1], int(found[2])), False
+            frames = [*([] if fresh else frames), frame(found[1], int(found[2]))]
+            fresh = False
         elif found := re.match(r"\s+/\*([0-9a-f]{4,6})\*/", text):
-            fresh = True
-            if here:
-                out[int(found[1], 16)] = here
+            fresh, out[int(found[1], 16)] = True, frames
     return out
 
 
+def phase(frames: list[Frame]) -> str:
+    """What a kernel calls, and what that calls; its own lines, and those of Triton, whose calls are not known."""
+    calls = [f.function for f in reversed(frames[:-1])] or [f.function or f.file for f in frames] or ["unknown"]
+    distinct = [name for name, before in zip(calls, ["", *calls], strict=False) if name and name != before]
+    return " > ".join(distinct[:3])
+
+
 @cache
-def line(path: str, number: int) -> Line:
-    return Line(Path(path).name, function_at(path, number), number)
+def frame(path: str, number: int) -> Frame:
+    return Frame(Path(path).name, function_at(path, number), number)
 
 
 # a function that begins on this line; a lambda or a loop within it does not count
@@ -62,4 +67,5 @@ def function_at(path: str, number: int) -> str:
     except OSError:
         return ""
     begins = PYTHON if path.endswith(".py") else C
-    return next((found[1] for found in map(begins.match, reversed(above)) if found), "")
+    found = (begins.match(re.sub(r"__launch_bounds__\([^)]*\)", "", text)) for text in reversed(above))
+    return next((match[1] for match in found if match), "")

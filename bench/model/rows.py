@@ -9,20 +9,21 @@ that copies reach, its arithmetic floor what the formula needs at the peak. READ
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import contract
-import device as emulated
+import cuda_device
+import device
 import torch
 from machine_build import core
 
-import kdkernels as kd
-
 from .. import machine
 from . import lines
+from .built import PACKAGE, library
 from .cases import Case, Work, cases, plausible_memory
 from .multiprocessor import SHARE, occupancy, play
 from .rates import H200, Machine
@@ -38,13 +39,12 @@ def run(options) -> int:
         return 2
     torch.set_num_threads(1)
     contract.allow_cpu_tensors()
-    device = emulated.install(options.architecture)
-    device.schedules = (SHARE,)
+    devices = installed({case.backend for case in chosen}, options.architecture)
     others = {_key(row): row for row in of_checkout(options)} if options.against else {}
-    shared = machine.provenance("cpu", Path(kd.__file__).resolve().parent.parent)
+    shared = machine.provenance("cpu", PACKAGE)
     print(head(options.architecture))
     for case in chosen:
-        for row in (shared | row for row in predicted(device, case)):
+        for row in (shared | row for row in predicted(devices[case.backend], case)):
             print(shown(row, options.lines), flush=True)
             pair = [row, others[_key(row)]] if _key(row) in others else [row]
             if len(pair) == 2:
@@ -85,26 +85,45 @@ def of_checkout(options) -> list[dict]:
         rows.touch()
         arguments = ["model", "--case", options.case, "--architecture", str(options.architecture), "--out", str(rows)]
         command = [sys.executable, "-c", OTHER, str(package), str(machine.ROOT), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env={**os.environ, "KDK_NATIVE": "0"}
+        )
         if done.returncode:
             print(f"--against: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return [json.loads(line) for line in rows.read_text().splitlines()]
 
 
-def predicted(device, case: Case) -> list[dict]:
+def installed(backends: set[str], architecture: int) -> dict:
+    """What executes each backend's kernels, a share of each launch."""
+    devices = {}
+    if "triton" in backends:
+        devices["triton"] = device.install(architecture)
+    if "cuda" in backends:
+        devices["cuda"] = cuda_device.install(architecture, library(PACKAGE))
+    for made in devices.values():
+        made.schedules = (SHARE,)
+    return devices
+
+
+def predicted(on, case: Case) -> list[dict]:
     """A row for each wanted kernel of a case, in the order of the launches."""
-    device.launches.clear()
+    on.restart()
     with plausible_memory():
         case.call()
     rows = []
-    for launch in device.launches:
-        name = launch.function.name
+    for launch in on.launches:
+        name = _name(launch)
         if name in case.kernels and name not in [row["kernel"] for row in rows]:
             rows.append(row_of(launch, case, H200))
     missing = case.kernels.keys() - {row["kernel"] for row in rows}
     if missing:
         raise RuntimeError(f"{case.name} {case.dtype} did not launch {', '.join(sorted(missing))}")
     return rows
+
+
+def _name(launch) -> str:
+    """Without the parameters of a template."""
+    return launch.function.name.partition("<")[0]
 
 
 def row_of(launch, case: Case, model: Machine) -> dict:
@@ -114,15 +133,15 @@ def row_of(launch, case: Case, model: Machine) -> dict:
         "kind": "model",
         "modelled": model.name,
         "architecture": function.cubin.architecture,
-        "case": case.name, "shape": case.shape, "dtype": case.dtype, "kernel": function.name,
+        "case": case.name, "shape": case.shape, "dtype": case.dtype, "kernel": _name(launch),
         "grid": launch.grid, "blocks": trace.blocks, "warps": trace.warps, "registers": function.cubin.registers,
         "shared": function.shared_bytes, "resident": occupancy(function, trace.warps, model)._asdict(),
         "cycles": played.cycles, "microseconds": played.cycles / model.clock * 1e6,
-        **floors(case.kernels[function.name], model),
+        **floors(case.kernels[_name(launch)], model),
         "instructions": played.issued, "issue_rate": played.issued / played.cycles,
         "wavefronts": played.wavefronts, "l2_bytes": played.l2_bytes, "dram_bytes": played.dram_bytes,
         "idle": {name: cycles / played.cycles / 4 for name, cycles in zip(IDLE, played.idle, strict=True)},
-        "phases": phases(function, played),
+        "phases": phases(function, played), "function": function.cubin.name,
     }  # fmt: skip
 
 
@@ -137,18 +156,19 @@ def floors(work: Work, model: Machine) -> dict:
 
 
 def phases(function, played) -> list[dict]:
-    """By the function of the source that instructions come from, most instructions first."""
-    where = lines.of_instructions(function.cubin.binary, function.name)
+    """By the functions of the source that instructions come from, most instructions first."""
+    where = lines.of_instructions(function.cubin.binary, function.cubin.name)
     found: dict[str, dict] = {}
     for line, of in zip(function.code, played.instructions, strict=True):
-        at = where.get(line.pc)
-        name = f"{at.file}:{at.function}" if at else "unknown"
+        frames = where.get(line.pc, [])
+        name = lines.phase(frames)
         phase = found.setdefault(name, {"phase": name, "instructions": 0, "lanes": 0, "waited": 0, "lines": {}})
         phase["instructions"] += of.executions
         phase["lanes"] += of.lanes
         phase["waited"] += of.waited
-        if at:
-            phase["lines"][at.number] = phase["lines"].get(at.number, 0) + of.executions
+        if frames and of.executions:
+            at = f"{frames[0].file}:{frames[0].number}"
+            phase["lines"][at] = phase["lines"].get(at, 0) + of.executions
     for phase in found.values():
         phase["lanes"] /= max(1, phase["instructions"])  # active ones, of 32
     return sorted((p for p in found.values() if p["instructions"]), key=lambda p: -p["instructions"])

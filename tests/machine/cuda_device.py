@@ -48,21 +48,20 @@ RUN = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(Call))
 
 
 @cache
-def library() -> Path:
-    """Built and loaded: its operators are those of CPU tensors from now on."""
+def loaded(path: Path) -> ctypes.CDLL:
+    """Its operators are those of CPU tensors from now on."""
     if native.has("cpu"):
         raise MachineError("the CPU library is loaded and has these operators: set KDK_NATIVE=0")
-    path = cuda_on_machine()
     torch.ops.load_library(str(path))
-    return path
+    return ctypes.CDLL(str(path))
 
 
 class Cuda(Device):
     """The device on which the library launches."""
 
-    def __init__(self, architecture: int):
+    def __init__(self, architecture: int, library: Path):
         super().__init__(architecture)
-        self.files = of_library(library(), architecture)
+        self.files, self.library = of_library(library, architecture), loaded(library)
         self.functions, self._operation, self._memory = {}, None, {}
         self._run = RUN(self._launch)
         self.shared_limit = SHARED_LIMIT[architecture]
@@ -75,8 +74,7 @@ class Cuda(Device):
     @shared_limit.setter
     def shared_limit(self, size: int):
         self._shared_limit = size
-        set_device = ctypes.CDLL(str(library())).machine_set_device
-        set_device(self._run, ctypes.c_int(self.architecture), ctypes.c_size_t(size))
+        self.library.machine_set_device(self._run, ctypes.c_int(self.architecture), ctypes.c_size_t(size))
 
     def function(self, name: str, shared: int) -> Function:
         if name not in self.functions:
@@ -118,8 +116,9 @@ class Cuda(Device):
         return list(self._memory.values())
 
 
-def install(architecture: int) -> Cuda:
-    device = Cuda(architecture)
+def install(architecture: int, library: Path | None = None) -> Cuda:
+    """`library`: another than this checkout's."""
+    device = Cuda(architecture, library or cuda_on_machine())
     obstacle = backend.obstacle
     backend.obstacle = lambda name, *rest, **more: None if name == "cuda" else obstacle(name, *rest, **more)
     # as of CUDA tensors

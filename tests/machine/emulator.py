@@ -163,7 +163,12 @@ class Device:
             raise MachineError(f"sm_{architecture} is not modelled: {', '.join(f'sm_{a}' for a in ARCHITECTURES)} are")
         self.architecture, self.launches = architecture, []
         self.schedules, self.first_blocks = SCHEDULES, MOST_BLOCKS
+        self.restart()
+
+    def restart(self):
+        """As if nothing had been launched."""
         self._number = itertools.count(1)
+        self.launches.clear()
 
     def ran(self, function: Function, *how):
         number = next(self._number)

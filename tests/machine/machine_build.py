@@ -18,14 +18,17 @@ ROOT = Path(__file__).resolve().parents[2]
 simt_build = _load("simt_build", ROOT / "tests" / "simt" / "build.py")
 
 
+def native_build():
+    return _load("native_build", ROOT / "csrc" / "build.py")
+
+
 @cache
 def cuda_on_machine() -> Path:
     """The CUDA library over stand-ins, from the objects that make up the package's own."""
-    tools = _load("native_build", ROOT / "csrc" / "build.py")
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / "cuda.lock", "w") as lock:  # test workers share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
-        made, _ = tools.compile_library("cuda", ROOT / "build", "cuda_on_machine")
+        made, _ = native_build().compile_library("cuda", ROOT / "build", "cuda_on_machine")
     return made / "cuda_on_machine.so"
 
 
