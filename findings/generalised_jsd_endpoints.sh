@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# trl 1.16.0 (GKD) and liger-kernel 0.8.5: the generalised Jensen-Shannon divergence takes beta from 0 to 1, and at 0 and
+# trl 1.16.0 (GKD) and liger-kernel 0.8.5: the generalised Jensen-Shannon divergence takes beta in 0 to 1, and at 0 and
 # 1 gives the forward and the reverse KL divergence. The formula between tends to 0 at both ends, as beta KL and
 # (1 - beta) KL do: the value jumps by three orders of magnitude from beta = 0.001 to 0, and with it the gradient. Who
 # moves beta by a schedule, or searches it on a grid with its ends, is hurt: the learning rate, or the weight beside
