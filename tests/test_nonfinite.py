@@ -13,6 +13,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.gram import spec
+from kdkernels.logits.op import DIVERGENCES, any_divergence, measure_of
 from kdkernels.registry import OPS
 
 N, WIDTH, ROW = 9, 4, 5  # the row that is spoilt
@@ -50,6 +51,11 @@ def calls():
         lambda x, y, b: kd.landmark_similarity_loss(x, y.detach(), x[:3].detach(), y[:3].detach(), backend=b),
     )  # fmt: skip
     yield "distillation_kl", "", lambda x, y, b: kd.distillation_kl(x, y, backend=b)
+    for form in DIVERGENCES:
+        yield (
+            "generalized_jsd", form,
+            lambda x, y, b, how=measure_of(form, 2.0): any_divergence(x, y, how, None, "none", b),
+        )  # fmt: skip
     lam, mix = torch.full((N,), 0.3), {"tau": 2.0, "alpha": 0.5, "permutation": torch.arange(N).flip(0)}
     for what, more in (("", {}), ("clean", {"mix": (0.5, 0.3, 0.2)})):
         yield (
