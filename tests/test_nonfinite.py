@@ -51,11 +51,8 @@ def calls():
         lambda x, y, b: kd.landmark_similarity_loss(x, y.detach(), x[:3].detach(), y[:3].detach(), backend=b),
     )  # fmt: skip
     yield "distillation_kl", "", lambda x, y, b: kd.distillation_kl(x, y, backend=b)
-    for form in DIVERGENCES:
-        yield (
-            "generalized_jsd", form,
-            lambda x, y, b, how=measure_of(form, 2.0): any_divergence(x, y, how, None, "none", b),
-        )  # fmt: skip
+    for form in (measure_of(name, 2.0) for name in DIVERGENCES):
+        yield "generalized_jsd", f"{form}", lambda x, y, b, f=form: any_divergence(x, y, f, None, "none", b)
     lam, mix = torch.full((N,), 0.3), {"tau": 2.0, "alpha": 0.5, "permutation": torch.arange(N).flip(0)}
     for what, more in (("", {}), ("clean", {"mix": (0.5, 0.3, 0.2)})):
         yield (

@@ -40,10 +40,13 @@ def divergence(z, y, tau, b, u, v):
 
 
 def log_mixture(log_q, log_p, b):
-    """log(b q + (1 - b) p), -inf where both are 0."""
+    """log(b q + (1 - b) p), from the larger of both, which equal ones are exactly; -inf where both are 0."""
     closed = (log_q == -math.inf) & (log_p == -math.inf)
     log_q, log_p = (torch.where(closed, 0, x) for x in (log_q, log_p))
-    return torch.where(closed, -math.inf, torch.logaddexp(log_q + math.log(b), log_p + math.log1p(-b)))
+    w = log_p - log_q
+    from_p = log_p + (b * torch.where(w > 0, -w, 0).expm1()).log1p()
+    from_q = log_q + ((1 - b) * torch.where(w > 0, 0, w).expm1()).log1p()
+    return torch.where(closed, -math.inf, torch.where(w > 0, from_p, from_q))
 
 
 def mixed_label(a, b, lam, C):
