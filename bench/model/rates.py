@@ -6,7 +6,7 @@ Nothing here has been measured by this project: README.md says how it will be. S
 [sheet] data sheets and white papers of A100, H100, H200
 [luo]   Luo et al. 2024, arXiv 2402.13499, and 2025, arXiv 2501.12084: measured on an H100
 [codes] the stall counts that the compiler writes for these instructions
-[none]  assumed; fit.py asks for it
+[none]  assumed
 Latencies of instructions without a scoreboard are in their code's stall counts and need no entry.
 """
 
