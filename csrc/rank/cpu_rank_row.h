@@ -133,14 +133,14 @@ class Ranker {
     for (int64_t step = 0; step < kKeys; ++step) {
       const Key key = static_cast<Key>(rule.descending ? step : kKeys - 1 - step);
       const uint32_t found = std::exchange(count_[key], 0u);
-      if (found == 0 || key == Ordered<T>::kAbsent) continue;
+      if (found == 0 || Ordered<T>::absent(key)) continue;
       key_[entries] = key;
       ends_[entries] = end += static_cast<int32_t>(found);
       s_[entries++] = rule.descending ? -Ordered<T>::value(key) : Ordered<T>::value(key);
     }
     eps = solve(entries, Repeated{ends_.get()}, rule, eps, number != nullptr);
-    rank_of_[Ordered<T>::kAbsent] = 0;
-    number_of_[Ordered<T>::kAbsent] = -1;
+    std::fill_n(&rank_of_[Ordered<T>::kAbsent], 2, 0.f);
+    std::fill_n(&number_of_[Ordered<T>::kAbsent], 2, -1);
     for (int64_t e = 0; e < entries; ++e) rank_of_[key_[e]] = static_cast<float>(s_[e]);
     for (int64_t i = 0; i < n; ++i) rank[i] = rank_of_[Ordered<T>::key(x[i])];
     if (number) {

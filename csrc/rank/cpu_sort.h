@@ -19,7 +19,7 @@ struct Extent {
   Key least, greatest;
 
   bool poisoned() const { return greatest >= Ordered<T>::kInfinity || least < Ordered<T>::kAbsent; }
-  bool some_absent() const { return least == Ordered<T>::kAbsent; }
+  bool some_absent() const { return Ordered<T>::absent(least); }
 };
 
 template <class T>
@@ -147,13 +147,13 @@ Ordering<T> order_row(const T* x, int64_t n, Extent<T> extent, bool negated, Ite
     least = greatest;
     for (int64_t i = 0; i < n; ++i) {
       const Key key = number_key(x[i]);
-      least = std::min(least, key == Ordered<T>::kAbsent ? greatest : key);
+      least = std::min(least, Ordered<T>::absent(key) ? greatest : key);
     }
     m = 0;
     for (int64_t i = 0; i < n; ++i) {
       const Key key = number_key(x[i]);
       items[m] = Item<T>::of(static_cast<Key>(negated ? key - least : greatest - key), static_cast<uint32_t>(i));
-      m += key != Ordered<T>::kAbsent;
+      m += !Ordered<T>::absent(key);
     }
   } else if (negated) {
     for (int64_t i = 0; i < n; ++i) {

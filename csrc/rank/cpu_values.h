@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The four dtypes of a row as unsigned keys whose order is that of the numbers: -NaN < -inf < ... < inf < NaN.
-// The least and the greatest key of a row tell whether it is poisoned and whether entries are absent. The least finite
-// number, by which rows are padded, has the key of -inf.
+// The least and the greatest key of a row tell whether it is poisoned and whether entries are absent.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -51,9 +50,10 @@ struct Ordered {
   static KDK_INLINE Key key(T value) {
     Key bits;
     std::memcpy(&bits, &value, sizeof(bits));
-    const Key key = static_cast<Key>(bits & kSign ? ~bits : bits | kSign);
-    return static_cast<Key>(key - (key == kAbsent + 1));
+    return static_cast<Key>(bits & kSign ? ~bits : bits | kSign);
   }
+  // -inf and, next to it, the least finite number, by which rows are padded
+  static KDK_INLINE bool absent(Key key) { return static_cast<Key>(key - kAbsent) <= 1; }
   static KDK_INLINE double value(Key key) {
     const Key bits = static_cast<Key>(key & kSign ? key ^ kSign : ~key);
     T out;
@@ -61,6 +61,11 @@ struct Ordered {
     return static_cast<double>(out);
   }
 };
+
+template <class T>
+KDK_INLINE bool is_absent(T value) {
+  return Ordered<T>::absent(Ordered<T>::key(value));
+}
 
 // what ranks, sorted values and correlations of a dtype are returned in
 template <class T>

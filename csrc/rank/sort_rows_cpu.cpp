@@ -174,7 +174,7 @@ struct Sorter {
     for (int64_t e = 0; e < m; ++e) order[e] = sorting.index(e);
     for (int64_t e = 0; e < m; ++e) s[e] = narrow<T>(sorted.s[e]);
     for (int64_t i = 0, e = m; e < n; ++i) {
-      if (Ordered<T>::key(x[i]) == Ordered<T>::kAbsent) s[e] = narrow<T>(-kInfinity), order[e++] = i;
+      if (is_absent(x[i])) s[e] = narrow<T>(-kInfinity), order[e++] = i;
     }
     return sorted(m, n, relative, kl, eps, descending ? 1 : -1, value, start);
   }

@@ -100,7 +100,7 @@ struct Correlation {
     m = 0;
     for (int64_t i = 0; i < n; ++i) {
       x.dense[m] = x.x[i], y.dense[m] = y.x[i], place[m] = static_cast<int32_t>(i);
-      m += Ordered<T>::key(x.x[i]) != Ordered<T>::kAbsent && Ordered<T>::key(y.x[i]) != Ordered<T>::kAbsent;
+      m += !is_absent(x.x[i]) && !is_absent(y.x[i]);
     }
     x.x = x.dense.get(), y.x = y.dense.get();
   }
