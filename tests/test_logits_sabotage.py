@@ -9,7 +9,8 @@ from kdkernels import testing
 from kdkernels.logits import call, torch_impl
 
 FORWARD, BACKWARD, LERP = torch_impl.forward, torch_impl.backward, torch_impl.lerp_rows
-KL, MIXED, MIXUP = "distillation_kl", "mixed_distillation", "mixup"
+KL, MIXED, MIXUP, JSD = "distillation_kl", "mixed_distillation", "mixup", "generalized_jsd"
+VALUES, SLOPES, CLASSES = torch_impl.divergence, torch_impl.divergence_gradient, torch_impl._classes_of
 
 
 def value(change):
@@ -72,6 +73,32 @@ def no_maximum(*a):
         torch_impl._shifted = shifted
 
 
+def of_classes(term=lambda how, p, q, w, t: t, slope=lambda how, p, q, w, s: s):
+    """What is found of each class, with another term or another slope."""
+
+    def classes(how, p, q, w):
+        found, apart, slopes = CLASSES(how, p, q, w)
+        return term(how, p, q, w, found), apart, slope(how, p, q, w, slopes)
+
+    return {"_classes_of": classes}
+
+
+def another(**change):
+    return {
+        "divergence": lambda s, t, r, how, *rest: VALUES(s, t, r, how._replace(**change), *rest),
+        "divergence_gradient": lambda *a: SLOPES(*a[:-1], a[-1]._replace(**change)),
+    }
+
+
+def of_kept(row, change):
+    def gradient(grad, s, t, taus, statistics, how):
+        statistics = statistics.clone()
+        statistics[row] = change(statistics[row])
+        return SLOPES(grad, s, t, taus, statistics, how)
+
+    return {"divergence_gradient": gradient}
+
+
 SABOTAGE = {
     "rows in another order": (KL, "value", value(lambda v: v.flip(0))),
     "another temperature": (KL, "value", posed(tau=1.01)),
@@ -103,6 +130,31 @@ SABOTAGE = {
         {"backward": lambda g, f, s, t, k, p, e, n: BACKWARD(g, f, s, t, k, p._replace(mixed=False), e, n)},
     ),
     "normaliser at temperature 1 off": (MIXED, "gradient student", statistic(call.L_1, lambda t: t + 0.01)),
+    "another share": (JSD, "value", another(b=0.45)),
+    "another temperature of a mixture": (JSD, "value", another(tau=1.51)),
+    "sides of a mixture swapped": (JSD, "value", {"divergence": lambda s, t, *r: VALUES(t, s, *r)}),
+    "terms that cancel": (
+        JSD,
+        "value",
+        of_classes(term=lambda how, p, q, w, t: t if how.b != 0 else p - q - torch.where(q == 0, 0, q * w)),
+    ),
+    "no choice of the maxima": (
+        JSD,
+        "gradient student",
+        {"_log_ratio": lambda z, y, m_s, m_t, tau, r: ((z - m_s - (y - m_t)) / tau + r).nan_to_num(0.0, 1e30, -1e30)},
+    ),
+    "slopes without their mean": (JSD, "gradient student", of_kept(call.MEAN_S, torch.zeros_like)),
+    "a teacher's mean that is the student's": (JSD, "gradient teacher", of_kept(call.MEAN_S, lambda mean: 0.9 * mean)),
+    "a slope of total variation by its size": (
+        JSD,
+        "gradient student",
+        of_classes(slope=lambda how, p, q, w, s: p * w.clamp(-0.5, 0.5) if how.variation else s),
+    ),
+    "a slope without its bend": (
+        JSD,
+        "gradient student",
+        of_classes(slope=lambda how, p, q, w, s: s - how.tilt * 0.05 * (p - q)),
+    ),
     "rows not mixed": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: x.clone()}),
     "shares swapped": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: LERP(x, o, w, i)}),
     "permutation inverted": (MIXUP, "value", {"lerp_rows": lambda x, w, o, i: LERP(x, w, o, i.argsort())}),

@@ -10,26 +10,47 @@ import kdkernels as kd
 from kdkernels.losses import KDLoss
 
 
-def by_the_book(student, teacher, tau, divergence):
+def kl(a, b):
+    return (a * (a / b).log()).sum(-1)
+
+
+def by_the_book(student, teacher, tau, divergence, beta=0.5, alpha=0.1):
+    """P is the teacher: GKD's D_JSD(beta), and DistiLLM's skew KL and skew reverse KL of its alpha."""
     p, q = (teacher / tau).softmax(-1), (student / tau).softmax(-1)
-    m = (p + q) / 2
+    m = beta * p + (1 - beta) * q
     rows = {
-        "forward": (p * (p / q).log()).sum(-1),
-        "reverse": (q * (q / p).log()).sum(-1),
-        "jsd": ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2,
+        "forward": kl(p, q),
+        "reverse": kl(q, p),
+        "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m),
+        "skew": kl(p, alpha * p + (1 - alpha) * q),
+        "skew_reverse": kl(q, (1 - alpha) * p + alpha * q),
+        "tvd": (p - q).abs().sum(-1) / 2,
     }
     return rows[divergence] * tau**2
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("tau", [1.0, 4.0])
-def test_it_is_tau_squared_times_the_divergence_averaged_over_rows(tau, divergence):
+EVERY = ["forward", "reverse", "jsd", "skew", "skew_reverse", "tvd"]
+
+
+@pytest.mark.parametrize("divergence", EVERY)
+@pytest.mark.parametrize("tau, beta, skew", [(1.0, 0.5, 0.1), (4.0, 0.2, 0.7)])
+def test_it_is_tau_squared_times_the_divergence_averaged_over_rows(tau, beta, skew, divergence):
     student, teacher = logits(9, 7)
-    rows = by_the_book(student, teacher, tau, divergence)
-    loss = KDLoss(tau, divergence=divergence)
-    torch.testing.assert_close(loss(student, teacher), rows.mean(), rtol=1e-12, atol=0)
-    summed = KDLoss(tau, divergence=divergence, reduction="sum")
-    torch.testing.assert_close(summed(student, teacher), rows.sum(), rtol=1e-12, atol=0)
+    rows = by_the_book(student, teacher, tau, divergence, beta, skew)
+    how = {"divergence": divergence, "beta": beta, "skew": skew}
+    keep = torch.arange(9) % 3 != 1
+    for more, call, want in (
+        ({}, {}, rows.mean()),
+        ({"reduction": "sum"}, {}, rows.sum()),
+        ({"scale_tau": False}, {}, rows.mean() / tau**2),
+        ({}, {"mask": keep}, rows[keep].mean()),
+        ({"scale_tau": False}, {"mask": keep, "normalizer": 4}, rows[keep].sum() / 4 / tau**2),
+        ({"weight": 3.0}, {"normalizer": torch.tensor(2.5)}, 3 * rows.sum() / 2.5),
+    ):
+        got = KDLoss(tau, **how, **more)(student, teacher, **call)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        (found, expected) = (torch.autograd.grad(v, student, retain_graph=True)[0] for v in (got, want))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
 
 
 def test_forward_is_what_distillation_scripts_write_with_kl_div():
@@ -60,7 +81,7 @@ def test_jsd_of_equal_logits_is_zero_and_of_near_ones_right(classes, tau):
     assert (found - expected).norm() < 5e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", EVERY)
 def test_a_class_closed_on_both_sides_adds_nothing_and_leaves_the_gradient_finite(divergence):
     student, teacher = logits(9, 7)
     closed = [torch.cat([side.detach(), torch.full((9, 1), -torch.inf)], 1) for side in (student, teacher)]
@@ -80,7 +101,7 @@ def test_a_class_the_teacher_wants_and_the_student_excludes_is_infinitely_far():
     assert KDLoss()(excluded, teacher) == torch.inf
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", EVERY)
 def test_logits_of_a_thousand_stay_finite_in_float16(divergence):
     student, teacher = (1000 * torch.randn(5, 7) for _ in range(2))
     student = student.half().requires_grad_()
@@ -96,9 +117,12 @@ def test_a_float64_normalizer_leaves_the_dtype_of_the_loss():
 
 def test_bad_arguments_are_named():
     student, teacher = logits(4, 7)
-    for bad in ({"tau": 0.0}, {"tau": float("inf")}, {"divergence": "js"}, {"reduction": "batchmean"}):
+    bads = ({"tau": 0.0}, {"tau": float("inf")}, {"divergence": "js"}, {"reduction": "batchmean"})
+    for bad in (*bads, {"beta": 0.0}, {"beta": 1}, {"skew": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             KDLoss(**bad)
+    with pytest.raises(TypeError, match="scale_tau is 1: give True or False"):
+        KDLoss(scale_tau=1)
     loss = KDLoss()
     with pytest.raises(ValueError, match=r"teacher_logits has shape \(4, 6\).*same rows and classes"):
         loss(student, teacher[:, :6])

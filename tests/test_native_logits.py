@@ -8,6 +8,7 @@ import torch
 from conftest import needs_native
 
 import kdkernels as kd
+from kdkernels.logits.op import DIVERGENCES, any_divergence, measure_of
 from kdkernels.registry import OPS
 
 pytestmark = needs_native(*OPS["distillation_kl"].native)
@@ -145,3 +146,47 @@ def test_the_weight_of_the_loss_is_multiplied_in_the_compiled_call(dtype, diverg
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             total.backward()
     torch.testing.assert_close(loss(student, teacher), want * (2 / 0.75))
+
+
+# ---- every other divergence
+
+
+@pytest.mark.parametrize("C", [1, 2, 15, 17, 511, 512, 513, 1025, 2049])  # around vectors and blocks
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_width_of_every_divergence_is_float64s(name, C):
+    student, teacher = (4 * torch.randn(5, C) for _ in range(2))
+    found, exact = [], []
+    for out, dtype, backend in ((found, torch.float32, "cpp"), (exact, torch.float64, "reference")):
+        leaf = student.to(dtype).requires_grad_()
+        value = any_divergence(leaf, teacher.to(dtype), measure_of(name, 2.0, 0.3), None, "sum", backend)
+        out += [value.detach(), torch.autograd.grad(value, leaf)[0]]
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=2e-6, atol=1e-9)
+    assert (found[1] - exact[1]).abs().max() <= 2e-6 * max(1, exact[1].abs().max())
+
+
+def test_a_block_that_a_side_excludes_comes_before_those_it_has():
+    student, teacher = (torch.randn(2, 1300) for _ in range(2))
+    student[0, :600], teacher[1, :1100] = -math.inf, -math.inf
+    args = measure_of("jsd", 1.0), None, "none"
+    got, want = (any_divergence(student.to(d), teacher.to(d), *args, b) for d, b in
+                 ((torch.float32, "cpp"), (torch.float64, "reference")))  # fmt: skip
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"student": torch.zeros(3, 5).double()}, "divergence_rows: student is Double: pass float32, float16 or"),
+        ({"teacher": torch.zeros(3, 4)}, r"divergence_rows: teacher must be CPU logits \[3, 5\] with dense rows"),
+        ({"taus": torch.ones(2)}, r"divergence_rows: taus must be float32 \[3\]"),
+        ({"weights": torch.ones(3).double()}, r"divergence_rows: weights must be float32 \[3\]"),
+    ],
+)
+def test_the_rows_of_a_divergence_refuse_what_they_cannot_read(given, message):
+    names = {"student": torch.zeros(3, 5), "teacher": torch.zeros(3, 5), "taus": None, "weights": None}
+    numbers = 1.0, 0.5, 0.5, 0.5, 1.0, True, True
+    with pytest.raises(ValueError, match=message):
+        torch.ops.kdkernels.divergence_rows(*{**names, **given}.values(), *numbers)
+    with pytest.raises(ValueError, match=r"statistics must be what divergence_rows gave, float32 \[7, 3\]"):
+        z = torch.zeros(3, 5)
+        torch.ops.kdkernels.divergence_rows_backward(torch.ones(3), z, z, None, torch.ones(6, 3), *numbers[:4])
