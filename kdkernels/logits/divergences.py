@@ -20,16 +20,17 @@ from .operator import rows_without_copy
 
 def _made(student, reduction: str, need: int) -> bool:
     """Whether the forward pass makes the gradient: where the upstream is one number, at which backward may look."""
-    return student.device.type == "cpu" and reduction == "sum" and need == STUDENT
+    return student.device.type == "cpu" and reduction != "none" and need == STUDENT
 
 
 def _forward(student, teacher, taus, weights, *rest):
     *how, factor, reduction, backend, need = rest
+    factor = factor / rows_of(student) if reduction == "mean" else factor
     sides, made = rows_without_copy(student, teacher), _made(student, reduction, need)
     weights = weights if weights is None else weights * factor
     run = backends.implementation(__package__, backend).divergence
     value, statistics, gradient = run(*sides, (taus, weights), Measure(*how), factor, need > 0, made)
-    value = value.sum() if reduction == "sum" else value.reshape(student.shape[:-1])
+    value = value.reshape(student.shape[:-1]) if reduction == "none" else value.sum()
     return value, statistics, gradient.reshape(student.shape) if made else gradient
 
 
@@ -39,7 +40,8 @@ def _backward(grad, student, teacher, taus, weights, statistics, gradient, *rest
         found = _scaled(gradient, grad)
         if found is not None:
             return found, None
-    grad = grad.expand(rows_of(student)) if reduction == "sum" else grad.reshape(-1)
+    factor = factor / rows_of(student) if reduction == "mean" else factor
+    grad = grad.reshape(-1) if reduction == "none" else grad.expand(rows_of(student))
     grad = grad * factor if weights is None else torch.where(weights == 0, 0, grad * weights * factor)
     run, how = backends.implementation(__package__, backend).divergence_gradient, Measure(*how)
     sides, found = rows_without_copy(student, teacher), [None, None]
@@ -65,7 +67,7 @@ def _scaled(gradient, grad):
 def _fake(student, teacher, taus, weights, *rest):
     *_, reduction, _, need = rest
     dtype = at_least_float32(student, teacher)
-    value = student.new_empty(() if reduction == "sum" else student.shape[:-1], dtype=dtype)
+    value = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
     statistics = value.new_empty((KEPT, rows_of(student)) if need else (0,))
     made = _made(student, reduction, need)
     return value, statistics, student.new_empty(student.shape if made else (0,))

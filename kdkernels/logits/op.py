@@ -7,8 +7,6 @@ Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch),
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import backend as backends
@@ -161,19 +159,11 @@ def generalized_jsd(student, teacher, *, tau=4.0, beta=0.5, reduction="mean", ba
     check_reduction(reduction)
     beta = check_inside(beta, "beta", ": at 0 and 1 the divergence is 0, see kd.losses.KDLoss for its limits")
     tau, taus = check_taus(tau, student)
-    return reduced_divergence(student, teacher, measure_of("jsd", tau, beta=beta), taus, reduction, backend)
-
-
-def reduced_divergence(student, teacher, how, taus, reduction: str, backend: str):
-    """Of checked arguments: the divergence of each row, their sum or mean."""
-    if reduction == "none":
-        return any_divergence(student, teacher, how, taus, "none", backend)
-    factor = 1 / math.prod(student.shape[:-1]) if reduction == "mean" else 1.0
-    return any_divergence(student, teacher, how, taus, "sum", backend, factor=factor)
+    return any_divergence(student, teacher, measure_of("jsd", tau, beta=beta), taus, reduction, backend)
 
 
 def any_divergence(student, teacher, how: Measure, taus, reduction: str, backend: str, *, weights=None, factor=1.0):
-    """factor tau^2 times the divergence of each row of [..., C], or their sum.
+    """factor tau^2 times the divergence of each row of [..., C], of checked arguments; their sum, or mean.
 
     taus: None, or a constant a row [R] in the place of how.tau. weights, constants [R], multiply the rows; one of
     weight 0 is left out whatever it holds.
@@ -277,7 +267,7 @@ def _reference_divergence(student, teacher, taus, weights, how, factor, reductio
     if weights is not None:
         weights = weights.to(dtype).reshape(rows.shape)
         rows = torch.where(weights == 0, 0, rows * weights)
-    return rows.sum() if reduction == "sum" else rows
+    return _reduced(rows, reduction)
 
 
 def _reference_mixed(student, teacher, *rest):

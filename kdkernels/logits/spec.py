@@ -176,14 +176,13 @@ def _closed_divergences(generator):
 
 def _divergence_case(student, teacher, how: Measure, reduction, label, taus=None, **fields):
     share = _share(reduction, student[..., 0].numel())
-    reduced = "none" if reduction == "none" else "sum"
 
     def call(t, backend):
         sides, rows = (t["student"], t["teacher"]), t.get("taus")
         if how[1:] == (how.b, how.b, 1 - how.b):
             tau = how.tau if rows is None else rows.reshape(student.shape[:-1])
             return ops.generalized_jsd(*sides, tau=tau, beta=how.b, reduction=reduction, backend=backend)
-        return ops.any_divergence(*sides, how, rows, reduced, backend, factor=share)
+        return ops.any_divergence(*sides, how, rows, reduction, backend)
 
     def tau_of(t):
         return t["taus"].reshape(*student.shape[:-1], 1) if taus is not None else how.tau

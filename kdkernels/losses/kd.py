@@ -91,10 +91,10 @@ class KDLoss(Loss):
         check_rows(student, teacher, "student_logits", "teacher_logits")
         scale = 1.0 if self.scale_tau else self.tau**-2
         if self.divergence not in ("forward", "reverse"):
-            factor, weights = weights_of_rows(counted, normalizer, self.reduction, student)
-            how = measure_of(self.divergence, self.tau, self.beta, self.skew)
-            more = {"weights": weights, "factor": scale * factor}
-            value = any_divergence(*self._hidden(counted, student, teacher), how, None, "sum", self.backend, **more)
+            reduction, weights = weights_of_rows(counted, normalizer, self.reduction, student)
+            pair = self._hidden(counted, student, teacher)
+            how = measure_of(self.divergence, self.tau, self.beta, self.skew), None, reduction, self.backend
+            value = any_divergence(*pair, *how, weights=weights, factor=scale)
             return self._total({"kd": value}, return_parts)
         # the op treats its second argument as the fixed side of the divergence, and differentiates in both
         pair = (student, teacher) if self.divergence == "forward" else (teacher, student)

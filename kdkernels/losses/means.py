@@ -49,15 +49,15 @@ def _divisor(normalizer, dtype):
 
 
 def weights_of_rows(mask, normalizer, reduction: str, like):
-    """By what each row of `like` [..., C] enters `mean_of_rows`: a number for all, and a tensor [R] or None."""
+    """`mean_of_rows` of a value for each row of `like` [..., C] as (reduction, weights [R] or None) of its op."""
     check_normalizer(normalizer, reduction)
-    dtype, rows = at_least_float32(like), like.shape[:-1]
+    if mask is None and normalizer is None:
+        return reduction, None
+    dtype = at_least_float32(like)
+    weights = like.new_ones(like.shape[:-1], dtype=dtype) if mask is None else mask.to(dtype)
     if normalizer is None:
-        normalizer = 1 if reduction == "sum" else rows.numel() if mask is None else mask.sum().clamp_min(1)
-    if mask is None and not isinstance(normalizer, torch.Tensor):
-        return 1 / normalizer, None
-    weights = torch.ones(rows, dtype=dtype, device=like.device) if mask is None else mask.to(dtype)
-    return 1.0, (weights / _divisor(normalizer, dtype)).reshape(-1)
+        normalizer = 1 if reduction == "sum" else mask.sum().clamp_min(1)
+    return "sum", (weights / _divisor(normalizer, dtype)).reshape(-1)
 
 
 def number_of_rows(x, mask, group=None):
