@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA library of the checkout that the package comes from, over stand-ins for a GPU, with lines of its source."""
+"""What nvcc compiles: the CUDA library of the checkout that the package comes from, over stand-ins for a GPU, with
+lines of its source; kernels of this folder."""
 
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
+import torch
+from cubin import Cubin
+from emulator import Device, Function, memory_of
 from machine_build import native_build
 
 import kdkernels as kd
@@ -29,3 +36,26 @@ def library(package: Path) -> Path:
         path.write_text(text)
     made, _ = native_build().compile_library("cuda", tree / "build", "cuda_on_machine", tree)
     return made / "cuda_on_machine.so"
+
+
+@cache
+def compiled(source: str, architecture: int) -> bytes:
+    """A file of this folder."""
+    nvcc = native_build().find_nvcc()
+    if nvcc is None:
+        raise RuntimeError(f"nvcc not found: it compiles bench/model/{source}")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernel.cubin"
+        how = ["-cubin", f"-arch=sm_{architecture}", "-O3", "-lineinfo", "-o", str(out)]
+        subprocess.run([nvcc, *how, str(Path(__file__).with_name(source))], check=True)
+        return out.read_bytes()
+
+
+class Compiled(Device):
+    """Runs kernels of this folder."""
+
+    def launch(self, source: str, name: str, grid: int, threads: int, n: int, *tensors: torch.Tensor):
+        function = Function(Cubin(name, compiled(source, self.architecture)), 0)
+        values = [n.to_bytes(4, "little"), *(t.data_ptr().to_bytes(8, "little") for t in tensors)]
+        memory = memory_of({f"tensor {k}": t for k, t in enumerate(tensors)})
+        self.ran(function, (grid, 1, 1), threads, values, memory)

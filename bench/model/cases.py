@@ -24,9 +24,9 @@ class Case(NamedTuple):
     name: str
     shape: str  # 8192x1000
     dtype: str
-    call: Callable[[], object]
+    call: Callable[[object], object]  # given what executes it
     kernels: dict[str, Work]  # by the name that they have without parameters of templates
-    backend: str = "triton"
+    backend: str = "triton"  # or cuda; nvcc: kernels of this folder
 
 
 def cases() -> list[Case]:
@@ -44,7 +44,7 @@ def cases() -> list[Case]:
             (_spearman, "spearman", (8192, 1000)),
         )
         for dtype in ("float32", "bfloat16")
-    ]
+    ] + [_sort(8192, 1000)]
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _kl(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     elements = shape[0] * shape[1]
     read = 2 * elements * _size(dtype)
 
-    def call():
+    def call(_):
         student, teacher = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
         kd.distillation_kl(student, teacher, tau=4.0, backend="triton").backward()
 
@@ -99,7 +99,7 @@ def _project(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     batch, channels, height, width = maps
     rows = batch * height * width
 
-    def call():
+    def call(_):
         s, t = _draw(*maps, dtype=dtype).requires_grad_(), _draw(*maps, dtype=dtype)
         kd.projected_mse(s, t, _draw(channels, k, dtype="float32") / channels**0.5, backend="triton")
 
@@ -115,7 +115,7 @@ def _cka(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     matrices = 2 * groups * n * n * 4
     features = 2 * groups * n * p * _size(dtype)
 
-    def call():
+    def call(_):
         x, y = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
         kd.cka(x, y, backend="triton").sum().backward()
 
@@ -131,7 +131,7 @@ def _cka(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 def _rank(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     elements = shape[0] * shape[1]
 
-    def call():
+    def call(_):
         kd.soft_rank(_draw(*shape, dtype=dtype).requires_grad_(), "l2", "auto", backend="cuda").sum().backward()
 
     # ranks and what the backward pass is told of the blocks are 4 bytes each
@@ -145,8 +145,19 @@ def _rank(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 def _spearman(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     read = 2 * shape[0] * shape[1] * _size(dtype)
 
-    def call():
+    def call(_):
         x, y = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
         kd.spearman(x, y, backend="cuda").sum().backward()
 
     return Case(name, "x".join(map(str, shape)), dtype, call, {"spearman_rows_kernel": Work(read * 3 // 2)}, "cuda")
+
+
+def _sort(rows: int, n: int) -> Case:
+    """What PyTorch runs for torch.sort, the floor of ranking."""
+
+    def call(on):
+        on.launch(
+            "sort.cu", "sort_kernel", rows, 32, n, _draw(rows, n, dtype="float32"), torch.arange(n).repeat(rows, 1)
+        )
+
+    return Case("torch.sort", f"{rows}x{n}", "float32", call, {"sort_kernel": Work(rows * n * 2 * 12)}, "nvcc")

@@ -47,7 +47,7 @@ def phase(frames: list[Frame]) -> str:
     """What a kernel calls, and what that calls; its own lines, and those of Triton, whose calls are not known."""
     calls = [f.function for f in reversed(frames[:-1])] or [f.function or f.file for f in frames] or ["unknown"]
     distinct = [name for name, before in zip(calls, ["", *calls], strict=False) if name and name != before]
-    return " > ".join(distinct[:3])
+    return " > ".join(distinct[:3]) or frames[-1].file
 
 
 @cache

@@ -4,11 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +12,7 @@ from cubin import Cubin
 from emulator import Function, memory_of
 from machine_build import core
 
-from .. import machine
+from .built import compiled
 from .multiprocessor import SHARE, play
 from .rates import COSTS, H200, Cost, Machine
 
@@ -47,21 +43,6 @@ MICROS = (
 )
 
 
-@cache
-def binary() -> bytes:
-    """micro.cu, compiled for sm_90."""
-    spec = importlib.util.spec_from_file_location("native_build", machine.ROOT / "csrc" / "build.py")
-    tools = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tools)
-    if tools.find_nvcc() is None:
-        raise RuntimeError("nvcc not found: it compiles bench/model/micro.cu")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "micro.cubin"
-        source = Path(__file__).with_name("micro.cu")
-        subprocess.run([tools.find_nvcc(), "-cubin", "-arch=sm_90", "-O3", "-o", str(out), str(source)], check=True)
-        return out.read_bytes()
-
-
 def floats(micro: Micro, most: int) -> int:
     """Of the memory that a kernel reads, at its largest number of iterations."""
     streamed = micro.blocks * micro.threads * 4 * most
@@ -70,7 +51,7 @@ def floats(micro: Micro, most: int) -> int:
 
 @cache
 def traced(micro: Micro, iterations: int):
-    function = Function(Cubin(micro.kernel, binary()), 0)
+    function = Function(Cubin(micro.kernel, compiled("micro.cu", 90)), 0)
     read, out = torch.zeros(floats(micro, FEW[1])), torch.zeros(1024)
     values = [iterations.to_bytes(4, "little"), *(t.data_ptr().to_bytes(8, "little") for t in (read, out))]
     values = values[: len(function.cubin.layout.parameters)]
@@ -92,7 +73,7 @@ class Gpu:
         self.cuda = ctypes.CDLL("libcuda.so.1")
         self.module = ctypes.c_void_p()
         torch.zeros(1, device="cuda")  # makes the context current
-        self._ask("cuModuleLoadData", ctypes.byref(self.module), binary())
+        self._ask("cuModuleLoadData", ctypes.byref(self.module), compiled("micro.cu", 90))
         self.clock = SPINNING / self._seconds(Micro("spin", ""), SPINNING, torch.zeros(1, device="cuda"))
 
     def _ask(self, name: str, *arguments):

@@ -23,7 +23,7 @@ from machine_build import core
 
 from .. import machine
 from . import lines
-from .built import PACKAGE, library
+from .built import PACKAGE, Compiled, library
 from .cases import Case, Work, cases, plausible_memory
 from .multiprocessor import SHARE, occupancy, play
 from .rates import H200, Machine
@@ -100,6 +100,8 @@ def installed(backends: set[str], architecture: int) -> dict:
         devices["triton"] = device.install(architecture)
     if "cuda" in backends:
         devices["cuda"] = cuda_device.install(architecture, library(PACKAGE))
+    if "nvcc" in backends:
+        devices["nvcc"] = Compiled(architecture)
     for made in devices.values():
         made.schedules = (SHARE,)
     return devices
@@ -109,7 +111,7 @@ def predicted(on, case: Case) -> list[dict]:
     """A row for each wanted kernel of a case, in the order of the launches."""
     on.restart()
     with plausible_memory():
-        case.call()
+        case.call(on)
     rows = []
     for launch in on.launches:
         name = _name(launch)
