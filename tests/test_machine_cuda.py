@@ -37,8 +37,7 @@ def test_a_barrier_that_is_taken_out_is_seen(python):
     seen = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
     assert set(seen.values()) <= {"reported", "wrong result", "harmless"}
     barriers = [outcome for line, outcome in seen.items() if " BAR." in line]
-    # with one row to a block, the barriers before the next row change nothing
-    assert barriers.count("reported") > 20 and barriers.count("harmless") < 12
+    assert len(barriers) > 20 and barriers.count("reported") > 2 * barriers.count("harmless")
 
 
 def test_planted_faults_in_what_is_launched_are_seen(python):

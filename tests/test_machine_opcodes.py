@@ -89,6 +89,13 @@ def test_lanes_jump_by_a_table(lanes):
     assert x.tolist() == [0, 9, 9, 12] * 8
 
 
+def test_lanes_that_jump_only_together_do_not_where_one_stays():
+    for jumping in (32, 31):
+        x = torch.full((32,), -1, dtype=torch.int32)
+        ran(f"ISETP.LT.AND P0, PT, R0, {hex(jumping)}, PT\n@P0 BRA.U 0x60\nSTG.E [R2.64], R0", x)
+        assert torch.equal(x, torch.full((32,), -1).int() if jumping == 32 else torch.arange(32).int())
+
+
 # a third of the lanes is ahead or behind where they meet: those that are together need not
 MEET = """
     ISETP.LT.AND P0, PT, R0, {}, PT

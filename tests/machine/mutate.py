@@ -4,8 +4,9 @@
     python tests/machine/mutate.py distillation_kl soft_rank --architectures 80 90
 
 Prints a line for each that is executed, `sm_80 loss_rows 0a40 BAR.SYNC 0x0: reported | wrong result | harmless`.
-Harmless is what no schedule reports and no result shows: what it orders is in order by other means, as by the other of
-two barriers with nothing between.
+Harmless is what no schedule reports and no result shows: what it orders is in order by other means. In the ranking
+kernels those are the barrier at the end of a reduction, where another stands before its memory is used again; the last
+one of a row, where the block has no further row; and the meeting of a warp before a barrier of its block.
 """
 
 import argparse

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["KDK_NATIVE"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "simt"))
@@ -21,15 +22,33 @@ import drive
 import numpy as np
 import torch
 from cubin import sections
-from emulator import ARCHITECTURES, SHARED_LIMIT, readable
+from emulator import ARCHITECTURES, MOST_BLOCKS, SHARED_LIMIT, readable
 
-MANY_ROWS = 4096  # with so many, a warp takes a row of up to 1,024
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
+class Batch(NamedTuple):
+    """How many rows a call has, the given ones over and over; which of them are looked at; what is executed."""
+
+    rows: int
+    first: int = 0
+    all_blocks: bool = True
+    shared_limit: int | None = None  # bytes: a device of fewer takes other kernels
+
+
+def batch_of(schedule: str, R: int) -> Batch:
+    if schedule == "auto":
+        return Batch(R)
+    if schedule == "warp":  # of so many rows, a warp takes each of up to 1,024
+        return Batch(4096, all_blocks=False)
+    if schedule == "warp again":  # those that warps take after their first ones: csrc's kGrid blocks of four
+        return Batch((4 << 20) + R, 4 << 20, all_blocks=False)
+    # rows go through workspace; "long again": blocks take three each, in the backward pass two (kOutsideGrid)
+    return Batch(*{"long": (R, 0), "long again": (296 + R, 296)}[schedule], shared_limit=1024)
+
+
 class Module:
-    """What tests/simt/module.cpp offers, by the operators of the package. `schedule` says how a device is made to take
-    certain kernels: "warp" by many rows, of which the first are executed; "long" by too little shared memory."""
+    """What tests/simt/module.cpp offers, by the operators of the package."""
 
     def __init__(self, device: cuda_device.Cuda):
         self.device, self.ops = device, torch.ops.kdkernels
@@ -40,18 +59,17 @@ class Module:
     def _call(self, operator, arguments, out, schedule):
         """Fills the arrays `out`, [R, n] or [R], or None where nothing is wanted."""
         R, device = len(out[0]), self.device
-        device.shared_limit = 1024 if schedule == "long" else SHARED_LIMIT[device.architecture]
-        if schedule == "warp":
-            device.first_blocks = R
-            many = torch.arange(MANY_ROWS) % R
-            arguments = [a[many] if isinstance(a, torch.Tensor) and len(a) == R else a for a in arguments]
+        batch = batch_of(schedule, R)
+        device.shared_limit = batch.shared_limit or SHARED_LIMIT[device.architecture]
+        device.first_blocks = MOST_BLOCKS if batch.all_blocks else R
+        if batch.rows > R:
+            row = (torch.arange(batch.rows) - batch.first) % R
+            arguments = [a[row] if isinstance(a, torch.Tensor) and len(a) == R else a for a in arguments]
         found = operator(*arguments)
-        device.first_blocks = MANY_ROWS
         for array, tensor in zip(out, found if isinstance(found, tuple) else (found,), strict=True):
             if array is not None:
-                array[...] = (
-                    (tensor.view(torch.int16) if array.dtype == np.uint16 else tensor)[:R].numpy().view(array.dtype)
-                )
+                bits = tensor.view(torch.int16) if array.dtype == np.uint16 else tensor
+                array[...] = bits[batch.first : batch.first + R].numpy().view(array.dtype)
 
     def rank_rows(
         self, x, dtype, factors, strength, relative, kl, descending, out, blocks, eps, schedule, shared
@@ -102,6 +120,8 @@ LONG = [
     *(("auto", n, "rsp", 4, True, n) for n in (1000, 1024, 1025)),
     *(("auto", n, "rs", 4, True, n) for n in (4096, 4097)),
     *(("long", n, "rsp", 4, True, n) for n in (1, 129, 1025)),
+    ("warp again", 2, "rs", 1, True, 0),
+    ("long again", 9, "rs", 1, True, 0),
     ("auto", 12289, "rs", 2, True, 0),
     ("auto", 21841, "r", 1, True, 3),
     ("auto", 24577, "r", 4, True, 0),

@@ -17,9 +17,12 @@ void jump(Step& x) {
   // only where the lanes that are here together are not those of the mask, or only where they are
   if (x.has("DIV") || x.has("CONV"))
     if ((Lane{x, std::countr_zero(x.active)}.u(0) == x.active) == x.has("DIV")) return;
+  std::uint32_t jumping = 0;
   each_lane(x.mask, [&](int l) {
-    if (!x.count() || !x.operand(0).is_predicate() || Lane{x, l}.p(0)) x.warp.pc[l] = x.at.target;
+    jumping |= std::uint32_t(!x.count() || !x.operand(0).is_predicate() || Lane{x, l}.p(0)) << l;
   });
+  if (x.has("U") && jumping != x.active) return;  // all or none
+  each_lane(jumping, [&](int l) { x.warp.pc[l] = x.at.target; });
 }
 
 void block_barrier(Step& x) {
