@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shape of torch.sort's kernel for rows of 513 to 1,024 elements on CUDA: cub sorts a row's keys and 64-bit places
-// in a block of 32 threads with 32 elements each, both loaded and stored through shared memory. Modelled beside ranking.
+// The shape of torch.sort's kernel for rows of 513 to 1,024 elements on CUDA: cub sorts a row's keys and 64-bit
+// places in a block of 32 threads, 32 elements each, loaded and stored through shared memory. Modelled beside ranking.
 #include <cub/block/block_load.cuh>
 #include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_store.cuh>
