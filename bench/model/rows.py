@@ -21,6 +21,8 @@ import device
 import torch
 from machine_build import core
 
+from kdkernels.gram.triton_impl import small
+
 from .. import machine
 from . import lines
 from .built import PACKAGE, Compiled, library
@@ -97,6 +99,7 @@ def installed(backends: set[str], architecture: int) -> dict:
     """What executes each backend's kernels, a share of each launch."""
     devices = {}
     if "triton" in backends:
+        small.machine = lambda device: (H200.rates.multiprocessors, H200.shared_bytes - 1024)  # a grid by its size
         devices["triton"] = device.install(architecture)
     if "cuda" in backends:
         devices["cuda"] = cuda_device.install(architecture, library(PACKAGE))

@@ -45,10 +45,12 @@ def split_config(n: int, half: bool, shared: int = LARGE_SHARED) -> Config:
 
 
 @cache
-def machine(index: int | None) -> tuple[int, int]:
-    """How many there are, and the bytes of shared memory that a block may use."""
-    device = torch.cuda.get_device_properties(index)
-    return device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", LARGE_SHARED)
+def machine(device: torch.device) -> tuple[int, int]:
+    """How many multiprocessors it has, and the bytes of shared memory that a block may use; a CPU: one."""
+    if device.type == "cpu":
+        return 1, LARGE_SHARED
+    of = torch.cuda.get_device_properties(device)
+    return of.multi_processor_count, getattr(of, "shared_memory_per_block_optin", LARGE_SHARED)
 
 
 class Arguments(NamedTuple):
@@ -118,7 +120,7 @@ def _launch_split(x: Rows, y: Rows, keep, ref):
     """Splits fill the machine about twice; the partial sums are added in their order, so results repeat bit for bit."""
     G, n, _ = x.ptr.shape
     half = x.ptr.dtype != torch.float32 and y.ptr.dtype != torch.float32
-    count, shared = machine(x.ptr.device.index) if x.ptr.is_cuda else (1, LARGE_SHARED)
+    count, shared = machine(x.ptr.device)
     config = split_config(n, half, shared)
     blocks = triton.cdiv(n, config.tile)
     steps = triton.cdiv(max(x.width, y.width), config.depth)
