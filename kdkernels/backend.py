@@ -87,6 +87,7 @@ _choose_cached = cache(choose)
 @torch.compiler.assume_constant_result
 def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """The backend that runs `op` on tensors of this device type and these dtypes."""
+    requested = requested if isinstance(requested, str) else check_name(requested)
     return _choose_cached(op, requested, device, dtypes, interpreting())[0]
 
 

@@ -3,8 +3,10 @@
 
 import inspect
 import math
+import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS
@@ -33,7 +35,7 @@ GIVEN = {
     **{"basis": torch.eye(4)[:, :2], "s_centers": LANDMARKS, "t_centers": LANDMARKS, "m": 3, "lam": 0.3},
     **dict.fromkeys(("labels", "permuted_labels"), torch.arange(8) % 4),
 }
-KEYWORDS = {"mixed_distillation": {"tau": 4.0, "alpha": 0.5}}
+KEYWORDS = {"mixup": {"lam": None}, "mixed_distillation": {"tau": 4.0, "alpha": 0.5}}
 
 
 def arguments(op):
@@ -101,6 +103,60 @@ def test_a_flag_that_is_neither_true_nor_false(name, flag):
     for value in ("no", 0, None):
         with pytest.raises(TypeError, match=f"{flag} is {value!r}: give True or False"):
             FLAGGED[name][1](**{flag: value})
+
+
+META = torch.ones((), device="meta")
+NO_NUMBERS = (True, np.bool_(True), "x", b"x", math.nan, 1j, {}, object(), META)
+ANYTHING = (*NO_NUMBERS, None, 0, 1, -1, 2.5, math.inf, [], np.float64(0.5), np.int64(2), torch.tensor(0.5))
+
+
+def refused_by_name(call, parameter):
+    """Of any value the argument is taken, or refused by an error that names it; what is no number is no default's."""
+    number = isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
+    for value in ANYTHING:
+        try:
+            call(**{parameter.name: value})
+        except (TypeError, ValueError) as error:
+            said = str(error)
+            assert re.search(rf"\b{parameter.name}\b", said), (value, said)
+            assert not re.search("instances of|not iterable|unhashable|invalid combination", said), (value, said)
+        else:
+            assert not number or not any(value is one for one in NO_NUMBERS), (parameter.name, value)
+
+
+NEEDED = {
+    "KDALoss": {"num_classes": 3, "student_dim": 4, "teacher_dim": 4},
+    "RdimKDLoss": {"channels": 4, "k": 2},
+    "Ramp": {"loss": losses.KDLoss(), "start": 0, "end": 4},
+    "ClassCenters": {"num_classes": 3, "student_dim": 4, "teacher_dim": 4},
+    "StreamingPCA": {"num_channels": 4},
+    "random_basis": {"num_channels": 4, "k": 1},
+}
+MADE = {name: getattr(losses, name) for name in losses.__all__}
+MADE |= {name: getattr(kd, name) for name in ("RBF", "Laplacian", "Polynomial", "CKAMetric")}
+MADE |= {name: getattr(kd, name) for name in ("ClassCenters", "StreamingPCA", "random_basis")}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_an_argument_of_what_is_made_is_taken_or_refused_by_name(name):
+    for parameter in inspect.signature(MADE[name]).parameters.values():
+        if parameter.name not in ("group", "device") and parameter.kind is not parameter.VAR_KEYWORD:
+            refused_by_name(partial(MADE[name], **NEEDED.get(name, {})), parameter)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_option_of_an_op_is_taken_or_refused_by_name(op):
+    for parameter in inspect.signature(getattr(kd, op)).parameters.values():
+        if parameter.name not in GIVEN and parameter.name != "group":
+            refused_by_name(partial(run, op), parameter)
+
+
+def test_a_divisor_that_is_no_number_is_refused_by_name():
+    for value in ("x", True, np.bool_(True), 1j, [], 0, -1, math.nan, META):
+        with pytest.raises((TypeError, ValueError), match="normalizer is "):
+            losses.KDLoss()(X, X, normalizer=value)
+    for value in (8, 8.0, np.int64(8), np.float32(8), torch.tensor(8)):
+        assert torch.equal(losses.KDLoss()(X, Y[:, :4], normalizer=value), losses.KDLoss()(X, Y[:, :4]))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from .. import checks
 from ..autograd import apply, in_forward_mode
 from .maps import MapLoss, unit
 
@@ -47,7 +48,7 @@ class ATLoss(MapLoss):
 
     def __init__(self, p: float = 2.0, *, rows: str | None = None, weights=None, weight: float = 1.0):
         super().__init__(rows=rows, weights=weights, weight=weight)
-        if not (1 <= p < math.inf):
+        if not (checks.is_number(p) and 1 <= p < math.inf):
             raise ValueError(f"p is {p!r}: give an exponent of at least 1")
         self.p = float(p)
 

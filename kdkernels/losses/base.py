@@ -256,9 +256,9 @@ def check_pair(loss, student, teacher, what: str, key=None):
     return names
 
 
-def check_rows(rows):
+def check_rows(rows, name: str = "rows"):
     if rows is not None and rows not in ROWS:
-        raise ValueError(f"rows is {rows!r}: give one of {ROWS}")
+        raise ValueError(f"{name} is {rows!r}: give one of {ROWS}")
     return rows
 
 
@@ -346,6 +346,7 @@ def row_mask(mask, labels, ignore_index: int, like, name: str):
                 raise ValueError(f"{what} has shape {tuple(given.shape)}: one entry a row of {name} is {shape}")
     if labels is None:
         return constant(mask)
+    checks.integer(ignore_index, "ignore_index", None)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels is {labels.dtype}: give class indices, {ignore_index} where a row is to be ignored")
     counted = labels != ignore_index

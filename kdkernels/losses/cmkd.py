@@ -83,7 +83,7 @@ class CMKDLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(weight, group)
-        if not (weight_tau > 0 and math.isfinite(weight_tau)):
+        if not (checks.is_number(weight_tau) and 0 < weight_tau < math.inf):
             raise ValueError(f"weight_tau is {weight_tau!r}: a temperature is a positive number")
         if regularization not in REGULARIZATIONS:
             raise ValueError(f"regularization is {regularization!r}: give one of {REGULARIZATIONS}")

@@ -62,7 +62,7 @@ class KDLoss(Loss):
         backend: str = "auto",
     ):
         super().__init__(weight)
-        if divergence not in DIVERGENCES:
+        if divergence not in tuple(DIVERGENCES):
             raise ValueError(f"divergence is {divergence!r}: give one of {tuple(DIVERGENCES)}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")

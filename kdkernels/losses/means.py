@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
+from .. import checks
 from ..autograd import at_least_float32
 from ..gram.kernels import spec_of
 
@@ -18,7 +21,7 @@ def check_normalizer(normalizer, reduction: str):
     if isinstance(normalizer, torch.Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: give one number to divide by")
-    elif not normalizer > 0:
+    elif isinstance(normalizer, bool) or not (isinstance(normalizer, numbers.Real) and normalizer > 0):
         raise ValueError(f"normalizer is {normalizer!r}: give a positive number to divide by")
 
 
@@ -32,7 +35,7 @@ def mean_of_rows(values, mask, normalizer, reduction: str = "mean", group=None):
     if group is not None:
         total = group.sum(total)
     if normalizer is not None:
-        return total / _divisor(normalizer, total.dtype)
+        return total / _divisor(normalizer, total)
     if reduction == "sum":
         return total
     if mask is None:
@@ -40,12 +43,14 @@ def mean_of_rows(values, mask, normalizer, reduction: str = "mean", group=None):
     return total / (mask.sum() if group is None else group.sum(mask.sum())).clamp_min(1)
 
 
-def _divisor(normalizer, dtype):
+def _divisor(normalizer, like):
     if not isinstance(normalizer, torch.Tensor):
         return normalizer
-    normalizer = normalizer.reshape(()).to(dtype)
+    if normalizer.is_meta:
+        checks.same_device(normalizer, like, "normalizer", "student_logits")
+    normalizer = normalizer.reshape(()).to(like.dtype)
     # nothing counted by nobody is 0, not 0 / 0
-    return torch.where(normalizer == 0, torch.finfo(dtype).tiny, normalizer)
+    return torch.where(normalizer == 0, torch.finfo(like.dtype).tiny, normalizer)
 
 
 def weights_of_rows(mask, normalizer, reduction: str, like):
@@ -57,7 +62,7 @@ def weights_of_rows(mask, normalizer, reduction: str, like):
     weights = like.new_ones(like.shape[:-1], dtype=dtype) if mask is None else mask.to(dtype)
     if normalizer is None:
         normalizer = 1 if reduction == "sum" else mask.sum().clamp_min(1)
-    return "sum", (weights / _divisor(normalizer, dtype)).reshape(-1)
+    return "sum", (weights / _divisor(normalizer, weights)).reshape(-1)
 
 
 def number_of_rows(x, mask, group=None):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import checks
@@ -75,7 +77,7 @@ class MMDLoss(FeatureLoss):
             if kernel != "rbf":
                 raise ValueError(f"kernel is {kernel!r} and factors are given: factors make a sum of rbf kernels")
             # exp(-d2 / (f m)) = exp(-(d2 / m) / (2 sigma^2)) on rows over sqrt(m)
-            kernel = RBF(sigma=[(check_factor(f) / 2) ** 0.5 for f in factors])
+            kernel = RBF(sigma=[(f / 2) ** 0.5 for f in check_factors(factors)])
         self.kernel, self.factors, self.unbiased, self.backend = kernel, factors, unbiased, backend
         self.least = 2 if unbiased else 1
 
@@ -108,10 +110,11 @@ class MMDLoss(FeatureLoss):
         return {**shown, "unbiased": self.unbiased, **super()._shown()}
 
 
-def check_factor(factor) -> float:
-    if not factor > 0:
-        raise ValueError(f"factors holds {factor!r}: give positive numbers")
-    return float(factor)
+def check_factors(factors) -> list[float]:
+    fine = isinstance(factors, (tuple, list)) and all(checks.is_number(f) and 0 < f < math.inf for f in factors)
+    if not (fine and factors):
+        raise ValueError(f"factors is {factors!r}: give a list of positive numbers")
+    return [float(f) for f in factors]
 
 
 def in_units_of_their_spread(x, y, kept):

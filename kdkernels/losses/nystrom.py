@@ -7,6 +7,7 @@ import torch
 
 from .. import checks
 from ..gram.kernels import spec_of
+from ..nystrom.checks import check_jitter
 from ..nystrom.kda import ClassCenters
 from ..nystrom.op import nystrom_transfer, paired_landmarks
 from .base import Loss, check_rows, full_precision, row_mask, rows_of_pair, zero_where_masked
@@ -72,6 +73,7 @@ class NystromTransferLoss(Loss):
         super().__init__(weight, group)
         spec_of(kernel)
         checks.integer(num_landmarks, "num_landmarks")
+        check_jitter(jitter)
         checks.flags(normalize=normalize)
         if method not in RULES:
             raise ValueError(f"method is {method!r}: give one of {RULES}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import checks
 from ..autograd import at_least_float32, device_type, product
 from ..backend import resolve
 from ..gram import both_ways
@@ -100,7 +101,8 @@ class RCKALoss(Loss):
         super().__init__(weight, group)
         check_estimator(kernel, unbiased, center, row_normalize)
         self.row_normalize, self.center, self.unbiased, self.kernel = row_normalize, center, unbiased, kernel
-        self.rows, self.feature_rows = check_rows(rows), check_rows(feature_rows)
+        self.rows, self.feature_rows = check_rows(rows), check_rows(feature_rows, "feature_rows")
+        checks.integer(first_stage, "first_stage", 0)
         self.first_stage, self.backend = first_stage, backend
         self.register_buffer("row_weight", term_weight(row_weight, "row_weight"))
         self.register_buffer("class_weight", term_weight(class_weight, "class_weight"))
@@ -139,7 +141,7 @@ class RCKALoss(Loss):
                 self._check_classes(x, y)
             ready = {"logits": (x, y, kept)}
             for key, s, t in self._stages(student_features, teacher_features):
-                compared = rows_of_pair(self, s, t, check_rows(feature_rows), mask, "features", key)
+                compared = rows_of_pair(self, s, t, check_rows(feature_rows, "feature_rows"), mask, "features", key)
                 ready[at("features", key)] = compared
             return ready
 

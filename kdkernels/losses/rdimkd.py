@@ -92,6 +92,7 @@ class RdimKDLoss(Loss):
             raise ValueError(f"variant is {variant!r}: give one of {VARIANTS}")
         if normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer is {normalizer!r}: give one of {NORMALIZERS}")
+        checks.integer(channels, "channels")
         if student_channels is not None:
             checks.integer(student_channels, "student_channels")
         if seed is not None:

@@ -11,11 +11,14 @@ import torch
 def weight_tensor(weight, name: str) -> torch.Tensor:
     """A weight, or a list of weights, as the buffer that holds it."""
     try:
-        if isinstance(weight, (bool, str)):
+        given = torch.as_tensor(weight)
+        if given.dtype == torch.bool or given.is_complex():
             raise TypeError
         value = torch.as_tensor(weight, dtype=torch.float32).detach().clone()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # which of them depends on what is no number
         raise TypeError(f"{name} is {weight!r}: give a number") from None
+    if value.is_meta:
+        raise ValueError(f"{name} is on meta, which has no values: give a number, outside torch.device('meta')")
     if value.dim() > 1 or value.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number, or one number a level")
     if not all(0 <= w < math.inf for w in value.flatten().tolist()):

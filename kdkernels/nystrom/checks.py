@@ -51,6 +51,10 @@ def check_mask(mask, x, name_x: str):
 def check_whitening(whiten, jitter) -> float:
     if whiten not in WHITENINGS:
         raise ValueError(f"whiten is {whiten!r}: give one of {WHITENINGS}")
+    return check_jitter(jitter)
+
+
+def check_jitter(jitter) -> float:
     if not checks.is_number(jitter):
         raise TypeError(f"jitter is {jitter!r}: give a number, relative to the mean diagonal of W")
     if not 0 <= jitter < float("inf"):  # math.isfinite would be a graph break where jitter is a symbol

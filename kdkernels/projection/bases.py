@@ -21,7 +21,10 @@ def random_basis(
     >>> torch.allclose(P.T @ P, torch.eye(4), atol=1e-6)
     True
     """
+    checks.integer(num_channels, "num_channels")
     check_count(k, num_channels)
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"dtype is {dtype!r}: give a float dtype, e.g. torch.float32")
     where, by = checks.source(generator, "cpu")
     Q, R = torch.linalg.qr(torch.randn(num_channels, k, dtype=torch.float64, device=where, **by))
     # without this the distribution depends on the sign rule of the factorisation

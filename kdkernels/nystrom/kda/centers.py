@@ -53,6 +53,7 @@ class ClassCenters(Accumulator):
         super().__init__()
         for value, name in ((num_classes, "num_classes"), (student_dim, "student_dim"), (teacher_dim, "teacher_dim")):
             checks.integer(value, name)
+        checks.integer(ignore_index, "ignore_index", None)
         if momentum is not None and not (checks.is_number(momentum) and 0 <= momentum < 1):
             raise ValueError(f"momentum is {momentum!r}: give None for the paper's swap, or a number in [0, 1)")
         if counts not in ("epoch", "first"):
