@@ -4,6 +4,7 @@
 eager      as training scripts write it: kl_div of log_softmax and softmax; two cross_entropy calls for a mixed label;
            for the full target one-hot rows and cross_entropy of probabilities; indexing and arithmetic for mixup
 compiled   torch.compile of that, on CUDA or on request
+forward    the forward divergence of this package where a Jensen-Shannon divergence is asked for: not the same number
 
 Labels, lambda, the permutation and the clean teacher are constants of the case; the gradient is that of the student.
 """
@@ -60,7 +61,7 @@ class LogitCase(NamedTuple):
         clean = R * C * self.item * (self.kernel == "full")
         forward, step = (spec.bytes_moved(R, C, self.item, b) + (1 + b) * clean for b in (False, True))
         moved = {"fwd": forward, "bwd": step - forward, "step": step}[phase]
-        exponentials = {"distillation_kl": 2, "mixed_distillation": 3}[self.op] + 2 * (self.kernel == "full")
+        exponentials = {"mixed_distillation": 3}.get(self.op, 2) + 2 * (self.kernel == "full")
         return moved, spec.flops(R, C, exponentials * (2 if phase == "step" else 1))
 
 
@@ -73,7 +74,7 @@ def draw(case: LogitCase, device: str, seed: int):
 
 
 def names(case: LogitCase, device: str, compiled: bool) -> list[str]:
-    return ["eager"] + (["compiled"] if compiled else [])
+    return ["eager"] + (["compiled"] if compiled else []) + (["forward"] if case.op == "generalized_jsd" else [])
 
 
 class Constants(NamedTuple):
@@ -102,8 +103,8 @@ def _with_constants(case: LogitCase, function):
 
 def ours(case: LogitCase, backend: str):
     """f(x, y) -> value through the public function."""
-    if case.op == "distillation_kl":
-        return lambda x, y: kd.distillation_kl(x, y, tau=TAU, backend=backend)
+    if case.op in ("distillation_kl", "generalized_jsd"):
+        return lambda x, y: getattr(kd, case.op)(x, y, tau=TAU, backend=backend)
     how = {"tau": TAU, "alpha": ALPHA, "backend": backend}
 
     def loss(x, y, c):
@@ -117,6 +118,8 @@ def ours(case: LogitCase, backend: str):
 
 
 def contender(case: LogitCase, name: str):
+    if name == "forward":
+        return lambda x, y: kd.distillation_kl(x, y, tau=TAU)
     plain = _with_constants(case, _EAGER[case.op, case.kernel])
     return torch.compile(plain, dynamic=False) if name == "compiled" else plain
 
@@ -124,6 +127,13 @@ def contender(case: LogitCase, name: str):
 def _divergence(x, y, q=None):
     q = F.softmax(y / TAU, 1) if q is None else q
     return F.kl_div(F.log_softmax(x / TAU, 1), q, reduction="batchmean") * TAU**2
+
+
+def _jensen_shannon(x, y):
+    log_p, log_q = F.log_softmax(x / TAU, 1), F.log_softmax(y / TAU, 1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    both = (F.kl_div(log_m, log, reduction="batchmean", log_target=True) for log in (log_p, log_q))
+    return TAU**2 / 2 * sum(both)
 
 
 def _mixed(x, y, c):
@@ -145,15 +155,18 @@ def _mixup(x, y, c):
 
 _EAGER = {
     ("distillation_kl", "plain"): lambda x, y, c: _divergence(x, y),
+    ("generalized_jsd", "plain"): lambda x, y, c: _jensen_shannon(x, y),
     ("mixed_distillation", "plain"): _mixed,
     ("mixed_distillation", "full"): _full,
     ("mixup", "plain"): _mixup,
 }
 
 
-def _case(op: str, *dims: int, least: float = 0, kernel: str = "plain", **more) -> LogitCase:
+def _case(op: str, *dims: int, least: float = 0, beside: float = 0, kernel: str = "plain", **more) -> LogitCase:
+    """least: how many times faster than the eager form; beside: than the forward divergence."""
     words = [op, " x ".join(map(str, dims)), "" if kernel == "plain" else kernel, more.get("dtype", "")]
-    targets = (Target("speed", "eager", least),) if least else ()
+    asked = (("eager", least), ("forward", beside))
+    targets = tuple(Target("speed", against, bound) for against, bound in asked if bound)
     return LogitCase(" ".join(filter(None, words)), op, dims, kernel, targets=targets, **more)
 
 
@@ -165,6 +178,8 @@ def cpu_cases() -> list[LogitCase]:
         _case("distillation_kl", 1024, 1000, least=1.0, quick=True),
         _case("distillation_kl", 64, 10, least=1.0),
         _case("distillation_kl", 16, 131072, least=1.0, dtype="bfloat16"),
+        _case("generalized_jsd", 1024, 1000, least=2.0, quick=True),
+        _case("generalized_jsd", 256, 128256, least=2.0, dtype="bfloat16", beside=1 / 1.3),
         _case("mixup", 256, 3, 32, 32, quick=True),
         _case("mixup", 64, 3, 224, 224),
     ]
@@ -180,6 +195,7 @@ def cuda_cases() -> list[LogitCase]:
         _case("distillation_kl", 8192, 1000, least=2.0, dtype="bfloat16"),
         _case("distillation_kl", 256, 100, least=2.0),
         _case("distillation_kl", 4096, 131072, least=2.0, dtype="bfloat16"),
+        _case("generalized_jsd", 4096, 131072, least=2.0, dtype="bfloat16", beside=1 / 1.3),
         _case("mixup", 256, 3, 224, 224, least=1.0),
     ]
     return [c._replace(targets=tuple(t._replace(backend="triton") for t in c.targets)) for c in cases]

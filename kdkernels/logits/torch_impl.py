@@ -89,7 +89,7 @@ NEAR = 0.25  # of |log(p / q)|: below, p - q - q log(p / q) is its series
 
 def _excess(m, x, l):
     """x (exp(l) - 1 - l) = m - x - x l of each class, l = log(m / x), and x l."""
-    l = torch.where(x == 0, 0, l)
+    l = l.masked_fill(x == 0, 0)
     v = l.clamp(-NEAR, NEAR)
     near = (l == v) & (x > 0)
     terms = 7 if l.dtype == torch.float32 else 13
@@ -248,8 +248,10 @@ FAR = 80  # of |w|: exp(-80) is nothing beside 1, in float64 too
 
 
 def _classes_of(how: Measure, p, q, w):
-    """Of each class: its term, p - q, and p d term / dp; w = log(p / q)."""
-    apart = torch.where(w.abs() < NEAR, q * w.clamp(-NEAR, NEAR).expm1(), p - q)
+    """Of each class: its term, p - q, and p d term / dp; w = log(p / q), infinite where one side excludes it."""
+    near = w.abs() < NEAR
+    # products with masks: a choice entry by entry takes ten times as long on a CPU
+    apart = (q * w.clamp(-NEAR, NEAR).expm1_()).mul_(near).add_((p - q).mul_(~near))
     if how.variation:
         return apart.abs() / 2, apart, p * w.sign() / 2
     if how.b == 0:
@@ -257,11 +259,16 @@ def _classes_of(how: Measure, p, q, w):
     if how.b == 1:
         return how.v * _excess(q, p, -w)[0], apart, how.v * torch.where(p == 0, 0, p * w)
     b, c = how.b, 1 - how.b
-    mine = c * p > b * q  # m by the side that is more of it
-    log = (torch.where(mine, -w, w).clamp_(max=FAR).expm1_() * torch.where(mine, torch.full_like(w, b), c)).log1p_()
-    log_p, log_q = torch.where(mine, log, log - w), torch.where(mine, log + w, log)
+    w = w.clamp(-1e30, 1e30)
+    mine = (c * p > b * q).to(w.dtype)  # m by the side that is more of it
+    other = 1 - mine
+    # log(m / p) where it is mine, log(m / q) where it is not, and both of all
+    log = (w * (other - mine)).clamp_(max=FAR).expm1_().mul_(b * mine + c * other).log1p_()
+    log_p, log_q = log - w * other, log + w * mine
     m = b * q + c * p
-    term, slope = how.u * _excess(m, q, log_q)[0], how.tilt * c * apart * (p / torch.where(m == 0, 1, m))
+    term, slope = how.u * _excess(m, q, log_q)[0], torch.zeros_like(m)
+    if how.tilt:
+        slope = how.tilt * c * apart * p / (m + torch.finfo(m.dtype).tiny)
     if how.v:
         over_p, moved = _excess(m, p, log_p)
         term, slope = term + how.v * over_p, slope - how.v * moved
