@@ -87,7 +87,7 @@ SABOTAGE = {
     "all in one block": ("soft_rank", "gradient x", block_ids(torch.zeros_like)),
     "elements of other blocks": ("soft_rank", "gradient x", block_ids(lambda b: b.clamp(max=3))),
     "gradient of the strength, half": ("soft_rank", "gradient strength", {"rank_strength_gradient": half_strength}),
-    "sorted the other way": ("soft_sort", "value", {"negated": lambda x: x}),
+    "sorted the other way": ("soft_sort", "value", {"negated": lambda x, gone=None: x}),
     "hard sort": ("soft_sort", "value", {"sort_forward": lambda s, *a: (s.to(SORT(s, *a)[0].dtype), *SORT(s, *a)[1:])}),
     "gradient not sorted back": (
         "soft_sort",
