@@ -50,7 +50,7 @@ struct Item<double> {
   KDK_INLINE uint32_t index() const { return static_cast<uint32_t>(place); }
 };
 
-constexpr int64_t kShortRow = 40;
+constexpr int64_t kShortRow = 128;
 
 // how keys are cut: short rows cannot pay for large tables
 struct Digits {
@@ -88,20 +88,39 @@ Item<T>* sort_items(Item<T>* a, Item<T>* b, int64_t n, int bits) {
   return a;
 }
 
-// the same for a short row: an entry's place is the number of smaller keys, and of equal ones before it
+// the same for a short row: an entry's place is the number of smaller keys, and of equal ones before it, counted for as
+// many entries at once as the registers of every instruction set hold. No key is the greatest of its type, which an
+// infinity would have
 template <class T>
-void place_items(const Item<T>* a, Item<T>* b, int64_t n) {
-  uint32_t key[kShortRow];
-  uint32_t place[kShortRow];
-  for (int64_t i = 0; i < n; ++i) key[i] = static_cast<uint32_t>(a[i].key());
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t own = key[i];
-    uint32_t before = 0;
-    for (int64_t j = 0; j < i; ++j) before += key[j] <= own;
-    for (int64_t j = i + 1; j < n; ++j) before += key[j] < own;
-    place[i] = before;
+void place_items(const Item<T>* a, Item<T>* b, int32_t n) {
+  typedef int32_t Keys __attribute__((vector_size(16)));
+  constexpr int kParts = 4, kTogether = 4 * kParts;
+  static_assert(kShortRow % kTogether == 0);
+  int32_t key[kShortRow], place[kShortRow];
+  // SSE2 compares signed numbers alone
+  for (int32_t i = 0; i < n; ++i) key[i] = static_cast<int32_t>(static_cast<uint32_t>(a[i].key()) ^ 0x80000000u);
+  std::fill(key + n, key + (n + kTogether - 1) / kTogether * kTogether, INT32_MAX);
+  for (int32_t i = 0; i < n; i += kTogether) {
+    Keys own[kParts], before[kParts];
+    std::memcpy(own, key + i, sizeof(own));
+    for (Keys& count : before) count = Keys{} + i;
+    for (int64_t j = 0; j < i; ++j) {
+      for (int h = 0; h < kParts; ++h) before[h] += own[h] < key[j];
+    }
+#pragma GCC unroll 16
+    for (int32_t j = 0; j < kTogether; ++j) {
+#pragma GCC unroll 4
+      for (int h = 0; h < kParts; ++h) {
+        const Keys later = Keys{0, 1, 2, 3} > j - 4 * h;  // -1 in the lanes of entries behind j
+        before[h] -= key[i + j] < own[h] - later;
+      }
+    }
+    for (int64_t j = i + kTogether; j < n; ++j) {
+      for (int h = 0; h < kParts; ++h) before[h] -= key[j] < own[h];
+    }
+    std::memcpy(place + i, before, sizeof(before));
   }
-  for (int64_t i = 0; i < n; ++i) b[place[i]] = a[i];
+  for (int32_t i = 0; i < n; ++i) b[place[i]] = a[i];
 }
 
 inline int bit_width(uint64_t v) { return v ? 64 - __builtin_clzll(v) : 0; }
@@ -166,7 +185,7 @@ Ordering<T> order_row(const T* x, int64_t n, Extent<T> extent, bool negated, Ite
   }
   if constexpr (!std::is_same_v<T, double>) {
     if (m <= kShortRow) {
-      place_items<T>(items, items + n, m);
+      place_items<T>(items, items + n, static_cast<int32_t>(m));
       return {items + n, m, negated ? least : greatest, negated};
     }
   }

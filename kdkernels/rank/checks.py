@@ -17,11 +17,12 @@ def check_rows(x, dim, name: str = "x") -> int:
     """x may be ranked along dim; returns dim counted from the front."""
     floating(x, name)
     integer(dim, "dim", None)
-    if x.dim() == 0:
+    count = x.dim()
+    if count == 0:
         raise ValueError(f"{name} is 0-d: ranks need at least one dimension")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim is {dim}: {name} has {x.dim()} dimensions, give one from {-x.dim()} to {x.dim() - 1}")
-    dim %= x.dim()
+    if not -count <= dim < count:
+        raise ValueError(f"dim is {dim}: {name} has {count} dimensions, give one from {-count} to {count - 1}")
+    dim %= count
     if x.shape[dim] > LONGEST:
         raise ValueError(f"{name} has {x.shape[dim]} elements along dim {dim}: a row may have {LONGEST}")
     return dim

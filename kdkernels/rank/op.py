@@ -86,12 +86,15 @@ def soft_sort(
 def _along(run, op, x, regularization, strength, dim, descending, mask, backend):
     dim, kl = check_rows(x, dim), check_regularization(regularization)
     checks.flags(descending=descending)
-    x = present(x, mask)
-    last = dim == x.dim() - 1
-    rows = x if last else x.movedim(dim, -1)
+    rows = _last(present(x, mask), dim)
     chosen = backends.resolve(op, backend, device_type(x), (x.dtype,))
     out = run(rows, parse(strength, rows), kl, descending, chosen)
-    return out if last else out.movedim(-1, dim)
+    return out if dim == x.dim() - 1 else out.movedim(-1, dim)
+
+
+def _last(t, dim):
+    """t with dim last; where it is, a view that moves nothing would still be a node of the graph."""
+    return t if dim == t.dim() - 1 else t.movedim(dim, -1)
 
 
 def _eps(rows, strength):
@@ -132,7 +135,7 @@ def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="
     RankDiagnostics(fraction_pooled=tensor(0.6667), blocks=tensor(2))
     """
     dim, kl = check_rows(x, dim), check_regularization(regularization)
-    rows = x.detach().movedim(dim, -1)
+    rows = _last(x.detach(), dim)
     strength = parse(regularization_strength, rows)
     strength = strength._replace(tensor=None if strength.tensor is None else strength.tensor.detach())
     chosen = backends.resolve("rank_diagnostics", backend, device_type(x), (x.dtype,))
@@ -174,8 +177,7 @@ def spearman(
     """
     dim, kl = check_pair(x, y, dim), check_regularization(regularization)
     checks.flags(hard_target=hard_target)
-    x = present(x, mask)  # which takes the pair out of y too
-    x, y = x.movedim(dim, -1), y.movedim(dim, -1)
+    x, y = _last(present(x, mask), dim), _last(y, dim)  # what the mask takes out of x is out of y too
     strength = parse(regularization_strength, x)
     chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
     if chosen != "reference" and strength.tensor is None:
@@ -203,7 +205,7 @@ def pearson(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
     True
     """
     dim = check_pair(x, y, dim)
-    x, y = present(x, mask).movedim(dim, -1), y.movedim(dim, -1)
+    x, y = _last(present(x, mask), dim), _last(y, dim)
     chosen = backends.resolve("pearson", backend, device_type(x), (x.dtype, y.dtype))
     if chosen == "reference":
         valid, dtype = ~(absent(x) | absent(y)), at_least_float32(x, y)
@@ -221,7 +223,7 @@ def spearman_corr(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
     tensor(0.9487)
     """
     dim = check_pair(x, y, dim)
-    x, y = present(x.detach(), mask).movedim(dim, -1), y.detach().movedim(dim, -1)
+    x, y = _last(present(x.detach(), mask), dim), _last(y.detach(), dim)
     chosen = backends.resolve("spearman_corr", backend, device_type(x), (x.dtype, y.dtype))
     dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
