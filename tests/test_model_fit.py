@@ -42,8 +42,9 @@ def test_every_kernel_feels_the_entry_that_it_is_there_for():
 def test_rows_are_held_against_a_profile_by_kernel():
     row = {"case": "kl", "shape": "8x9", "dtype": "float32", "grid": (4, 1, 1), "blocks": 2, "microseconds": 3.0}
     rows = [row | {"kernel": "loss_rows", "instructions": 50}, row | {"kernel": "other", "instructions": 1}]
+    name_of = "void (anonymous namespace)::loss_rows<float, (int)4>(Call)"
     profile = [
-        {"Kernel Name": "loss_rows(int)", "Metric Name": name, "Metric Value": value}
+        {"Kernel Name": name_of, "Metric Name": name, "Metric Value": value}
         for name, value in (("gpu__time_duration.sum", "2,000"), ("smsp__inst_executed.sum", "100"))
     ]
     assert fit.held(rows, profile) == [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -63,11 +64,16 @@ def solved(micro: Micro, cycles: float, table: Table) -> Table:
     return table
 
 
+def plain(name: str) -> str:
+    """Of a kernel, without its namespace and the parameters of a template."""
+    return re.match(r"(?:void )?(?:[\w() ]+::)*(\w+)", name)[1]
+
+
 def held(rows: list[dict], profile: list[dict]) -> list[str]:
     """Lines: a row's time and instructions over those of the first launch of its kernel in a profile of ncu."""
     seen: dict[str, dict[str, float]] = {}
     for line in profile:
-        values = seen.setdefault(line["Kernel Name"].split("(")[0], {})
+        values = seen.setdefault(plain(line["Kernel Name"]), {})
         values.setdefault(line["Metric Name"], float(line["Metric Value"].replace(",", "")))
     lines = []
     for row in rows:

@@ -176,6 +176,7 @@ def phases(function, played) -> list[dict]:
             phase["lines"][at] = phase["lines"].get(at, 0) + of.executions
     for phase in found.values():
         phase["lanes"] /= max(1, phase["instructions"])  # active ones, of 32
+        phase["lines"] = dict(sorted(phase["lines"].items(), key=lambda item: -item[1])[:5])
     return sorted((p for p in found.values() if p["instructions"]), key=lambda p: -p["instructions"])
 
 
