@@ -135,7 +135,18 @@ def build_library(library: str, work: Path, output: Path) -> dict:
     staged = output / f".{name}.{os.getpid()}"
     shutil.copy2(made / name, staged)
     os.replace(staged, output / name)
-    return {"built": True, "reason": "", "library": name, **tools}
+    record = {"built": True, "reason": "", "library": name, "bytes": (output / name).stat().st_size, **tools}
+    if library == "cuda":
+        record["code"] = code_of((made.parent / "architectures").read_text())
+    return record
+
+
+def code_of(architectures: str) -> list[str]:
+    """CMake's list by what it compiles: 90a-real is code for sm_90a, 100-virtual PTX for compute_100, 80 is both."""
+    names = []
+    for number, _, kind in (entry.partition("-") for entry in architectures.split(";")):
+        names += [f"{name}_{number}" for name, other in (("sm", "virtual"), ("compute", "real")) if kind != other]
+    return names
 
 
 def first_error(log: str) -> str:
@@ -178,7 +189,10 @@ def build(mode: str, output: Path, work: Path) -> dict:
 def sentence(record: dict) -> str:
     """One sentence for a person who has just built or installed."""
     if record["cpu"]["built"]:
-        built = "compiled CPU library" + (" and CUDA library" if record["cuda"]["built"] else "")
+        built = "compiled CPU library"
+        if record["cuda"]["built"]:
+            code, size = record["cuda"]["code"], record["cuda"]["bytes"]
+            built += f" and CUDA library ({', '.join(code)}: {size / 1e6:.1f} MB)"
         return f"kdkernels: {built} built."
     return f"kdkernels: running in pure Python, which is slower on the CPU: {record['cpu']['reason']}."
 

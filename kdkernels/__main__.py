@@ -54,11 +54,23 @@ def info() -> str:
         "compiled libraries",
         f"  cpu       {status.cpu_reason or 'loaded'}",
         *([] if status.cpu else [f"{'':12}soft ranks, sorts and Spearman take 10 to 50 times as long without it"]),
-        f"  cuda      {status.cuda_reason or 'loaded'}",
+        f"  cuda      {status.cuda_reason or ', '.join(['loaded', *native.code()])}",
+        *_refusals(),
     ]
     for device in ("cpu", "cuda"):
         lines += ["", f"float32 tensors on {device}" + _absence(device), *_choices(device)]
     return "\n".join(lines)
+
+
+def _refusals() -> list[str]:
+    """Of each device on which the CUDA library does not run, why."""
+    lines = []
+    for k in range(torch.cuda.device_count()):
+        text = native.refusal(f"cuda:{k}")
+        lines += (
+            textwrap.wrap(f"cuda:{k}: {text}", 120, initial_indent=" " * 12, subsequent_indent=" " * 12) if text else []
+        )
+    return lines
 
 
 def _choices(device: str) -> list[str]:
@@ -113,7 +125,7 @@ def run_validate(ops: list[str], backend: str | None, device: str, quick: bool) 
     jobs, left_out = [], []
     for op in ops:
         for name in OPS[op].backends if backend is None else (backend,):
-            why = backends.obstacle(name, kind, op=op) if name in OPS[op].backends else f"{op} has {OPS[op].backends}"
+            why = backends.obstacle(name, device, op=op) if name in OPS[op].backends else f"{op} has {OPS[op].backends}"
             if why is None:
                 jobs.append((op, name))
             else:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import checks, native
 from .registry import OPS
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
@@ -41,18 +41,19 @@ def _triton_obstacle(device: str, dtypes) -> str | None:
 
 
 def obstacle(backend: str, device: str, dtypes=(), op: str | None = None) -> str | None:
-    """Why `backend` cannot run (an op) for tensors of this device type and these dtypes, or None if it can."""
+    """Why `backend` cannot run (an op) for tensors on this device ("cuda": the current one), or None if it can."""
+    kind = device.partition(":")[0]
     if backend in ("reference", "torch"):
         return None
     if backend == "triton":
-        return _triton_obstacle(device, dtypes)
+        return _triton_obstacle(kind, dtypes)
     if backend == "cpp":
-        if device != "cpu":
-            return f"the tensors are on {device} (cpp runs on the CPU)"
+        if kind != "cpu":
+            return f"the tensors are on {kind} (cpp runs on the CPU)"
         return native.lack("cpu", OPS[op].operators("cpu") if op else ())
-    if device != "cuda":
-        return f"the tensors are on {device} (cuda runs on CUDA tensors)"
-    return native.lack("cuda", OPS[op].operators("cuda") if op else ())
+    if kind != "cuda":
+        return f"the tensors are on {kind} (cuda runs on CUDA tensors)"
+    return native.lack("cuda", OPS[op].operators("cuda") if op else ()) or native.refusal(device)
 
 
 def check_name(requested) -> str:
@@ -61,7 +62,7 @@ def check_name(requested) -> str:
     return requested
 
 
-def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) -> tuple[str, str]:
+def choose(op: str, requested: str, device: str, dtypes) -> tuple[str, str]:
     backends = OPS[op].backends
     if check_name(requested) != "auto":
         if requested not in backends:
@@ -81,14 +82,26 @@ def choose(op: str, requested: str, device: str, dtypes, _interpreting=False) ->
     raise AssertionError("reference always runs")
 
 
-_choose_cached = cache(choose)
+@cache
+def _choose_cached(op, requested, device, dtypes, _interpreting) -> str:
+    chosen, _ = choose(op, requested, device, dtypes)
+    refusal = native.refusal(device) if requested == "auto" and "cuda" in OPS[op].backends else None
+    if refusal:
+        _warn(refusal)
+    return chosen
+
+
+@cache
+def _warn(refusal: str):
+    """Once, not for each op: the library was built to run here and does not."""
+    checks.warn(f"{refusal}. The next backend in line runs instead: kdkernels.explain names it")
 
 
 @torch.compiler.assume_constant_result
 def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """The backend that runs `op` on tensors of this device type and these dtypes."""
+    """The backend that runs `op` on tensors of these dtypes on this device; an op without cuda may give its type."""
     requested = requested if isinstance(requested, str) else check_name(requested)
-    return _choose_cached(op, requested, device, dtypes, interpreting())[0]
+    return _choose_cached(op, requested, device, dtypes, interpreting())
 
 
 @torch.compiler.assume_constant_result
@@ -128,7 +141,7 @@ def explain(op: str, *tensors: torch.Tensor, backend: str = "auto") -> Explanati
         raise ValueError(f"op is {op!r}: the ops are {sorted(OPS)}")
     if not tensors:
         raise ValueError("explain needs the tensors of the call: kd.explain('cka', x, y)")
-    return Explanation(op, *choose(op, backend, tensors[0].device.type, tuple(t.dtype for t in tensors)))
+    return Explanation(op, *choose(op, backend, str(tensors[0].device), tuple(t.dtype for t in tensors)))
 
 
 def available_backends(device: str | None = None) -> dict[str, str]:

@@ -6,6 +6,7 @@ Importing this module loads nothing and never raises. KDK_NATIVE=0 in the enviro
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 FLOOR = (2, 10)  # the stable ABI that csrc/ is compiled for
+CAPABILITY = (8, 0)  # the least compute capability whose instructions the CUDA kernels can do with
 _FOLDER = Path(__file__).resolve().parent / "_lib"
 
 
@@ -49,6 +51,46 @@ def _implements(library: str, operator: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{operator}", library.upper())
     except RuntimeError:  # no such operator
         return False
+
+
+def refusal(device: str) -> str | None:
+    """Why the loaded CUDA library does not run on `device` ("cuda": the current one), or None: the library is asked."""
+    # where there is no device, what is said of its tensors is said of one that serves
+    if torch.device(device).type != "cuda" or not has("cuda") or not torch.cuda.is_available():
+        return None
+    index = torch.device(device).index
+    return _refusal(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _refusal(index: int) -> str | None:
+    with torch.cuda.device(index):
+        why = _ask_library()
+    if not why:
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    fix = "update the driver, or build the library on this machine (python csrc/build.py cuda)"
+    if capability < CAPABILITY:
+        fix = "its kernels need a device of compute capability {}.{} or more".format(*CAPABILITY)
+    name, capability = torch.cuda.get_device_name(index), "{}.{}".format(*capability)
+    held = f"It holds {', '.join(code()) or 'code that no record names'}"
+    return f"the compiled CUDA library does not run on {name}, compute capability {capability}: {why}. {held}: {fix}"
+
+
+def _ask_library() -> str:
+    """Why no kernel of the CUDA library runs on the current device, or an empty string: csrc/common/refusal_cuda.cu."""
+    try:
+        ask = ctypes.CDLL(str(_FOLDER / "libkdkernels_cuda.so")).kdkernels_cuda_refusal
+    except AttributeError:
+        return "it is of an earlier build"
+    ask.restype = ctypes.c_char_p
+    return (ask() or b"").decode()
+
+
+def code() -> list[str]:
+    """What the CUDA library holds, as its build recorded it: sm_80 is a device's own code, compute_100 is PTX."""
+    entry = status().build.get("cuda")
+    return entry.get("code", []) if isinstance(entry, dict) else []
 
 
 @functools.cache

@@ -26,7 +26,7 @@ ARROWS = {
     "registry": set(),
     "native": set(),
     "triton_tf32": {"backend"},
-    "backend": {"native", "registry"},
+    "backend": {"checks", "native", "registry"},
     "testing": {"backend", "registry"},
     "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},
     "compat": {*FOUNDATIONS, *FAMILIES, "losses"},

@@ -139,6 +139,19 @@ class TestModes:
         with pytest.raises(SystemExit, match="KDK_BUILD=cpu: cpu library not built"):
             self.build("cpu", tmp_path)
 
+    def test_the_record_and_the_sentence_say_what_the_cuda_library_holds(self, monkeypatch, tmp_path):
+        made = tmp_path / "work" / "out"
+        made.mkdir(parents=True)
+        for name in ("cpu", "cuda"):
+            (made / f"libkdkernels_{name}.so").write_bytes(bytes(1_250_000))
+        (tmp_path / "work" / "architectures").write_text("80-real;90a-real;89;100-virtual")
+        monkeypatch.setattr(native_build, "compile_library", lambda *_: (made, {}))
+        record = self.build("cuda", tmp_path)
+        code = ["sm_80", "sm_90a", "sm_89", "compute_89", "compute_100"]
+        assert (record["cuda"]["code"], record["cuda"]["bytes"]) == (code, 1_250_000)
+        told = "kdkernels: compiled CPU library and CUDA library ({}: 1.2 MB) built."
+        assert native_build.sentence(record) == told.format(", ".join(code))
+
     def test_a_library_without_sources_says_so(self, monkeypatch, tmp_path):
         monkeypatch.setattr(native_build, "sources", lambda library: [])
         with pytest.raises(native_build.Unavailable, match=r"^no sources: csrc holds no \*_cuda.cu$"):

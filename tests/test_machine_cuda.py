@@ -54,3 +54,22 @@ def test_planted_faults_in_what_is_launched_are_seen(python):
     assert said.keys() == expected.keys()
     for name, words in expected.items():
         assert words in said[name], said[name]
+
+
+ASK = """
+import ctypes, sys, torch
+sys.path.insert(0, "tests/machine")
+from machine_build import cuda_on_machine
+library = ctypes.CDLL(str(cuda_on_machine()))
+library.kdkernels_cuda_refusal.restype = ctypes.c_char_p
+for architecture in 80, 75:
+    library.machine_set_device(None, architecture, ctypes.c_size_t(0))
+    print(library.kdkernels_cuda_refusal())
+"""
+
+
+def test_the_library_says_on_which_devices_it_does_not_run(python):
+    done = python("-c", ASK, KDK_NATIVE="0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs, refused = done.stdout.splitlines()
+    assert runs == "None" and refused.startswith("b'no kernel image (its runtime is CUDA 1"), done.stdout

@@ -22,8 +22,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #define KDK_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define KDK_SHARED(T, name, N) __shared__ T name[N]
 #define KDK_LAUNCH(kernel, grid, block, bytes, stream, ...) \
@@ -35,16 +38,30 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// shared memory beyond 48 KiB is asked for at every launch: the attribute belongs to the kernel on the current device,
-// setting it is no launch and may be captured in a graph
+// shared memory beyond 48 KiB is asked for once for each kernel and device, and all of it: what one launch needs may be
+// too little for the launch of another thread. Setting an attribute is no launch and may be captured in a graph
+inline void allow_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const char* what = "shared memory of a ranking kernel";
+  int device = 0, most = 0;
+  cudaFuncAttributes of;
+  check_cuda(cudaGetDevice(&device), what);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  check_cuda(cudaFuncGetAttributes(&of, kernel), what);
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(of.sharedSizeBytes)), what);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared), what);
+  allowed.insert({kernel, device});
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, size_t bytes, cudaStream_t stream,
             Arguments... arguments) {
-  if (bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)),
-               "shared memory of a ranking kernel");
-  }
+  if (bytes > 48 * 1024) allow_shared(reinterpret_cast<const void*>(kernel));
   kernel<<<grid, block, bytes, stream>>>(static_cast<Parameters>(arguments)...);
   check_cuda(cudaGetLastError(), "launch of a ranking kernel");
 }

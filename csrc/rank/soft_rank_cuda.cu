@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// rank_rows and spearman_rows for CUDA tensors: arguments checked, results allocated, the schedules of schedule.cuh
-// launched on the current stream. The schemas stand in kdkernels/rank/native_impl.py.
+// rank_rows, its backward pass and spearman_rows for CUDA tensors: arguments checked, results allocated, the schedules
+// of schedule.cuh launched on the current stream. The schemas stand in kdkernels/rank/native_impl.py.
 #include <tuple>
 
 #include "arguments.cuh"
@@ -33,6 +33,22 @@ std::tuple<Tensor, Tensor, Tensor> rank_rows_cuda(Tensor x, std::optional<Tensor
   rank_rows(call, wide, Device{launch.shared()}, [&](size_t bytes) { return launch.allocate(bytes); },
             launch.stream());
   return {rank, blocks, eps};
+}
+
+Tensor rank_rows_backward_cuda(Tensor grad, Tensor x, Tensor rank, Tensor blocks, Tensor eps, bool kl,
+                               bool descending) {
+  check_rows(x, "rank_rows_backward", "x");
+  KDK_CHECK(eps.scalar_type() == ScalarType::Double && eps.dim() == 1 && eps.size(0) == x.size(0) &&
+                eps.is_contiguous() && eps.is_cuda(),
+            "rank_rows_backward: eps is not a dense float64 vector with one entry for each row");
+  Launch launch(x);
+  Tensor dx = launch.rows(x.size(0), x.size(1), x.scalar_type());
+  BackwardCall call = backward_of(grad, x, rank, "rank", blocks, "blocks", dx, "rank_rows_backward");
+  call.eps = static_cast<const double*>(eps.const_data_ptr());
+  call.descending = descending;
+  rank_rows_backward(call, call.dtype == kDouble, kl, Device{launch.shared()},
+                     [&](size_t bytes) { return launch.allocate(bytes); }, launch.stream());
+  return dx;
 }
 
 std::tuple<Tensor, Tensor, Tensor> spearman_rows_cuda(Tensor x, Tensor y, double strength, bool relative, bool kl,
@@ -68,5 +84,6 @@ std::tuple<Tensor, Tensor, Tensor> spearman_rows_cuda(Tensor x, Tensor y, double
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
   m.impl("rank_rows", TORCH_BOX(&kdkernels::rank_rows_cuda));
+  m.impl("rank_rows_backward", TORCH_BOX(&kdkernels::rank_rows_backward_cuda));
   m.impl("spearman_rows", TORCH_BOX(&kdkernels::spearman_rows_cuda));
 }

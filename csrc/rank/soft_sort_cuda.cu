@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// sort_rows and the backward passes of both ranking operators for CUDA tensors, as soft_rank_cuda.cu does it. A file of
-// its own, so that both compile side by side.
+// sort_rows and its backward pass for CUDA tensors, as soft_rank_cuda.cu does it. A file of its own, so that both
+// compile side by side; no kernel is in both.
 #include <tuple>
 
 #include "arguments.cuh"
@@ -34,46 +34,6 @@ std::tuple<Tensor, Tensor, Tensor> sort_rows_cuda(Tensor s, std::optional<Tensor
   return {value, start, eps};
 }
 
-// what both backward passes share; dx takes the dtype of `like`
-BackwardCall backward_of(const Tensor& grad, const Tensor& like, const Tensor& value, const char* value_name,
-                         const Tensor& name, const char* name_name, Tensor& dx, const char* op) {
-  const Rows u = rows_of(grad, op, "grad"), v = rows_of(value, op, value_name);
-  const int64_t name_stride = check_rows(name, op, name_name);
-  KDK_CHECK(name.scalar_type() == ScalarType::Int, op, ": ", name_name, " is ",
-            torch::headeronly::toString(name.scalar_type()), ": pass int32");
-  check_like(grad, like, op, "grad");
-  check_like(value, like, op, value_name);
-  check_like(name, like, op, name_name);
-  return {u,
-          v,
-          static_cast<const int*>(name.const_data_ptr()),
-          name_stride,
-          nullptr,
-          false,
-          like.size(0),
-          static_cast<int>(like.size(1)),
-          dx.mutable_data_ptr(),
-          dtype_of(like, op, "x"),
-          nullptr,
-          0};
-}
-
-Tensor rank_rows_backward_cuda(Tensor grad, Tensor x, Tensor rank, Tensor blocks, Tensor eps, bool kl,
-                               bool descending) {
-  check_rows(x, "rank_rows_backward", "x");
-  KDK_CHECK(eps.scalar_type() == ScalarType::Double && eps.dim() == 1 && eps.size(0) == x.size(0) &&
-                eps.is_contiguous() && eps.is_cuda(),
-            "rank_rows_backward: eps is not a dense float64 vector with one entry for each row");
-  Launch launch(x);
-  Tensor dx = launch.rows(x.size(0), x.size(1), x.scalar_type());
-  BackwardCall call = backward_of(grad, x, rank, "rank", blocks, "blocks", dx, "rank_rows_backward");
-  call.eps = static_cast<const double*>(eps.const_data_ptr());
-  call.descending = descending;
-  rank_rows_backward(call, call.dtype == kDouble, kl, Device{launch.shared()},
-                     [&](size_t bytes) { return launch.allocate(bytes); }, launch.stream());
-  return dx;
-}
-
 Tensor sort_rows_backward_cuda(Tensor grad, Tensor s, Tensor start, bool kl) {
   check_rows(s, "sort_rows_backward", "s");
   Launch launch(s);
@@ -88,7 +48,6 @@ Tensor sort_rows_backward_cuda(Tensor grad, Tensor s, Tensor start, bool kl) {
 }  // namespace kdkernels
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
-  m.impl("rank_rows_backward", TORCH_BOX(&kdkernels::rank_rows_backward_cuda));
   m.impl("sort_rows", TORCH_BOX(&kdkernels::sort_rows_cuda));
   m.impl("sort_rows_backward", TORCH_BOX(&kdkernels::sort_rows_backward_cuda));
 }

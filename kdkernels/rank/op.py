@@ -13,7 +13,7 @@ import torch
 
 from .. import backend as backends
 from .. import checks
-from ..autograd import at_least_float32, device_type, without_autocast
+from ..autograd import at_least_float32, device_name, device_type, without_autocast
 from . import correlation, metrics, operator, reference
 from .checks import absent, check_pair, check_regularization, check_rows, present
 from .strength import Strength, of_rows, parse
@@ -87,7 +87,7 @@ def _along(run, op, x, regularization, strength, dim, descending, mask, backend)
     dim, kl = check_rows(x, dim), check_regularization(regularization)
     checks.flags(descending=descending)
     rows = _last(present(x, mask), dim)
-    chosen = backends.resolve(op, backend, device_type(x), (x.dtype,))
+    chosen = backends.resolve(op, backend, device_name(x), (x.dtype,))
     out = run(rows, parse(strength, rows), kl, descending, chosen)
     return out if dim == x.dim() - 1 else out.movedim(-1, dim)
 
@@ -138,7 +138,7 @@ def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="
     rows = _last(x.detach(), dim)
     strength = parse(regularization_strength, rows)
     strength = strength._replace(tensor=None if strength.tensor is None else strength.tensor.detach())
-    chosen = backends.resolve("rank_diagnostics", backend, device_type(x), (x.dtype,))
+    chosen = backends.resolve("rank_diagnostics", backend, device_name(x), (x.dtype,))
     if chosen == "reference":
         ids = reference.soft_rank(rows, _eps(rows, strength), kl, False)[1]
     else:
@@ -179,7 +179,7 @@ def spearman(
     checks.flags(hard_target=hard_target)
     x, y = _last(present(x, mask), dim), _last(y, dim)  # what the mask takes out of x is out of y too
     strength = parse(regularization_strength, x)
-    chosen = backends.resolve("spearman", backend, device_type(x), (x.dtype, y.dtype))
+    chosen = backends.resolve("spearman", backend, device_name(x), (x.dtype, y.dtype))
     if chosen != "reference" and strength.tensor is None:
         return correlation.spearman(x, y, strength.number, strength.relative, kl, hard_target, chosen)
     dtype = at_least_float32(x, y)
@@ -224,7 +224,7 @@ def spearman_corr(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
     """
     dim = check_pair(x, y, dim)
     x, y = _last(present(x.detach(), mask), dim), _last(y.detach(), dim)
-    chosen = backends.resolve("spearman_corr", backend, device_type(x), (x.dtype, y.dtype))
+    chosen = backends.resolve("spearman_corr", backend, device_name(x), (x.dtype, y.dtype))
     dtype = at_least_float32(x, y)
     x, y, valid = metrics.drop_pairs(x, y)
     hard = Strength(None, 0.0, False)

@@ -73,7 +73,7 @@ def measure(op: str, backend: str, device: str = "cpu", quick: bool = False, che
     """The measurements of `contract`, one by one as they are made."""
     if op not in OPS:
         raise ValueError(f"op is {op!r}: the ops are {sorted(OPS)}")
-    why = backends.obstacle(backend, device.split(":")[0], op=op)
+    why = backends.obstacle(backend, device, op=op)
     if why is not None:
         raise RuntimeError(f"backend={backend!r} cannot run {op} here: {why}")
     checks = checks_for(backend, device) if checks is None else list(checks)

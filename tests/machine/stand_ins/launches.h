@@ -28,6 +28,7 @@ struct Device {
   const char* (*run)(const Launch*);  // null, or why the launch failed
   int architecture;                   // 80, 90
   std::size_t shared;                 // bytes a block may have
+  int number;                         // another one for every device that is set
 };
 
 Device& device();

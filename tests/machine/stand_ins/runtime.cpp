@@ -6,6 +6,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "launches.h"
@@ -24,7 +25,8 @@ std::map<const void*, const char*>& names() {
   static std::map<const void*, const char*> made;
   return made;
 }
-std::map<const void*, size_t> allowed;     // dynamic shared memory beyond 48 KiB that was asked for
+// dynamic shared memory beyond 48 KiB that was asked for, by function and device
+std::map<std::pair<const void*, int>, size_t> allowed;
 std::vector<Configuration> configurations;
 std::string failure;
 cudaError_t last = cudaSuccess;
@@ -34,12 +36,17 @@ cudaError_t failed(const std::string& why) {
   return last = cudaErrorLaunchFailure;
 }
 
+size_t granted(const void* function) {
+  const auto found = allowed.find({function, machine::device().number});
+  return found == allowed.end() ? 0 : found->second;
+}
+
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared) {
   const auto found = names().find(function);
   if (found == names().end()) return failed("a launch of no kernel");
   const std::string name = found->second;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return failed("an empty grid of " + name);
-  if (shared > 48 * 1024 && allowed[function] < shared) return failed("shared memory that nobody asked for: " + name);
+  if (shared > 48 * 1024 && granted(function) < shared) return failed("shared memory that nobody asked for: " + name);
   const Launch call{found->second,
                     {grid.x, grid.y, grid.z},
                     {block.x, block.y, block.z},
@@ -90,12 +97,16 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* function, void** arguments) {
   return launch(function, how->gridDim, how->blockDim, arguments, how->dynamicSmemBytes);
 }
-cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value) {
+  if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || static_cast<size_t>(value) > machine::device().shared) return last = cudaErrorInvalidValue;
-  allowed[function] = static_cast<size_t>(value);
+  // a second value is another thread's that launches with the first
+  if (!allowed.insert({{function, machine::device().number}, static_cast<size_t>(value)}).second)
+    return failed("shared memory asked for twice");
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
+  if (machine::device().architecture < 80) return last = cudaErrorNoKernelImageForDevice;
   *of = {};
   of->ptxVersion = of->binaryVersion = machine::device().architecture;
   return cudaSuccess;
@@ -127,7 +138,15 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = machine::device().number;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -138,6 +157,7 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice) return "no kernel image";
   return error == cudaErrorLaunchFailure ? failure.c_str() : "an invalid value";
 }
 

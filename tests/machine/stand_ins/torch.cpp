@@ -51,7 +51,7 @@ extern "C" {
 
 __attribute__((visibility("default"))) void machine_set_device(const char* (*run)(const machine::Launch*),
                                                                int architecture, std::size_t shared) {
-  machine::device() = {run, architecture, shared};
+  machine::device() = {run, architecture, shared, machine::device().number + 1};
 }
 
 int32_t __wrap_aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
