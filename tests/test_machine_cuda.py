@@ -23,6 +23,12 @@ def test_an_op_keeps_the_contract_in_machine_code(op, architecture, python):
     assert f"{op} on sm_{architecture}: " in done.stdout and " 0 failed" in done.stdout
 
 
+def test_every_instruction_of_the_library_is_modelled(python):
+    done = python("tests/machine/ranks.py", "opcodes", "--architectures", "80", "90")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
+    assert "not modelled on sm_80: none" in done.stdout and "not modelled on sm_90: none" in done.stdout
+
+
 def test_rows_of_every_regime_are_ranked_as_the_oracle_ranks_them_by_warps_blocks_and_workspaces(python):
     done = python("tests/machine/ranks.py", "quick", "--architectures", "80")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]

@@ -205,6 +205,12 @@ def test_a_sum_of_64_bits_is_done_in_global_memory_alone():
     assert x[0] == 2**40 + 496 and (x[1:] == 2**40).all()
 
 
+def test_a_reduction_adds_to_global_memory():
+    x = torch.arange(32, dtype=torch.int32)
+    ran("REDG.E.ADD.STRONG.GPU [R2.64], R0", x)
+    assert torch.equal(x, 2 * torch.arange(32).int())
+
+
 # one warp does the first, another adds
 PLAIN = "STS [RZ], RZ\nISETP.LT.AND P0, PT, R0, 0x20, PT\nBAR.SYNC 0x0\n{}\n@!P0 ATOMS.ADD RZ, [RZ], R0"
 RACES = {

@@ -49,7 +49,7 @@ COSTS = (
     Cost("STS STSM", "mio", 2, 20, Effect.SHARED),  # [none]
     Cost("ATOMS", "mio", 2, 29, Effect.SHARED),  # [none]
     Cost("LDG LD", "mio", 2, effect=Effect.LOAD),  # latencies: RATES
-    Cost("STG ST RED", "mio", 2, effect=Effect.STORE),
+    Cost("STG ST RED REDG", "mio", 2, effect=Effect.STORE),
     Cost("ATOMG ATOM", "mio", 2, effect=Effect.LOAD),
     Cost("LDL STL", "mio", 2, 40, Effect.SHARED),  # a lane's stack, as if always in L1 [luo]
     Cost("LDGSTS", "mio", 2, effect=Effect.COPY),

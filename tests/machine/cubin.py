@@ -42,22 +42,28 @@ def _cuobjdump(*arguments: str, **how) -> subprocess.CompletedProcess:
     )
 
 
+def listing(cubin: bytes, *options: str) -> str:
+    """The disassembly, of every function unless an option names one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = _cuobjdump("-sass", *options, str(path))
+    if done.returncode or "Function : " not in done.stdout:
+        raise MachineError(f"cuobjdump cannot read this kernel: {(done.stderr or done.stdout).strip()[:500]}")
+    return done.stdout
+
+
 def disassembly(cubin: bytes, name: str) -> str:
     """Of one function, as text; kept by content."""
     kept = KEPT / "sass" / f"{hashlib.sha256(cubin + name.encode()).hexdigest()[:24]}.sass"
     if kept.is_file():
         return kept.read_text()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        done = _cuobjdump("-sass", "-fun", name, str(path))
-    if done.returncode or "Function : " not in done.stdout:
-        raise MachineError(f"cuobjdump cannot read this kernel: {(done.stderr or done.stdout).strip()[:500]}")
+    text = listing(cubin, "-fun", name)
     kept.parent.mkdir(parents=True, exist_ok=True)
     written = kept.with_suffix(f".{os.getpid()}")
-    written.write_text(done.stdout)
+    written.write_text(text)
     written.replace(kept)
-    return done.stdout
+    return text
 
 
 class Section(NamedTuple):

@@ -3,12 +3,14 @@
 oracle of tests/simt:
 
     python tests/machine/ranks.py quick|long --architectures 80 90
+    python tests/machine/ranks.py opcodes           only whether every instruction of the library is modelled
 
 Prints what each case launched. Returns 1 where a comparison fails or, after all cases, a kernel was never run.
 """
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,8 +23,9 @@ import cuda_device
 import drive
 import numpy as np
 import torch
-from cubin import sections
+from cubin import listing, sections
 from emulator import ARCHITECTURES, MOST_BLOCKS, SHARED_LIMIT, readable
+from machine_build import core
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -149,19 +152,33 @@ def kernels(device: cuda_device.Cuda) -> set[str]:
     return {name for name in found if "EmptyKernel" not in name}
 
 
+def unknown(device: cuda_device.Cuda) -> list[str]:
+    """What is said of the instructions of the library that are not in the machine's table."""
+    said = set()
+    for file in device.files:
+        for name in set(re.findall(r"^\s+/\*[0-9a-f]{4,6}\*/\s+(?:@\S+ )?\s*([\w.]+)", listing(file), re.MULTILINE)):
+            opcode, *modifiers = name.split(".")
+            try:
+                core().Program().add(0, name, opcode, modifiers, None, [], 0)
+            except core().Fault as fault:
+                said.add(str(fault))
+    return sorted(said)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", choices=("quick", "long"))
+    parser.add_argument("which", choices=("opcodes", "quick", "long"))
     parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = True
     for architecture in options.architectures:
         device = cuda_device.install(architecture)
-        left = kernels(device)
-        compared(device, QUICK if options.which == "quick" else QUICK + LONG, left)
+        left, lacking = kernels(device), unknown(device)
+        print(f"not modelled on sm_{architecture}: {'; '.join(lacking) or 'none'}", flush=True)
+        compared(device, {"opcodes": [], "quick": QUICK, "long": QUICK + LONG}[options.which], left)
         print(f"never run on sm_{architecture}: {', '.join(sorted(map(readable, left))) or 'none'}")
-        kept &= options.which == "quick" or not left
+        kept &= not lacking and (options.which != "long" or not left)
     return int(not kept)
 
 

@@ -127,7 +127,7 @@ void Trace::add(const Step& step, std::size_t index) {
         if (!Lane{step, l}.p(last)) reading &= ~(1u << l);
       });
     global(step, 1, bytes_of(step), reading, event);
-  } else if (one_of(opcode, {"LDG", "STG", "ATOMG", "RED"})) {
+  } else if (one_of(opcode, {"LDG", "STG", "ATOMG", "RED", "REDG"})) {
     global(step, first_address(step), bytes_of(step), step.mask, event);
   } else if (one_of(opcode, {"LD", "ST", "ATOM"})) {  // of any memory
     const auto at = addresses(step, first_address(step), true, step.mask);

@@ -242,7 +242,7 @@ void add_transfers(Table& table) {
   table.warp("DEPBAR", "LE", wait_for_copies);
   table.warp("LDSM", "16 M88 MT88 2 4", load_matrices);
   table.warp("STSM", "16 M88 MT88 2 4", store_matrices);
-  table.lanes("ATOMG RED", kHints + "ADD F32 F64 64 RN FTZ", atomic_add<Space::kGlobal>);
+  table.lanes("ATOMG RED REDG", kHints + "ADD F32 F64 64 RN FTZ", atomic_add<Space::kGlobal>);
   table.lanes("ATOM", kHints + "ADD 64", atomic_add<Space::kAny>);
   table.lanes("ATOMS", "ADD POPC INC 32 CAST SPIN 64", atomic_in_shared);
   table.lanes("QSPC", "E S", is_shared);
