@@ -11,6 +11,8 @@ python -m bench list       the cases of a device
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -49,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="torch.compile of the best plain PyTorch; default on CUDA only: it is slow to compile",
     )
-    model = commands.add_parser("model", help="predicted times", description=_doc("model.rows"), formatter_class=raw)
+    model = commands.add_parser("model", help="predicted times", description=_doc("model"), formatter_class=raw)
     model.add_argument("--case", default="", help="only those with this in what is printed: 'kl 8192x1000 bfloat16'")
     model.add_argument("--architecture", type=int, default=90, help="that the code is compiled for: 80 or 90 (default)")
     model.add_argument("--lines", type=int, default=0, metavar="N", help="print the N largest phases of each kernel")
@@ -61,8 +63,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _doc(name: str) -> str:
-    from importlib import import_module
-
     return import_module(f"bench.{name}").__doc__
 
 
@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     top = parser()
     options = top.parse_args(arguments)
     if options.command == "model":
+        if find_spec("triton") is None:
+            top.error("model: it executes what Triton compiles: pip install triton")
         from .model import rows
 
         return rows.run(options)

@@ -311,3 +311,9 @@ def test_a_file_that_cannot_be_reported_is_named_in_one_line(text, message, tmp_
     assert main("report", str(source)) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err and "rows.jsonl" in shown.err
+
+
+def test_without_triton_there_is_help_and_no_model(python):
+    code = "import sys; sys.modules['triton'] = None; from bench.__main__ import main, parser; parser(); main(['model'])"
+    done = python("-c", code)
+    assert done.returncode == 2 and "pip install triton" in done.stderr, done.stderr

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted times: compiled kernels executed on the CPU (tests/machine), their trace played on a model of an H200."""
+"""Predicted times. Nothing is measured: each row says which machine is modelled, and when.
+
+A kernel's blocks that one of the multiprocessors would get are executed instruction by instruction (tests/machine) and
+played on the model of tests/machine/core/cycles.h with the table of rates.py. Its memory floor is what DRAM has to move
+at the rate that copies reach, its arithmetic floor what the formula needs at the peak. README.md: what that is worth.
+"""
 
 import sys
 

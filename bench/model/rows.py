@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench model`: predicted rows. Nothing is measured: each says which machine is modelled, and when.
-
-A kernel's blocks that one of the multiprocessors would get are executed instruction by instruction and played on the
-model of tests/machine/core/cycles.h with the table of rates.py. Its memory floor is what DRAM has to move at the rate
-that copies reach, its arithmetic floor what the formula needs at the peak. README.md: what that is worth.
-"""
+"""The rows of `python -m bench model`."""
 
 from __future__ import annotations
 
