@@ -314,6 +314,8 @@ def test_a_file_that_cannot_be_reported_is_named_in_one_line(text, message, tmp_
 
 
 def test_without_triton_there_is_help_and_no_model(python):
-    code = "import sys; sys.modules['triton'] = None; from bench.__main__ import main, parser; parser(); main(['model'])"
+    code = (
+        "import sys; sys.modules['triton'] = None; from bench.__main__ import main, parser; parser(); main(['model'])"
+    )
     done = python("-c", code)
     assert done.returncode == 2 and "pip install triton" in done.stderr, done.stderr
