@@ -47,7 +47,7 @@ def batch_of(schedule: str, R: int) -> Batch:
     if schedule == "warp again":  # those that warps take after their first ones: csrc's kGrid blocks of four
         return Batch((4 << 20) + R, 4 << 20, all_blocks=False)
     # rows go through workspace; "long again": blocks take three each, in the backward pass two (kOutsideGrid)
-    return Batch(*{"long": (R, 0), "long again": (296 + R, 296)}[schedule], shared_limit=1024)
+    return Batch(*{"long": (R, 0), "long again": (296 + R, 296)}[schedule], shared_limit=16)
 
 
 class Module:
