@@ -123,6 +123,7 @@ LONG = [
     *(("auto", n, "rsp", 4, True, n) for n in (1000, 1024, 1025)),
     *(("auto", n, "rs", 4, True, n) for n in (4096, 4097)),
     *(("long", n, "rsp", 4, True, n) for n in (1, 129, 1025)),
+    ("long", 65, "rs", 1, True, 34),  # kl in float64
     ("warp again", 2, "rs", 1, True, 0),
     ("long again", 9, "rs", 1, True, 0),
     ("auto", 12289, "rs", 2, True, 0),
