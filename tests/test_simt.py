@@ -244,6 +244,21 @@ class TestRanking:
     def test_correlations_of_rows_that_go_through_workspace(self, kernels):
         drive.sweep(kernels, "long", 65, "p", 2, True)
 
+    # a warp ranks each side, without the elements that are absent in the other
+    @pytest.mark.parametrize("n, first", settings([129, 600], 1, 2))
+    def test_correlations_by_a_warp_a_side(self, kernels, n, first):
+        drive.sweep(kernels, "warp", n, "p", 2, True, first)
+
+    # sums of a short row are float64, and its ranks come from their differences
+    @pytest.mark.parametrize("strength", [1e-9, 1e-4, 0.03])
+    def test_a_short_row_of_almost_hard_ranks_is_right_to_half_a_unit(self, kernels, strength):
+        x = np.exp(5 * np.random.default_rng(0).standard_normal((2, 1024))).astype(np.float32)
+        x[1] = np.round(x[1])  # ties
+        found = drive.Kernels(kernels, "warp").rank_rows(x, "float32", None, strength, False, False, False, False)[0]
+        eps = np.full(2, strength)
+        expected = np.stack([compare.oracle.rank_row(row, e, False, False)[0] for row, e in zip(x, eps, strict=True)])
+        assert (np.abs(found - expected) <= 0.502 * np.spacing(expected.astype(np.float32))).all()
+
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_correlations_with_wider_rows_are_those_of_equally_wide_ones(self, kernels, dtype):
         x, storage, _ = rows.matrix(65, dtype, 0, ["random", "ties", "masked"])

@@ -3,6 +3,8 @@
 // costs the same, and a kernel is compiled once for 32-bit keys (half, bfloat16, float) and once for 64-bit (double).
 #pragma once
 
+#include <cfloat>
+
 #include "device.cuh"
 
 namespace kdkernels {
@@ -78,9 +80,21 @@ __device__ __forceinline__ void put(__nv_bfloat16& to, double v) { to = __double
 __device__ __forceinline__ void put(float& to, double v) { to = static_cast<float>(v); }
 __device__ __forceinline__ void put(double& to, double v) { to = v; }
 
-// go(p), p the typed results of rows that are worked on in Value: the dtype is looked at once, not for each element
+__device__ __forceinline__ float wider(__half v) { return __half2float(v); }
+__device__ __forceinline__ float wider(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float wider(float v) { return v; }
+__device__ __forceinline__ double wider(double v) { return v; }
+
+// the least finite number of a dtype, by which rows are padded: absent, as -inf is
+__device__ __forceinline__ float least_of(__half) { return -65504.0f; }
+__device__ __forceinline__ float least_of(__nv_bfloat16) { return -0x1.FEp127f; }
+__device__ __forceinline__ float least_of(float) { return -FLT_MAX; }
+__device__ __forceinline__ double least_of(double) { return -DBL_MAX; }
+
+// go(p), p the typed elements or results of rows that are worked on in Value: the dtype is looked at once, not for each
+// element
 template <class Value, class Go>
-__device__ __forceinline__ void with_results(void* p, int dtype, Go go) {
+__device__ __forceinline__ void typed(void* p, int dtype, Go go) {
   if constexpr (sizeof(Value) == 8) {
     go(static_cast<double*>(p));
   } else if (dtype == kFloat) {
@@ -96,7 +110,7 @@ __device__ __forceinline__ void store(void* p, int dtype, int64_t at, double v) 
   if (dtype == kDouble) {
     put(static_cast<double*>(p)[at], v);
   } else {
-    with_results<float>(p, dtype, [&](auto* typed) { put(typed[at], v); });
+    typed<float>(p, dtype, [&](auto* to) { put(to[at], v); });
   }
 }
 

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 5 : 1) rank_rows
     const double eps = call.eps[row];
     const int named = eps == 0.0 ? 0 : call.n;
     auto finish = [&](auto run) {
-      with_results<Value>(call.dx, call.dtype, [&](auto* dx) {
+      typed<Value>(call.dx, call.dtype, [&](auto* dx) {
         dx += row * call.n + group.rank();
         const int left = call.n - group.rank();
         run([&](int i, double g) {

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: Apache-2.0. Over 400 lines: one fit, from its sums to its ranks, in the order of the work.
+// SPDX-License-Identifier: Apache-2.0
 // Isotonic regression of one sorted row by a group of threads, in about 2 leaf + log2(m / leaf) dependent steps where
 // the sequential algorithm takes 2 m: every leaf of up to 32 positions is solved by one thread, then halves merge in
 // pairs.
@@ -8,26 +8,20 @@
 // Positions ascend: p = 0 holds the smallest element, w_p = p + 1. A block is a range [a, b) of positions.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/element.cuh"
-#include "../common/group.cuh"
+#include "../common/numbers.cuh"
+#include "blocks.cuh"
+#include "scans.cuh"
 
 namespace kdkernels {
+
+constexpr int kShortRow = 1024;  // up to here sums in double have digits enough
 
 // what does not fall from block to block:
 //   rank, l2: mean s / eps - mean w            kl: log sum exp(s / eps) - log sum w
 //   sort, l2: mean w / eps - mean s            kl: log sum exp(w / eps) - log sum exp(s)
-
-constexpr int kLeaf = 32;  // the most positions of a leaf: their block starts are the bits of one word
-
-// one word in 33 stays empty, so that threads a power of two apart do not meet in one bank
-__host__ __device__ __forceinline__ constexpr int padded(int p) { return p + (p >> 5); }
-
-struct Range {
-  int a, b;
-};
-
-// the least b with 2^b >= count
-__host__ __device__ constexpr int bits_of(int count) { return count > 1 ? 1 + bits_of((count + 1) / 2) : 0; }
 
 // sorted keys of a row; those in global memory lie densely
 template <class Value, bool kPadded>
@@ -38,97 +32,30 @@ struct SortedKeys {
   __device__ __forceinline__ double value(int p) const { return static_cast<double>(decode<Value>(at(p))); }
 };
 
-// which block each position is in: of each leaf, the starts inside it and the ends of the blocks that leave it
-struct Blocks {
-  unsigned* starts;  // [leaves], bit i: a block starts at position leaf << shift + i
-  int* before;       // start of the block that holds the leaf's first position
-  int* after;        // end of the block that holds its last one
-  Range* merged;     // [leaves / 2], what a level of merges found
-  int shift;         // log2 of the positions of a leaf
-
-  __device__ __forceinline__ Range find(int p) const {
-    const int leaf = p >> shift, first = leaf << shift;
-    const unsigned word = starts[leaf], upto = (2u << (p - first)) - 1;  // 2u << 31 is 0
-    const unsigned low = word & upto, high = word & ~upto;
-    return {low ? first + 31 - __clz(static_cast<int>(low)) : before[leaf],
-            high ? first + __ffs(static_cast<int>(high)) - 1 : after[leaf]};
-  }
-};
-
-// lanes of a warp that look for the ends of one block together, a power of two of them; all lanes of the warp call
-struct Team {
-  int size, shift, lane;
-
-  // as many as `pairs` leave for each
-  __device__ static Team of(int threads, int pairs) {
-    int shift = 0;
-    while (shift < 5 && pairs << (shift + 1) <= threads) ++shift;
-    return {1 << shift, shift, Group<32>::lane() & ((1 << shift) - 1)};
-  }
-  __device__ __forceinline__ int first() const { return Group<32>::lane() - lane; }
-  // lanes of the team before the first that says no
-  __device__ __forceinline__ int joined(bool yes) const {
-    const unsigned no = ~__ballot_sync(kAllLanes, yes) >> first();
-    return no ? min(__ffs(static_cast<int>(no)) - 1, size) : size;
-  }
-  // what lane `which` of the team holds; anything for one that does not exist
-  __device__ __forceinline__ int from(int value, int which) const {
-    return __shfl_sync(kAllLanes, value, (first() + which) & 31);
-  }
-};
-
-// sums over what comes before a position, joined from left to right
-struct Rise {  // the gaps so far
-  double rise;
-  __device__ static Rise none() { return {0.0}; }
-  __device__ static Rise from_lane(const Rise& s, int delta) { return {__shfl_up_sync(kAllLanes, s.rise, delta)}; }
-  __device__ Rise then(const Rise& next) const { return {rise + next.rise}; }
-};
-struct Whole {  // of u in fixed point
-  long long sum;
-  __device__ static Whole none() { return {0}; }
-  __device__ static Whole from_lane(const Whole& s, int delta) { return {__shfl_up_sync(kAllLanes, s.sum, delta)}; }
-  __device__ Whole then(const Whole& next) const { return {sum + next.sum}; }
-};
-struct Exponential {  // of exp(s - the last s)
-  double rise, sum;
-  __device__ static Exponential none() { return {0.0, 0.0}; }
-  __device__ static Exponential from_lane(const Exponential& s, int delta) {
-    return {__shfl_up_sync(kAllLanes, s.rise, delta), __shfl_up_sync(kAllLanes, s.sum, delta)};
-  }
-  __device__ Exponential then(const Exponential& next) const {
-    return {rise + next.rise, sum * exp(-next.rise) + next.sum};
-  }
-};
-struct Segment {  // of the block that holds the last position
-  double sum;
-  int started;  // whether it starts within
-  __device__ static Segment none() { return {0.0, 0}; }
-  __device__ static Segment from_lane(const Segment& s, int delta) {
-    return {__shfl_up_sync(kAllLanes, s.sum, delta), __shfl_up_sync(kAllLanes, s.started, delta)};
-  }
-  __device__ Segment then(const Segment& next) const {
-    return {next.started ? next.sum : sum + next.sum, started | next.started};
-  }
-};
-
 // of a strength; 0 ranks hard. finite where it can be, so that 0 times it is 0
 __device__ __forceinline__ double inverse_of(double eps) {
   return eps == 0.0 ? static_cast<double>(INFINITY) : fmin(1.0 / eps, 1.7e308);
 }
 
 // kl is an argument: its branch is uniform, and half as many kernels are compiled
-template <class Value, bool kPadded, bool kSort>
-struct Fit {
+template <class Value, bool kPadded, bool kSort, bool kShort>
+struct Isotonic {
   using Element = Value;
 
   SortedKeys<Value, kPadded> key;  // [m]
-  double* sum;                     // padded [m + 1]: sums before each position; then the constants of blocks. l2: int64
+  double* sum;                     // padded [m + 1]: sums before each position, of l2 a Prefix
   Blocks blocks;
   int m;
   bool kl;
   double eps;
   double inverse;                  // of eps, ranks alone: a division takes 30 instructions
+
+  // l2: of y over what comes before a position, y the fit's values: gaps / eps so far less positions (sort: positions
+  // less gaps * eps). Prefix sums reach m^3 while blocks of a few positions decide: in fixed point their differences
+  // are exact, in double they would be off by a quarter of a rank at m = 131,072. At m = 1,024 double is off by 2^-9 of
+  // a float rank's last place at most: the sums grow from the smallest element, as the ranks do (COST.md)
+  using Prefix = std::conditional_t<kShort, double, long long>;
+  using PrefixScan = std::conditional_t<kShort, Rise, Whole>;
 
   // s_high - s_low in the units of the exponent
   __device__ __forceinline__ double apart(int low, int high) const {
@@ -145,14 +72,25 @@ struct Fit {
     return d == 0.0 ? 0.0 : fmin(d * inverse, static_cast<double>(m));
   }
 
-  // l2: the sum of y over what comes before p, y the fit's values: gaps / eps so far less positions (sort: positions
-  // less gaps * eps). prefix sums reach m^3 while blocks of a few positions decide: in fixed point their differences
-  // are exact, in double they would be off by a quarter of a rank at m = 131,072
-  __device__ __forceinline__ long long prefix(int p) const { return __double_as_longlong(sum[padded(p)]); }
+  __device__ __forceinline__ static Prefix unpacked(double v) {
+    if constexpr (kShort) {
+      return v;
+    } else {
+      return __double_as_longlong(v);
+    }
+  }
+  __device__ __forceinline__ static double packed(Prefix v) {
+    if constexpr (kShort) {
+      return v;
+    } else {
+      return __longlong_as_double(v);
+    }
+  }
+  __device__ __forceinline__ Prefix prefix(int p) const { return unpacked(sum[padded(p)]); }
 
   // l2: whether neighbouring blocks of `left` and `right` positions pool, from the sums before, between and after them
-  __device__ __forceinline__ static bool falls(long long low, long long middle, long long high, int left, int right) {
-    return static_cast<double>(high - middle) * left <= static_cast<double>(middle - low) * right;
+  __device__ __forceinline__ static bool falls(Prefix low, Prefix middle, Prefix high, int left, int right) {
+    return static_cast<double>(high - middle) * natural(left) <= static_cast<double>(middle - low) * natural(right);
   }
 
   // whether neighbouring blocks [a, c) and [c, b) pool
@@ -174,95 +112,154 @@ struct Fit {
     }
   }
 
-  // a power of two with which m sums of up to `most` stay under 2^61, and each of them under 2^51: see `rounded`
-  __device__ __forceinline__ double unit_of(double most) const {
-    const long long bits = __double_as_longlong(most * max(m, 1024));
-    const int exponent = static_cast<int>(bits >> 52) - 1023;  // of a positive number
-    return __longlong_as_double(static_cast<long long>(60 - exponent + 1023) << 52);
+  template <int T>
+  __device__ void exponential_sums(int first, int last, const Group<T>& group) {
+    Exponential own = Exponential::none();
+#pragma unroll 1
+    for (int p = first; p < last; ++p) {
+      const double rise = p > 0 ? apart(p - 1, p) : 0.0;
+      own = {own.rise + rise, own.sum * exp(-rise) + 1.0};
+    }
+    double total = group.before(own, Exponential::none()).sum;
+#pragma unroll 1
+    for (int p = first; p < last; ++p) {
+      if (p > 0) total *= exp(-apart(p - 1, p));
+      total += 1.0;
+      sum[padded(p + 1)] = total;
+    }
   }
 
-  // y * unit to the nearest integer: added to 1.5 * 2^52 it stands in the last bits of the sum
-  __device__ __forceinline__ static long long rounded(double y, double unit) {
-    return __double_as_longlong(fma(y, unit, 0x1.8p52)) - 0x4338000000000000LL;
+  // a power of two with which m sums of up to `most` stay under 2^61, and each of them under 2^51
+  __device__ __forceinline__ double unit_of(double most) const {
+    return power_of_two(60 - exponent_of(most * max(m, 1024)));
+  }
+
+  template <int T>
+  __device__ void linear_sums(int first, int last, const Group<T>& group) {
+    const double lowest = m > 0 ? key.value(0) : 0.0, scale = kSort ? eps : inverse;
+    const double all = m > 0 ? (key.value(m - 1) - lowest) * scale : 0.0, longest = static_cast<double>(m) * m;
+    const double least = max(m, 1);
+    Prefix total = 0;
+    double at = first;
+    auto add = [&](int p, double u, double unit) {
+      const double y = kSort ? at - u : u - at;
+      if constexpr (kShort) {
+        total += y;
+      } else {
+        total += rounded(y, unit);
+      }
+      at += 1.0;
+      sum[padded(p + 1)] = packed(total);
+    };
+    if (all <= longest) {  // no gap needs to be cut: u is at hand
+      const double unit = unit_of(fmax(all, least));
+#pragma unroll 4
+      for (int p = first; p < last; ++p) add(p, (key.value(p) - lowest) * scale, unit);
+    } else {
+      Rise own = Rise::none();
+#pragma unroll 1
+      for (int p = first; p < last; ++p) own.value += gap(p);
+      double u = group.before(own, Rise::none()).value;
+      const double unit = unit_of(fmax(group.sum(own.value), least));
+#pragma unroll 1
+      for (int p = first; p < last; ++p) {
+        u += gap(p);
+        add(p, u, unit);
+      }
+    }
+    const Prefix lower = group.before(PrefixScan{total}, PrefixScan::none()).value;
+#pragma unroll 4
+    for (int p = first; p < last; ++p) sum[padded(p + 1)] = packed(prefix(p + 1) + lower);
   }
 
   template <int T>
   __device__ void sums(const Group<T>& group) {
     const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
     if (kl) {
-      Exponential own = Exponential::none();
-#pragma unroll 1
-      for (int p = first; p < last; ++p) {
-        const double rise = p > 0 ? apart(p - 1, p) : 0.0;
-        own = {own.rise + rise, own.sum * exp(-rise) + 1.0};
-      }
-      double total = group.before(own, Exponential::none()).sum;
-#pragma unroll 1
-      for (int p = first; p < last; ++p) {
-        if (p > 0) total *= exp(-apart(p - 1, p));
-        total += 1.0;
-        sum[padded(p + 1)] = total;
-      }
+      exponential_sums(first, last, group);
     } else {
-      const double lowest = m > 0 ? key.value(0) : 0.0, scale = kSort ? eps : inverse;
-      const double all = m > 0 ? (key.value(m - 1) - lowest) * scale : 0.0, longest = static_cast<double>(m) * m;
-      Whole total = Whole::none();
-      double at = first;
-      auto add = [&](int p, double u, double unit) {
-        total.sum += rounded(kSort ? at - u : u - at, unit);
-        at += 1.0;
-        sum[padded(p + 1)] = __longlong_as_double(total.sum);
-      };
-      if (all <= longest) {  // no gap needs to be cut: u is at hand
-        const double unit = unit_of(fmax(all, static_cast<double>(max(m, 1))));
-#pragma unroll 4
-        for (int p = first; p < last; ++p) add(p, (key.value(p) - lowest) * scale, unit);
-      } else {
-        Rise own = Rise::none();
-#pragma unroll 1
-        for (int p = first; p < last; ++p) own.rise += gap(p);
-        double u = group.before(own, Rise::none()).rise;
-        const double unit = unit_of(fmax(group.sum(own.rise), static_cast<double>(max(m, 1))));
-#pragma unroll 1
-        for (int p = first; p < last; ++p) {
-          u += gap(p);
-          add(p, u, unit);
-        }
-      }
-      const long long lower = group.before(total, Whole::none()).sum;
-      for (int p = first; p < last; ++p) sum[padded(p + 1)] = __longlong_as_double(prefix(p + 1) + lower);
+      linear_sums(first, last, group);
     }
     if (group.rank() == 0) sum[0] = 0.0;
   }
 
+  // blocks of one leaf by their starts, bits from `first` on: those before the last block, and its own
+  struct Leaf {
+    int first, size;
+    unsigned rest = 0;
+    int top = 0, end = 1;  // of the last block
+  };
+
   // positions enter one by one and the last two blocks pool while they must; one loop, so that lanes stay together
-  template <bool kKl>
-  __device__ __forceinline__ void solve_leaf(int leaf) const {
-    const int first = leaf << blocks.shift, size = min(m - first, 1 << blocks.shift);
-    const double* here = sum + padded(first);  // a leaf's positions, its end aside, are not interrupted by padding
-    unsigned rest = 0;      // starts of the blocks before the last one, `top`; from `first`
-    int top = 0, count = 1; // positions that entered
-    long long middle = 0, high = 0;  // l2: sums before `top` and `count`
-    if (!kKl) middle = prefix(first), high = prefix(first + 1);
+  __device__ __forceinline__ void solve_exponential(Leaf& leaf) const {
     while (true) {
-      if (rest) {
-        const int a = 31 - __clz(static_cast<int>(rest));
-        const long long low = kKl ? 0 : __double_as_longlong(here[a]);
-        if (kKl ? pools(first + a, first + top, first + count) : falls(low, middle, high, top - a, count - top)) {
-          rest ^= 1u << a;
-          top = a;
-          middle = low;
+      if (leaf.rest) {
+        const int a = 31 - __clz(static_cast<int>(leaf.rest));
+        if (pools(leaf.first + a, leaf.first + leaf.top, leaf.first + leaf.end)) {
+          leaf.rest ^= 1u << a;
+          leaf.top = a;
           continue;
         }
       }
-      if (count == size) break;
-      rest |= 1u << top;
-      top = count++;
-      if (!kKl) middle = high, high = prefix(first + count);
+      if (leaf.end == leaf.size) break;
+      leaf.rest |= 1u << leaf.top;
+      leaf.top = leaf.end++;
     }
-    blocks.starts[leaf] = rest | 1u << top;
-    blocks.before[leaf] = first;
-    blocks.after[leaf] = first + size;
+  }
+
+  // the first positions of runs that do not rise, bits: the positions of a run always share a block
+  __device__ __forceinline__ unsigned runs_of(const Leaf& leaf) const {
+    unsigned starts = 1u;
+    Prefix at = prefix(leaf.first + 1), last = at - prefix(leaf.first);
+#pragma unroll 4
+    for (int i = 1; i < leaf.size; ++i) {
+      const Prefix next = prefix(leaf.first + i + 1), y = next - at;
+      starts |= y > last ? 1u << i : 0u;
+      last = y;
+      at = next;
+    }
+    return starts;
+  }
+
+  // the same by runs, and free of branches
+  __device__ __forceinline__ void solve_linear(Leaf& leaf) const {
+    unsigned pending = runs_of(leaf) & ~1u;  // runs that have not entered
+    auto first_of = [&](unsigned runs) { return runs ? __ffs(static_cast<int>(runs)) - 1 : leaf.size; };
+    unsigned rest = 0;
+    int top = 0, end = first_of(pending);
+    Prefix middle = prefix(leaf.first), high = prefix(leaf.first + end);
+    bool more = true;
+#pragma unroll 1
+    while (more) {
+      const int a = max(31 - __clz(static_cast<int>(rest)), 0);
+      const Prefix low = prefix(leaf.first + a);
+      const unsigned later = pending & (pending - 1);
+      const int next = first_of(later);
+      const Prefix above = prefix(leaf.first + next);
+      const bool pool = rest != 0 && falls(low, middle, high, top - a, end - top);
+      const bool enter = !pool && pending != 0;
+      more = pool || enter;
+      rest = pool ? rest ^ 1u << a : enter ? rest | 1u << top : rest;
+      middle = pool ? low : enter ? high : middle;
+      top = pool ? a : enter ? end : top;
+      high = enter ? above : high;
+      end = enter ? next : end;
+      pending = enter ? later : pending;
+    }
+    leaf.rest = rest;
+    leaf.top = top;
+  }
+
+  __device__ __forceinline__ void solve_leaf(int index) const {
+    Leaf leaf{index << blocks.shift, min(m - (index << blocks.shift), 1 << blocks.shift)};
+    if (kl) {
+      solve_exponential(leaf);
+    } else {
+      solve_linear(leaf);
+    }
+    blocks.starts[index] = leaf.rest | 1u << leaf.top;
+    blocks.before[index] = leaf.first;
+    blocks.after[index] = leaf.first + leaf.size;
   }
 
   // the block that solved halves [first, middle) and [middle, last) make, [middle, middle) if none. Its best end is
@@ -316,14 +313,10 @@ struct Fit {
     sums(group);
     group.sync();
     const int leaves = (m + (1 << blocks.shift) - 1) >> blocks.shift;
-    if (kl) {
-      for (int leaf = group.rank(); leaf < leaves; leaf += T) solve_leaf<true>(leaf);
-    } else {
-      for (int leaf = group.rank(); leaf < leaves; leaf += T) solve_leaf<false>(leaf);
-    }
+    for (int leaf = group.rank(); leaf < leaves; leaf += T) solve_leaf(leaf);
     group.sync();
-    for (int half = 1; half < leaves; half *= 2) {
-      const int pairs = (leaves + half - 1) / (2 * half);
+    for (int level = 0; 1 << level < leaves; ++level) {
+      const int half = 1 << level, pairs = (leaves + half - 1) >> (level + 1);
       const Team team = Team::of(T, pairs);
       for (int done = 0; done < pairs; done += T >> team.shift) {
         const int pair = done + (group.rank() >> team.shift), middle = (2 * min(pair, pairs - 1) + 1) * half;
@@ -335,7 +328,7 @@ struct Fit {
       group.sync();
 #pragma unroll 1
       for (int leaf = group.rank(); leaf < leaves; leaf += T) {
-        const int pair = leaf / (2 * half);
+        const int pair = leaf >> (level + 1);
         if ((2 * pair + 1) * half >= leaves) continue;
         const Range block = blocks.merged[pair];
         const int first = leaf << blocks.shift, last = min(m, first + (1 << blocks.shift)) - 1;
@@ -349,140 +342,6 @@ struct Fit {
       }
       group.sync();
     }
-  }
-
-  // what an element at p adds to the sum over its block
-  __device__ __forceinline__ double term(int p, Range block) const {
-    return kl ? exp(-apart(p, block.b - 1)) : key.value(p) - key.value(block.a);
-  }
-
-  // what the elements of a block share, from the sum of their terms; see `rank_at` and `sorted_at`
-  __device__ __forceinline__ double constant(Range block, double total) const {
-    const double c = block.b - block.a, mean_w = 0.5 * (block.a + block.b + 1);
-    if (kSort) return kl ? log(total) : total / c;
-    if (kl) return c * mean_w / total;
-    return eps == 0.0 ? mean_w : mean_w - total * inverse / c;
-  }
-
-  // a constant for every block of two or more, over `sum` at its start. terms are summed afresh, relative to the block:
-  // a difference of the long sums has lost digits
-  template <int T>
-  __device__ void constants(const Group<T>& group) const {
-    const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
-    Segment own = Segment::none();
-    Range early{0, 0};  // the block that came in from below and ends here
-    double early_sum = 0.0;
-    for (int p = first; p < last;) {
-      const Range block = blocks.find(p);
-      const int stop = min(block.b, last);
-      double total = 0.0;
-      if (block.b - block.a > 1) {
-#pragma unroll 1
-        for (; p < stop; ++p) total += term(p, block);
-      }
-      p = stop;
-      own = {total, own.started | (block.a >= first)};
-      if (stop < block.b || block.b - block.a == 1) continue;
-      if (block.a >= first) {
-        sum[padded(block.a)] = constant(block, total);
-      } else {
-        early = block;
-        early_sum = total;
-      }
-    }
-    const double carried = group.before(own, Segment::none()).sum;
-    if (early.b > 0) sum[padded(early.a)] = constant(early, carried + early_sum);
-    group.sync();
-  }
-
-  // l2: mean_w + (s - mean_B s) / eps;  kl: R_B exp(s / eps) / Z_B
-  __device__ __forceinline__ double rank_at(int p, Range block, double shared) const {
-    if (block.b - block.a == 1) return block.b;
-    if (kl) return shared * exp(-apart(p, block.b - 1));
-    return eps == 0.0 ? shared : shared + (key.value(p) - key.value(block.a)) * inverse;
-  }
-
-  // each position's rank, less `centre`, and block name take the place of `sum`: what is asked of a position later is
-  // one load (of a double the name is left to `blocks`). A block is named by its start; -1: alone, or hard
-  template <int T>
-  __device__ void record(const Group<T>& group, double centre) const {
-    const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
-    Range block{0, 0};
-    double shared = 0.0;
-    if (first < last) {
-      block = blocks.find(first);
-      shared = sum[padded(block.a)];
-    }
-    group.sync();  // the last block of the chunk before may have its constant in this one: all have read theirs
-#pragma unroll 1
-    for (int p = first; p < last; ++p) {
-      if (p == block.b) {
-        block = {p, blocks.find(p).b};
-        shared = sum[padded(p)];
-      }
-      store_record(p, rank_at(p, block, shared) - centre, name_of(block));
-    }
-    group.sync();
-  }
-  __device__ __forceinline__ int name_of(Range block) const {
-    return block.b - block.a > 1 && eps != 0.0 ? block.a : -1;
-  }
-  __device__ __forceinline__ void store_record(int p, double rank, int name) const {
-    if constexpr (sizeof(Value) == 8) {
-      sum[padded(p)] = rank;
-    } else {
-      const long long low = __float_as_uint(static_cast<float>(rank));
-      sum[padded(p)] = __longlong_as_double(static_cast<long long>(name) << 32 | low);
-    }
-  }
-  struct Record {
-    Value rank;
-    int name;
-  };
-  __device__ __forceinline__ Record record_at(int p) const {
-    const double found = sum[padded(p)];
-    if constexpr (sizeof(Value) == 8) {
-      return {found, name_of(blocks.find(p))};
-    } else {
-      const long long bits = __double_as_longlong(found);
-      return {__uint_as_float(static_cast<unsigned>(bits)), static_cast<int>(bits >> 32)};
-    }
-  }
-
-  // l2: mean_B s + (w_p - mean_B w) / eps;  kl: w_p / eps - log sum_B exp(w / eps) + log sum_B exp(s)
-  __device__ __forceinline__ double sorted_at(int p, Range block) const {
-    const int c = block.b - block.a;
-    if (c == 1) return key.value(p);
-    const double shared = sum[padded(block.a)];
-    if (!kl) return key.value(block.a) + (shared + (p - 0.5 * (block.a + block.b - 1)) / eps);
-    const double h = 1.0 / eps;
-    return key.value(block.b - 1) + ((p + 1 - block.b) * h - log(expm1(-c * h) / expm1(-h)) + shared);
-  }
-
-  // the first position of an element of the row, m <= 2^kSteps. A position is looked for by its bits, so that its
-  // padding adds up like them
-  template <int kSteps>
-  __device__ __forceinline__ int position(typename KeyOf<Value>::Key wanted) const {
-    static_assert(kPadded);
-    const int end = padded(m - 1);  // its key is not below `wanted`
-    int q = 0;
-#pragma unroll
-    for (int half = 1 << kSteps >> 1; half > 0; half /= 2) {
-      if (key.key[min(q + padded(half - 1), end)] < wanted) q += padded(half);
-    }
-    return q - q / 33;
-  }
-  // the first position from `low` on, before `high`
-  __device__ __forceinline__ int position(typename KeyOf<Value>::Key wanted, int low, int high) const {
-    while (low < high) {
-      const int p = (low + high) / 2;
-      if (key.at(p) < wanted) {
-        low = p + 1;
-      } else {
-        high = p;
-      }
-    }
-    return low;
   }
 };
 

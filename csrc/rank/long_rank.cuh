@@ -57,7 +57,7 @@ __host__ __device__ inline size_t big_sort_bytes() {
 template <class Value, int T, int kItems>
 __host__ __device__ inline size_t big_row_bytes(int n, int shift) {
   return Group<T>::kBytes + big_sort_bytes<Value, T, kItems>() + T * kItems * sizeof(Value) +
-         layout_of<Value>(n, shift, false, true).total;
+         layout_of<Value>(n, shift, false, n).total;
 }
 
 template <class Value, int T, int kItems>
@@ -71,50 +71,37 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
   Key* later = reinterpret_cast<Key*>(sorting);
   Key* early = reinterpret_cast<Key*>(sorting + big_sort_bytes<Value, T, kItems>());
   unsigned char* base = reinterpret_cast<unsigned char*>(early + kRun);
-  const Layout at = layout_of<Value>(rank.n, rank.shift, false, true);
+  const Layout at = layout_of<Value>(rank.n, rank.shift, false, rank.n);
   double* sum = reinterpret_cast<double*>(call.memory) + static_cast<int64_t>(blockIdx.x) * (padded(rank.n) + 1);
   for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
-    bool poisoned = false;
-    auto key_at = [&](int i) {
-      return key_of<Value>(rank.x, rank.partner, row, i, rank.descending, poisoned);
-    };
-    int count = 0;
-    for (int i = group.rank(); i < rank.n; i += T) count += key_at(i) != kAbsent<Value>;
-    const RowFacts facts = facts_of<Value>(group, rank.strength, row, poisoned, count, [&](auto visit) {
-      for (int i = group.rank(); i < rank.n; i += T) visit(key_at(i));
-    });
-    if (group.rank() == 0) rank.eps[row] = facts.eps;
-    if (facts.poisoned) {
-      emit_poison<Value>(group, rank, row);
-      continue;
-    }
+    RowFacts facts{0, false, static_cast<double>(NAN)};
 #pragma unroll 1
     for (int run = 0; run < 2; ++run) {
       Key item[kItems];
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) {
-        const int i = run * kRun + group.rank() + j * T;
-        item[j] = i < rank.n ? key_at(i) : kAbsent<Value>;
-      }
-      group.sync();
+      const RowFacts part = load_row<Value>(group, rank.x, rank.partner, row, run * kRun, rank.n, rank.descending,
+                                            sorting, item);
+      facts.m += part.m, facts.poisoned |= part.poisoned;
       sort_keys<T>(item, sorting);
 #pragma unroll
       for (int j = 0; j < kItems; ++j) (run ? later : early)[group.rank() * kItems + j] = item[j];
       group.sync();
     }
-    Fit<Value, true, false> fit{{reinterpret_cast<Key*>(base + at.key)},
-                                sum,
-                                blocks_at(base, at, rank.shift),
-                                facts.m,
-                                rank.kl,
-                                facts.eps,
-                                inverse_of(facts.eps)};
+    if (facts.poisoned) {
+      if (group.rank() == 0) rank.eps[row] = facts.eps;
+      emit_poison<Value>(group, rank, row);
+      continue;
+    }
+    Fit<Value, true, false> fit;
+    fit.key.key = reinterpret_cast<Key*>(base + at.key), fit.sum = sum, fit.blocks = blocks_at(base, at, rank.shift);
+    fit.m = facts.m, fit.kl = rank.kl;
     merge_runs(group, early, later, kRun, facts.m, [&](int p, Key key) { fit.key.at(p) = key; });
     group.sync();
+    fit.eps = rank.strength.of(row, rank.strength.relative ? spread_of_sorted(group, fit) : 1.0);
+    fit.inverse = inverse_of(fit.eps);
+    if (group.rank() == 0) rank.eps[row] = fit.eps;
     fit.solve(group);
-    fit.constants(group);
-    fit.record(group, rank.centre(facts.m));
-    emit_ranks(group, fit, rank, row, [&](Key key) { return fit.template position<bits_of(2 * kRun)>(key); });
+    fit.record_all(group, rank.centre(facts.m));
+    emit_ranks(group, fit, rank, row, [&](Key key) { return fit.template place<bits_of(2 * kRun)>(key); });
     group.sync();
   }
 }
@@ -246,7 +233,7 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
   KDK_DYNAMIC_SHARED(memory);
   const RankCall& rank = call.rank;
   const Group<T> group{memory};
-  const Layout at = layout_of<Value>(rank.n, rank.shift, true, false);
+  const Layout at = layout_of<Value>(rank.n, rank.shift, true, 0);
   unsigned char* base = call.memory + blockIdx.x * at.total;
   for (int64_t row = blockIdx.x; row < rank.rows; row += gridDim.x) {
     if (call.valid[row] < 0) {
@@ -254,13 +241,10 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
       continue;
     }
     const double eps = rank.eps[call.first + row];
-    Fit<Value, false, false> fit{{static_cast<Key*>(call.sorted) + row * rank.n},
-                                 reinterpret_cast<double*>(base + at.sum),
-                                 blocks_at(base, at, rank.shift),
-                                 call.valid[row],
-                                 rank.kl,
-                                 eps,
-                                 inverse_of(eps)};
+    Fit<Value, false, false> fit;
+    fit.key.key = static_cast<Key*>(call.sorted) + row * rank.n, fit.sum = reinterpret_cast<double*>(base + at.sum);
+    fit.blocks = blocks_at(base, at, rank.shift);
+    fit.m = call.valid[row], fit.kl = rank.kl, fit.eps = eps, fit.inverse = inverse_of(eps);
     // the last key of every part of the row, in shared memory: a search is left with a part, of one cache line mostly
     int part_shift = 5;
     while ((fit.m - 1) >> part_shift >= kParts) ++part_shift;
@@ -268,13 +252,13 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
     Key* last = reinterpret_cast<Key*>(memory + kScratchBytes);
     for (int i = group.rank(); i < parts; i += T) last[i] = fit.key.at(min(fit.m, (i + 1) << part_shift) - 1);
     fit.solve(group);
-    fit.constants(group);
-    fit.record(group, rank.centre(fit.m));
+    fit.record_all(group, rank.centre(fit.m));
     const int format = call.format[row];
     const int* table = is_half(format) ? call.table + row * kCodes : nullptr;
     emit_ranks(group, fit, rank, call.first + row, [&](Key key) {
+      if (key == kAbsent<Value>) return 0;
       if constexpr (sizeof(Key) == 4) {
-        if (table) return table[code_of(key, format)];
+        if (table) return padded(table[code_of(key, format)]);
       }
       // the first part whose last key is not below
       int low = 0, high = parts - 1;
@@ -286,7 +270,7 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
           high = part;
         }
       }
-      return fit.position(key, low << part_shift, min(fit.m, (low + 1) << part_shift) - 1);
+      return padded(fit.position(key, low << part_shift, min(fit.m, (low + 1) << part_shift) - 1));
     });
     group.sync();
   }

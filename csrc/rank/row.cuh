@@ -2,9 +2,7 @@
 // What every ranking kernel knows of a row: where its elements are, what its strength is, how its memory is laid out.
 #pragma once
 
-#include <cfloat>
-
-#include "isotonic.cuh"
+#include "fit.cuh"
 
 namespace kdkernels {
 
@@ -24,21 +22,11 @@ struct Rows {
   template <class Value>
   __device__ __forceinline__ Value entry(int64_t row, int i) const {
     const Value v = at<Value>(row, i);
-    bool least = false;
-    switch (dtype) {
-      case kHalf:
-        least = v == static_cast<Value>(-65504.0);
-        break;
-      case kBfloat16:
-        least = v == static_cast<Value>(-0x1.FEp127);
-        break;
-      case kFloat:
-        least = v == static_cast<Value>(-FLT_MAX);
-        break;
-      default:
-        least = v == static_cast<Value>(-DBL_MAX);
-    }
-    return least ? -static_cast<Value>(INFINITY) : v;
+    const double least = dtype == kHalf       ? least_of(__half())
+                         : dtype == kBfloat16 ? least_of(__nv_bfloat16())
+                         : dtype == kFloat    ? least_of(0.0f)
+                                              : least_of(0.0);
+    return v == static_cast<Value>(least) ? -static_cast<Value>(INFINITY) : v;
   }
 };
 
@@ -53,7 +41,7 @@ struct Strength {
   }
 };
 
-// where the parts of a row lie, from 0; the whole is a multiple of 16
+// where the parts of a row lie, from 0; the whole is a multiple of 16. keys_here: 0 if they are elsewhere
 struct Layout {
   size_t sum, key, merged, before, after, starts, total;
 };
@@ -61,12 +49,12 @@ struct Layout {
 __host__ __device__ inline int leaves_of(int n, int shift) { return (n + (1 << shift) - 1) >> shift; }
 
 template <class Value>
-__host__ __device__ inline Layout layout_of(int n, int shift, bool sum_here, bool key_here) {
+__host__ __device__ inline Layout layout_of(int n, int shift, bool sum_here, int keys_here) {
   const size_t leaves = leaves_of(n, shift);
   Layout at;
   at.sum = 0;
   at.key = at.sum + (sum_here ? 8 * static_cast<size_t>(padded(n) + 1) : 0);
-  at.merged = at.key + (key_here ? (sizeof(Value) * static_cast<size_t>(padded(n) + 1) + 7) / 8 * 8 : 0);
+  at.merged = at.key + (keys_here > 0 ? (sizeof(Value) * static_cast<size_t>(padded(keys_here) + 1) + 7) / 8 * 8 : 0);
   at.before = at.merged + 8 * ((leaves + 1) / 2);
   at.after = at.before + 4 * leaves;
   at.starts = at.after + 4 * leaves;
@@ -102,26 +90,85 @@ __device__ __forceinline__ typename KeyOf<Value>::Key key_of(const Rows& x, cons
   return absent ? kAbsent<Value> : encode(descending ? -v : v);
 }
 
-// visit(i, key) of this thread's elements. A row of full precision without a partner has a loop of its own, free of the
-// choice of a dtype
+// of an element without a partner
+template <class Value, class Stored>
+__device__ __forceinline__ typename KeyOf<Value>::Key plain_key(Stored stored, Value sign, bool& poisoned) {
+  const Value v = wider(stored);
+  poisoned |= !(v < static_cast<Value>(INFINITY));
+  return v <= static_cast<Value>(least_of(stored)) ? kAbsent<Value> : encode(v * sign);
+}
+// of one with a partner of the same dtype
+template <class Value, class Stored>
+__device__ __forceinline__ typename KeyOf<Value>::Key pair_key(Stored stored, Stored other, Value sign,
+                                                               bool& poisoned) {
+  const Value v = wider(stored), w = wider(other);
+  const bool absent = v <= static_cast<Value>(least_of(stored)) || w <= static_cast<Value>(least_of(stored));
+  const bool fine = v < static_cast<Value>(INFINITY) && w < static_cast<Value>(INFINITY);
+  poisoned |= !fine && !absent;
+  return absent ? kAbsent<Value> : encode(v * sign);
+}
+
+// elements of this thread, rank, rank + T, ..., the least number beyond the end: all loads are on their way before the
+// first is waited for
+template <class Stored, int kItems>
+struct Elements {
+  Stored value[kItems];
+};
+template <int kItems, int T, class Stored>
+__device__ __forceinline__ Elements<Stored, kItems> own_elements(const Group<T>& group, const Stored* p, int n) {
+  Elements<Stored, kItems> own;
+  const int left = n - group.rank();
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    if (j * T < left) {
+      own.value[j] = p[group.rank() + j * T];
+    } else {
+      put(own.value[j], least_of(Stored()));
+    }
+  }
+  return own;
+}
+
+// whether `own_keys` can be called
+template <class Value>
+__device__ __forceinline__ bool is_plain(const Rows& x, const Rows& partner) {
+  return (!partner.p || partner.dtype == x.dtype) && (sizeof(Value) == 4 || x.dtype == kDouble);
+}
+
+// keys of this thread's elements from `first` on, rank, rank + T, ..., that of absent elements beyond the end n
+template <class Value, int T, int kItems>
+__device__ __forceinline__ void own_keys(const Group<T>& group, const Rows& x, const Rows& partner, int64_t row,
+                                         int first, int n, bool descending, bool& poisoned,
+                                         typename KeyOf<Value>::Key (&key)[kItems]) {
+  const Value sign = static_cast<Value>(descending ? -1 : 1);
+  typed<Value>(const_cast<void*>(x.p), x.dtype, [&](auto* all) {
+    const auto own = own_elements<kItems>(group, all + row * x.stride + first, n - first);
+    if (partner.p) {
+      auto* others = static_cast<decltype(all)>(const_cast<void*>(partner.p));
+      const auto other = own_elements<kItems>(group, others + row * partner.stride + first, n - first);
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) key[j] = pair_key<Value>(own.value[j], other.value[j], sign, poisoned);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) key[j] = plain_key<Value>(own.value[j], sign, poisoned);
+    }
+  });
+}
+
+// visit(i, key) of this thread's elements, from memory
 template <class Value, int T, class Visit>
 __device__ __forceinline__ void each_key(const Group<T>& group, const Rows& x, const Rows& partner, int64_t row, int n,
                                          bool descending, bool& poisoned, Visit visit) {
-  if (x.dtype == KeyOf<Value>::kDtype && !partner.p) {
-    const Value* p = static_cast<const Value*>(x.p) + row * x.stride + group.rank();
-    constexpr auto kLeast = static_cast<Value>(sizeof(Value) == 4 ? -FLT_MAX : -DBL_MAX);
-#pragma unroll 4
-    for (int i = group.rank(); i < n; i += T, p += T) {
-      const Value v = *p;
-      auto key = v == kLeast ? kAbsent<Value> : encode(descending ? -v : v);
-      if (!(fabs(v) < static_cast<Value>(INFINITY))) {
-        if (is_absent(v)) {
-          key = kAbsent<Value>;
-        } else {
-          poisoned = true;
-        }
+  if (is_plain<Value>(x, partner)) {
+    constexpr int kBatch = 4;
+    for (int first = 0; first < n; first += kBatch * T) {
+      typename KeyOf<Value>::Key key[kBatch];
+      own_keys<Value>(group, x, partner, row, first, n, descending, poisoned, key);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = first + group.rank() + j * T;
+        if (i < n) visit(i, key[j]);
       }
-      visit(i, key);
     }
   } else {
 #pragma unroll 1
@@ -129,41 +176,93 @@ __device__ __forceinline__ void each_key(const Group<T>& group, const Rows& x, c
   }
 }
 
-// sqrt(12) std / m, 1 for a constant row. each(visit) visits this thread's keys; values are scaled by their range
-// first, so that squares neither overflow nor vanish
+// of the m elements of a row, of what each(visit) visits in all threads
+struct Moments {
+  double mean, square;
+};
+template <int T, class Each>
+__device__ Moments moments_of(const Group<T>& group, int m, Each each) {
+  double total = 0.0, squares = 0.0;
+  each([&](double d) {
+    total += d;
+    squares = fma(d, d, squares);
+  });
+  const double part = 1.0 / m;
+  return {group.sum(total) * part, group.sum(squares) * part};
+}
+
+// squares of doubles neither overflow nor vanish in the units of their range
+template <class Value>
+__device__ __forceinline__ double scale_of(double range) {
+  return sizeof(Value) == 8 ? power_of_two(-max(-1022, min(exponent_of(range), 1022))) : 1.0;
+}
+
+// sqrt(12) std / m, from the moments of what is `scale` times as far from any pivot
+__device__ __forceinline__ double spread_from(const Moments& d, int m, double scale) {
+  return fmax(sqrt(12.0 * fmax(d.square - d.mean * d.mean, 0.0)) / (m * scale), kSmallestSpread);
+}
+
+// the same of a row in any order, 1 where it is constant. each(visit) visits this thread's keys. The mean's square must
+// not be most of the mean square: once more about the mean, if it is
 template <class Value, int T, class Each>
 __device__ double spread_of(const Group<T>& group, int m, Each each) {
   using Key = typename KeyOf<Value>::Key;
   Key least = kAbsent<Value>, most = 0;
   each([&](Key key) {
-    least = key < least ? key : least;
-    most = key > most ? key : most;
+    least = min(key, least);
+    most = max(key, most);
   });
-  least = group.reduce(least, [](Key a, Key b) { return a < b ? a : b; });
-  most = group.reduce(most, [](Key a, Key b) { return a < b ? b : a; });
+  least = group.reduce(least, [](Key a, Key b) { return min(a, b); });
+  most = group.reduce(most, [](Key a, Key b) { return max(a, b); });
   if (m == 0 || least == most) return 1.0;
-  const double top = decode<Value>(most), range = top - static_cast<double>(decode<Value>(least));
-  double total = 0.0;
-  each([&](Key key) { total += (static_cast<double>(decode<Value>(key)) - top) / range; });
-  const double mean = group.sum(total) / m;
-  double squares = 0.0;
-  each([&](Key key) {
-    const double d = (static_cast<double>(decode<Value>(key)) - top) / range - mean;
-    squares += d * d;
-  });
-  const double found = range * sqrt(12.0 * group.sum(squares) / m) / m;
-  return found < kSmallestSpread ? kSmallestSpread : found;
+  double pivot = decode<Value>(least);
+  const double scale = scale_of<Value>(decode<Value>(most) - pivot);
+  Moments d;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    d = moments_of(group, m, [&](auto visit) {
+      each([&](Key key) { visit((static_cast<double>(decode<Value>(key)) - pivot) * scale); });
+    });
+    if (d.mean * d.mean < 0.9 * d.square) break;
+    pivot += d.mean / scale;
+  }
+  return spread_from(d, m, scale);
 }
 
-// of this thread: `count` elements are there; each(visit) visits its keys, those of absent elements among them
+// the same of a row whose keys are sorted. The median is within a deviation of the mean: one pass about it. Of this
+// thread each(median, visit) visits values and, for what is not there, medians
+template <class Fit, int T, class Each>
+__device__ double spread_of_sorted(const Group<T>& group, const Fit& fit, Each each) {
+  using Value = typename Fit::Element;
+  const int m = fit.m;
+  if (m == 0 || fit.key.at(0) == fit.key.at(m - 1)) return 1.0;
+  const Value median = decode<Value>(fit.key.at(m / 2));
+  const double scale = scale_of<Value>(fit.key.value(m - 1) - fit.key.value(0));
+  const Moments d = moments_of(group, m, [&](auto visit) {
+    each(median, [&](Value v) { visit((static_cast<double>(v) - static_cast<double>(median)) * scale); });
+  });
+  return spread_from(d, m, scale);
+}
+template <class Fit, int T>
+__device__ double spread_of_sorted(const Group<T>& group, const Fit& fit) {
+  using Value = typename Fit::Element;
+  return spread_of_sorted(group, fit, [&](Value, auto visit) {
+    for (int p = group.rank(); p < fit.m; p += T) visit(decode<Value>(fit.key.at(p)));
+  });
+}
+
+// of this thread: `count` elements are there
+template <int T>
+__device__ RowFacts count_row(const Group<T>& group, bool poisoned, int count) {
+  return {group.sum(count), group.any(poisoned), static_cast<double>(NAN)};
+}
+
+// and the strength of a row in any order; each(visit) visits this thread's keys, those of absent elements among them
 template <class Value, int T, class Each>
 __device__ RowFacts facts_of(const Group<T>& group, const Strength& strength, int64_t row, bool poisoned, int count,
                              Each each) {
   using Key = typename KeyOf<Value>::Key;
-  RowFacts facts;
-  facts.poisoned = group.any(poisoned);
-  facts.m = group.sum(count);
-  facts.eps = NAN;
+  RowFacts facts = count_row(group, poisoned, count);
   if (facts.poisoned) return facts;
   double spread = 1.0;
   if (strength.relative) {

@@ -127,7 +127,7 @@ void launch_long_ranks(LongCall call, const Device& device, Allocate allocate, c
   }
   call.rank.shift = 5;
   const unsigned outside = grid_of(batch, kOutsideGrid);
-  const size_t fit = layout_of<Value>(n, call.rank.shift, true, false).total;
+  const size_t fit = layout_of<Value>(n, call.rank.shift, true, 0).total;
   call.memory = static_cast<unsigned char*>(allocate(outside * fit));
   for (call.first = 0; call.first < whole.rows; call.first += batch) {
     const int64_t left = whole.rows - call.first;
@@ -262,7 +262,7 @@ template <class Value, class Allocate>
 void launch_sorts_of(SortCall call, const Device& device, Allocate allocate, cudaStream_t stream) {
   auto bytes = [&](int threads, int slots, size_t scratch) {
     call.shift = shift_of(call.n, threads);
-    return slots * (scratch + layout_of<Value>(call.n, call.shift, true, true).total);
+    return slots * (scratch + layout_of<Value>(call.n, call.shift, true, call.n).total);
   };
   const bool few = call.rows < kFewRows && call.n > 128;
   if (device.forced == Schedule::kWarp || (device.forced == Schedule::kAuto && !few)) {
@@ -281,7 +281,7 @@ void launch_sorts_of(SortCall call, const Device& device, Allocate allocate, cud
   }
   bytes(kLongThreads, 1, 0);
   const unsigned grid = grid_of(call.rows, kOutsideGrid);
-  const size_t outside = layout_of<Value>(call.n, call.shift, true, true).total;
+  const size_t outside = layout_of<Value>(call.n, call.shift, true, call.n).total;
   call.memory = static_cast<unsigned char*>(allocate(grid * outside));
   KDK_LAUNCH((sort_rows_kernel<Value, kLongThreads, true>), grid, kLongThreads, kScratchBytes, stream, call);
 }
@@ -306,6 +306,9 @@ bool launch_spearman(SpearmanCall call, const Device& device, cudaStream_t strea
 template <class Value>
 bool launch_fused_spearman(const SpearmanCall& call, const Device& device, cudaStream_t stream) {
   if (device.forced == Schedule::kBig || device.forced == Schedule::kLong) return false;
+  // many rows: a warp a side and a kernel for each pass are done sooner than a block a pair (COST.md)
+  const bool many = device.forced == Schedule::kWarp || (device.forced == Schedule::kAuto && call.rows >= kFewRows);
+  if (many && sizeof(Value) == 4 && call.n > 128 && call.n <= kSmallRow) return false;
   if (call.n <= 128 && device.forced != Schedule::kBlock) {
     if (launch_spearman<Value, 32, 4>(call, device, stream)) return true;
   }

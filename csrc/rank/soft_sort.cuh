@@ -24,7 +24,7 @@ template <class Value, int T, bool kOutside>
 __global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) sort_rows_kernel(SortCall call) {
   using Key = typename KeyOf<Value>::Key;
   KDK_DYNAMIC_SHARED(memory);
-  const Layout at = layout_of<Value>(call.n, call.shift, true, true);
+  const Layout at = layout_of<Value>(call.n, call.shift, true, call.n);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
   unsigned char* base = memory + slot * (Group<T>::kBytes + (kOutside ? 0 : at.total));
   const Group<T> group{base};
@@ -37,23 +37,14 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 4 : 1) sort_rows
     for (int i = group.rank(); i < call.n; i += T) count += !is_absent(call.s.template at<Value>(row, i));
     const int m = group.sum(count);
     const bool poisoned = call.n > 0 && is_poison(call.s.template at<Value>(row, 0));
-    Fit<Value, true, true> fit{{reinterpret_cast<Key*>(base + at.key)},
-                               reinterpret_cast<double*>(base + at.sum),
-                               blocks_at(base, at, call.shift),
-                               m,
-                               call.kl,
-                               static_cast<double>(NAN),
-                               0.0};
+    Fit<Value, true, true> fit;
+    fit.key.key = reinterpret_cast<Key*>(base + at.key), fit.sum = reinterpret_cast<double*>(base + at.sum);
+    fit.blocks = blocks_at(base, at, call.shift);
+    fit.m = m, fit.kl = call.kl, fit.eps = static_cast<double>(NAN), fit.inverse = 0.0;
     if (!poisoned) {
       for (int p = group.rank(); p < m; p += T) fit.key.at(p) = encode(call.s.template at<Value>(row, m - 1 - p));
       group.sync();
-      double spread = 1.0;
-      if (call.strength.relative) {
-        spread = spread_of<Value>(group, m, [&](auto visit) {
-          for (int p = group.rank(); p < m; p += T) visit(fit.key.at(p));
-        });
-      }
-      fit.eps = call.strength.of(row, spread);
+      fit.eps = call.strength.of(row, call.strength.relative ? spread_of_sorted(group, fit) : 1.0);
       fit.solve(group);
       fit.constants(group);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row from its elements to its solved blocks, in one group of threads: load, strength, sort, isotonic fit. Shared
+// One row from its elements to its solved blocks, in one group of threads: load, sort, strength, isotonic fit. Shared
 // memory of a row of n floats: 12 n bytes and a little; neither a permutation nor anything in global memory.
 #pragma once
 
@@ -8,58 +8,81 @@
 
 namespace kdkernels {
 
-// the row at `memory`, as in `layout_of`, its keys on the way to their places
-template <class Value>
-__device__ __forceinline__ typename KeyOf<Value>::Key* staged_keys(unsigned char* memory) {
-  return reinterpret_cast<typename KeyOf<Value>::Key*>(memory);
+template <class Value, int T, int kItems>
+constexpr bool kIsShort = sizeof(Value) == 4 && T * kItems <= kShortRow;
+
+template <class Value, int T, int kItems>
+using RowFit = Fit<Value, true, false, kIsShort<Value, T, kItems>>;
+
+// a short row has keys up to the end of what it may hold, those of no element as if absent
+template <class Value, int T, int kItems>
+__host__ __device__ inline Layout row_layout(int n, int shift) {
+  return layout_of<Value>(n, shift, true, kIsShort<Value, T, kItems> ? T * kItems : n);
 }
 
-// keys of row `row` into memory, and what else is to be known of it
-template <class Value, int T>
-__device__ RowFacts load_row(const Group<T>& group, const Rows& x, const Rows& partner, const Strength& strength,
-                             int64_t row, int n, bool descending, unsigned char* memory) {
-  auto* keys = staged_keys<Value>(memory);
+// keys of the elements of row `row` from `first` on into registers, in any order; n: the end of the row
+template <class Value, int T, int kItems>
+__device__ RowFacts load_row(const Group<T>& group, const Rows& x, const Rows& partner, int64_t row, int first, int n,
+                             bool descending, unsigned char* memory, typename KeyOf<Value>::Key (&item)[kItems]) {
   bool poisoned = false;
   int count = 0;
-  each_key<Value>(group, x, partner, row, n, descending, poisoned, [&](int i, auto key) {
-    keys[i] = key;
-    count += key != kAbsent<Value>;
-  });
-  return facts_of<Value>(group, strength, row, poisoned, count, [&](auto visit) {
-    for (int i = group.rank(); i < n; i += T) visit(keys[i]);
-  });
+  if (T <= 256 && is_plain<Value>(x, partner)) {  // of 512 threads registers are short
+    own_keys<Value>(group, x, partner, row, first, n, descending, poisoned, item);
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) count += item[j] != kAbsent<Value>;
+  } else {
+    auto* keys = reinterpret_cast<typename KeyOf<Value>::Key*>(memory);
+    const int size = min(n - first, T * kItems);
+    for (int i = group.rank(); i < size; i += T) {
+      keys[i] = key_of<Value>(x, partner, row, first + i, descending, poisoned);
+      count += keys[i] != kAbsent<Value>;
+    }
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int i = group.rank() + j * T;
+      item[j] = i < size ? keys[i] : kAbsent<Value>;
+    }
+    group.sync();
+  }
+  return count_row(group, poisoned, count);
 }
 
 // a loaded row, sorted, solved and its ranks recorded, less `centre`
 template <class Value, int T, int kItems>
-__device__ Fit<Value, true, false> solve_row(const Group<T>& group, const RowFacts& facts, bool kl,
-                                             unsigned char* memory, int n, const Layout& at, int shift,
-                                             double centre) {
+__device__ RowFit<Value, T, kItems> solve_row(const Group<T>& group, const Strength& strength, int64_t row, int m,
+                                              bool kl, unsigned char* memory, int n, int shift,
+                                              double centre, typename KeyOf<Value>::Key (&item)[kItems]) {
   using Key = typename KeyOf<Value>::Key;
-  Key item[kItems];
-#pragma unroll
-  for (int j = 0; j < kItems; ++j) {
-    const int i = group.rank() + j * T;
-    item[j] = i < n ? staged_keys<Value>(memory)[i] : kAbsent<Value>;
-  }
-  group.sync();
   sort_keys<T>(item, memory);
-  Fit<Value, true, false> fit{{reinterpret_cast<Key*>(memory + at.key)},
-                              reinterpret_cast<double*>(memory + at.sum),
-                              blocks_at(memory, at, shift),
-                              facts.m,
-                              kl,
-                              facts.eps,
-                              inverse_of(facts.eps)};
+  const Layout at = row_layout<Value, T, kItems>(n, shift);
+  RowFit<Value, T, kItems> fit;
+  fit.key.key = reinterpret_cast<Key*>(memory + at.key);
+  fit.sum = reinterpret_cast<double*>(memory + at.sum);
+  fit.blocks = blocks_at(memory, at, shift);
+  fit.m = m;
+  fit.kl = kl;
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     const int p = group.rank() * kItems + j;
-    if (p < facts.m) fit.key.at(p) = item[j];
+    if (kIsShort<Value, T, kItems> || p < m) fit.key.at(p) = item[j];
   }
   group.sync();
+  double spread = 1.0;
+  if (strength.relative) {
+    if constexpr (kIsShort<Value, T, kItems>) {
+      const int left = m - group.rank() * kItems;
+      spread = spread_of_sorted(group, fit, [&](Value median, auto visit) {
+#pragma unroll
+        for (int j = 0; j < kItems; ++j) visit(j < left ? decode<Value>(item[j]) : median);
+      });
+    } else {  // registers are short
+      spread = spread_of_sorted(group, fit);
+    }
+  }
+  fit.eps = strength.of(row, spread);
+  fit.inverse = inverse_of(fit.eps);
   fit.solve(group);
-  fit.constants(group);
-  fit.record(group, centre);
+  fit.record_all(group, centre);
   return fit;
 }
 

@@ -67,7 +67,6 @@ __device__ void gradient_of_side(const Group<T>& group, void* memory, int n, con
 template <class Value, int T, int kItems>
 __global__ void __launch_bounds__(T == 32 ? 128 : T, 3) spearman_rows_kernel(SpearmanCall call) {
   KDK_DYNAMIC_SHARED(memory);
-  const Layout at = layout_of<Value>(call.n, call.shift, true, true);
   const int slot = static_cast<int>(threadIdx.x) / T, slots = static_cast<int>(blockDim.x) / T;
   unsigned char* base = memory + slot * pair_bytes<Value, T, kItems>(call.n, call.shift);
   const Group<T> group{base};
@@ -84,24 +83,18 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 3) spearman_rows_kernel(Spe
       const bool hard = side == 1 && call.hard_target;
       const Rows own = side ? call.y : call.x, other = side ? call.x : call.y;
       const Strength strength{nullptr, false, hard ? 0.0 : call.strength, !hard && call.relative};
-      const RowFacts facts = load_row<Value>(group, own, other, strength, row, call.n, false, base);
+      typename KeyOf<Value>::Key item[kItems];
+      const RowFacts facts = load_row<Value>(group, own, other, row, 0, call.n, false, base, item);
       poisoned = facts.poisoned;
       m = facts.m;
-      if (side) {
-        eps_y = facts.eps;
-      } else {
-        eps_x = facts.eps;
-      }
       if (poisoned) break;
       // minus mu before it is rounded: with a large eps all ranks are close to mu
-      const auto fit = solve_row<Value, T, kItems>(group, facts, call.kl, base, call.n, at, call.shift, 0.5 * (m + 1));
-      bool ignored = false;
-      each_key<Value>(group, own, other, row, call.n, false, ignored, [&](int i, auto key) {
-        typename Fit<Value, true, false>::Record found{Value(0), -1};
-        if (key != kAbsent<Value>) found = fit.record_at(fit.template position<bits_of(T * kItems)>(key));
-        rank[side * call.n + i] = found.rank;
-        name[side * call.n + i] = found.name;
-      });
+      const auto fit = solve_row<Value>(group, strength, row, m, call.kl, base, call.n, call.shift, 0.5 * (m + 1),
+                                        item);
+      (side ? eps_y : eps_x) = fit.eps;
+      emit_ranks(group, fit, own, other, row, call.n, false,
+                 Destination<Value>{rank + side * call.n, name + side * call.n},
+                 [&](auto key) { return fit.template place<bits_of(T * kItems)>(key); });
       group.sync();
     }
     Value* const dx = call.dx ? static_cast<Value*>(call.dx) + row * call.n : nullptr;

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a solved row gives: constants of its blocks, ranks and names by position, sorted values, positions of keys.
+#pragma once
+
+#include "isotonic.cuh"
+
+namespace kdkernels {
+
+template <class Value, bool kPadded, bool kSort, bool kShort = false>
+struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
+  using Base = Isotonic<Value, kPadded, kSort, kShort>;
+  using Base::apart, Base::blocks, Base::eps, Base::inverse, Base::key, Base::kl, Base::m, Base::sum;
+
+  // what an element at p adds to the sum over its block
+  __device__ __forceinline__ double term(int p, Range block) const {
+    return kl ? exp(-apart(p, block.b - 1)) : key.value(p) - key.value(block.a);
+  }
+
+  // what the elements of a block share, from the sum of their terms; see `rank_at` and `sorted_at`
+  __device__ __forceinline__ double constant(Range block, double total) const {
+    const double c = block.b - block.a, mean_w = 0.5 * (block.a + block.b + 1);
+    if (kSort) return kl ? log(total) : total / c;
+    if (kl) return c * mean_w / total;
+    return eps == 0.0 ? mean_w : mean_w - total * inverse / c;
+  }
+
+  // a constant for every block of two or more, over `sum` at its start. terms are summed afresh, relative to the block:
+  // a difference of the long sums has lost digits
+  template <int T>
+  __device__ void constants(const Group<T>& group) const {
+    const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
+    Segment own = Segment::none();
+    Range early{0, 0};  // the block that came in from below and ends here
+    double early_sum = 0.0;
+    for (int p = first; p < last;) {
+      const Range block = blocks.find(p);
+      const int stop = min(block.b, last);
+      double total = 0.0;
+      if (block.b - block.a > 1) {
+#pragma unroll 1
+        for (; p < stop; ++p) total += term(p, block);
+      }
+      p = stop;
+      own = {total, own.started | (block.a >= first)};
+      if (stop < block.b || block.b - block.a == 1) continue;
+      if (block.a >= first) {
+        sum[padded(block.a)] = constant(block, total);
+      } else {
+        early = block;
+        early_sum = total;
+      }
+    }
+    const double carried = group.before(own, Segment::none()).sum;
+    if (early.b > 0) sum[padded(early.a)] = constant(early, carried + early_sum);
+    group.sync();
+  }
+
+  // l2: mean_w + (s - mean_B s) / eps;  kl: R_B exp(s / eps) / Z_B
+  __device__ __forceinline__ double rank_at(int p, Range block, double shared) const {
+    if (block.b - block.a == 1) return block.b;
+    if (kl) return shared * exp(-apart(p, block.b - 1));
+    return eps == 0.0 ? shared : shared + (key.value(p) - key.value(block.a)) * inverse;
+  }
+
+  // each position's rank, less `centre`, and block name take the place of `sum`: what is asked of a position later is
+  // one load (of a double the name is left to `blocks`). A block is named by its start; -1: alone, or hard
+  template <int T>
+  __device__ void record(const Group<T>& group, double centre) const {
+    const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
+    Range block{0, 0};
+    double shared = 0.0;
+    if (first < last) {
+      block = blocks.find(first);
+      shared = sum[padded(block.a)];
+    }
+    group.sync();  // the last block of the chunk before may have its constant in this one: all have read theirs
+#pragma unroll 1
+    for (int p = first; p < last; ++p) {
+      if (p == block.b) {
+        block = {p, blocks.find(p).b};
+        shared = sum[padded(p)];
+      }
+      store_record(p, rank_at(p, block, shared) - centre, name_of(block));
+    }
+    group.sync();
+  }
+  __device__ __forceinline__ int name_of(Range block) const {
+    return block.b - block.a > 1 && eps != 0.0 ? block.a : -1;
+  }
+  __device__ __forceinline__ void store_record(int p, double rank, int name) const {
+    if constexpr (sizeof(Value) == 8) {
+      sum[padded(p)] = rank;
+    } else {
+      const long long low = __float_as_uint(static_cast<float>(rank));
+      sum[padded(p)] = __longlong_as_double(static_cast<long long>(name) << 32 | low);
+    }
+  }
+
+  // the same of l2 and short rows, from the sums: y_p = sum[p + 1] - sum[p], and p + 1 + y_p - mean_B y is the rank of
+  // p. Each block of two or more leaves the rank of its first position a in the place of the sum before a + 1, which
+  // nobody else needs. A thread does one leaf
+  __device__ void leave_first_ranks(int first, unsigned starts, unsigned several, int after) const {
+#pragma unroll 1
+    while (several) {
+      const int i = __ffs(static_cast<int>(several)) - 1, a = first + i;
+      several &= several - 1;
+      const unsigned later = starts & ~((2u << i) - 1);
+      const int b = later ? first + __ffs(static_cast<int>(later)) - 1 : after;
+      const double low = sum[padded(a)], mean = quotient(sum[padded(b)] - low, natural(b - a));
+      sum[padded(a + 1)] = ((sum[padded(a + 1)] - low) - mean) + natural(a + 1);
+    }
+  }
+  template <int T>
+  __device__ void record_linear(const Group<T>& group, double centre) const {
+    const int leaf = group.rank(), first = leaf << blocks.shift, size = max(0, min(m - first, 1 << blocks.shift));
+    const unsigned starts = size > 0 ? blocks.starts[leaf] : 0u;
+    const int after = size > 0 ? blocks.after[leaf] : 0;
+    // starts whose next position is none
+    const unsigned end = size > 0 && after == first + size ? 1u << (size - 1) : 0u;
+    const unsigned several = starts & ~(starts >> 1) & ~end, alone = starts & ~several;
+    leave_first_ranks(first, starts, several, after);
+    group.sync();
+    double shared = 0.0, base = 0.0, last = 0.0;
+    int name = -1;
+    if (size > 0) {
+      last = sum[padded(first + size)];
+      if (!(starts & 1u)) {  // a block came in from below
+        name = blocks.before[leaf];
+        shared = sum[padded(name + 1)];
+        base = key.value(name);
+      }
+    }
+    group.sync();
+    const double scale = eps == 0.0 ? 0.0 : inverse;
+#pragma unroll 4
+    for (int i = 0; i < size; ++i) {
+      const int p = first + i;
+      const double v = key.value(p), next = i + 1 < size ? sum[padded(p + 1)] : last;
+      const bool starting = starts >> i & 1u, single = alone >> i & 1u;
+      if (starting) {
+        shared = single ? natural(p + 1) : next;
+        base = v;
+        name = single ? -1 : p;
+      }
+      store_record(p, fma(v - base, scale, shared) - centre, eps == 0.0 ? -1 : name);
+    }
+    group.sync();
+  }
+
+  // ranks and names of all positions
+  template <int T>
+  __device__ void record_all(const Group<T>& group, double centre) const {
+    if constexpr (kShort) {
+      if (!kl) {
+        record_linear(group, centre);
+        return;
+      }
+    }
+    constants(group);
+    record(group, centre);
+  }
+
+  struct Record {
+    Value rank;
+    int name;
+  };
+  // at a position after padding
+  __device__ __forceinline__ Record record_at(int place) const {
+    if constexpr (sizeof(Value) == 8) {
+      return {sum[place], name_of(blocks.find(place - place / 33))};
+    } else {
+      const long long bits = __double_as_longlong(sum[place]);
+      return {__uint_as_float(static_cast<unsigned>(bits)), static_cast<int>(bits >> 32)};
+    }
+  }
+
+  // l2: mean_B s + (w_p - mean_B w) / eps;  kl: w_p / eps - log sum_B exp(w / eps) + log sum_B exp(s)
+  __device__ __forceinline__ double sorted_at(int p, Range block) const {
+    const int c = block.b - block.a;
+    if (c == 1) return key.value(p);
+    const double shared = sum[padded(block.a)];
+    if (!kl) return key.value(block.a) + (shared + (p - 0.5 * (block.a + block.b - 1)) / eps);
+    const double h = 1.0 / eps;
+    return key.value(block.b - 1) + ((p + 1 - block.b) * h - log(expm1(-c * h) / expm1(-h)) + shared);
+  }
+
+  // the first position of a key after padding, m <= 2^kSteps; 0 for that of absent elements. It is looked for by its
+  // bits, so that its padding adds up like them. Keys of a short row are there up to 2^kSteps
+  template <int kSteps>
+  __device__ __forceinline__ int place(typename KeyOf<Value>::Key wanted) const {
+    static_assert(kPadded);
+    const auto* q = key.key;
+    if constexpr (kShort) {
+#pragma unroll
+      for (int half = 1 << kSteps >> 1; half > 0; half /= 2) {
+        if (q[padded(half - 1)] < wanted) q += padded(half);
+      }
+    } else {
+      if (wanted == kAbsent<Value>) return 0;
+      const auto* end = q + padded(m - 1);  // its key is not below `wanted`
+#pragma unroll
+      for (int half = 1 << kSteps >> 1; half > 0; half /= 2) {
+        const auto* tried = q + padded(half - 1);
+        if (*(tried < end ? tried : end) < wanted) q += padded(half);
+      }
+    }
+    const int found = static_cast<int>(q - key.key);
+    return wanted == kAbsent<Value> ? 0 : found;
+  }
+  // the first position from `low` on, before `high`
+  __device__ __forceinline__ int position(typename KeyOf<Value>::Key wanted, int low, int high) const {
+    while (low < high) {
+      const int p = (low + high) / 2;
+      if (key.at(p) < wanted) {
+        low = p + 1;
+      } else {
+        high = p;
+      }
+    }
+    return low;
+  }
+};
+
+}  // namespace kdkernels
