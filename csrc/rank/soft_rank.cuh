@@ -27,8 +27,10 @@ struct RankCall {
 // of a key. An absent element has rank 0 and no block
 template <class Fit, class Key, class Place>
 __device__ __forceinline__ typename Fit::Record record_of(const Fit& fit, Key key, Place place) {
+  using Value = typename Fit::Element;
+  const bool there = key != kAbsent<Value>;
+  if (sizeof(Value) == 8 && !there) return {0, -1};  // blocks are looked up: an empty row has none
   const auto found = fit.record_at(place(key));
-  const bool there = key != kAbsent<typename Fit::Element>;
   return {there ? found.rank : 0, there ? found.name : -1};
 }
 
