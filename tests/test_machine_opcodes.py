@@ -40,6 +40,14 @@ def test_the_extreme_of_three():
     assert np.array_equal(got[:, 1].numpy().view("u4"), words[:, :3].max(1))
 
 
+def test_the_extreme_of_a_sum_may_end_at_zero():
+    words = np.random.default_rng(0).integers(-(2**30), 2**30, (32, 4), np.int32)
+    got = of_each_lane("VIADDMNMX R8, R4, R5, R6, PT; VIADDMNMX.RELU R9, R4, R5, R6, PT", torch.from_numpy(words))
+    least = np.minimum(words[:, 0] + words[:, 1], words[:, 2])
+    assert np.array_equal(got[:, 0].numpy(), least) and (least < 0).any()
+    assert np.array_equal(got[:, 1].numpy(), np.maximum(least, 0))
+
+
 def test_a_double_becomes_a_half_in_one_rounding():
     halves = np.random.default_rng(0).standard_normal(32).astype(np.float16)
     middles = (halves.astype(np.float64) + np.nextafter(halves, np.float16(9)).astype(np.float64)) / 2

@@ -137,7 +137,9 @@ def _divergences(op, backend, quick, generator):
         how = measure_of(name, TAUS[count % len(TAUS)], beta=(0.5, 0.1, 0.9)[count % 3])
         taus = rows if count % 4 == 0 else None
         dtypes = EVERY_DTYPE if count % 5 == 1 else (SINGLE, HALF[count // 2 % 2])
-        yield _divergence_case(*pair(regime, shape, shape, generator), how, reduction, regime, taus, dtypes=dtypes)
+        sides = pair(regime, shape, shape, generator)
+        if (name, regime) != ("tvd", "near"):  # its gradient is a sign, which float32 does not know there (MATH.md)
+            yield _divergence_case(*sides, how, reduction, regime, taus, dtypes=dtypes)
     for C in SIZES if quick else (*SIZES, *MORE_SIZES):
         how = measure_of(FORMS[C % 6], 2.0, beta=0.3)
         s, t = pair("peaky", (3, C), (3, C), generator)

@@ -164,7 +164,10 @@ void add_integers(Table& table) {
   table.lanes("VIMNMX3", "U32", [](Lane& x) {
     x.set(0, extreme(x, extreme(x, x.u(1), x.u(2), x.p(4)), x.u(3), x.p(4)));
   });
-  table.lanes("VIADDMNMX", "U32", [](Lane& x) { x.set(0, extreme(x, x.u(1) + x.u(2), x.u(3), x.p(4))); });
+  table.lanes("VIADDMNMX", "U32 RELU", [](Lane& x) {
+    const std::uint32_t found = extreme(x, x.u(1) + x.u(2), x.u(3), x.p(4));
+    x.set(0, x.has("RELU") && std::int32_t(found) < 0 ? 0 : found);
+  });
   table.lanes("IABS", "", [](Lane& x) { x.set(0, x.s(1) < 0 ? 0 - x.u(1) : x.u(1)); });
   table.lanes("PRMT UPRMT", "", permute_bytes);
   table.lanes("SGXT USGXT", "U32 W", extend);

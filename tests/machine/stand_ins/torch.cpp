@@ -51,7 +51,9 @@ extern "C" {
 
 __attribute__((visibility("default"))) void machine_set_device(const char* (*run)(const machine::Launch*),
                                                                int architecture, std::size_t shared) {
-  machine::device() = {run, architecture, shared, machine::device().number + 1};
+  machine::Device& now = machine::device();
+  const bool same = now.architecture == architecture && now.shared == shared;
+  now = {run, architecture, shared, now.number + !same};
 }
 
 int32_t __wrap_aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
