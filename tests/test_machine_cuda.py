@@ -53,7 +53,7 @@ def test_planted_faults_in_what_is_launched_are_seen(python):
     assert said.pop("none") == said.pop("none, through workspace") == "nothing"
     expected = {
         "too little shared memory": "a shared access beyond the end",
-        "a row too long": "an access outside of every argument; near input",
+        "a row too long": "an access outside of every argument; near ",
         "a result that is an input": "a write to what is only read: input",
         "a launch that is left out": "is read before it is written",
     }
