@@ -64,13 +64,9 @@ def info() -> str:
 
 def _refusals() -> list[str]:
     """Of each device on which the CUDA library does not run, why."""
-    lines = []
-    for k in range(torch.cuda.device_count()):
-        text = native.refusal(f"cuda:{k}")
-        lines += (
-            textwrap.wrap(f"cuda:{k}: {text}", 120, initial_indent=" " * 12, subsequent_indent=" " * 12) if text else []
-        )
-    return lines
+    said = {f"cuda:{k}": native.refusal(f"cuda:{k}") for k in range(torch.cuda.device_count())}
+    indent = {"initial_indent": " " * 12, "subsequent_indent": " " * 12}
+    return [line for name, why in said.items() if why for line in textwrap.wrap(f"{name}: {why}", 120, **indent)]
 
 
 def _choices(device: str) -> list[str]:
