@@ -57,8 +57,8 @@ INTERFACE = (
 # all layers at once: sums over the same tiles, made from the same prepared rows
 REUSED = {
     "analysis": [["torch_impl", part] for part in ("combine", "panels", "prepared")],
-    # values and slopes of kernels in PyTorch, as those on Triton tiles, and what float32 squares do not hold
-    "nystrom": [["torch_impl", "prepared"], ["scales"]],
+    # values and slopes of kernels in PyTorch, as those on Triton tiles
+    "nystrom": [["torch_impl", "prepared"]],
 }
 WHOLE_PACKAGE = ("__init__", "__main__")  # they gather names and commands
 

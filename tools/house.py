@@ -141,7 +141,7 @@ class House:
         how = {"cwd": self.root, "env": {**os.environ, "PYTHONPATH": str(self.root)}}
         done = subprocess.run([sys.executable, "-c", FOLLOW], stdout=subprocess.PIPE, text=True, check=True, **how)
         places = sorted(str(Path(line).relative_to(self.root)) for line in done.stdout.splitlines())
-        return [Figure("files to follow cka, portable way", len(places), 15, 10, 13, places)]
+        return [Figure("files to follow cka, portable way", len(places), 15, 10, 12, places)]
 
     def sizes(self) -> list[Figure]:
         """Lines of `operator_files`, of the package's Python without kdkernels/testing, and of tests/*.py."""

@@ -13,7 +13,7 @@ import torch
 
 from .. import checks
 from ..autograd import at_least_float32, device_type, register, without_autocast
-from .scales import outside
+from ..checks import outside
 
 EXACT = 1024
 NEAR = 16  # a median this far below the mean is one of near pairs, whose digits float32 squares of far ones round away

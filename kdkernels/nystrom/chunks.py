@@ -13,7 +13,7 @@ import torch
 
 from ..autograd import at_least_float32, device_type
 from ..backend import implementation
-from ..gram.scales import outside
+from ..checks import outside
 from ..gram.torch_impl.prepared import FAR
 from . import landmarks, maps
 from .call import Question, Side

@@ -15,8 +15,8 @@ import math
 import torch
 
 from ...autograd import at_least_float32
+from ...checks import outside
 from ..call import Call, Problem, Steps
-from ..scales import outside
 from . import panels, prepared
 from .combine import SIDE_ROWS, RowStats, Weights, combine, pack_rows, unpack_weights
 from .panels import Gradient, Pairs, Sums

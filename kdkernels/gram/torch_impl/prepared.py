@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from ...checks import outside
 from ..call import Problem, Side
 from ..kernels import KernelSpec
-from ..scales import outside
 
 FAR = 16  # |z_i|^2 over sigma^2 from which the rounding of a near pair's distance, a difference of squares, would show
 NEAR = 1 / 128  # d2 over |z_i|^2 + |z_j|^2 below which it would show in a laplacian's slope, (z_i - z_j) / d
