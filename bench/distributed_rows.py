@@ -79,10 +79,16 @@ def rows(case: DistributedCase) -> list[dict]:
             quiet = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(memory.ROOT)}
             done = subprocess.run(command, cwd=memory.ROOT, env={**os.environ, **quiet}, capture_output=True, text=True)
             if done.returncode:
-                said = [line for line in done.stderr.splitlines() if "Error: " in line]
-                raise RuntimeError(said[0] if said else f"the ranks ended with {done.returncode}")
+                raise RuntimeError(_said(done.stderr) or f"the ranks ended with {done.returncode}")
             found += json.loads(path.read_text())
     return found
+
+
+def _said(stderr: str) -> str | None:
+    """A rank's own error, or the signal that ended it; the launcher's is only that there was one."""
+    lines = [line.strip() for line in stderr.splitlines()]
+    own = [line for line in lines if "Error: " in line and "ChildFailedError" not in line]
+    return next(iter(own + [line for line in lines if "Signal " in line]), None)
 
 
 def _on_this_rank(case: DistributedCase, path: str) -> None:
@@ -111,6 +117,9 @@ def _on_this_rank(case: DistributedCase, path: str) -> None:
     if rank == 0:
         Path(path).write_text(json.dumps(found))
     dist.destroy_process_group()
+    # all is written: what torch leaves running now and then aborts the process as Python ends
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _taken(function, x, y, world: int) -> dict:

@@ -42,10 +42,13 @@ def debugging() -> bool:
 
 def outside(sizes, least: float, most: float) -> bool:
     """Whether one of a few float32 numbers [G] on the CPU is not between the two: squares leave float32 beyond 1e19 and
-    below 1e-19. A GPU would have to wait for the answer. NaN has no size: its group changes nothing for the others."""
-    if not sizes.is_cpu or sizes.dtype != torch.float32:
-        return False
-    return any(size <= least or size >= most for size in sizes.tolist())
+    below 1e-19. A GPU would have to wait for the answer."""
+    return sizes.is_cpu and sizes.dtype == torch.float32 and beyond(sizes.tolist(), least, most)
+
+
+def beyond(sizes: list[float], least: float, most: float) -> bool:
+    """Whether one is not between the two. NaN has no size: its group changes nothing for the others."""
+    return any(size <= least or size >= most for size in sizes)
 
 
 # whose frames lie between a caller and the line that warns: this package, modules, compilers, wrappers

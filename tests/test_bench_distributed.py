@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows over ranks: bytes by each way are those that its formula says, and a report shows them."""
 
+import subprocess
+import sys
+
 import pytest
 from ranked import needs_distributed
 
@@ -35,6 +38,14 @@ def test_a_launch_that_fails_gives_a_row_that_says_so():
     drive._measure_ranks(distributed_rows.cpu_cases()[0]._replace(op="no_such_op", ranks=(1,)), written.append)
     (row,) = written
     assert row["status"] == "failed" and row["kind"] == "time" and "no attribute 'no_such_op'" in row["note"]
+
+
+def test_a_rank_that_is_killed_is_reported_by_its_signal(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Signal 9 (SIGKILL)" in distributed_rows._said(done.stderr)
 
 
 def test_each_kind_of_traffic_is_among_the_cases():

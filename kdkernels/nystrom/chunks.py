@@ -13,7 +13,7 @@ import torch
 
 from ..autograd import at_least_float32, device_type
 from ..backend import implementation
-from ..checks import outside
+from ..checks import beyond
 from ..gram.torch_impl.prepared import FAR
 from . import landmarks, maps
 from .call import Question, Side
@@ -46,11 +46,11 @@ def outside_float32(rows, s: Landmarks) -> bool:
     to near ones are then rounded away. Asked on the CPU only: a GPU would have to wait for the answer."""
     if not s.z.is_cpu or s.z.dtype != torch.float32 or s.spec.name == "cosine" or rows.numel() == 0:
         return False
-    square = 2 * s.half.max()
-    mean = torch.linalg.vector_norm(rows, dtype=torch.float32).square() / rows.numel()
-    if outside(torch.stack([square, mean]), 1e-30, 1e30):
+    square = 2 * s.half.max().item()
+    mean = torch.linalg.vector_norm(rows, dtype=torch.float32).item() ** 2 / rows.numel()
+    if beyond([square, mean], 1e-30, 1e30):
         return True
-    return s.spec.of_distance and square.item() > FAR * min(s.par.tolist()) ** 2
+    return s.spec.of_distance and square > FAR * min(s.par.tolist()) ** 2
 
 
 def far_off(s: Landmarks) -> bool:
