@@ -143,13 +143,19 @@ def _rank(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 
 
 def _spearman(name: str, shape: tuple[int, ...], dtype: str) -> Case:
-    read = 2 * shape[0] * shape[1] * _size(dtype)
+    elements, size = shape[0] * shape[1], _size(dtype)
 
     def call(_):
-        x, y = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
-        kd.spearman(x, y, backend="cuda").sum().backward()
+        x = _draw(*shape, dtype=dtype)
+        kd.spearman(x.requires_grad_(), x.detach().flip(-1).requires_grad_(), backend="cuda").sum().backward()
 
-    return Case(name, "x".join(map(str, shape)), dtype, call, {"spearman_rows_kernel": Work(read * 3 // 2)}, "cuda")
+    # ranks of a side, its gradient: launched for each. a side's ranks see which of the other's elements are absent
+    kernels = {
+        "rank_rows_kernel": Work(elements * (2 * size + 4 + 4)),
+        "spearman_tail_kernel": Work(elements * (2 * size + 4 * 4 + 2 * 4)),
+        "rank_rows_backward_kernel": Work(elements * (4 + 4 + size)),
+    }
+    return Case(name, "x".join(map(str, shape)), dtype, call, kernels, "cuda")
 
 
 def _sort(rows: int, n: int) -> Case:
