@@ -306,8 +306,11 @@ bool launch_spearman(SpearmanCall call, const Device& device, cudaStream_t strea
 template <class Value>
 bool launch_fused_spearman(const SpearmanCall& call, const Device& device, cudaStream_t stream) {
   if (device.forced == Schedule::kBig || device.forced == Schedule::kLong) return false;
-  // many rows: a warp a side and a kernel for each pass are done sooner than a block a pair (COST.md)
-  const bool many = device.forced == Schedule::kWarp || (device.forced == Schedule::kAuto && call.rows >= kFewRows);
+  // many rows, but no more than a workspace of six may hold: a warp a side and a kernel for each pass are done sooner
+  // than a block a pair (COST.md)
+  const bool fits = static_cast<size_t>(call.rows) * call.n * 6 * sizeof(Value) <= kBatchBytes;
+  const bool many =
+      device.forced == Schedule::kWarp || (device.forced == Schedule::kAuto && call.rows >= kFewRows && fits);
   if (many && sizeof(Value) == 4 && call.n > 128 && call.n <= kSmallRow) return false;
   if (call.n <= 128 && device.forced != Schedule::kBlock) {
     if (launch_spearman<Value, 32, 4>(call, device, stream)) return true;

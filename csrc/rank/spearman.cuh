@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Spearman's correlation of rows with its gradients: one launch that reads both rows and writes value and gradients,
-// or, for rows of more than 1,024, soft ranks of both sides, `spearman_tail_kernel` and their backward kernels.
+// or, for many rows of more than 128 and any of more than 1,024, soft ranks of both sides, `spearman_tail_kernel` and
+// their backward kernels.
 //   rho = <r - mu, t - mu> / (|r - mu| |t - mu|),  mu = (m + 1) / 2
 //   d rho / dr = ((t - mu) / |t - mu| - rho (r - mu) / |r - mu|) / |r - mu|, then the Jacobian of the ranks
 #pragma once
