@@ -162,7 +162,7 @@ def test_a_loss_sends_what_its_op_sends_and_losses_within_samples_no_feature(fac
         ("weights", "weights=None; every rank makes the same call", "weights=[1.0]"),
         ("a preset", "factors=None", "factors=[0.25, 0.5"),
         ("a term", "this rank has DISTLoss: beta=1.0", "this rank has DISTLoss: beta=0.0"),
-        ("a normalizer", "has another call, this rank has DISTLoss of", "DISTLoss with a normalizer"),
+        ("a normalizer", "has another call, this rank has DISTLoss of", "DISTLoss with normalizer"),
         ("landmarks", "NystromTransferLoss with rows=None: num_landmarks=3", "num_landmarks=4"),
         ("a part", "centers.count_rule='first'", "centers.count_rule='epoch'"),
         ("a fit", "k=2, variant='P'", "k=3, variant='P'"),

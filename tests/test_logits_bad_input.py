@@ -41,10 +41,24 @@ def test_no_rows_no_classes_no_dimension(call):
 
 
 @both
-@pytest.mark.parametrize("tau", [0.0, -1.0, math.inf, math.nan, "4", None, True, torch.tensor(4.0)])
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.inf, math.nan, "4", None, True])
 def test_a_temperature_that_is_no_positive_number(call, tau):
     with pytest.raises(ValueError, match="tau is .*: a temperature is a positive number"):
         call(tau=tau)
+
+
+def test_temperatures_of_rows_are_for_the_plain_divergences():
+    with pytest.raises(ValueError, match="tau is tensor.*: a temperature is a positive number"):
+        call_mixed(tau=torch.tensor(4.0))
+    for op in (kd.distillation_kl, kd.generalized_jsd):
+        for tau in (0.0, -1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match="tau holds a value that is no positive number"):
+                op(S, T, tau=torch.tensor([1.0, tau, 2.0, 3.0]))
+        for shape in ((3,), (4, 1)):
+            with pytest.raises(ValueError, match=r"tau has shape .*: give one number, or one a row of student, \(4,\)"):
+                op(S, T, tau=torch.ones(shape))
+        with pytest.raises(TypeError, match="tau is torch.int64: give a number, or a float tensor"):
+            op(S, T, tau=torch.tensor(4))
 
 
 @both

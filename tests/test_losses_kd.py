@@ -130,8 +130,9 @@ def test_bad_arguments_are_named():
         loss(student, teacher, labels=torch.zeros(3, dtype=torch.long))
     with pytest.raises(TypeError, match="labels is torch.float32: give class indices"):
         loss(student, teacher, labels=torch.zeros(4))
-    with pytest.raises(ValueError, match="normalizer is 0: give a positive number"):
-        loss(student, teacher, normalizer=0)
+    for bad in (-1, float("nan"), float("inf"), True):
+        with pytest.raises(ValueError, match=f"normalizer is {bad}: give a positive number"):
+            loss(student, teacher, normalizer=bad)
     with pytest.raises(ValueError, match=r"normalizer has shape \(2,\)"):
         loss(student, teacher, normalizer=torch.ones(2))
     with pytest.raises(ValueError, match="reduction='mean'"):

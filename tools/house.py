@@ -91,7 +91,7 @@ class House:
 
     def wide_functions(self) -> list[Figure]:
         """Functions with ten parameters or more that run on the host and whose signature is ours to choose: no Triton
-        kernel, no test code, nothing that an __init__.py exports (nor its constructor), no other library's name."""
+        kernel, no test code, nothing that an __init__.py exports (nor its constructor or call), no other library's."""
         inits = [path for path in self.trees if path.name == "__init__.py"]
         public = {(self.modules[m], name) for path in inits for m, name in self.imported(path) if m in self.modules}
         found = []
@@ -100,7 +100,7 @@ class House:
                 continue
             owner = {f: c.name for c in _all(tree, ast.ClassDef) for f in c.body}
             for f in _all(tree, ast.FunctionDef):
-                a, known = f.args, owner[f] if f.name == "__init__" else f.name
+                a, known = f.args, owner.get(f, f.name) if f.name in ("__init__", "forward") else f.name
                 count = sum(map(len, (a.posonlyargs, a.args, a.kwonlyargs))) + bool(a.vararg) + bool(a.kwarg)
                 jitted = any(ast.unparse(d).split("(")[0].endswith("jit") for d in f.decorator_list)
                 if count >= PARAMETERS and not jitted and (path, known) not in public:

@@ -43,19 +43,23 @@ def check_tau(tau):
     return float(tau)
 
 
-def check_taus(tau, student):
+def check_taus(tau, student, of: str = "student"):
     """A positive number, or a float tensor [] or one a row of student: (number, None) or (1, [R]), a constant."""
     if not isinstance(tau, torch.Tensor):
         return check_tau(tau), None
+    check_tau_tensor(tau)
     rows = tuple(student.shape[:-1])
+    if tau.dim() and tuple(tau.shape) != rows:
+        raise ValueError(f"tau has shape {tuple(tau.shape)}: give one number, or one a row of {of}, {rows}")
+    checks.same_device(student, tau, of, "tau")
+    return 1.0, tau.detach().expand(rows).reshape(-1)
+
+
+def check_tau_tensor(tau):
     if not tau.is_floating_point():
         raise TypeError(f"tau is {tau.dtype}: give a number, or a float tensor")
-    if tau.dim() and tuple(tau.shape) != rows:
-        raise ValueError(f"tau has shape {tuple(tau.shape)}: give one number, or one a row of student, {rows}")
-    checks.same_device(student, tau, "student", "tau")
     if checks.may_read(tau) and not bool(((tau > 0) & tau.isfinite()).all()):
         raise ValueError("tau holds a value that is no positive number: temperatures are")
-    return 1.0, tau.detach().expand(rows).reshape(-1)
 
 
 def check_inside(value, name: str, ends: str):

@@ -89,7 +89,7 @@ def distillation_kl(student, teacher, *, tau=4.0, reduction="mean", backend="aut
     Args:
         student, teacher: logits [..., C], classes last, each leading index a row; float16 to float64, each side its own
             dtype.
-        tau: temperature, a positive number.
+        tau: temperature: a positive number, or a float tensor [] or one a row [...], a constant.
         reduction: "mean" over the rows, "sum", or "none": [...].
         backend: "auto", "triton", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
 
@@ -101,7 +101,8 @@ def distillation_kl(student, teacher, *, tau=4.0, reduction="mean", backend="aut
         is 0 gets the gradient 0 even then.
 
     Raises:
-        ValueError: shapes that differ, tau <= 0, no rows, an unknown reduction. TypeError: logits that are not float.
+        ValueError: shapes that differ, tau <= 0 (CUDA tensors are not looked at), no rows, an unknown reduction.
+        TypeError: logits or a tau that are not float.
 
     Equivalent to `F.kl_div(F.log_softmax(student / tau, -1), F.softmax(teacher / tau, -1), reduction="batchmean") *
     tau**2` for [R, C].
@@ -113,7 +114,10 @@ def distillation_kl(student, teacher, *, tau=4.0, reduction="mean", backend="aut
     """
     check_logits(student, teacher)
     check_reduction(reduction)
-    return divergence(student, teacher, check_tau(tau), reduction, backend)
+    tau, taus = check_taus(tau, student)
+    if taus is not None:
+        return any_divergence(student, teacher, measure_of("forward", tau), taus, reduction, backend)
+    return divergence(student, teacher, tau, reduction, backend)
 
 
 def divergence(student, teacher, tau: float, reduction: str, backend: str, weight=None):

@@ -12,9 +12,10 @@ from ..autograd import at_least_float32
 from ..rank.checks import widened
 from ..rank.op import spearman
 from ..rank.scores import score
-from .base import Loss, check_pair, full_precision, row_mask, zero_where_masked
+from .base import Loss, full_precision, zero_where_masked
 from .dist import centred
-from .means import check_normalizer, mean_of_rows, number_of_rows
+from .means import number_of_rows
+from .rows import only_rows, options_of, rows_of, sides
 from .weights import term_weight
 
 REGULARIZATIONS = ("l2", "kl")
@@ -47,15 +48,15 @@ class CMKDLoss(Loss):
             travel, no logits. normalizer is then of all ranks too.
         backend: as in `kd.spearman`.
 
-    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
-    `KDLoss`: logits [..., C], each leading index a row, C >= 2; float16 to float64, each side its own dtype, computed
-    in at least float32; masked rows take no part. normalizer replaces the number of rows, of the row terms alone: the
-    class term is one statistic of the batch, 0 where fewer than two rows count. A logit of -inf, or finfo.min
-    of its dtype, on either side takes the class out of that row (in the class term it stands at the row's mean). A
-    constant row correlates 0: it adds w_P + w_S, with zero gradient. NaN or +inf in a row that counts gives NaN. A
-    batch without rows gives 0 with zero gradient and warns once; so does one row for the class term alone, which is 0;
-    all masked gives 0. Gradient to the student only, through its z-score too: it does not change the logits' mean or
-    scale.
+    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab,
+    return_parts)`, as in `KDLoss`, but that the class term takes no token_weights: logits [..., C], each leading index
+    a row, C >= 2; float16 to float64, each side its own dtype, computed in at least float32; masked rows take no part.
+    normalizer replaces the number of rows, of the row terms alone: the class term is one statistic of the batch, 0
+    where fewer than two rows count. A logit of -inf, or finfo.min of its dtype, on either side takes the class out of
+    that row (in the class term it stands at the row's mean). A constant row correlates 0: it adds w_P + w_S, with zero
+    gradient. NaN or +inf in a row that counts gives NaN. A batch without rows gives 0 with zero gradient and warns
+    once; so does one row for the class term alone, which is 0; all masked gives 0. Gradient to the student only,
+    through its z-score too: it does not change the logits' mean or scale.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.CMKDLoss()
@@ -106,20 +107,26 @@ class CMKDLoss(Loss):
         mask=None,
         labels=None,
         ignore_index: int = -100,
+        token_weights=None,
         normalizer=None,
+        vocab: int | None = None,
         return_parts: bool = False,
     ):
-        def prepare():
-            self._check(student_logits, teacher_logits)
-            counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
-            check_normalizer(normalizer, self.reduction)
-            x, y = student_logits, teacher_logits.detach()
-            if self.group is not None:
-                x, y = x.flatten(0, -2), y.flatten(0, -2)
-                counted = None if counted is None else counted.flatten()
-            return {"logits": (x, y, counted)}
+        rows = None
 
-        call = "" if normalizer is None else " with a normalizer"
+        def prepare():
+            nonlocal rows
+            x, y = sides(self, student_logits, teacher_logits, vocab)
+            if x.dim() < 2 or x.shape[-1] < 2:
+                raise ValueError(f"student_logits has shape {tuple(x.shape)}: give [..., C] with C >= 2 classes")
+            only_rows(token_weights, self.class_weight is not None, "the class term is", "class_weight=0")
+            how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
+            rows = rows_of(x, self.reduction, mask=mask, labels=labels, **how)
+            if self.group is not None:
+                x, y, rows = x.flatten(0, -2), y.flatten(0, -2), rows.flat()
+            return {"logits": (x, y.detach(), rows.mask)}
+
+        call = options_of(token_weights=token_weights, normalizer=normalizer)
         ((student, teacher, counted),), (group,) = self._over_ranks(prepare, call)
         terms = [name for name in TERMS if getattr(self, TERMS[name]) is not None]
         n = math.prod(student.shape[:-1]) if group is None else group.total
@@ -134,27 +141,17 @@ class CMKDLoss(Loss):
             z_x, z_y, share, pearson = score(x, y, self.weight_tau if by_entropy else 0.0, self.backend)
             if not by_entropy:
                 share = self._share(y)
-            parts, how = {}, (counted, normalizer, self.reduction, group)
+            parts = {}
             if "pearson" in terms:
-                parts["pearson"] = mean_of_rows((1 - share) * (1 - pearson), *how)
+                parts["pearson"] = rows.mean((1 - share) * (1 - pearson), group)
             if "spearman" in terms:
                 # the -inf of z_y takes the pair out of both sides
-                parts["spearman"] = mean_of_rows(share * (1 - self._spearman(z_x, z_y)), *how)
+                parts["spearman"] = rows.mean(share * (1 - self._spearman(z_x, z_y)), group)
             if "classes" in terms:
                 z_y = z_y.masked_fill(z_y == -math.inf, 0)
                 parts["classes"] = classes_apart(z_x.flatten(0, -2), z_y.flatten(0, -2), counted, group)
             weighted = {name: value * getattr(self, TERMS[name]).to(dtype) for name, value in parts.items()}
             return self._total(weighted, return_parts)
-
-    def _check(self, student, teacher):
-        names = check_pair(self, student, teacher, "logits")
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"{names[1]} has shape {tuple(teacher.shape)}, {names[0]} {tuple(student.shape)}: correlation over the "
-                "classes needs the same rows and classes on both sides"
-            )
-        if student.dim() < 2 or student.shape[-1] < 2:
-            raise ValueError(f"{names[0]} has shape {tuple(student.shape)}: give [..., C] with C >= 2 classes")
 
     def _spearman(self, x, y):
         how = {"regularization": self.regularization, "regularization_strength": self.strength}

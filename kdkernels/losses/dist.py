@@ -10,9 +10,9 @@ import torch
 from .. import checks
 from ..autograd import at_least_float32
 from ..logits.checks import check_tau
-from .base import Loss, full_precision, row_mask, zero_where_masked
-from .kd import check_classes
-from .means import check_normalizer, mean_of_rows, number_of_rows
+from .base import Loss, full_precision, zero_where_masked
+from .means import number_of_rows
+from .rows import only_rows, options_of, rows_of, sides
 
 EPS = 1e-8  # beside the product of the norms, as in the reference implementation
 
@@ -34,12 +34,12 @@ class DISTLoss(Loss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`; sums of
             columns travel, no logits. normalizer is then of all ranks too.
 
-    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, normalizer, return_parts)`, as in
-    `KDLoss`: logits [..., C], each leading index a row; masked rows enter no mean. normalizer replaces the number of
-    rows in the row term. The column term needs 2 rows: it is 0 in a batch of one, which warns once, and where a mask
-    leaves fewer. A batch without rows gives 0 with zero gradient. A row or column of equal probabilities correlates 0
-    and has no gradient through its norm. NaN in a row that counts gives NaN. Gradient to the student only. parts:
-    "rows", "columns".
+    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab,
+    return_parts)`, as in `KDLoss`: logits [..., C], each leading index a row; masked rows enter no mean. normalizer
+    replaces the number of rows in the row term; token_weights, which weigh that term, need gamma=0. The column term
+    needs 2 rows: it is 0 in a batch of one, which warns once, and where a mask leaves fewer. A batch without rows gives
+    0 with zero gradient. A row or column of equal probabilities correlates 0 and has no gradient through its norm. NaN
+    in a row that counts gives NaN. Gradient to the student only. parts: "rows", "columns".
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.DISTLoss(beta=2.0, gamma=2.0, tau=4.0)
@@ -78,19 +78,25 @@ class DISTLoss(Loss):
         mask=None,
         labels=None,
         ignore_index: int = -100,
+        token_weights=None,
         normalizer=None,
+        vocab: int | None = None,
         return_parts: bool = False,
     ):
-        def prepare():
-            check_classes(self, student_logits, teacher_logits)
-            if student_logits.dim() < 2:
-                raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}: give [..., C]")
-            counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
-            check_normalizer(normalizer, self.reduction)
-            x, y = (side.flatten(0, -2) for side in (student_logits, teacher_logits.detach()))
-            return {"logits": (x, y, None if counted is None else counted.flatten())}
+        rows = None
 
-        ((x, y, counted),), (group,) = self._over_ranks(prepare, "" if normalizer is None else " with a normalizer")
+        def prepare():
+            nonlocal rows
+            x, y = sides(self, student_logits, teacher_logits, vocab)
+            if x.dim() < 2:
+                raise ValueError(f"student_logits has shape {tuple(x.shape)}: give [..., C]")
+            only_rows(token_weights, self.gamma > 0, "the column term is", "gamma=0")
+            how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
+            rows = rows_of(x, self.reduction, mask=mask, labels=labels, **how).flat()
+            return {"logits": (x.flatten(0, -2), y.detach().flatten(0, -2), rows.mask)}
+
+        call = options_of(token_weights=token_weights, normalizer=normalizer)
+        ((x, y, counted),), (group,) = self._over_ranks(prepare, call)
         terms = [name for name, factor in (("rows", self.beta), ("columns", self.gamma)) if factor]
         if self._level_too_small(x, 1 if self.beta else 2, group):
             return self._nothing(terms, student_logits, return_parts)
@@ -102,8 +108,7 @@ class DISTLoss(Loss):
             parts = {}
             if self.beta:
                 apart = 1 - cosine(*(side - side.mean(1, keepdim=True) for side in (s, t)), 1)
-                mean = mean_of_rows(apart, counted, normalizer, self.reduction, group)
-                parts["rows"] = self.beta * self.tau**2 * mean
+                parts["rows"] = self.beta * self.tau**2 * rows.mean(apart, group)
             if self.gamma:
                 n = number_of_rows(s, counted, group)
                 apart = 1 - cosine(*(centred(side, counted, n, group)[0] for side in (s, t)), 0, group).mean()

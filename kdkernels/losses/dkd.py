@@ -10,11 +10,10 @@ from torch.nn.functional import softplus
 
 from .. import checks
 from ..autograd import at_least_float32
-from ..logits.checks import check_tau
+from ..logits.checks import check_taus
 from ..logits.op import distillation_kl, kl
-from .base import Loss, constant, full_precision, row_mask, zero_where_masked
-from .kd import check_classes
-from .means import mean_of_rows
+from .base import Loss, constant, full_precision, zero_where_masked
+from .rows import NAMES, hold_tau, rows_of, sides
 
 
 class DKDLoss(Loss):
@@ -28,16 +27,17 @@ class DKDLoss(Loss):
 
     Args:
         alpha, beta: factors of the two terms; 0 drops the term.
-        tau: temperature.
+        tau: temperature: a number, or a tensor [] or one a row, as in `KDLoss`.
         warmup: epochs over which the loss rises: after `set_epoch(epoch)` it is multiplied by min(epoch / warmup, 1),
             epochs counted from 1. Until `set_epoch` is called it is the formula itself; 0 is no warm-up.
         weight: factor of the whole loss, a buffer. reduction: "mean" over the rows that count, or "sum".
         backend: as in `kd.distillation_kl`.
 
-    Call: `(student_logits, teacher_logits, labels, *, mask, ignore_index=-100, normalizer, return_parts)`: logits
-    [..., C] with C >= 2, labels int [...]; rows whose label is ignore_index do not count. Masks, dtypes, the empty
-    batch and NaN as in `KDLoss`. A row in which a side leaves no class but the label open (-inf) gives NaN. A label out
-    of range raises for CPU tensors. Gradient to the student only. parts: "tckd", "nckd". Buffers: weight, warm.
+    Call: `(student_logits, teacher_logits, labels, *, mask, ignore_index=-100, token_weights, normalizer, vocab,
+    return_parts)`: logits [..., C] with C >= 2, labels int [...], below vocab; rows whose label is ignore_index do not
+    count. Masks, weights, vocabularies, dtypes, the empty batch and NaN as in `KDLoss`. A row in which a side leaves no
+    class but the label open (-inf) gives NaN. A label out of range raises for CPU tensors. Gradient to the student
+    only. parts: "tckd", "nckd". Buffers: weight, warm.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> labels = torch.randint(10, (8,))
@@ -52,7 +52,7 @@ class DKDLoss(Loss):
         self,
         alpha: float = 1.0,
         beta: float = 8.0,
-        tau: float = 4.0,
+        tau: float | torch.Tensor = 4.0,
         *,
         warmup: int = 20,
         weight: float = 1.0,
@@ -67,7 +67,8 @@ class DKDLoss(Loss):
             raise ValueError("alpha and beta are both 0: nothing is left to compute")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
-        self.alpha, self.beta, self.tau, self.warmup = float(alpha), float(beta), check_tau(tau), warmup
+        hold_tau(self, tau)
+        self.alpha, self.beta, self.warmup = float(alpha), float(beta), warmup
         self.reduction, self.backend = reduction, backend
         self.register_buffer("warm", torch.ones(()))
 
@@ -83,19 +84,22 @@ class DKDLoss(Loss):
         *,
         mask=None,
         ignore_index: int = -100,
+        token_weights=None,
         normalizer=None,
+        vocab: int | None = None,
         return_parts: bool = False,
     ):
-        check_classes(self, student_logits, teacher_logits)
-        if student_logits.dim() < 2 or student_logits.shape[-1] < 2:
-            raise ValueError(
-                f"student_logits has shape {tuple(student_logits.shape)}: give [..., C] with C >= 2 classes"
-            )
-        counted = row_mask(mask, labels, ignore_index, student_logits, "student_logits")
+        student, teacher = sides(self, student_logits, teacher_logits, vocab)
+        if student.dim() < 2 or student.shape[-1] < 2:
+            raise ValueError(f"student_logits has shape {tuple(student.shape)}: give [..., C] with C >= 2 classes")
+        how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
+        rows = rows_of(student, self.reduction, mask=mask, labels=labels, **how)
         names = [name for name, factor in (("tckd", self.alpha), ("nckd", self.beta)) if factor]
-        if self._too_small(math.prod(student_logits.shape[:-1]), 1):
+        if self._too_small(math.prod(student.shape[:-1]), 1):
             return self._nothing(names, student_logits, return_parts)
-        C = student_logits.shape[-1]
+        C = student.shape[-1]
+        tau, taus = check_taus(self.tau, student, NAMES[0])
+        tau = tau if taus is None else taus.reshape(student.shape[:-1])
         label = torch.where(labels == ignore_index, 0, labels).long()[..., None]
         if (
             label.device.type == "cpu"
@@ -103,28 +107,27 @@ class DKDLoss(Loss):
             and bool(((label < 0) | (label >= C)).any())
         ):
             raise ValueError(f"labels holds a value outside 0 to {C - 1}, which are the classes")
-        with full_precision(student_logits):
-            dtype = at_least_float32(student_logits, teacher_logits)
-            sides = [zero_where_masked(side, counted).to(dtype) for side in (student_logits, constant(teacher_logits))]
-            others = [side.scatter(-1, label, -math.inf) for side in sides]
-            rows = {}
+        with full_precision(student):
+            dtype = at_least_float32(student, teacher)
+            pair = [zero_where_masked(side, rows.mask).to(dtype) for side in (student, constant(teacher))]
+            others = [side.scatter(-1, label, -math.inf) for side in pair]
+            values = {}
             if self.alpha:
-                rows["tckd"] = self.alpha * self._target_rows(sides, others, label)
+                values["tckd"] = self.alpha * target_rows(pair, others, label, tau)
             if self.beta:
-                how = {"tau": self.tau, "reduction": "none", "backend": self.backend}
-                rows["nckd"] = self.beta * distillation_kl(*others, **how)
-            parts = {
-                name: mean_of_rows(value, counted, normalizer, self.reduction) * self.warm.to(dtype)
-                for name, value in rows.items()
-            }
+                how = {"tau": tau, "reduction": "none", "backend": self.backend}
+                values["nckd"] = self.beta * distillation_kl(*others, **how)
+            parts = {name: rows.mean(value) * self.warm.to(dtype) for name, value in values.items()}
             return self._total(parts, return_parts)
 
-    def _target_rows(self, sides, others, label):
-        """tau^2 KL of (p_y, 1 - p_y), from the log odds of the label."""
-        odds_s, odds_t = (
-            (side.gather(-1, label)[..., 0] / self.tau) - (other / self.tau).logsumexp(-1)
-            for side, other in zip(sides, others, strict=True)
-        )
-        p, q = (torch.stack([odds, -odds], -1).sigmoid() for odds in (odds_s, odds_t))
-        w = torch.stack([softplus(-odds_t) - softplus(-odds_s), softplus(odds_t) - softplus(odds_s)], -1)
-        return self.tau**2 * kl(p, q, w)
+
+def target_rows(sides, others, label, tau):
+    """tau^2 KL of (p_y, 1 - p_y), from the log odds of the label; tau a number, or [...]."""
+    of_class = tau[..., None] if isinstance(tau, torch.Tensor) else tau
+    odds_s, odds_t = (
+        (side.gather(-1, label)[..., 0] / tau) - (other / of_class).logsumexp(-1)
+        for side, other in zip(sides, others, strict=True)
+    )
+    p, q = (torch.stack([odds, -odds], -1).sigmoid() for odds in (odds_s, odds_t))
+    w = torch.stack([softplus(-odds_t) - softplus(-odds_s), softplus(odds_t) - softplus(odds_s)], -1)
+    return tau**2 * kl(p, q, w)

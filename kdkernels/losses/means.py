@@ -3,66 +3,10 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 
-from .. import checks
 from ..autograd import at_least_float32
 from ..gram.kernels import spec_of
-
-
-def check_normalizer(normalizer, reduction: str):
-    """What replaces the number of rows as the divisor of the mean; None does not."""
-    if normalizer is None:
-        return
-    if reduction != "mean":
-        raise ValueError("normalizer replaces the divisor of the mean: use it with reduction='mean'")
-    if isinstance(normalizer, torch.Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: give one number to divide by")
-    elif isinstance(normalizer, bool) or not (isinstance(normalizer, numbers.Real) and normalizer > 0):
-        raise ValueError(f"normalizer is {normalizer!r}: give a positive number to divide by")
-
-
-def mean_of_rows(values, mask, normalizer, reduction: str = "mean", group=None):
-    """Sum of `values` over the rows that count, divided by `normalizer`, or by their number for the mean.
-
-    With a process group: the sum and the number are those of all ranks, and so is `normalizer`.
-    """
-    check_normalizer(normalizer, reduction)
-    total = (values if mask is None else torch.where(mask, values, 0)).sum()
-    if group is not None:
-        total = group.sum(total)
-    if normalizer is not None:
-        return total / _divisor(normalizer, total)
-    if reduction == "sum":
-        return total
-    if mask is None:
-        return total / (values.numel() if group is None else group.total)
-    return total / (mask.sum() if group is None else group.sum(mask.sum())).clamp_min(1)
-
-
-def _divisor(normalizer, like):
-    if not isinstance(normalizer, torch.Tensor):
-        return normalizer
-    if normalizer.is_meta:
-        checks.same_device(normalizer, like, "normalizer", "student_logits")
-    normalizer = normalizer.reshape(()).to(like.dtype)
-    # nothing counted by nobody is 0, not 0 / 0
-    return torch.where(normalizer == 0, torch.finfo(like.dtype).tiny, normalizer)
-
-
-def weights_of_rows(mask, normalizer, reduction: str, like):
-    """`mean_of_rows` of a value for each row of `like` [..., C] as (reduction, weights [R] or None) of its op."""
-    check_normalizer(normalizer, reduction)
-    if mask is None and normalizer is None:
-        return reduction, None
-    dtype = at_least_float32(like)
-    weights = like.new_ones(like.shape[:-1], dtype=dtype) if mask is None else mask.to(dtype)
-    if normalizer is None:
-        normalizer = 1 if reduction == "sum" else mask.sum().clamp_min(1)
-    return "sum", (weights / _divisor(normalizer, weights)).reshape(-1)
 
 
 def number_of_rows(x, mask, group=None):

@@ -9,9 +9,8 @@ from .. import checks
 from ..logits import MixupBatch
 from ..logits.checks import check_fraction, check_labels, check_mix, check_tau
 from ..logits.op import mixed_distillation
-from .base import Loss, constant, row_mask
-from .kd import check_classes, hidden
-from .means import mean_of_rows
+from .base import Loss, constant
+from .rows import NAMES, cut, rows_of, sides
 
 
 class STKDLoss(Loss):
@@ -29,12 +28,13 @@ class STKDLoss(Loss):
         weight: factor of the whole loss, a buffer. reduction: "mean" over the rows that count, or "sum".
         backend: as in `kd.mixed_distillation`.
 
-    Call: `(student_logits, teacher_logits, mixup_batch, teacher_clean=None, *, mask, ignore_index=-100, normalizer,
-    return_parts)`. Logits [B, C] of the mixed samples, float16 to float64, each side its own dtype, computed in at
-    least float32; mixup_batch from `kd.mixup` (labels, permuted_labels, lam and permutation are used). mask: bool [B],
-    False rows do not count, nor do rows one of whose labels is ignore_index. normalizer replaces their number as
-    divisor. An empty batch, or all masked, gives 0 with zero gradient. NaN in a row that counts gives NaN. Gradient to
-    the student only. parts: "hard" and "soft", two more passes.
+    Call: `(student_logits, teacher_logits, mixup_batch, teacher_clean=None, *, mask, ignore_index=-100, token_weights,
+    normalizer, vocab, return_parts)`. Logits [B, C] of the mixed samples, float16 to float64, each side its own dtype,
+    computed in at least float32; mixup_batch from `kd.mixup` (labels, permuted_labels, lam and permutation are used).
+    mask: bool [B], False rows do not count, nor do rows one of whose labels is ignore_index. token_weights [B] weigh
+    both terms of their rows, and normalizer and vocab are as in `KDLoss`. An empty batch, or all masked, gives 0 with
+    zero gradient. NaN in a row that counts gives NaN. Gradient to the student only. parts: "hard" and "soft", two more
+    passes.
 
     >>> student, teacher = torch.nn.Linear(5, 10), torch.nn.Linear(5, 10)
     >>> batch = kd.mixup(torch.randn(8, 5), torch.randint(10, (8,)))
@@ -69,31 +69,34 @@ class STKDLoss(Loss):
         *,
         mask=None,
         ignore_index: int = -100,
+        token_weights=None,
         normalizer=None,
+        vocab: int | None = None,
         return_parts: bool = False,
     ):
-        check_classes(self, student_logits, teacher_logits)
+        student, teacher = sides(self, student_logits, teacher_logits, vocab)
         if not isinstance(mixup_batch, MixupBatch):
             raise TypeError(f"mixup_batch is a {type(mixup_batch).__name__}: give what kd.mixup returns")
-        if student_logits.dim() != 2:
-            raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}: give [B, C]")
+        if student.dim() != 2:
+            raise ValueError(f"student_logits has shape {tuple(student.shape)}: give [B, C]")
         if self.mix[1] and teacher_clean is None:
             raise ValueError(f"teacher_clean is missing: mix is {self.mix}, and its second weight needs it")
-        if self._too_small(len(student_logits), 1):
+        if self._too_small(len(student), 1):
             return self._nothing([name for name, _ in self._shares()], student_logits, return_parts)
-        first, second, counted = self._labels(mixup_batch, student_logits, mask, ignore_index)
-        student, teacher = student_logits, constant(teacher_logits)
+        first, second, labelled = self._labels(mixup_batch, student, ignore_index)
+        how = {"labels": None, "ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
+        rows = rows_of(student, self.reduction, mask=mask, **how).among(labelled)
         clean = {}
         if self.mix[1]:
-            clean = {"teacher_clean": constant(teacher_clean), "permutation": mixup_batch.permutation}
-        student, teacher = (hidden(side, counted, self.backend) for side in (student, teacher))
+            clean = {"teacher_clean": cut(constant(teacher_clean), vocab), "permutation": mixup_batch.permutation}
+        student, teacher = (rows.hidden(side, self.backend) for side in (student, constant(teacher)))
 
         def value(alpha):
-            rows = mixed_distillation(
+            values = mixed_distillation(
                 student, teacher, first, second, mixup_batch.lam, tau=self.tau, alpha=alpha, mix=self.mix,
                 reduction="none", backend=self.backend, **clean,
             )  # fmt: skip
-            return mean_of_rows(rows, counted, normalizer, self.reduction)
+            return rows.mean(values)
 
         checks.flags(return_parts=return_parts)
         total = value(self.alpha)
@@ -107,13 +110,11 @@ class STKDLoss(Loss):
         """Names of the terms that are computed, with their weights."""
         return [(name, share) for name, share in (("hard", 1 - self.alpha), ("soft", self.alpha)) if share]
 
-    def _labels(self, batch, student, mask, ignore_index):
-        """Both labels, 0 where ignored, and the rows that count (None: all)."""
-        counted = row_mask(mask, None, ignore_index, student, "student_logits")
-        pair = []
+    def _labels(self, batch, student, ignore_index):
+        """Both labels, 0 where ignored, and the rows where neither is."""
+        pair, used = [], []
         for labels, name in ((batch.labels, "labels"), (batch.permuted_labels, "permuted_labels")):
-            check_labels(labels, len(student), None, student, f"mixup_batch.{name}", "student_logits")
-            used = labels != ignore_index
-            counted = used if counted is None else counted & used
-            pair.append(torch.where(used, labels, 0))
-        return *pair, counted
+            check_labels(labels, len(student), None, student, f"mixup_batch.{name}", NAMES[0])
+            used.append(labels != ignore_index)
+            pair.append(torch.where(used[-1], labels, 0))
+        return *pair, used[0] & used[1]
