@@ -90,7 +90,10 @@ def flags(**given):
 
 
 def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is one that a float can hold, infinities and NaN too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or -(2**1023) < value < 2**1023
 
 
 def integer(value, name: str, least: int | None = 1, hint: str = ""):
@@ -98,6 +101,8 @@ def integer(value, name: str, least: int | None = 1, hint: str = ""):
         raise TypeError(f"{name} is a {type(value).__name__}: give an integer{hint}")
     if least is not None and value < least:
         raise ValueError(f"{name} is {value}: give at least {least}{hint}")
+    if value >= 2**63:
+        raise ValueError(f"{name} is {value}: give an integer of 64 bits{hint}")
 
 
 def source(generator, device) -> tuple:

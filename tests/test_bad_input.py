@@ -107,7 +107,7 @@ def test_a_flag_that_is_neither_true_nor_false(name, flag):
 
 META = torch.ones((), device="meta")
 NO_NUMBERS = (True, np.bool_(True), "x", b"x", math.nan, 1j, {}, object(), META)
-ANYTHING = (*NO_NUMBERS, None, 0, 1, -1, 2.5, math.inf, [], np.float64(0.5), np.int64(2), torch.tensor(0.5))
+ANYTHING = (*NO_NUMBERS, None, 0, 1, -1, 2.5, math.inf, 10**400, [], np.float64(0.5), np.int64(2), torch.tensor(0.5))
 
 
 def refused_by_name(call, parameter):

@@ -178,7 +178,7 @@ def _positive(value, what: str, owner: str) -> float:
         if isinstance(value, (bool, str, bytes)):
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{what} is {value!r}: {owner} needs a positive number, a tensor or a rule") from None
     if not 0 < number < math.inf:  # which a compiler can ask of a symbolic number too
         raise ValueError(f"{what} is {value!r}: {owner} needs a positive finite number")
