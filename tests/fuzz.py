@@ -92,8 +92,8 @@ class Draw(random.Random):
         """What a mask, of a shape that broadcasts, leaves out holds anything."""
         return t if mask is None else t.masked_fill(~mask, self.choice((math.nan, math.inf, 1e4, 0.0)))
 
-    def laid(self, t):
-        """In some dtype and layout."""
+    def laid(self, t, shared):
+        """In some dtype and layout; shared: groups may be one, as no mask has filled rows of one that others count."""
         dtype = self.choice((torch.float16, torch.bfloat16, SINGLE, DOUBLE))
         if dtype == torch.float16 and largest(t) > 6e4:
             dtype = torch.bfloat16
@@ -105,7 +105,7 @@ class Draw(random.Random):
             return t.repeat_interleave(3, -1)[..., 1::3]
         if layout == "shifted":
             return torch.cat([t[:1], t])[1:]
-        return t[:1].expand(t.shape) if layout == "expanded" and t.dim() > 2 and t.isfinite().all() else t
+        return t[:1].expand(t.shape) if layout == "expanded" and shared and t.dim() > 2 else t
 
 
 def largest(t):
@@ -178,13 +178,13 @@ def scores(draw, names="x", unit=1, **options):
     return {name: draw.filled(t, options["mask"]) for name, t in zip(names, sides, strict=True)}, options
 
 
-def logits(draw):
+def logits(draw, **options):
     shape = [*draw.choice(((1,), (5,), (2, 3))), draw.choice((*SIZES, *WIDTHS))]
     student = draw.rows(1, *shape, powers=(-2, 1.5))[0]
     teacher = student + draw.normal(*shape) * draw.power(-3, 1)
-    if shape[-1] > 1 and draw.chance(0.2):
+    if shape[-1] > 2 and draw.chance(0.2):  # of one class alone the gradient is 0, and any rounding too much
         teacher[..., 0] = -math.inf
-    options = {"tau": draw.choice((0.5, 1.0, 2.0, 3.7, 4.0, 20.0)), "reduction": draw.choice(("mean", "sum", "none"))}
+    options |= {"tau": draw.choice((0.5, 1.0, 2.0, 3.7, 4.0, 20.0)), "reduction": draw.choice(("mean", "sum", "none"))}
     return {"student": student, "teacher": teacher}, options
 
 
@@ -227,7 +227,7 @@ FAMILIES = {
         "soft_sort": lambda d: scores(d, unit=-1, descending=d.chance(0.5)),
         "spearman": lambda d: scores(d, "xy", hard_target=d.chance(0.3)),
     },
-    "logits": {"distillation_kl": logits},
+    "logits": {"distillation_kl": logits, "generalized_jsd": lambda d: logits(d, beta=d.uniform(0.05, 0.95))},
     # angles on a line have no gradient
     "relation": {"rkd_distance": lambda d: pair(d, 3), "rkd_angle": lambda d: pair(d, 3, WIDTHS[1:])},
     "nystrom": {"nystrom_features": lambda d: landmarks(d, False), "nystrom_cka": lambda d: landmarks(d, True)},
@@ -241,7 +241,9 @@ def draw_case(seed, ops=tuple(MAKERS)):
     op = draw.choice(ops)
     tensors, options = MAKERS[op](draw)
     backends = [b for b in OPS[op].backends if b != "triton" and obstacle(b, "cpu", op=op) is None]
-    return Case(op, {k: draw.laid(t) for k, t in tensors.items()}, options, draw.choice(["auto", *backends]))
+    shared = options.get("mask") is None
+    laid = {k: draw.laid(t, shared) for k, t in tensors.items()}
+    return Case(op, laid, options, draw.choice(["auto", *backends]))
 
 
 def evaluate(function, tensors, options, weights):

@@ -157,6 +157,19 @@ def distillation_kl(student, teacher, *, tau, reduction="mean"):
     return rows if reduction == "none" else getattr(rows, reduction)()
 
 
+def generalized_jsd(student, teacher, *, tau, beta, reduction="mean"):
+    p, q = (torch.log_softmax(t / tau, -1) for t in (student, teacher))
+    there = (p > -torch.inf, q > -torch.inf)
+    p, q = (torch.where(t > -torch.inf, t, -800.0) for t in (p, q))
+    m = torch.logaddexp(q + math.log(beta), p + math.log1p(-beta))
+    # r log r - r + 1 with r = p / m: what is added up to 0, so that a small value keeps its digits
+    terms = [
+        torch.where(has, (t - m).exp() * (t - m) - (t - m).expm1(), 1.0) for t, has in zip((p, q), there, strict=True)
+    ]
+    rows = tau**2 * (m.exp() * ((1 - beta) * terms[0] + beta * terms[1])).sum(-1)
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
 def projected_mse(s, t, basis, *, channel_dim=1, reduction="mean", mask=None):
     difference = (s - t).movedim(channel_dim, -1)
     keep = torch.ones(len(s), dtype=torch.bool) if mask is None else mask
