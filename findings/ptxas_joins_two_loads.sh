@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# ptxas 13.5.37 (and 12.0 to 13.4, at its default -O3 and -O2): a load at p + 4 and one at either p or p + 8, whichever
-# a comparison with the first picks, become one load of the 8 bytes at p: the comparison is gone and p + 8 is never
-# read. That is the end of every unrolled branchless binary search in shared memory (`if (q[1] < w) q += 2; if (q[0] <
-# w) ++q`), which then answers one too much wherever q moved by 2 and should have stayed there. The PTX is right, so is
-# -O1, and so is the search by an index, whose addresses are computed anew. No sanitizer sees it: every address is in
-# the array.
+# ptxas 13.5.37 (12.0.76, 12.4.131, 12.6.85, 13.0.88, 13.2.86 too; -O3 and -O2): a load at p + 4 and one at either p or
+# p + 8, whichever a comparison with the first picks, become one load of the 8 bytes at p: the comparison is gone and p
+# + 8 is never read. That is the end of every unrolled branchless binary search in shared memory (`if (q[1] < w) q +=
+# 2; if (q[0] < w) ++q`), which then answers one too much wherever q moved by 2 and should have stayed there. The PTX
+# is right, so is -O1, and so is the search by an index, whose addresses are computed anew. No sanitizer sees it: every
+# address is in the array.
 # Seen in a kernel that looked up ranks of 32 keys, where a float64 reference disagreed.
 # Where: ptxas, between PTX and machine code, where two loads off one base are made one vector load; sm_80 to sm_120.
 # Belief: optimisation levels change the speed of a program without undefined behaviour, not its result.
