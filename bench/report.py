@@ -269,7 +269,7 @@ def _predicted(rows) -> str:
     body = [
         [
             f"{row['case']} {row['shape']} {row['dtype']}",
-            f"{row['kernel']} (sm_{row['architecture']})",
+            f"{row['kernel']} (sm_{row['architecture']})" + (f", {n} x" if (n := row["launches"]) > 1 else ""),
             *(f"{row[key]:.1f}" for key in ("microseconds", "memory_floor", "arithmetic_floor")),
             f"{row['cycles']:.0f}",
             f"{row['instructions'] / row['blocks']:.0f}",
@@ -290,7 +290,8 @@ def _predicted(rows) -> str:
         "a cycle",
         "warps",
     ]
-    return _table(head, body, f"Predicted by a model of {rows[0].get('modelled')}, **not measured**")
+    caption = "Predicted, **not measured**, a launch: by a model (version {version}) of {modelled}"
+    return _table(head, body, caption.format_map(defaultdict(str, rows[0])))
 
 
 def _roofs(rows) -> str:

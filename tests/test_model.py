@@ -349,16 +349,18 @@ def test_a_row_says_what_it_is_and_repeats(python, tmp_path):
     case = ("--case", "kl 8192x1000 bfloat16", "--architecture", "80", "--lines", "2")
     done = python("-m", "bench", "model", *case, "--against", str(ROOT), "--out", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("MODEL, not measured: H200, 132 multiprocessors at 1.75 GHz, code for sm_80, 20")
+    head = f"MODEL {multiprocessor.VERSION}, not measured: H200, 132 multiprocessors at 1.75 GHz, code for sm_80, 20"
+    assert done.stdout.startswith(head)
     assert done.stdout.count("now 1.00 x its time, 1.00 x its instructions") == 2
     assert "    loss_rows " in done.stdout
     row, again, *_ = map(json.loads, out.read_text().splitlines())
-    assert (row["kind"], row["kernel"], row["blocks"]) == ("model", "loss_rows", 63)
+    assert (row["kind"], row["version"]) == ("model", multiprocessor.VERSION)
+    assert (row["kernel"], row["blocks"], row["launches"]) == ("loss_rows", 63, 1)
     assert row["cycles"] == again["cycles"] and row["triton"] and row["run"]
     assert row["memory_floor"] == pytest.approx(2 * 8192 * 1000 * 2 / 4.3e12 * 1e6)
     assert row["microseconds"] > row["memory_floor"] and 0 < row["issue_rate"] <= 4
     assert sum(row["idle"].values()) + row["issue_rate"] / 4 == pytest.approx(1, abs=1e-3)
     report = markdown([row, again])
-    assert "Predicted by a model of H200, 132 multiprocessors at 1.75 GHz, **not measured**" in report
+    assert f"**not measured**, a launch: by a model (version {row['version']}) of H200, 132 multiproc" in report
     assert report.count("| kl 8192x1000 bfloat16 | loss_rows (sm_80) | ") == 2
     assert row["dram_bytes"] * 132 == pytest.approx(2 * 8192 * 1000 * 2, rel=0.02)  # it reads each byte once

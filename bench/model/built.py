@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nvcc compiles: the CUDA library of the checkout that the package comes from, over stand-ins for a GPU, with
-lines of its source; kernels of this folder."""
+lines of its source; kernels of this folder and of others."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from cubin import Cubin
@@ -18,6 +20,13 @@ from machine_build import native_build
 import kdkernels as kd
 
 from ..machine import ROOT
+
+
+class Kernel(NamedTuple):
+    name: str
+    symbol: str  # in the binary
+    binary: bytes
+
 
 PACKAGE = Path(kd.__file__).resolve().parent.parent
 # before the project: only what the emulator executes. lines do not change the code
@@ -41,21 +50,27 @@ def library(package: Path) -> Path:
 @cache
 def compiled(source: str, architecture: int) -> bytes:
     """A file of this folder."""
+    return cubin_of(Path(__file__).with_name(source), architecture)
+
+
+def cubin_of(source: Path, architecture: int, *how: str) -> bytes:
     nvcc = native_build().find_nvcc()
     if nvcc is None:
-        raise RuntimeError(f"nvcc not found: it compiles bench/model/{source}")
+        raise RuntimeError(f"nvcc not found: it compiles {source.name}")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernel.cubin"
-        how = ["-cubin", f"-arch=sm_{architecture}", "-O3", "-lineinfo", "-o", str(out)]
-        subprocess.run([nvcc, *how, str(Path(__file__).with_name(source))], check=True)
+        command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-O3", "-lineinfo", *how, "-o", str(out), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = re.findall(r"^.*\berror\b.*$", done.stderr, re.M)
+            raise RuntimeError(f"nvcc does not compile {source.name}: {(errors or [done.stderr])[0].strip()}")
         return out.read_bytes()
 
 
 class Compiled(Device):
-    """Runs kernels of this folder."""
+    """Runs kernels that are compiled for the model alone."""
 
-    def launch(self, source: str, name: str, grid: int, threads: int, n: int, *tensors: torch.Tensor):
-        function = Function(Cubin(name, compiled(source, self.architecture)), 0)
-        values = [n.to_bytes(4, "little"), *(t.data_ptr().to_bytes(8, "little") for t in tensors)]
-        memory = memory_of({f"tensor {k}": t for k, t in enumerate(tensors)})
-        self.ran(function, (grid, 1, 1), threads, values, memory)
+    def launch(self, kernel: Kernel, grid: int, threads: int, values: list[bytes], tensors: dict[str, torch.Tensor]):
+        function = Function(Cubin(kernel.symbol, kernel.binary), 0)
+        function.name = kernel.name
+        self.ran(function, (grid, 1, 1), threads, values, memory_of(tensors))

@@ -11,6 +11,9 @@ import torch
 
 import kdkernels as kd
 
+from .built import Kernel, compiled
+from .incumbent import isotonic
+
 
 class Work(NamedTuple):
     """Of a kernel: bytes that DRAM has to move, and operations at a rate of rates.Machine."""
@@ -26,7 +29,7 @@ class Case(NamedTuple):
     dtype: str
     call: Callable[[object], object]  # given what executes it
     kernels: dict[str, Work]  # by the name that they have without parameters of templates
-    backend: str = "triton"  # or cuda; nvcc: kernels of this folder
+    backend: str = "triton"  # or cuda; nvcc: kernels compiled for the model alone
 
 
 def cases() -> list[Case]:
@@ -44,7 +47,7 @@ def cases() -> list[Case]:
             (_spearman, "spearman", (8192, 1000)),
         )
         for dtype in ("float32", "bfloat16")
-    ] + [_sort(8192, 1000)]
+    ] + [_sort(8192, 1000), _torchsort(8192, 1000)]
 
 
 @contextmanager
@@ -162,8 +165,25 @@ def _sort(rows: int, n: int) -> Case:
     """What PyTorch runs for torch.sort, the floor of ranking."""
 
     def call(on):
-        on.launch(
-            "sort.cu", "sort_kernel", rows, 32, n, _draw(rows, n, dtype="float32"), torch.arange(n).repeat(rows, 1)
-        )
+        x, places = _draw(rows, n, dtype="float32"), torch.arange(n).repeat(rows, 1)
+        values = [n.to_bytes(4, "little"), *(t.data_ptr().to_bytes(8, "little") for t in (x, places))]
+        kernel = Kernel("sort_kernel", "sort_kernel", compiled("sort.cu", on.architecture))
+        on.launch(kernel, rows, 32, values, {"x": x, "places": places})
 
     return Case("torch.sort", f"{rows}x{n}", "float32", call, {"sort_kernel": Work(rows * n * 2 * 12)}, "nvcc")
+
+
+def _torchsort(rows: int, n: int) -> Case:
+    """What torchsort launches for the rows of soft_rank beside torch.sort and passes of PyTorch's own."""
+
+    def call(on):
+        x = _draw(rows, n, dtype="float32")
+        eps = 12**0.5 * x.std(-1, correction=0, keepdim=True) / n  # "auto"
+        y = (x / eps).sort(-1, descending=True).values - torch.arange(n, 0, -1.0)
+        sol, sums, target, c = (torch.zeros_like(y) for _ in range(4))
+        isotonic(on, "isotonic_l2_kernel", s=y, sol=sol, sums=sums, target=target, c=c)
+        grad, ret, sizes = torch.ones_like(y), torch.zeros_like(y), torch.zeros_like(y)
+        isotonic(on, "isotonic_l2_backward_kernel", s=y, sol=sol, grad=grad, ret=ret, sizes=sizes)
+
+    kernels = {"isotonic_l2_kernel": Work(rows * n * 8), "isotonic_l2_backward_kernel": Work(rows * n * 12)}
+    return Case("torchsort", f"{rows}x{n}", "float32", call, kernels, "nvcc")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import contract
@@ -22,10 +23,11 @@ from .. import machine
 from . import lines
 from .built import PACKAGE, Compiled, library
 from .cases import Case, Work, cases, plausible_memory
-from .multiprocessor import SHARE, occupancy, play
+from .incumbent import NotToBeHad
+from .multiprocessor import SHARE, VERSION, occupancy, play
 from .rates import H200, Machine
 
-WIDTH = 52  # of the column of names
+WIDTH = 58  # of the column of names
 IDLE = ("pipe", "queue", "scoreboard", "stall", "barrier", "no warp")  # cycles.h's Idle
 
 
@@ -41,7 +43,12 @@ def run(options) -> int:
     shared = machine.provenance("cpu", PACKAGE)
     print(head(options.architecture))
     for case in chosen:
-        for row in (shared | row for row in predicted(devices[case.backend], case)):
+        try:
+            rows = predicted(devices[case.backend], case)
+        except NotToBeHad as error:
+            print(f"{case.name} {case.shape} {case.dtype}: not modelled: {error}", flush=True)
+            continue
+        for row in (shared | row for row in rows):
             print(shown(row, options.lines), flush=True)
             pair = [row, others[_key(row)]] if _key(row) in others else [row]
             if len(pair) == 2:
@@ -106,15 +113,16 @@ def installed(backends: set[str], architecture: int) -> dict:
 
 
 def predicted(on, case: Case) -> list[dict]:
-    """A row for each wanted kernel of a case, in the order of the launches."""
+    """A row for the first launch of each wanted kernel of a case, in their order."""
     on.restart()
     with plausible_memory():
         case.call(on)
-    rows = []
+    first, count = {}, Counter(map(_name, on.launches))
     for launch in on.launches:
-        name = _name(launch)
-        if name in case.kernels and name not in [row["kernel"] for row in rows]:
-            rows.append(row_of(launch, case, H200))
+        first.setdefault(_name(launch), launch)
+    rows = [
+        row_of(launch, case, H200) | {"launches": count[name]} for name, launch in first.items() if name in case.kernels
+    ]
     missing = case.kernels.keys() - {row["kernel"] for row in rows}
     if missing:
         raise RuntimeError(f"{case.name} {case.dtype} did not launch {', '.join(sorted(missing))}")
@@ -131,7 +139,7 @@ def row_of(launch, case: Case, model: Machine) -> dict:
     played = play(core(), launch, model)
     return {
         "kind": "model",
-        "modelled": model.name,
+        "modelled": model.name, "version": VERSION,
         "architecture": function.cubin.architecture,
         "case": case.name, "shape": case.shape, "dtype": case.dtype, "kernel": _name(launch),
         "grid": launch.grid, "blocks": trace.blocks, "warps": trace.warps, "registers": function.cubin.registers,
@@ -177,7 +185,7 @@ def phases(function, played) -> list[dict]:
 
 def head(architecture: int) -> str:
     return (
-        f"MODEL, not measured: {H200.name}, code for sm_{architecture}, {machine.now()[:10]}\n"
+        f"MODEL {VERSION}, not measured: {H200.name}, code for sm_{architecture}, {machine.now()[:10]}\n"
         f"{'':{WIDTH}}{'us':>7}{'memory':>8}{'arith.':>7}{'x floor':>8}{'cycles':>8}{'/cycle':>7}"
         f"{'instr./block':>13}{'resident':>9}{'regs':>5}  idle"
     )
@@ -189,7 +197,7 @@ def shown(row: dict, most: int) -> str:
     idle = ", ".join(f"{name} {part:.0%}" for name, part in row["idle"].items() if part >= 0.05)
     resident = f"{row['resident']['blocks']}x{row['warps']}"
     text = (
-        f"{' '.join(map(str, _key(row))):{WIDTH}}{row['microseconds']:7.1f}{row['memory_floor']:8.1f}"
+        f"{' '.join(map(str, _key(row))) + times(row):{WIDTH}}{row['microseconds']:7.1f}{row['memory_floor']:8.1f}"
         f"{row['arithmetic_floor']:7.1f}{row['microseconds'] / floor:8.2f}{row['cycles']:8.0f}{row['issue_rate']:7.2f}"
         f"{row['instructions'] / row['blocks']:13.0f}{resident:>9}{row['registers']:5}  {idle}"
     )
@@ -197,6 +205,11 @@ def shown(row: dict, most: int) -> str:
         part = phase["instructions"] / row["instructions"]
         text += f"\n    {phase['phase']:{WIDTH}}{part:6.0%} of instructions, {phase['lanes']:4.1f} lanes"
     return text
+
+
+def times(row: dict) -> str:
+    """How often the call launches the kernel."""
+    return f", {row['launches']} x" if row["launches"] > 1 else ""
 
 
 def compared(row: dict, other: dict) -> str:
