@@ -6,7 +6,7 @@ from .analysis import CKAMetric, Comparison, cka_matrix, compare_models
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
-from .logits import MixupBatch, distillation_kl, generalized_jsd, mixed_distillation, mixup
+from .logits import MixupBatch, TopKLogits, distillation_kl, generalized_jsd, mixed_distillation, mixup
 from .nystrom import (
     nystrom_cka,
     nystrom_features,
@@ -34,6 +34,7 @@ __all__ = [
     "RBF",
     "RankDiagnostics",
     "StreamingPCA",
+    "TopKLogits",
     "autoencoder_basis",
     "available_backends",
     "cka",

@@ -52,6 +52,9 @@ def test_a_weighted_mean_is_that_of_the_rows_one_by_one_whatever_those_without_w
     keep = torch.arange(7) != 2
     found = loss(dirty, teacher, token_weights=WEIGHTS, mask=keep)
     agree(found, (total - 2 * ones[2]) / (WEIGHTS.sum() - 2), student)
+    leaf = dirty.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, teacher, token_weights=WEIGHTS), leaf)
+    assert (gradient[WEIGHTS == 0] == 0).all() and gradient[WEIGHTS > 0].isfinite().all()
     parts = loss(student, teacher, token_weights=WEIGHTS, return_parts=True)[1]
     torch.testing.assert_close(sum(parts.values()), total / WEIGHTS.sum(), rtol=1e-10, atol=0)
 

@@ -3,5 +3,6 @@
 
 from .mixup import MixupBatch
 from .op import distillation_kl, generalized_jsd, mixed_distillation, mixup
+from .topk import TopKLogits
 
-__all__ = ["MixupBatch", "distillation_kl", "generalized_jsd", "mixed_distillation", "mixup"]
+__all__ = ["MixupBatch", "TopKLogits", "distillation_kl", "generalized_jsd", "mixed_distillation", "mixup"]

@@ -27,7 +27,8 @@ from .checks import (
     check_taus,
 )
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
-from .torch_impl import kl  # noqa: F401  for the losses, as is DIVERGENCES
+from .topk import check_count, ignoring, outcomes  # noqa: F401  for the losses, as is DIVERGENCES
+from .torch_impl import kl  # noqa: F401
 
 __all__ = ["distillation_kl", "generalized_jsd", "mixed_distillation", "mixup"]
 

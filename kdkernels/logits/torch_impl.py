@@ -40,7 +40,7 @@ from .call import (
 CPU_CHUNK, CUDA_CHUNK = 1 << 16, 1 << 25  # elements: a few temporaries fit the second-level cache; the launches count
 
 
-def _chunks(student):
+def chunks(student):
     """Slices of the rows, of which none of [B, T, C] spans a part of a sample beside another."""
     (*_, T, C), R = student.shape, rows_of(student)
     rows = max(1, (CPU_CHUNK if student.device.type == "cpu" else CUDA_CHUNK) // C)
@@ -50,7 +50,7 @@ def _chunks(student):
     return [slice(b + i, min(b + T, b + i + rows)) for b in range(0, R, T) for i in range(0, T, rows)]
 
 
-def _part(logits, rows: slice):
+def part(logits, rows: slice):
     """Those rows [r, C]; where samples of [B, T, C] lie apart, a copy of several."""
     if logits.dim() == 2:
         return logits[rows]
@@ -158,12 +158,12 @@ def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     values = student.new_empty(R, dtype=dtype)
     statistics = student.new_empty((problem.statistics, R) if need else (0,), dtype=dtype)
     tau, work = problem.tau, _working_dtype(dtype, student)
-    for rows in _chunks(student):
-        z, zs, e, m_s, l_s = _shifted(_part(student, rows), tau, work)
+    for rows in chunks(student):
+        z, zs, e, m_s, l_s = _shifted(part(student, rows), tau, work)
         lam = _lam(problem, extras, rows, len(z), z) if problem.labelled else None
         kept, clean_kept, value = [m_s, l_s], [], 0
         if problem.soft:
-            _, ys, q, m_t, l_t = _shifted(_part(teacher, rows), tau, work)
+            _, ys, q, m_t, l_t = _shifted(part(teacher, rows), tau, work)
             q, clean = softmax(q, l_t), None
             if problem.cleaned:
                 clean = []
@@ -206,18 +206,18 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
     d_student = student.new_empty(shape) if need & STUDENT else None
     d_teacher = teacher.new_empty(shape) if need & TEACHER else None
     dtype, tau = statistics.dtype, problem.tau
-    for rows in _chunks(student):
+    for rows in chunks(student):
         of = statistics[:, rows, None]
         g = grad[rows, None].to(dtype) * factor
         counts = g != 0
-        z = _part(student, rows).to(dtype) - of[M_S]
+        z = part(student, rows).to(dtype) - of[M_S]
         lam = None
         if problem.labelled:
             lam = _lam(problem, extras, rows, len(z), z)
             (a, wrong_a), (b, wrong_b) = (_classes(t[rows], z.shape[-1]) for t in (extras.labels, extras.permuted))
         if problem.soft:
             log_p = z / tau - of[L_S]
-            log_q = (_part(teacher, rows).to(dtype) - of[M_T]).div_(tau).sub_(of[L_T])
+            log_q = (part(teacher, rows).to(dtype) - of[M_T]).div_(tau).sub_(of[L_T])
             q = log_q.exp()
             if d_teacher is not None:  # tau g q_c (log q_c - log p_c - KL)
                 d = torch.where(q == 0, 0.0, q * (log_q - log_p - of[K] / tau**2))
@@ -300,9 +300,9 @@ def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need
     values = student.new_empty(R, dtype=dtype)
     statistics = values.new_empty((KEPT, R) if need else (0,))
     gradient = student.new_empty((R, student.shape[-1]) if made else (0,))
-    for rows in _chunks(student):
+    for rows in chunks(student):
         tau = how.tau if taus is None else taus[rows, None].to(dtype)
-        (z, top_z, p, sum_z), (y, top_y, q, sum_y) = (_side(_part(t, rows), tau, dtype) for t in (student, teacher))
+        (z, top_z, p, sum_z), (y, top_y, q, sum_y) = (_side(part(t, rows), tau, dtype) for t in (student, teacher))
         ratio = (sum_y / sum_z).log_()
         p, q = p.div_(sum_z), q.div_(sum_y)
         finite = 0 * ratio  # NaN for a row that is poisoned
@@ -325,10 +325,10 @@ def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need
 def divergence_gradient(grad, student, teacher, taus, statistics, how: Measure):
     """d/d student of sum_r grad_r divergence_r, [R, C]. A row with grad 0 gets exactly 0, whatever it holds."""
     found, dtype = student.new_empty((rows_of(student), student.shape[-1])), statistics.dtype
-    for rows in _chunks(student):
+    for rows in chunks(student):
         of, g = statistics[:, rows, None], grad[rows, None].to(dtype)
         tau = how.tau if taus is None else taus[rows, None].to(dtype)
-        z, y = (_part(t, rows).to(dtype) for t in (student, teacher))
+        z, y = (part(t, rows).to(dtype) for t in (student, teacher))
         p, q = (((x - of[m]) / tau).exp_() * of[i] for x, m, i in ((z, MAX_S, INVERSE_S), (y, MAX_T, INVERSE_T)))
         slope = _classes_of(how, p, q, _log_ratio(z, y, of[MAX_S], of[MAX_T], tau, of[RATIO]))[2]
         d = slope.sub_(of[MEAN_S] * p) * (g * tau)

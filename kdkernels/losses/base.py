@@ -35,6 +35,7 @@ class Loss(Unrounded):
     included, so that they sum to it. They carry gradients: detach them before logging.
     """
 
+    takes_topk = False  # kd.TopKLogits in the place of the teacher's logits
     shown = ()  # the attributes, and the weights of terms, that `repr` shows before the weight
     _instances = itertools.count()
 

@@ -8,14 +8,17 @@ import math
 import torch
 
 from .. import checks
+from ..logits import TopKLogits
 from ..logits.checks import check_inside, check_rows, check_taus
-from ..logits.op import DIVERGENCES, any_divergence, divergence, measure_of
-from .base import Loss
+from ..logits.op import DIVERGENCES, any_divergence, divergence, ignoring, measure_of, outcomes
+from .base import Loss, full_precision, zero_where_masked
 from .rows import NAMES, hold_tau, rows_of, sides
 
 
 class KDLoss(Loss):
     """tau^2 KL(p_t || p_s), p = softmax(z / tau), in nats, mean over the rows. Source: Hinton et al., arXiv 1503.02531.
+
+    The teacher's side may be `kd.TopKLogits`: k classes a row, and what is left of 1.
 
     Args:
         tau: temperature: a positive number, 4 by default (the usual choice on CIFAR-100; the paper has no default; TRL
@@ -54,6 +57,7 @@ class KDLoss(Loss):
     0.0
     """
 
+    takes_topk = True
     shown = ("tau", "divergence", "beta", "skew", "scale_tau", "reduction")
 
     def __init__(
@@ -98,6 +102,9 @@ class KDLoss(Loss):
         rows = rows_of(student, self.reduction, mask=mask, labels=labels, **how)
         if student.numel() == 0 and self._too_small(math.prod(student.shape[:-1]), 1):
             return self._nothing(["kd"], student_logits, return_parts)
+        if isinstance(teacher, TopKLogits):
+            check_rows(student, teacher.values, *NAMES)
+            return self._total({"kd": self._beside_topk(student, teacher, rows)}, return_parts)
         teacher = teacher.detach() if teacher.requires_grad else teacher
         check_rows(student, teacher, *NAMES)
         tau, taus = check_taus(self.tau, student, NAMES[0])
@@ -109,8 +116,30 @@ class KDLoss(Loss):
             weight = self.weight if self.scale_tau else self.weight * scale
             value = divergence(*pair, tau, self.reduction, self.backend, weight)
             return (value, {"kd": value}) if return_parts else value
+        value = self._of_pair(student, teacher, rows, (tau, taus), scale)
+        return self._total({"kd": value}, return_parts)
+
+    def _of_pair(self, student, teacher, rows, temperatures, scale: float):
+        tau, taus = temperatures
         reduction, weights = rows.of_op(student, None if self.scale_tau or taus is None else taus**-2)
         how = measure_of(self.divergence, tau, self.beta, self.skew), taus, reduction, self.backend
         pair = (rows.hidden(side, self.backend) for side in (student, teacher))
-        value = any_divergence(*pair, *how, weights=weights, factor=scale)
-        return self._total({"kd": value}, return_parts)
+        return any_divergence(*pair, *how, weights=weights, factor=scale)
+
+    def _beside_topk(self, student, teacher, rows):
+        if teacher.tail == "ignore" and self.divergence != "forward":
+            raise ValueError(
+                f"divergence is {self.divergence!r}, and tail='ignore' leaves out what it says of the other classes: "
+                "give tail='bucket' or 'renormalize'"
+            )
+        tau, taus = check_taus(self.tau, student, NAMES[0])
+        student = rows.hidden(student, self.backend)
+        pair = outcomes(student, teacher, rows.mask, tau, taus, self.backend)
+        scale = 1.0 if self.scale_tau else tau**-2
+        if teacher.tail == "renormalize":
+            return self._of_pair(*pair[:2], rows, (tau, taus), scale)
+        scale = scale * tau**2  # the outcomes are those of tau already
+        if teacher.tail == "bucket":
+            return self._of_pair(*pair[:2], rows, (1.0, None), scale)
+        with full_precision(student):
+            return rows.mean(ignoring(*(zero_where_masked(side, rows.mask) for side in pair[:2]))) * scale

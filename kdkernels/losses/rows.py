@@ -11,7 +11,9 @@ import torch
 
 from .. import checks
 from ..autograd import at_least_float32
+from ..logits import TopKLogits
 from ..logits.checks import check_tau, check_tau_tensor
+from ..logits.op import check_count
 from .base import check_pair, row_mask
 from .means import zero_where_masked
 
@@ -20,6 +22,8 @@ NAMES = "student_logits", "teacher_logits"
 
 def sides(loss, student_logits, teacher_logits, vocab=None):
     """Logits of both sides, which are of the same rows and classes; of each the first `vocab` classes, if given."""
+    if isinstance(teacher_logits, TopKLogits):
+        return beside_topk(loss, student_logits, teacher_logits, vocab)
     check_pair(loss, student_logits, teacher_logits, "logits")
     shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if vocab is not None:
@@ -35,6 +39,26 @@ def sides(loss, student_logits, teacher_logits, vocab=None):
             f"the loss needs the same rows and classes on both sides{fix}"
         )
     return cut(student_logits, vocab), cut(teacher_logits, vocab)
+
+
+def beside_topk(loss, student_logits, teacher: TopKLogits, vocab):
+    """`sides`, of a teacher that knows k classes, which are left as they are."""
+    name = type(loss).__name__
+    if not loss.takes_topk:
+        raise TypeError(f"{NAMES[1]} is TopKLogits, and {name} reads every class of the teacher: KDLoss reads k")
+    check_pair(loss, student_logits, teacher.values, "logits")
+    if tuple(student_logits.shape[:-1]) != teacher.rows:
+        raise ValueError(f"{NAMES[1]} has rows {teacher.rows}, {NAMES[0]} {tuple(student_logits.shape[:-1])}")
+    vocab = teacher.vocab if vocab is None else vocab
+    if vocab is not None:
+        checks.integer(vocab, "vocab")
+        for whose, classes in ((NAMES[0], student_logits.shape[-1]), (NAMES[1], teacher.vocab or vocab)):
+            if vocab > classes:
+                raise ValueError(f"vocab is {vocab}, {whose} has {classes} classes: give the classes that both have")
+    student = cut(student_logits, vocab)
+    if student.numel():
+        check_count(teacher.values, student.shape[-1], f"{NAMES[0]} has")
+    return student, teacher
 
 
 def cut(logits, vocab):
