@@ -6,7 +6,15 @@ from .analysis import CKAMetric, Comparison, cka_matrix, compare_models
 from .backend import available_backends, explain
 from .checks import debug_checks
 from .gram import RBF, Cosine, Laplacian, Linear, Polynomial, cka, gram_mse, hsic, mmd
-from .logits import MixupBatch, TopKLogits, distillation_kl, generalized_jsd, mixed_distillation, mixup
+from .logits import (
+    LinearLogits,
+    MixupBatch,
+    TopKLogits,
+    distillation_kl,
+    generalized_jsd,
+    mixed_distillation,
+    mixup,
+)
 from .nystrom import (
     nystrom_cka,
     nystrom_features,
@@ -29,6 +37,7 @@ __all__ = [
     "Cosine",
     "Laplacian",
     "Linear",
+    "LinearLogits",
     "MixupBatch",
     "Polynomial",
     "RBF",

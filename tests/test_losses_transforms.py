@@ -13,6 +13,7 @@ import torch
 from originals import every
 from torch.autograd import forward_ad
 
+import kdkernels as kd
 from kdkernels.compat import mdistiller, repdistiller
 from kdkernels.testing import transforms
 
@@ -33,6 +34,16 @@ def of_loss(case, **how):
     return Entry(value, (student.detach(),), (teacher,), {"mask": contract.kept_rows()})
 
 
+def of_heads(divergence):
+    """KDLoss straight from hidden states: student (hidden, weight, bias), teacher (hidden, weight)."""
+    loss = kd.losses.KDLoss(divergence=divergence)
+    value = lambda s, t, **options: loss(kd.LinearLogits(*s), kd.LinearLogits(*t), **options)  # noqa: E731
+    draw = lambda *shapes: tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)  # noqa: E731
+    return Entry(
+        value, draw((contract.N, 5), (9, 5), (9,)), draw((contract.N, 7), (9, 7)), {"mask": contract.kept_rows()}
+    )
+
+
 def of_compat(function, inputs, *constants):
     levels = isinstance(inputs(torch.float64)[0], list)
 
@@ -45,6 +56,7 @@ def of_compat(function, inputs, *constants):
 
 MAKERS = {
     **{name: lambda case=case: of_loss(case) for name, case in contract.CASES.items()},
+    **{f"heads {divergence}": lambda divergence=divergence: of_heads(divergence) for divergence in ("forward", "jsd")},
     **{
         f"mdistiller {name}": lambda name=name, case=case: of_compat(getattr(mdistiller, name), case[0], *case[1])
         for name, case in of_mdistiller.CASES.items()

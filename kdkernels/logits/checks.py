@@ -33,8 +33,9 @@ def check_rows(student, teacher, *names: str):
     if student.shape[-1] > MOST_CLASSES:
         raise ValueError(f"{names[0]} has {student.shape[-1]} classes: a row may have {MOST_CLASSES}")
     if checks.debugging():
-        checks.finite(student, names[0])
-        checks.finite(teacher, names[1])
+        for side, name in zip((student, teacher), names, strict=True):
+            for tensor in getattr(side, "tensors", (side,)):  # of LinearLogits
+                checks.finite(tensor, name)
 
 
 def check_tau(tau):

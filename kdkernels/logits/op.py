@@ -12,7 +12,7 @@ import torch
 from .. import backend as backends
 from .. import checks
 from ..autograd import at_least_float32, device_type, in_pytorch
-from . import divergences, lerp, operator, reference
+from . import divergences, lerp, linear_operator, operator, reference
 from .call import DIVERGENCES, Extras, Measure, Problem, measure_of  # noqa: F401
 from .checks import (
     check_fraction,
@@ -26,6 +26,7 @@ from .checks import (
     check_tau,
     check_taus,
 )
+from .linear import LinearLogits, side_of
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
 from .topk import check_count, ignoring, outcomes  # noqa: F401  for the losses, as is DIVERGENCES
 from .torch_impl import kl  # noqa: F401
@@ -167,14 +168,22 @@ def generalized_jsd(student, teacher, *, tau=4.0, beta=0.5, reduction="mean", ba
     return any_divergence(student, teacher, measure_of("jsd", tau, beta=beta), taus, reduction, backend)
 
 
-def any_divergence(student, teacher, how: Measure, taus, reduction: str, backend: str, *, weights=None, factor=1.0):
+def any_divergence(
+    student, teacher, how: Measure, taus, reduction: str, backend: str, *, weights=None, factor=1.0, chunk=None
+):
     """factor tau^2 times the divergence of each row of [..., C], of checked arguments; their sum, or mean.
 
     taus: None, or a constant a row [R] in the place of how.tau. weights, constants [R], multiply the rows; one of
-    weight 0 is left out whatever it holds.
+    weight 0 is left out whatever it holds. Sides may be LinearLogits, chunk: rows of them at a time.
     """
-    dtypes = (student.dtype, teacher.dtype)
-    chosen = backends.resolve("generalized_jsd", backend, device_type(student), dtypes)
+    heads = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
+    device, dtypes = student.device.type if heads else device_type(student), (student.dtype, teacher.dtype)
+    chosen = backends.resolve("generalized_jsd", backend, device, dtypes)
+    if heads and chosen != "reference":
+        sides = side_of(student), side_of(teacher), student.shape[-1]
+        return linear_operator.divergence(*sides, (taus, weights), how, factor, reduction, chunk or 0, chosen)
+    if heads:
+        student, teacher = (s.logits() if isinstance(s, LinearLogits) else s for s in (student, teacher))
     if chosen != "reference":
         return divergences.divergence(student, teacher, taus, weights, *how, factor, reduction, chosen)
     return in_pytorch(_reference_divergence, (student, teacher, taus, weights), how, factor, reduction)

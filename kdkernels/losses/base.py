@@ -37,6 +37,7 @@ class Loss(Unrounded):
 
     takes_topk = False  # kd.TopKLogits in the place of the teacher's logits
     shown = ()  # the attributes, and the weights of terms, that `repr` shows before the weight
+    takes_heads = False  # LinearLogits in the place of logits
     _instances = itertools.count()
 
     def __init__(self, weight: float = 1.0, group=None):

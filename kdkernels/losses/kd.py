@@ -8,7 +8,7 @@ import math
 import torch
 
 from .. import checks
-from ..logits import TopKLogits
+from ..logits import LinearLogits, TopKLogits
 from ..logits.checks import check_inside, check_rows, check_taus
 from ..logits.op import DIVERGENCES, any_divergence, divergence, ignoring, measure_of, outcomes
 from .base import Loss, full_precision, zero_where_masked
@@ -38,8 +38,10 @@ class KDLoss(Loss):
         backend: as in `kd.distillation_kl`.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab,
-    return_parts)`. Logits [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass
-    `logits.movedim(1, -1)`); float16 to float64, each side its own dtype, computed in at least float32. mask: bool
+    chunk, return_parts)`. Logits [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass
+    `logits.movedim(1, -1)`); float16 to float64, each side its own dtype, computed in at least float32; or, of either
+    side, `kd.LinearLogits`, hidden states and a head, whose logits are never stored: chunk rows of them exist at a time
+    (by default as many as take 64 MiB, on a GPU 1 GiB, and at least 128). mask: bool
     [...], False rows do not count; labels [...] mark with ignore_index the rows that do not count. token_weights: float
     [...], >= 0, constants (CUDA tensors are not looked at: a row of a negative one is NaN): "mean" is the sum of weight
     times value over the sum of the weights, and a row of weight 0 does not count. normalizer replaces that divisor
@@ -57,7 +59,7 @@ class KDLoss(Loss):
     0.0
     """
 
-    takes_topk = True
+    takes_topk = takes_heads = True
     shown = ("tau", "divergence", "beta", "skew", "scale_tau", "reduction")
 
     def __init__(
@@ -95,13 +97,16 @@ class KDLoss(Loss):
         token_weights=None,
         normalizer=None,
         vocab: int | None = None,
+        chunk: int | None = None,
         return_parts: bool = False,
     ):
+        if chunk is not None:
+            checks.integer(chunk, "chunk", hint=" of rows at a time")
         student, teacher = sides(self, student_logits, teacher_logits, vocab)
         how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
         rows = rows_of(student, self.reduction, mask=mask, labels=labels, **how)
         if student.numel() == 0 and self._too_small(math.prod(student.shape[:-1]), 1):
-            return self._nothing(["kd"], student_logits, return_parts)
+            return self._nothing(["kd"], getattr(student_logits, "tensors", student_logits), return_parts)
         if isinstance(teacher, TopKLogits):
             check_rows(student, teacher.values, *NAMES)
             return self._total({"kd": self._beside_topk(student, teacher, rows)}, return_parts)
@@ -111,20 +116,21 @@ class KDLoss(Loss):
         scale = 1.0 if self.scale_tau else tau**-2
         # `divergence` treats its second argument as the fixed side, and differentiates in both
         pair = {"forward": (student, teacher), "reverse": (teacher, student)}.get(self.divergence)
-        if pair and rows.plain and taus is None:
+        heads = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
+        if pair and rows.plain and taus is None and not heads:
             checks.flags(return_parts=return_parts)
             weight = self.weight if self.scale_tau else self.weight * scale
             value = divergence(*pair, tau, self.reduction, self.backend, weight)
             return (value, {"kd": value}) if return_parts else value
-        value = self._of_pair(student, teacher, rows, (tau, taus), scale)
+        value = self._of_pair(student, teacher, rows, (tau, taus), scale, chunk)
         return self._total({"kd": value}, return_parts)
 
-    def _of_pair(self, student, teacher, rows, temperatures, scale: float):
+    def _of_pair(self, student, teacher, rows, temperatures, scale: float, chunk=None):
         tau, taus = temperatures
         reduction, weights = rows.of_op(student, None if self.scale_tau or taus is None else taus**-2)
         how = measure_of(self.divergence, tau, self.beta, self.skew), taus, reduction, self.backend
         pair = (rows.hidden(side, self.backend) for side in (student, teacher))
-        return any_divergence(*pair, *how, weights=weights, factor=scale)
+        return any_divergence(*pair, *how, weights=weights, factor=scale, chunk=chunk)
 
     def _beside_topk(self, student, teacher, rows):
         if teacher.tail == "ignore" and self.divergence != "forward":

@@ -11,7 +11,7 @@ import torch
 
 from .. import checks
 from ..autograd import at_least_float32
-from ..logits import TopKLogits
+from ..logits import LinearLogits, TopKLogits
 from ..logits.checks import check_tau, check_tau_tensor
 from ..logits.op import check_count
 from .base import check_pair, row_mask
@@ -24,7 +24,8 @@ def sides(loss, student_logits, teacher_logits, vocab=None):
     """Logits of both sides, which are of the same rows and classes; of each the first `vocab` classes, if given."""
     if isinstance(teacher_logits, TopKLogits):
         return beside_topk(loss, student_logits, teacher_logits, vocab)
-    check_pair(loss, student_logits, teacher_logits, "logits")
+    given = student_logits, teacher_logits
+    check_pair(loss, *(map(tensor_of, given) if loss.takes_heads else given), "logits")
     shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if vocab is not None:
         checks.integer(vocab, "vocab")
@@ -61,8 +62,15 @@ def beside_topk(loss, student_logits, teacher: TopKLogits, vocab):
     return student, teacher
 
 
+def tensor_of(logits):
+    """The rows of a side: logits, or the hidden states of `kd.LinearLogits`."""
+    return logits.hidden if isinstance(logits, LinearLogits) else logits
+
+
 def cut(logits, vocab):
-    return logits if vocab is None or logits.shape[-1] == vocab else logits[..., :vocab]
+    if vocab is None or logits.shape[-1] == vocab:
+        return logits
+    return logits.of(*logits.tensors, vocab=vocab) if isinstance(logits, LinearLogits) else logits[..., :vocab]
 
 
 def hold_tau(loss, tau):
@@ -99,7 +107,10 @@ class Rows(NamedTuple):
 
     def hidden(self, logits, backend: str):
         """Logits whose masked rows may go to a row op: only the textbook lets a row of no weight reach its gradient."""
-        return zero_where_masked(logits, self.mask) if backend == "reference" else logits
+        if backend != "reference":
+            return logits
+        rows = zero_where_masked(tensor_of(logits), self.mask)
+        return logits.of(rows, *logits.tensors[1:]) if isinstance(logits, LinearLogits) else rows
 
     def mean(self, values, group=None):
         """Sum of `values` [...] times their weights over the rows that count, divided by `normalizer`, or, for the
@@ -123,7 +134,7 @@ class Rows(NamedTuple):
         if self.plain and factors is None:
             return self.reduction, None
         dtype = at_least_float32(like)
-        weights = like.new_ones(like.shape[:-1], dtype=dtype)
+        weights = tensor_of(like).new_ones(like.shape[:-1], dtype=dtype)
         if self.mask is not None:
             weights = self.mask.to(dtype) if self.weights is None else self.weights.to(dtype)
         if factors is not None:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a loss straight from hidden states: a chunk's logits, its values and slopes, its share of the gradients.
+
+Alive at once are the logits of one chunk of rows, of each side that has a head, the slope of the student's, and the
+gradients: never an array [R, C]. The products of half tensors have float32 results. MATH.md, section 11.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+
+from ..autograd import at_least_float32
+
+CPU_BYTES, GPU_BYTES = 1 << 26, 1 << 30  # of a chunk's logits and slopes
+LEAST = 128  # rows: a product of 32 costs 1.6 times as much a row
+BLOCK = 1 << 20  # entries of a half head that are float32 at a time: they stay in cache
+
+HIDDEN, WEIGHT, BIAS = 1, 2, 4  # bits of `need`
+
+
+class Side(NamedTuple):
+    """Logits [R, C] themselves (weight None), or hidden states [R, H] and what makes logits of them."""
+
+    rows: torch.Tensor
+    weight: torch.Tensor | None  # [C or more, H]
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float  # 0: none
+
+    @property
+    def lazy(self) -> bool:
+        return self.weight is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits: the head's products have at least float32 results."""
+        return at_least_float32(self.rows, self.weight, self.bias) if self.lazy else self.rows.dtype
+
+
+def values_and_gradients(student: Side, teacher: Side, classes: int, per_row, loss, rows: int, need: int):
+    """Values [R] of the rows, and the gradients of the student's rows, weight and bias, [0] where not asked for.
+
+    loss(z, y, *per_row, need) -> (values [r], slopes [r, C] of the sum of the values) of logits in either's dtype.
+    per_row: tensors [R] or None, the last of them weights: a row of weight 0 is left out, whatever it holds. rows: of a
+    chunk, 0 for what its bytes allow.
+    """
+    counted = _counted(per_row[-1])
+    left = len(student.rows) if counted is None else len(counted)
+    chunks = _chunks(left, rows or _rows_of_budget(student, teacher, classes, need))
+    values = student.rows.new_zeros(len(student.rows), dtype=at_least_float32(*student[:3], *teacher[:3]))
+    gradients = Gradients(student, classes, need, left, len(chunks))
+    for part in chunks:
+        at = part if counted is None else counted[part]
+        z, y = (_logits(side, at, classes) for side in (student, teacher))
+        own = [t if t is None else t[at] for t in per_row]
+        values[at], slopes = loss(z, y, *own, need)
+        if need:
+            gradients.add(at, z, slopes, own[-1])
+        del z, y, slopes  # before the next chunk's
+    return values, *gradients.found()
+
+
+def _counted(weights):
+    """The rows that count, or None: all; of CUDA tensors nobody asks how many, which would wait for them."""
+    if weights is None or not weights.is_cpu:
+        return None
+    counted = weights.nonzero()[:, 0]
+    return None if len(counted) == len(weights) else counted
+
+
+def _rows_of_budget(student: Side, teacher: Side, classes: int, need: int) -> int:
+    arrays = student.lazy + teacher.lazy + (need > 0)
+    budget = CPU_BYTES if student.rows.is_cpu else GPU_BYTES
+    return max(LEAST, budget // (arrays * classes * student.dtype.itemsize))
+
+
+def _chunks(R: int, rows: int) -> list[slice]:
+    """Slices of about the same number of rows, `rows` at most."""
+    each = math.ceil(R / max(1, math.ceil(R / rows)))
+    return [slice(begin, min(R, begin + each)) for begin in range(0, R, each or 1)]
+
+
+def _logits(side: Side, at, classes: int):
+    if not side.lazy:
+        return side.rows[at, :classes]
+    h, dtype = side.rows[at], side.dtype
+    if side.weight.dtype == dtype:
+        z = h.to(dtype) @ side.weight[:classes].mT
+    else:
+        z = h.new_empty((len(h), classes), dtype=dtype)
+        for part in _blocks(side, classes):
+            z[:, part] = product(h, side.weight[part].mT, dtype)
+    if side.bias is not None:
+        z += side.bias[:classes]
+    if side.scale != 1:
+        z *= side.scale
+    return z.div_(side.softcap).tanh_().mul_(side.softcap) if side.softcap else z
+
+
+def product(a, b, dtype):
+    """a @ b with a result in dtype, which may be wider than theirs: no entry is rounded to half on its way."""
+    if a.is_cuda and a.dtype == b.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)  # in tensor cores, summed in float32
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _blocks(side: Side, classes: int) -> Iterator[slice]:
+    """Of classes: all at once, or those of a half head that are worked on in a wider dtype."""
+    each = classes if side.weight.dtype == side.dtype else max(1, BLOCK // side.weight.shape[1])
+    return (slice(begin, min(classes, begin + each)) for begin in range(0, classes, each))
+
+
+def held(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient until the upstream is known: a mean over rows is below float16's least number."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class Gradients:
+    """Those of the student's rows, weight and bias, summed chunk by chunk in the dtype of the logits."""
+
+    def __init__(self, side: Side, classes: int, need: int, counted: int, chunks: int):
+        self.side, self.classes, self.need = side, classes, need
+        whole = counted == len(side.rows)
+        rows = side.rows.new_empty if whole else side.rows.new_zeros
+        self.rows = rows(side.rows.shape if need & HIDDEN else 0, dtype=held(side.rows.dtype))
+        self.weight = self.bias = None
+        if need & WEIGHT:
+            dtype = side.dtype if chunks > 1 else held(side.weight.dtype)  # of one chunk: written once, as it is kept
+            self.weight = side.weight.new_empty(side.weight.shape, dtype=dtype)
+            self.weight[classes if chunks else 0 :].zero_()
+        if need & BIAS:
+            self.bias = side.bias.new_zeros(side.bias.shape, dtype=side.dtype)
+        self.first = True
+
+    def add(self, at, z, slopes, weights):
+        """Of a chunk; slopes [r, C] and, under a softcap, the logits z are overwritten."""
+        side, need = self.side, self.need
+        if not side.lazy:
+            self.rows[at, : self.classes] = slopes
+            self.rows[at, self.classes :] = 0
+            return
+        if side.softcap:  # 1 - tanh^2
+            slopes.mul_(z.div_(side.softcap).square_().neg_().add_(1))
+        if slopes.is_cuda and side.weight.dtype == torch.bfloat16:  # in float16 they would be 0
+            slopes = slopes.bfloat16()
+        if need & HIDDEN:
+            parts = (product(slopes[:, p], side.weight[p], side.dtype) for p in _blocks(side, self.classes))
+            self.rows[at] = reduce(torch.Tensor.add_, parts).mul_(side.scale).to(self.rows.dtype)
+        if need & WEIGHT:
+            h = side.rows[at]
+            if weights is not None and not weights.is_cpu:  # a row that is left out may hold NaN
+                h = torch.where(weights[:, None] != 0, h, 0)
+            h = h if side.scale == 1 else h.to(side.dtype) * side.scale
+            self._add_weight(slopes, h)
+        if need & BIAS:
+            self.bias[: self.classes].add_(slopes.sum(0, dtype=side.dtype), alpha=side.scale)
+        self.first = False
+
+    def _add_weight(self, slopes, h):
+        side = self.side
+        for part in _blocks(side, self.classes):
+            to, slope = self.weight[part], slopes[:, part].mT
+            if side.weight.dtype != side.dtype:
+                found = product(slope, h, side.dtype)
+                to.copy_(found) if self.first else to.add_(found)
+            elif self.first:
+                torch.mm(slope, h.to(side.dtype), out=to)
+            else:
+                to.addmm_(slope, h.to(side.dtype))
+
+    def found(self):
+        """As they are held: [0] where not asked for."""
+        side, none = self.side, self.side.rows.new_empty(0)
+        weight = none if self.weight is None else self.weight.to(held(side.weight.dtype))
+        bias = none if self.bias is None else self.bias.to(held(side.bias.dtype))
+        return self.rows if self.need & HIDDEN else none, weight, bias

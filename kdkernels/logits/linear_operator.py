@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The differentiable operator of losses straight from hidden states: `linear_fwd` makes the gradients, too.
+
+In a plain eager call backward gets them once and keeps none: autograd takes the weight's as it is for `weight.grad`,
+where it would copy a saved one. A second backward pass computes them again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backend as backends
+from ..autograd import (
+    NoSecondDerivative,
+    applied,
+    at_least_float32,
+    device_type,
+    is_batched,
+    ordinary,
+    plain,
+    without_autocast,
+)
+from ..differentiable import operator
+from .call import Measure
+from .linear_driver import BIAS, HIDDEN, WEIGHT, Side, held, values_and_gradients
+
+TENSORS = "hidden weight? bias? teacher teacher_weight? teacher_bias? taus? weights?"
+COUNT = len(TENSORS.split())
+
+
+def _forward(hidden, weight, bias, teacher, teacher_weight, teacher_bias, taus, weights, *how):
+    scale, softcap, teacher_scale, teacher_softcap, classes, rows, tau, b, u, v, factor, mean, backend, need = how
+    run, of = backends.implementation(__package__, backend).divergence, Measure(tau, b, u, v)
+    factor = factor / len(hidden) if mean else factor
+
+    def loss(z, y, taus, weights, need):
+        weights = weights if weights is None else weights * factor
+        value, _, slopes = run(z, y, (taus, weights), of, factor, False, need > 0)
+        return value, slopes
+
+    student = Side(hidden, weight, bias, scale, softcap)
+    teacher = Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    values, *found = values_and_gradients(student, teacher, classes, (taus, weights), loss, rows, need)
+    return values.sum(), *found
+
+
+def _backward(grad, hidden, weight, bias, *rest):
+    """Gradients that stay where they are: somebody else may ask for them again."""
+    made = zip((hidden, weight, bias), rest[:3], strict=True)
+    return [None if t is None or not g.numel() else (g * grad).masked_fill_(grad == 0, 0).to(t.dtype) for t, g in made]
+
+
+def _fake(hidden, weight, bias, teacher, teacher_weight, teacher_bias, *rest):
+    need = rest[-1]
+    dtype = at_least_float32(hidden, weight, bias, teacher, teacher_weight, teacher_bias)
+    made = []
+    for bit, t in ((HIDDEN, hidden), (WEIGHT, weight), (BIAS, bias)):
+        shape, kept = (t.shape, held(t.dtype)) if need & bit else ((0,), hidden.dtype)
+        made.append(hidden.new_empty(shape, dtype=kept))
+    return hidden.new_empty((), dtype=dtype), *made
+
+
+_linear = operator(
+    "linear",
+    TENSORS,
+    "float scale, float softcap, float teacher_scale, float teacher_softcap, SymInt classes, int rows, float tau, "
+    "float b, float u, float v, float factor, bool mean, str backend",
+    "d_hidden d_weight d_bias",
+    read="hidden weight? bias?",
+    wanted="hidden weight bias",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *a):
+        with without_autocast(device_type(a[0])):
+            value, *ctx.found = _forward(*a)
+        ctx.how = a[COUNT:]
+        ctx.save_for_backward(*a[:COUNT])
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        found, ctx.found = ctx.found, None
+        if found is None:
+            _, *found = _linear.forward(*ctx.saved_tensors, *ctx.how)
+        learning = ctx.saved_tensors[:3]
+        if is_batched(grad) or not plain(grad):
+            made = _linear.backward(grad, *learning, *found, *ctx.how)
+        else:
+            run = _Gradient.apply if torch.is_grad_enabled() else _handed_over
+            made = run(grad, found, *learning)
+        wanted = [made[k] if ctx.how[-1] & bit else None for k, bit in enumerate((HIDDEN, WEIGHT, BIAS))]
+        return *wanted, *[None] * (COUNT - 3 + len(ctx.how))
+
+
+class _Gradient(NoSecondDerivative):
+    @staticmethod
+    def forward(*a):
+        return _handed_over(*a)
+
+
+def _handed_over(grad, found, *learning):
+    """Times the upstream, in place; an upstream of 0 leaves no NaN."""
+    made = []
+    for g, t in zip(found, learning, strict=True):
+        if not grad.is_cpu:  # where a look at it would wait for the device
+            g.masked_fill_(grad == 0, 0).mul_(grad)
+        elif grad == 0:
+            g.zero_()
+        elif grad != 1:
+            g.mul_(grad)
+        made.append(g if t is None else g.to(t.dtype))
+    return tuple(made)
+
+
+_once = applied(_Once)
+
+
+def divergence(student: Side, teacher: Side, classes: int, per_row, how: Measure, factor, reduction, rows, backend):
+    """factor tau^2 times the divergences of all rows, added up or their mean; per_row: taus, weights: [R] or None."""
+    tensors = (*student[:3], *teacher[:3], *per_row)
+    numbers = (*student[3:], *teacher[3:], classes, rows, *how, factor, reduction == "mean", backend)
+    if not plain(*tensors):
+        return _linear.value(*tensors, *numbers)
+    need = 0
+    for bit, t in zip((HIDDEN, WEIGHT, BIAS), student[:3], strict=True):
+        need |= bit * (t is not None and t.requires_grad and torch.is_grad_enabled())
+    if need:
+        return _once(*ordinary(tensors), *numbers, need)
+    return _linear.forward(*tensors, *numbers, 0)[0]
