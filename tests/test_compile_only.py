@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Triton kernel x default configuration compiles for three architectures inside its budget, without a GPU.
 
+Where sizes and strides divide by 16 none spills. Where they do not, loads are narrow and many: each kernel is asked in
+its largest configuration for float16 and for float32, and what it spills is held.
 `tests/budgets.json` holds registers, spilled bytes and shared memory as last seen with the pinned Triton. After a
 deliberate change, or with another Triton: `python tests/test_compile_only.py` compiles everything and writes it anew.
 With the oldest Triton that pyproject.toml allows, which `make test` keeps beside the pinned one, each kernel compiles
@@ -28,6 +30,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may use
 SLACK = 1.1  # registers and shared memory may grow by a tenth before someone has to look
 # the assembler of Triton 3.7 gives up this many bytes a thread, mostly far below 255 registers, to fit one block more
 SPILLS_AT_MOST = 64
+UNALIGNED_AT_MOST = 384
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = re.search(r'"triton>=([\d.]+);', (ROOT / "pyproject.toml").read_text())[1]
 OLDEST = Path(sys.prefix) / f"triton-{FLOOR}"
@@ -94,6 +97,17 @@ def resources(case, architecture: int) -> dict:
     }
 
 
+def largest_unaligned(cases: dict, budgets: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> architectures, of those cases that are asked of sizes that do not divide by 16, too."""
+    largest = {}
+    for name, case in cases.items():
+        key = case.kernel.fn.__module__, case.kernel.__name__, "float32" in name
+        size = max(numbers["registers"] for numbers in budgets[name].values())
+        if case.attributes != case.always and "bfloat16" not in name and 80 in case.architectures:
+            largest[key] = max(largest.get(key, (0, "")), (size, name))
+    return {name: (80, 90) if cases[name].tensor_cores else (80,) for _, name in largest.values()}
+
+
 @pytest.fixture(scope="session")
 def cases(real_triton):
     return _cases()
@@ -126,6 +140,26 @@ def test_the_kernel_compiles_inside_its_budget(name, cases):
             assert seen["wgmma"], f"the half-precision products of {name} do not use wgmma on sm_90"
 
 
+UNALIGNED = sorted(name for name in NAMES if "unaligned sm_80" in json.loads(BUDGETS.read_text())[name])
+
+
+def test_the_budgets_list_every_kernel_for_sizes_that_do_not_divide(cases):
+    budgets = json.loads(BUDGETS.read_text())
+    assert sorted(largest_unaligned(cases, budgets)) == UNALIGNED
+    divides = {name for name, case in cases.items() if case.attributes == case.always}
+    named = {cases[name].kernel.__name__ for name in UNALIGNED}
+    assert named == {case.kernel.__name__ for name, case in cases.items() if name not in divides}
+
+
+@pytest.mark.parametrize("name", UNALIGNED)
+def test_the_kernel_spills_no_more_than_it_did_for_sizes_that_do_not_divide(name, cases):
+    budgets = json.loads(BUDGETS.read_text())
+    for architecture in largest_unaligned(cases, budgets)[name]:
+        seen, allowed = resources(cases[name].unaligned(), architecture), budgets[name][f"unaligned sm_{architecture}"]
+        assert seen["spills"] <= allowed["spills"] <= UNALIGNED_AT_MOST, f"sm_{architecture}: {seen}"
+        assert seen["shared"] <= min(SHARED_LIMIT[architecture], SLACK * allowed["shared"]), f"sm_{architecture}"
+
+
 def compile_each() -> None:
     """Each kernel once for each set of argument types, on the newest architecture of its first configuration."""
     first = {}
@@ -150,6 +184,9 @@ def write_budgets() -> None:
     for case_name, compile_case in sorted(_cases().items()):
         table[case_name] = {f"sm_{a}": resources(compile_case, a) for a in compile_case.architectures}
         print(case_name, table[case_name], flush=True)
+    for name, architectures in largest_unaligned(_cases(), table).items():
+        table[name] |= {f"unaligned sm_{a}": resources(_cases()[name].unaligned(), a) for a in architectures}
+        print(name, table[name], flush=True)
     BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
 
 

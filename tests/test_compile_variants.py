@@ -120,6 +120,14 @@ def test_a_call_is_its_launches_and_no_operator_beside_them(n, forward, kernel, 
     assert beside == []
 
 
+def test_rows_of_any_width_are_copied_asynchronously_above_1024_samples(launches):
+    """Loads of two bytes each would spill most of the tile."""
+    for p in (33, 301):
+        call(x=HALF, n=1041, p=p, q=5)
+    assert {name for name, _ in launches} == {"tile_sums", "gradient_rows", "weight_panel"}
+    assert all("cp.async" in ptx for _, ptx in launches), [name for name, ptx in launches if "cp.async" not in ptx]
+
+
 def test_factors_of_tf32_products_are_rounded(launches, monkeypatch):
     """Tensor cores would cut them off; what that does to a sum is asked in test_tf32.py."""
     from kdkernels.gram.triton_impl import small, tiles

@@ -16,11 +16,17 @@ class CompileCase(NamedTuple):
     kernel: object
     signature: dict
     attributes: dict  # divisibility by 16 of pointers and widths, as a launch finds it
+    always: dict  # what of that no caller's size takes away: of pointers, and of numbers that a launch rounds up
     constants: dict
+    odd: dict  # constants that a launch takes instead where sizes do not divide by 16
     warps: int
     stages: int
     tensor_cores: bool  # half-precision products: on sm_90 they must become wgmma
     architectures: tuple[int, ...]  # compute capabilities this configuration is chosen on
+
+    def unaligned(self) -> CompileCase:
+        """The same for sizes and strides that do not divide by 16."""
+        return self._replace(attributes=self.always, constants=self.constants | self.odd)
 
 
 def compile_case(
@@ -32,14 +38,16 @@ def compile_case(
     stages: int,
     tensor_cores: bool = False,
     architectures: tuple[int, ...] = ALL,
+    odd: dict | None = None,
     **given,
 ) -> CompileCase:
     """type_of(argument) is a dtype's name for a pointer, else a Triton type; pointers and `aligned` divide by 16.
 
     given: constants of the kernel, or what a tuple argument holds: types as type_of gives them (":16" where a number
-    divides by 16), constants as tl.constexpr or None.
+    divides by 16, ":rounded" where a launch sees to that), constants as tl.constexpr or None. odd: constants of a
+    launch whose numbers do not divide.
     """
-    types, attributes, constants = {}, {}, {}
+    types, attributes, always, constants = {}, {}, {}, {}
 
     def typed(path: tuple, value):
         """The type at a place of the signature; its attribute and its constant go on the lists."""
@@ -52,6 +60,8 @@ def compile_case(
         kind, _, divides = value.partition(":")
         if divides or kind in POINTERS:
             attributes[path] = [["tt.divisibility", 16]]
+            if divides != "16":
+                always[path] = attributes[path]
         return POINTERS.get(kind, kind)
 
     for i, argument in enumerate(kernel.arg_names):
@@ -61,5 +71,8 @@ def compile_case(
             types[argument], constants[i,] = "constexpr", given[argument]
         else:
             types[argument] = typed((i,), type_of(argument) + ":16" * (argument in aligned))
+    odd = {(kernel.arg_names.index(argument),): value for argument, value in (odd or {}).items()}
     name += "" if architectures == ALL else f"-sm{architectures[0]}"
-    return CompileCase(name, kernel, types, attributes, constants, warps, stages, tensor_cores, architectures)
+    return CompileCase(
+        name, kernel, types, attributes, always, constants, odd, warps, stages, tensor_cores, architectures
+    )

@@ -11,14 +11,23 @@ import triton.language as tl
 from ...testing.compiling import ALL, CompileCase, compile_case
 from . import small_kernels, tile_kernels
 from .maps import KINDS, Map
-from .small import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
+from .small import (
+    BACKWARD_FLOAT,
+    BACKWARD_HALF,
+    FUSED_ODD,
+    FUSED_ROWS,
+    FUSED_SUMS,
+    SPLIT_CONFIGS,
+    SPLIT_SUMS,
+    SUMS_BLOCK,
+)
 from .small_gradient import weighted_rows
 from .small_kernels import finish, row_sums, split_gram
 from .tile_kernels import gradient_rows, tile_sums, weight_panel
 from .tiles import FLASH, PANEL, SUMS
 
 DTYPES = ("float32", "float16", "bfloat16")
-ALIGNED = ("n", "p", "q", "x_g", "x_n", "y_g", "y_n", "per_x", "per_y")
+ALIGNED = ("n", "p", "q", "x_g", "x_n", "y_g", "y_n")
 EXACT = {"stats_ptr": "float64", "unit_ptr": "float64", "keep_ptr": "uint8", "ref_ptr": "int64"}
 # what training uses: unbiased CKA without a mask, gradient to one side and none to sigma
 NO_MASK = {"keep_ptr": None}
@@ -29,7 +38,7 @@ LARGE = tile_kernels.Asked(*map(tl.constexpr, (True, True, False, False, False))
 def _case(name, kernel, dtype, *launch, **given) -> CompileCase:
     def type_of(argument):
         if not argument.endswith("_ptr"):
-            return "i32"
+            return "i32:rounded" if argument in ("per_x", "per_y") else "i32"
         return EXACT.get(argument, dtype if argument in ("x_ptr", "y_ptr", "dx_ptr", "panel_ptr") else "float32")
 
     return compile_case(f"{name}-{dtype}", kernel, type_of, ALIGNED, *launch, **given)
@@ -50,7 +59,7 @@ def _small_side(kind: str) -> small_kernels.Side:
 def _tile_side(kind: str, dtype: str) -> tile_kernels.Side:
     alpha = "float32" if kind == "polynomial" else None
     typical = "float32" if kind in ("rbf", "laplacian") else None
-    return tile_kernels.Side(dtype, "i32:16", _map(kind, number=False), "float32", "float32", alpha, typical)
+    return tile_kernels.Side(dtype, "i32:rounded", _map(kind, number=False), "float32", "float32", alpha, typical)
 
 
 def compile_cases():
@@ -76,7 +85,7 @@ def compile_cases():
             given["unit_ptr"] = None
         for block, fused in ((SUMS_BLOCK, False), (64, True), (FUSED_ROWS, True)):
             step, warps = FUSED_SUMS if fused else SPLIT_SUMS
-            stats = {"stats_ptr": None} if fused else {}
+            stats = {"stats_ptr": None, "odd": {"BN": FUSED_ODD[0]}} if fused else {}
             yield _case(
                 f"row_sums-{kind}-{block}", row_sums, "float32", warps, 3, x=side, y=side, BM=block, BN=step, **given,
                 **stats,

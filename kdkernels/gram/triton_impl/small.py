@@ -34,6 +34,7 @@ LARGE_SHARED = 101376  # bytes a block may use on sm_86 and sm_89; the 128 x 128
 FUSED_ROWS = 128  # up to here one program holds all rows of a group
 # row_sums in float64: (columns a step, warps)
 FUSED_SUMS, SPLIT_SUMS = (32, 8), (32, 4)
+FUSED_ODD = (16, 8)  # where n does not divide by 16, as more columns spill 800 bytes a thread
 SUMS_BLOCK = 16  # rows of a program above FUSED_ROWS
 BACKWARD_HALF = (64, 32, 64, 4, 3)  # BM, BN, BP, warps, stages
 BACKWARD_FLOAT = (32, 32, 64, 4, 2)
@@ -105,7 +106,7 @@ def forward(call: Call):
     fused, asked = n <= FUSED_ROWS, _asked(problem)
     stats = None if fused else new(G, STAT_ROWS.value, n, dtype=torch.float64)
     block = max(16, triton.next_power_of_2(n)) if fused else SUMS_BLOCK
-    step, warps = FUSED_SUMS if fused else SPLIT_SUMS
+    step, warps = SPLIT_SUMS if not fused else FUSED_SUMS if n % 16 == 0 else FUSED_ODD
     row_sums[(triton.cdiv(n, block) * G,)](
         a.side, b.side, part, square, keep, kept, stats, value, saved, unit, n, G, splits, asked,
         BM=block, BN=step, num_warps=warps,

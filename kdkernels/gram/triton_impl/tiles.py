@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch.nn import functional
 
 from .. import torch_impl
 from ..call import Call
@@ -20,6 +21,9 @@ from .tile_kernels import Asked, Side, gradient_rows, tile_sums, weight_panel
 
 BAND_BYTES = 64 << 20  # workspace of one launch of tile_sums, and of one panel of V
 FLASH_WIDTH = 256  # widest feature whose gradient tile stays in registers
+# rows of the kernels' copy are as wide as a multiple of this: loads of them are wide, and can be asynchronous. without
+# it the kernels of half inputs spill 800 to 1,300 bytes a thread
+WIDTH = 16
 
 
 class TileConfig(NamedTuple):
@@ -72,7 +76,7 @@ def _operands(pairs: Pairs, x, y, mask) -> Operands:
 def _side(side: Tiled, dtype, half: bool) -> Side:
     """Prepared rows have norm about 1: float16 then holds them with 11 bits, whatever the half dtype of the input.
 
-    Those of "mse" are the caller's own, of any size: their own dtype holds them exactly.
+    Those of "mse" are the caller's own, of any size: their own dtype holds them exactly. Zeros fill up their width.
     """
     dense = lambda t: None if t is None else t.contiguous()  # noqa: E731
     z, square = side.P.z, side.P.square
@@ -81,7 +85,8 @@ def _side(side: Tiled, dtype, half: bool) -> Side:
         square = z.float().square().sum(-1) if side.spec.of_distance else square
     kernel = map_of(side.spec, dense(side.P.par))
     vectors = (dense(t) for t in (square, side.u, side.P.alpha, side.P.typical))
-    return Side(z.contiguous(), z.shape[2], kernel, *vectors)
+    z = z.contiguous() if z.shape[2] % WIDTH == 0 else functional.pad(z, (0, -z.shape[2] % WIDTH))
+    return Side(z, z.shape[2], kernel, *vectors)
 
 
 def _with_means(side: Tiled, weight) -> Tiled:
@@ -197,6 +202,7 @@ def _gradient(operands: Operands, weights, want_sigma: bool, how: str) -> Gradie
     scaled, scale = _scaled(weights, side, operands.pairs.y, operands.pairs.problem.stat)
     launch = _flash if side.P.z.shape[2] <= FLASH_WIDTH else _panels
     dz, sums, norms, dsigma = launch(operands, scaled, want_sigma, how)
+    dz = dz[..., : side.P.z.shape[2]]
     if operands.pairs.problem.row_normalize and not side.spec.of_distance:
         dz, sums = panels.row_norm_diagonal(side, weights, norms, dz, sums)
     over = scale[:, None]

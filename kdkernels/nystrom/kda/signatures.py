@@ -32,7 +32,8 @@ def compile_cases():
         tile = GRADIENT[0 if half else 1]
         yield compile_case(
             f"similarity_gradient-{dtype}", similarity_gradient, type_of, ALIGNED, tile.warps, tile.stages,
-            BM=tile.rows, BN=tile.landmarks, BD=tile.depth, BW=tile.width, PRECISION=precision(half),
+            odd={"BD": tile.depth // 2}, BM=tile.rows, BN=tile.landmarks, BD=tile.depth, BW=tile.width,
+            PRECISION=precision(half),
         )  # fmt: skip
         yield compile_case(f"class_sums-{dtype}", class_sums, type_of, ALIGNED, 4, 3, BR=ROWS, BC=COLUMNS)
     yield compile_case("similarity_finish", similarity_finish, type_of, (), 4, 3, BLOCK=FINISH_BLOCK)
