@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Knowledge-distillation losses as differentiable PyTorch ops with fused kernels, and loss modules on them."""
 
-from . import distributed, losses
+from . import distributed, losses, teachers
 from .analysis import CKAMetric, Comparison, cka_matrix, compare_models
 from .backend import available_backends, explain
 from .checks import debug_checks
@@ -77,5 +77,6 @@ __all__ = [
     "soft_sort",
     "spearman",
     "spearman_corr",
+    "teachers",
     "transfer_quality",
 ]

@@ -31,6 +31,7 @@ ARROWS = {
     "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},
     "compat": {*FOUNDATIONS, *FAMILIES, "losses"},
     "distributed": {*FOUNDATIONS},
+    "teachers": {*FOUNDATIONS, "logits"},
     "analysis": {*FOUNDATIONS, "distributed", "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram", "distributed"},
@@ -216,7 +217,7 @@ def test_nothing_committed_speaks_of_the_machine_it_was_written_on():
 
 def public():
     yield from ((f"kd.{name}", getattr(kd, name)) for name in kd.__all__)
-    for part in ("losses", "distributed"):
+    for part in ("losses", "distributed", "teachers"):
         module = getattr(kd, part)
         yield from ((f"kd.{part}.{name}", getattr(module, name)) for name in module.__all__)
 

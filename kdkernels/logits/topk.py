@@ -32,7 +32,8 @@ class TopKLogits:
         tau: temperature of log-probabilities (how they were normalised). With "bucket" and "ignore" it must be the
             loss's, for the other classes at another one are not known; "renormalize" takes any.
 
-    Accepted by `kd.losses.KDLoss` as the teacher. A logit or a value of -inf is a class with probability 0.
+    Accepted by `kd.losses.KDLoss` as the teacher. `teacher[rows]` and `teacher.to(device)` are other such teachers, and
+    `kd.teachers` stores them. A logit or a value of -inf is a class with probability 0.
     Probabilities that add up to more than 1 by their rounding are divided by their sum.
 
     Raises:
@@ -66,6 +67,17 @@ class TopKLogits:
     @property
     def rows(self) -> tuple[int, ...]:
         return tuple(self.values.shape[:-1])
+
+    def __getitem__(self, rows) -> TopKLogits:
+        """Those rows, as by the same index into logits [..., C] along the leading dimensions."""
+        return self._of(self.values[rows], self.indices[rows])
+
+    def to(self, device) -> TopKLogits:
+        """The same on another device."""
+        return self._of(self.values.to(device), self.indices.to(device))
+
+    def _of(self, values, indices) -> TopKLogits:
+        return TopKLogits(values, indices, kind=self.kind, tail=self.tail, vocab=self.vocab, tau=self.tau)
 
     def __repr__(self) -> str:
         k, kind, tail = self.values.shape[-1], self.kind, self.tail
