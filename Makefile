@@ -15,8 +15,8 @@ STAGE ?= all
 # workers: on two cores two workers with one thread each beat one worker with two threads, the tests being small
 JOBS ?= 2
 ENV = python="$$(sh tools/env.sh $@)"
-# without xdist the suite runs in one process. worksteal: the tests of a file run on one worker, none waits for what another
-# builds for them, or makes it again
+# without xdist the suite runs in one process. worksteal: the tests of a file stay on one worker, so that the other does
+# not wait for what is built for them, or make it again
 PYTEST = $(ENV) && jobs="$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal" || true)" \
   && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} "$$python" -m pytest $$jobs
 
