@@ -33,7 +33,7 @@ EVERY = ["forward", "reverse", "jsd", "skew", "skew_reverse", "tvd"]
 
 
 @pytest.mark.parametrize("divergence", EVERY)
-@pytest.mark.parametrize("tau, beta, skew", [(1.0, 0.5, 0.1), (4.0, 0.2, 0.7)])
+@pytest.mark.parametrize("tau, beta, skew", [(1.0, 0.5, 0.1), (2.5, 0.2, 0.7)])
 def test_it_is_tau_squared_times_the_divergence_averaged_over_rows(tau, beta, skew, divergence):
     student, teacher = logits(9, 7)
     rows = by_the_book(student, teacher, tau, divergence, beta, skew)

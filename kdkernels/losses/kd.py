@@ -119,7 +119,7 @@ class KDLoss(Loss):
         heads = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
         if pair and rows.plain and taus is None and not heads:
             checks.flags(return_parts=return_parts)
-            weight = self.weight if self.scale_tau else self.weight * scale
+            weight = self.weight if self.scale_tau else self.weight.double() * scale
             value = divergence(*pair, tau, self.reduction, self.backend, weight)
             return (value, {"kd": value}) if return_parts else value
         value = self._of_pair(student, teacher, rows, (tau, taus), scale, chunk)
