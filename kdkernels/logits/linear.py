@@ -29,7 +29,8 @@ class LinearLogits:
         vocab: how many classes there are: the first of weight and bias. For heads that are padded to different sizes;
             the rest gets gradient 0.
 
-    Accepted by `kd.losses.KDLoss`, as student, teacher or both; the other side may be a tensor of logits [..., V].
+    Accepted by `kd.losses.KDLoss`, `DKDLoss`, `STKDLoss`, and the row terms of `CMKDLoss` and `DISTLoss`, as student,
+    teacher or both; the other side may be a tensor of logits [..., V].
     Gradients go to hidden, weight and bias of the student. `shape` is that of the logits; `logits()` makes them.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 
 from ..autograd import at_least_float32
 
-CPU_BYTES, GPU_BYTES = 1 << 26, 1 << 30  # of a chunk's logits and slopes
+CPU_BYTES, GPU_BYTES = 3 << 24, 1 << 30  # of a chunk's logits and slopes
 LEAST = 128  # rows: a product of 32 costs 1.6 times as much a row
 BLOCK = 1 << 20  # entries of a half head that are float32 at a time: they stay in cache
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from .. import backend as backends
 from ..autograd import (
     NoSecondDerivative,
     applied,
@@ -21,26 +20,24 @@ from ..autograd import (
     without_autocast,
 )
 from ..differentiable import operator
-from .call import Measure
 from .linear_driver import BIAS, HIDDEN, WEIGHT, Side, held, values_and_gradients
+from .linear_kinds import Asked, kind_of
 
-TENSORS = "hidden weight? bias? teacher teacher_weight? teacher_bias? taus? weights?"
+# three numbers, or vectors, a row that a kind reads, and its weights
+TENSORS = "hidden weight? bias? teacher teacher_weight? teacher_bias? first? second? third? weights?"
 COUNT = len(TENSORS.split())
 
 
-def _forward(hidden, weight, bias, teacher, teacher_weight, teacher_bias, taus, weights, *how):
-    scale, softcap, teacher_scale, teacher_softcap, classes, rows, tau, b, u, v, factor, mean, backend, need = how
-    run, of = backends.implementation(__package__, backend).divergence, Measure(tau, b, u, v)
-    factor = factor / len(hidden) if mean else factor
+def _forward(*a):
+    scales, (classes, rows, kind, numbers, factor, mean, backend, need) = a[COUNT : COUNT + 4], a[COUNT + 4 :]
+    student, teacher = Side(*a[:3], *scales[:2]), Side(*a[3:6], *scales[2:])
+    run, factor = kind_of(kind), factor / len(student.rows) if mean else factor
 
-    def loss(z, y, taus, weights, need):
-        weights = weights if weights is None else weights * factor
-        value, _, slopes = run(z, y, (taus, weights), of, factor, False, need > 0)
-        return value, slopes
+    def loss(z, y, *own):
+        *own, weights, need = own
+        return run(z, y, own, factor if weights is None else weights * factor, numbers, backend, need > 0)
 
-    student = Side(hidden, weight, bias, scale, softcap)
-    teacher = Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    values, *found = values_and_gradients(student, teacher, classes, (taus, weights), loss, rows, need)
+    values, *found = values_and_gradients(student, teacher, classes, a[6:COUNT], loss, rows, need)
     return values.sum(), *found
 
 
@@ -63,8 +60,8 @@ def _fake(hidden, weight, bias, teacher, teacher_weight, teacher_bias, *rest):
 _linear = operator(
     "linear",
     TENSORS,
-    "float scale, float softcap, float teacher_scale, float teacher_softcap, SymInt classes, int rows, float tau, "
-    "float b, float u, float v, float factor, bool mean, str backend",
+    "float scale, float softcap, float teacher_scale, float teacher_softcap, SymInt classes, int rows, str kind, "
+    "float[] numbers, float factor, bool mean, str backend",
     "d_hidden d_weight d_bias",
     read="hidden weight? bias?",
     wanted="hidden weight bias",
@@ -121,10 +118,11 @@ def _handed_over(grad, found, *learning):
 _once = applied(_Once)
 
 
-def divergence(student: Side, teacher: Side, classes: int, per_row, how: Measure, factor, reduction, rows, backend):
-    """factor tau^2 times the divergences of all rows, added up or their mean; per_row: taus, weights: [R] or None."""
+def rows_of_heads(student: Side, teacher: Side, classes: int, per_row, asked: Asked):
+    """The sum, or the mean, of the values of all rows; per_row: three tensors and weights, [R, ...] or None."""
     tensors = (*student[:3], *teacher[:3], *per_row)
-    numbers = (*student[3:], *teacher[3:], classes, rows, *how, factor, reduction == "mean", backend)
+    how = asked.kind, list(map(float, asked.numbers)), asked.factor, asked.reduction == "mean", asked.backend
+    numbers = (*student[3:], *teacher[3:], classes, asked.chunk or 0, *how)
     if not plain(*tensors):
         return _linear.value(*tensors, *numbers)
     need = 0

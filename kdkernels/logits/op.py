@@ -27,6 +27,7 @@ from .checks import (
     check_taus,
 )
 from .linear import LinearLogits, side_of
+from .linear_kinds import Asked, kind  # noqa: F401
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
 from .topk import check_count, ignoring, outcomes  # noqa: F401  for the losses, as is DIVERGENCES
 from .torch_impl import kl  # noqa: F401
@@ -180,13 +181,19 @@ def any_divergence(
     device, dtypes = student.device.type if heads else device_type(student), (student.dtype, teacher.dtype)
     chosen = backends.resolve("generalized_jsd", backend, device, dtypes)
     if heads and chosen != "reference":
-        sides = side_of(student), side_of(teacher), student.shape[-1]
-        return linear_operator.divergence(*sides, (taus, weights), how, factor, reduction, chunk or 0, chosen)
+        asked = Asked("divergence", how, chosen, reduction, factor, chunk)
+        return rows_of_heads(student, teacher, (taus,), weights, asked)
     if heads:
         student, teacher = (s.logits() if isinstance(s, LinearLogits) else s for s in (student, teacher))
     if chosen != "reference":
         return divergences.divergence(student, teacher, taus, weights, *how, factor, reduction, chosen)
     return in_pytorch(_reference_divergence, (student, teacher, taus, weights), how, factor, reduction)
+
+
+def rows_of_heads(student, teacher, of_rows, weights, asked: Asked):
+    """The value of rows of LinearLogits, or logits; of_rows: three tensors at most, [R, ...] or None."""
+    per_row = (*of_rows, *[None] * (3 - len(of_rows)), weights)
+    return linear_operator.rows_of_heads(side_of(student), side_of(teacher), student.shape[-1], per_row, asked)
 
 
 def mixed_distillation(

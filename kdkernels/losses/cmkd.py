@@ -9,13 +9,14 @@ import torch
 
 from .. import checks
 from ..autograd import at_least_float32
+from ..logits.op import Asked, kind
 from ..rank.checks import widened
 from ..rank.op import spearman
 from ..rank.scores import score
 from .base import Loss, full_precision, zero_where_masked
 from .dist import centred
 from .means import number_of_rows
-from .rows import only_rows, options_of, rows_of, sides
+from .rows import of_heads, only_rows, options_of, over_heads, row_terms_alone, rows_of, sides, stored
 from .weights import term_weight
 
 REGULARIZATIONS = ("l2", "kl")
@@ -48,15 +49,16 @@ class CMKDLoss(Loss):
             travel, no logits. normalizer is then of all ranks too.
         backend: as in `kd.spearman`.
 
-    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab,
+    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab, chunk,
     return_parts)`, as in `KDLoss`, but that the class term takes no token_weights: logits [..., C], each leading index
-    a row, C >= 2; float16 to float64, each side its own dtype, computed in at least float32; masked rows take no part.
-    normalizer replaces the number of rows, of the row terms alone: the class term is one statistic of the batch, 0
-    where fewer than two rows count. A logit of -inf, or finfo.min of its dtype, on either side takes the class out of
-    that row (in the class term it stands at the row's mean). A constant row correlates 0: it adds w_P + w_S, with zero
-    gradient. NaN or +inf in a row that counts gives NaN. A batch without rows gives 0 with zero gradient and warns
-    once; so does one row for the class term alone, which is 0; all masked gives 0. Gradient to the student only,
-    through its z-score too: it does not change the logits' mean or scale.
+    a row, C >= 2, or, without class term, function as spearman_share and group, `kd.LinearLogits`; float16 to float64,
+    each side its own dtype, computed in at least float32; masked rows take no part. normalizer replaces the number of
+    rows, of the row terms alone: the class term is one statistic of the batch, 0 where fewer than two rows count. A
+    logit of -inf, or finfo.min of its dtype, on either side takes the class out of that row (in the class term it
+    stands at the row's mean). A constant row correlates 0: it adds w_P + w_S, with zero gradient. NaN or +inf in a row
+    that counts gives NaN. A batch without rows gives 0 with zero gradient and warns once; so does one row for the class
+    term alone, which is 0; all masked gives 0. Gradient to the student only, through its z-score too: it does not
+    change the logits' mean or scale.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.CMKDLoss()
@@ -65,6 +67,7 @@ class CMKDLoss(Loss):
     True
     """
 
+    takes_heads = True
     shown = ("weight_tau", "spearman_share", *TERMS.values(), "regularization", "strength", "hard_target", "reduction")
 
     def __init__(
@@ -110,8 +113,14 @@ class CMKDLoss(Loss):
         token_weights=None,
         normalizer=None,
         vocab: int | None = None,
+        chunk: int | None = None,
         return_parts: bool = False,
     ):
+        if of_heads(student_logits, teacher_logits):
+            how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
+            return self._of_heads(
+                student_logits, teacher_logits, vocab, chunk, return_parts, mask=mask, labels=labels, **how
+            )
         rows = None
 
         def prepare():
@@ -136,22 +145,61 @@ class CMKDLoss(Loss):
             self._too_small(n, 2, "rows for its class term")
         with full_precision(student):
             dtype = at_least_float32(student, teacher)
-            x, y = (widened(zero_where_masked(side, counted), dtype) for side in (student, teacher))
-            by_entropy = self.spearman_share == "entropy"
-            z_x, z_y, share, pearson = score(x, y, self.weight_tau if by_entropy else 0.0, self.backend)
-            if not by_entropy:
-                share = self._share(y)
-            parts = {}
-            if "pearson" in terms:
-                parts["pearson"] = rows.mean((1 - share) * (1 - pearson), group)
-            if "spearman" in terms:
-                # the -inf of z_y takes the pair out of both sides
-                parts["spearman"] = rows.mean(share * (1 - self._spearman(z_x, z_y)), group)
+            pair = (zero_where_masked(side, counted) for side in (student, teacher))
+            z_x, z_y, values = self._row_terms(*pair, terms)
+            parts = {name: rows.mean(value, group) for name, value in values.items()}
             if "classes" in terms:
                 z_y = z_y.masked_fill(z_y == -math.inf, 0)
                 parts["classes"] = classes_apart(z_x.flatten(0, -2), z_y.flatten(0, -2), counted, group)
             weighted = {name: value * getattr(self, TERMS[name]).to(dtype) for name, value in parts.items()}
             return self._total(weighted, return_parts)
+
+    def _of_heads(self, student, teacher, vocab, chunk, return_parts, **marks):
+        """The row terms alone; one pass over the heads, parts that are asked for take one each."""
+        row_terms_alone(self, "class_weight=0", self.class_weight is None)
+        if callable(self.spearman_share):
+            raise ValueError(
+                "spearman_share is a function of logits, which kd.LinearLogits never stores: give a number"
+            )
+        student, teacher = sides(self, student, teacher, vocab)
+        rows, R = rows_of(student, self.reduction, **marks), math.prod(student.shape[:-1])
+        terms = [name for name in ("pearson", "spearman") if getattr(self, TERMS[name]) is not None]
+        if self._too_small(R, 1):
+            return self._nothing(terms, getattr(student, "tensors", student), return_parts)
+        pair = student, teacher.detach()
+        if self.backend == "reference":
+            x, y = stored(*(rows.hidden(side, self.backend) for side in pair))
+            how = {"mask": rows.mask, "token_weights": rows.weights, "normalizer": rows.normalizer}
+            return self(x, y, **how, return_parts=return_parts)
+        parts = {}
+        for some in [[name] for name in terms] if return_parts else [terms]:
+            weights = [
+                getattr(self, TERMS[name]).expand(R) if name in some else None for name in ("pearson", "spearman")
+            ]
+            asked = Asked(f"correlations {self.regularization}", self._numbers(), self.backend, chunk=chunk)
+            parts[some[0]] = over_heads(pair, rows, asked, *weights)
+        return self._total(parts, return_parts)
+
+    def _numbers(self) -> tuple:
+        share = -1.0 if self.spearman_share == "entropy" else self.spearman_share
+        relative = isinstance(self.strength, tuple)
+        strength = 0.0 if self.strength == "auto" else self.strength[1] if relative else self.strength
+        return self.weight_tau, share, strength, relative, self.hard_target
+
+    def _row_terms(self, student, teacher, terms):
+        """Both sides' scores, and the terms of each row."""
+        dtype = at_least_float32(student, teacher)
+        x, y = (widened(side, dtype) for side in (student, teacher))
+        by_entropy, values = self.spearman_share == "entropy", {}
+        z_x, z_y, share, pearson = score(x, y, self.weight_tau if by_entropy else 0.0, self.backend)
+        if not by_entropy:
+            share = self._share(y)
+        if "pearson" in terms:
+            values["pearson"] = (1 - share) * (1 - pearson)
+        if "spearman" in terms:
+            # the -inf of z_y takes the pair out of both sides
+            values["spearman"] = share * (1 - self._spearman(z_x, z_y))
+        return z_x, z_y, values
 
     def _spearman(self, x, y):
         how = {"regularization": self.regularization, "regularization_strength": self.strength}
@@ -166,6 +214,23 @@ class CMKDLoss(Loss):
             what = tuple(share.shape) if isinstance(share, torch.Tensor) else type(share).__name__
             raise ValueError(f"spearman_share gave {what}: it must give one number a row, {teacher.shape[:-1]}")
         return share.to(teacher.dtype)
+
+
+def _kind(regularization: str):
+    @kind(f"correlations {regularization}")
+    def rows(z, y, pearson_weight, spearman_weight, _, numbers, backend):
+        weight_tau, share, strength, relative, hard = numbers
+        strength = ("auto", strength) if relative else strength or "auto"
+        how = {"weight_tau": weight_tau, "spearman_share": "entropy" if share < 0 else share, "backend": backend}
+        loss = CMKDLoss(regularization=regularization, strength=strength, hard_target=bool(hard), **how)
+        weights = {"pearson": pearson_weight, "spearman": spearman_weight}
+        weights = {name: weight for name, weight in weights.items() if weight is not None}
+        _, _, terms = loss._row_terms(z, y, list(weights))
+        return sum(terms[name] * weight.to(terms[name].dtype) for name, weight in weights.items())
+
+
+for _regularization in REGULARIZATIONS:
+    _kind(_regularization)
 
 
 def check_share(share):

@@ -10,9 +10,10 @@ import torch
 from .. import checks
 from ..autograd import at_least_float32
 from ..logits.checks import check_tau
+from ..logits.op import Asked, kind
 from .base import Loss, full_precision, zero_where_masked
 from .means import number_of_rows
-from .rows import only_rows, options_of, rows_of, sides
+from .rows import of_heads, only_rows, options_of, over_heads, row_terms_alone, rows_of, sides
 
 EPS = 1e-8  # beside the product of the norms, as in the reference implementation
 
@@ -34,12 +35,13 @@ class DISTLoss(Loss):
         group: "world" or a process group: the loss of the rows of all its ranks, see `kdkernels.distributed`; sums of
             columns travel, no logits. normalizer is then of all ranks too.
 
-    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab,
-    return_parts)`, as in `KDLoss`: logits [..., C], each leading index a row; masked rows enter no mean. normalizer
-    replaces the number of rows in the row term; token_weights, which weigh that term, need gamma=0. The column term
-    needs 2 rows: it is 0 in a batch of one, which warns once, and where a mask leaves fewer. A batch without rows gives
-    0 with zero gradient. A row or column of equal probabilities correlates 0 and has no gradient through its norm. NaN
-    in a row that counts gives NaN. Gradient to the student only. parts: "rows", "columns".
+    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab, chunk,
+    return_parts)`, as in `KDLoss`: logits [..., C], each leading index a row, or, with gamma=0 and without group,
+    `kd.LinearLogits`; masked rows enter no mean. normalizer replaces the number of rows in the row term; token_weights,
+    which weigh that term, need gamma=0. The column term needs 2 rows: it is 0 in a batch of one, which warns once, and
+    where a mask leaves fewer. A batch without rows gives 0 with zero gradient. A row or column of equal probabilities
+    correlates 0 and has no gradient through its norm. NaN in a row that counts gives NaN. Gradient to the student only.
+    parts: "rows", "columns".
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.DISTLoss(beta=2.0, gamma=2.0, tau=4.0)
@@ -48,6 +50,7 @@ class DISTLoss(Loss):
     True
     """
 
+    takes_heads = True
     shown = ("beta", "gamma", "tau", "reduction")
 
     def __init__(
@@ -81,8 +84,14 @@ class DISTLoss(Loss):
         token_weights=None,
         normalizer=None,
         vocab: int | None = None,
+        chunk: int | None = None,
         return_parts: bool = False,
     ):
+        if of_heads(student_logits, teacher_logits):
+            how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
+            return self._of_heads(
+                student_logits, teacher_logits, vocab, chunk, return_parts, mask=mask, labels=labels, **how
+            )
         rows = None
 
         def prepare():
@@ -107,13 +116,33 @@ class DISTLoss(Loss):
             s, t = ((zero_where_masked(side, counted).to(dtype) / self.tau).softmax(-1) for side in (x, y))
             parts = {}
             if self.beta:
-                apart = 1 - cosine(*(side - side.mean(1, keepdim=True) for side in (s, t)), 1)
-                parts["rows"] = self.beta * self.tau**2 * rows.mean(apart, group)
+                parts["rows"] = self.beta * self.tau**2 * rows.mean(rows_apart(s, t), group)
             if self.gamma:
                 n = number_of_rows(s, counted, group)
                 apart = 1 - cosine(*(centred(side, counted, n, group)[0] for side in (s, t)), 0, group).mean()
                 parts["columns"] = self.gamma * self.tau**2 * torch.where(n > 1, apart, 0)
             return self._total(parts, return_parts)
+
+    def _of_heads(self, student, teacher, vocab, chunk, return_parts, **marks):
+        """The row term alone: sums of columns are one statistic of all rows."""
+        row_terms_alone(self, "gamma=0", not self.gamma)
+        student, teacher = sides(self, student, teacher, vocab)
+        rows = rows_of(student, self.reduction, **marks)
+        if self._too_small(math.prod(student.shape[:-1]), 1):
+            return self._nothing(["rows"], getattr(student, "tensors", student), return_parts)
+        asked = Asked("dist", (self.tau,), "auto", chunk=chunk)
+        value = over_heads((student, teacher.detach()), rows, asked)
+        return self._total({"rows": self.beta * value}, return_parts)
+
+
+def rows_apart(s, t):
+    return 1 - cosine(*(side - side.mean(1, keepdim=True) for side in (s, t)), 1)
+
+
+@kind("dist")
+def _rows(z, y, first, second, third, numbers, backend):
+    dtype, (tau,) = at_least_float32(z, y), numbers
+    return tau**2 * rows_apart(*((side.to(dtype) / tau).softmax(-1) for side in (z, y)))
 
 
 def centred(x, mask, n, group=None):

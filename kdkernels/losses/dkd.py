@@ -11,9 +11,9 @@ from torch.nn.functional import softplus
 from .. import checks
 from ..autograd import at_least_float32
 from ..logits.checks import check_taus
-from ..logits.op import distillation_kl, kl
-from .base import Loss, constant, full_precision, zero_where_masked
-from .rows import NAMES, hold_tau, rows_of, sides
+from ..logits.op import Asked, distillation_kl, kind, kl
+from .base import Loss, constant, full_precision
+from .rows import NAMES, hold_tau, of_heads, over_heads, rows_of, sides, stored
 
 
 class DKDLoss(Loss):
@@ -33,11 +33,11 @@ class DKDLoss(Loss):
         weight: factor of the whole loss, a buffer. reduction: "mean" over the rows that count, or "sum".
         backend: as in `kd.distillation_kl`.
 
-    Call: `(student_logits, teacher_logits, labels, *, mask, ignore_index=-100, token_weights, normalizer, vocab,
-    return_parts)`: logits [..., C] with C >= 2, labels int [...], below vocab; rows whose label is ignore_index do not
-    count. Masks, weights, vocabularies, dtypes, the empty batch and NaN as in `KDLoss`. A row in which a side leaves no
-    class but the label open (-inf) gives NaN. A label out of range raises for CPU tensors. Gradient to the student
-    only. parts: "tckd", "nckd". Buffers: weight, warm.
+    Call: `(student_logits, teacher_logits, labels, *, mask, ignore_index=-100, token_weights, normalizer, vocab, chunk,
+    return_parts)`: logits [..., C] with C >= 2, or `kd.LinearLogits`, labels int [...], below vocab; rows whose label
+    is ignore_index do not count. Masks, weights, vocabularies, chunk, dtypes, the empty batch and NaN as in `KDLoss`. A
+    row in which a side leaves no class but the label open (-inf) gives NaN. A label out of range raises for CPU
+    tensors. Gradient to the student only. parts: "tckd", "nckd". Buffers: weight, warm.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> labels = torch.randint(10, (8,))
@@ -46,6 +46,7 @@ class DKDLoss(Loss):
     >>> loss(student, teacher, labels).backward()
     """
 
+    takes_heads = True
     shown = ("alpha", "beta", "tau", "warmup", "reduction")
 
     def __init__(
@@ -87,38 +88,69 @@ class DKDLoss(Loss):
         token_weights=None,
         normalizer=None,
         vocab: int | None = None,
+        chunk: int | None = None,
         return_parts: bool = False,
     ):
         student, teacher = sides(self, student_logits, teacher_logits, vocab)
-        if student.dim() < 2 or student.shape[-1] < 2:
+        if len(student.shape) < 2 or student.shape[-1] < 2:
             raise ValueError(f"student_logits has shape {tuple(student.shape)}: give [..., C] with C >= 2 classes")
         how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
         rows = rows_of(student, self.reduction, mask=mask, labels=labels, **how)
         names = [name for name, factor in (("tckd", self.alpha), ("nckd", self.beta)) if factor]
         if self._too_small(math.prod(student.shape[:-1]), 1):
-            return self._nothing(names, student_logits, return_parts)
+            return self._nothing(names, getattr(student_logits, "tensors", student_logits), return_parts)
         C = student.shape[-1]
         tau, taus = check_taus(self.tau, student, NAMES[0])
         tau = tau if taus is None else taus.reshape(student.shape[:-1])
-        label = torch.where(labels == ignore_index, 0, labels).long()[..., None]
+        label = torch.where(labels == ignore_index, 0, labels).long()
         if (
             label.device.type == "cpu"
             and not torch.compiler.is_compiling()
             and bool(((label < 0) | (label >= C)).any())
         ):
             raise ValueError(f"labels holds a value outside 0 to {C - 1}, which are the classes")
-        with full_precision(student):
-            dtype = at_least_float32(student, teacher)
-            pair = [zero_where_masked(side, rows.mask).to(dtype) for side in (student, constant(teacher))]
-            others = [side.scatter(-1, label, -math.inf) for side in pair]
-            values = {}
-            if self.alpha:
-                values["tckd"] = self.alpha * target_rows(pair, others, label, tau)
-            if self.beta:
-                how = {"tau": tau, "reduction": "none", "backend": self.backend}
-                values["nckd"] = self.beta * distillation_kl(*others, **how)
-            parts = {name: rows.mean(value) * self.warm.to(dtype) for name, value in values.items()}
+        teacher = teacher.detach()
+        if of_heads(student, teacher) and self.backend != "reference":
+            return self._of_heads((student, teacher), rows, (label.reshape(-1), taus), chunk, return_parts)
+        with full_precision(label):
+            x, y = stored(*(rows.hidden(side, "reference") for side in (student, teacher)))
+            values = part_rows(x, constant(y), label, tau, (self.alpha, self.beta), self.backend)
+            parts = {name: rows.mean(value) * self.warm.to(value.dtype) for name, value in values.items()}
             return self._total(parts, return_parts)
+
+    def _of_heads(self, pair, rows, of_rows, chunk, return_parts):
+        """One pass over the heads; parts that are asked for take one each."""
+        tau = 0.0 if of_rows[1] is not None else self.tau
+        factors = (
+            {"tckd": (self.alpha, 0.0), "nckd": (0.0, self.beta)} if return_parts else {"": (self.alpha, self.beta)}
+        )
+        parts = {}
+        for name, both in factors.items():
+            if any(both):
+                asked = Asked("decoupled", (*both, tau), self.backend, chunk=chunk)
+                value = over_heads(pair, rows, asked, *of_rows)
+                parts[name] = value * self.warm.to(value.dtype)
+        return self._total(parts, return_parts)
+
+
+def part_rows(student, teacher, label, tau, factors, backend):
+    """The terms of each row times their factors, those that are not 0."""
+    alpha, beta = factors
+    dtype, label = at_least_float32(student, teacher), label[..., None]
+    pair = student.to(dtype), teacher.to(dtype)
+    others = [side.scatter(-1, label, -math.inf) for side in pair]
+    values = {}
+    if alpha:
+        values["tckd"] = alpha * target_rows(pair, others, label, tau)
+    if beta:
+        values["nckd"] = beta * distillation_kl(*others, tau=tau, reduction="none", backend=backend)
+    return values
+
+
+@kind("decoupled")
+def _decoupled(z, y, label, taus, _, numbers, backend):
+    *factors, tau = numbers
+    return sum(part_rows(z, y, label, tau if taus is None else taus, factors, backend).values())
 
 
 def target_rows(sides, others, label, tau):

@@ -8,11 +8,11 @@ import math
 import torch
 
 from .. import checks
-from ..logits import LinearLogits, TopKLogits
+from ..logits import TopKLogits
 from ..logits.checks import check_inside, check_rows, check_taus
 from ..logits.op import DIVERGENCES, any_divergence, divergence, ignoring, measure_of, outcomes
 from .base import Loss, full_precision, zero_where_masked
-from .rows import NAMES, hold_tau, rows_of, sides
+from .rows import NAMES, hold_tau, of_heads, rows_of, sides
 
 
 class KDLoss(Loss):
@@ -37,20 +37,20 @@ class KDLoss(Loss):
         reduction: "mean" over the rows that count, weighed by token_weights; or "sum".
         backend: as in `kd.distillation_kl`.
 
-    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab,
-    chunk, return_parts)`. Logits [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass
+    Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab, chunk,
+    return_parts)`. Logits [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass
     `logits.movedim(1, -1)`); float16 to float64, each side its own dtype, computed in at least float32; or, of either
     side, `kd.LinearLogits`, hidden states and a head, whose logits are never stored: chunk rows of them exist at a time
-    (by default as many as take 64 MiB, on a GPU 1 GiB, and at least 128). mask: bool
-    [...], False rows do not count; labels [...] mark with ignore_index the rows that do not count. token_weights: float
-    [...], >= 0, constants (CUDA tensors are not looked at: a row of a negative one is NaN): "mean" is the sum of weight
-    times value over the sum of the weights, and a row of weight 0 does not count. normalizer replaces that divisor
-    (gradient accumulation, num_items; 0 where nothing counts gives 0). vocab: the first so many classes are all there
-    are, on both sides: vocabularies that are padded to different sizes. A batch without rows, or all masked, gives 0
-    with zero gradient. A logit of -inf is a class with probability 0: where both sides have it, the class adds nothing;
-    where only the student has it "forward", and where only the teacher has it "reverse", is inf (the latter's gradient
-    NaN); the others are finite. NaN in a row that counts gives NaN. Gradient to the student only; second derivatives
-    with backend="reference".
+    (by default as many as take 48 MiB, on a GPU 1 GiB, and at least 128). mask: bool [...], False rows do not count;
+    labels [...] mark with ignore_index the rows that do not count. token_weights: float [...], >= 0, constants (CUDA
+    tensors are not looked at: a row of a negative one is NaN): "mean" is the sum of weight times value over the sum of
+    the weights, and a row of weight 0 does not count. normalizer replaces that divisor (gradient accumulation,
+    num_items; 0 where nothing counts gives 0). vocab: the first so many classes are all there are, on both sides:
+    vocabularies that are padded to different sizes. A batch without rows, or all masked, gives 0 with zero gradient. A
+    logit of -inf is a class with probability 0: where both sides have it, the class adds nothing; where only the
+    student has it "forward", and where only the teacher has it "reverse", is inf (the latter's gradient NaN); the
+    others are finite. NaN in a row that counts gives NaN. Gradient to the student only; second derivatives with
+    backend="reference".
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.KDLoss(tau=4.0)
@@ -116,8 +116,7 @@ class KDLoss(Loss):
         scale = 1.0 if self.scale_tau else tau**-2
         # `divergence` treats its second argument as the fixed side, and differentiates in both
         pair = {"forward": (student, teacher), "reverse": (teacher, student)}.get(self.divergence)
-        heads = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
-        if pair and rows.plain and taus is None and not heads:
+        if pair and rows.plain and taus is None and not of_heads(student, teacher):
             checks.flags(return_parts=return_parts)
             weight = self.weight if self.scale_tau else self.weight.double() * scale
             value = divergence(*pair, tau, self.reduction, self.backend, weight)

@@ -13,7 +13,7 @@ from .. import checks
 from ..autograd import at_least_float32
 from ..logits import LinearLogits, TopKLogits
 from ..logits.checks import check_tau, check_tau_tensor
-from ..logits.op import check_count
+from ..logits.op import Asked, check_count, rows_of_heads
 from .base import check_pair, row_mask
 from .means import zero_where_masked
 
@@ -65,6 +65,29 @@ def beside_topk(loss, student_logits, teacher: TopKLogits, vocab):
 def tensor_of(logits):
     """The rows of a side: logits, or the hidden states of `kd.LinearLogits`."""
     return logits.hidden if isinstance(logits, LinearLogits) else logits
+
+
+def of_heads(*pair) -> bool:
+    return any(isinstance(side, LinearLogits) for side in pair)
+
+
+def stored(*pair):
+    """Both sides as logits, for the textbook."""
+    return (side.logits() if isinstance(side, LinearLogits) else side for side in pair)
+
+
+def over_heads(pair, rows, asked: Asked, *of_rows):
+    """`rows.mean` of the values of a kind straight from hidden states; of_rows: what it reads of each row, [..., k]."""
+    reduction, weights = rows.of_op(pair[0])
+    return rows_of_heads(*pair, of_rows, weights, asked._replace(reduction=reduction))
+
+
+def row_terms_alone(loss, off: str, fine: bool):
+    """kd.LinearLogits makes the rows of a chunk, on one process: what all rows share needs the logits."""
+    if not fine:
+        raise ValueError(f"kd.LinearLogits gives {type(loss).__name__} its row terms: make the loss with {off}")
+    if loss.group is not None:
+        raise ValueError("group= compares stored rows over the ranks: with kd.LinearLogits leave it out and average")
 
 
 def cut(logits, vocab):

@@ -7,10 +7,10 @@ import torch
 
 from .. import checks
 from ..logits import MixupBatch
-from ..logits.checks import check_fraction, check_labels, check_mix, check_tau
-from ..logits.op import mixed_distillation
+from ..logits.checks import check_fraction, check_labels, check_lam, check_mix, check_tau
+from ..logits.op import Asked, kind, mixed_distillation
 from .base import Loss, constant
-from .rows import NAMES, cut, rows_of, sides
+from .rows import NAMES, cut, of_heads, over_heads, rows_of, sides, stored
 
 
 class STKDLoss(Loss):
@@ -29,12 +29,12 @@ class STKDLoss(Loss):
         backend: as in `kd.mixed_distillation`.
 
     Call: `(student_logits, teacher_logits, mixup_batch, teacher_clean=None, *, mask, ignore_index=-100, token_weights,
-    normalizer, vocab, return_parts)`. Logits [B, C] of the mixed samples, float16 to float64, each side its own dtype,
-    computed in at least float32; mixup_batch from `kd.mixup` (labels, permuted_labels, lam and permutation are used).
-    mask: bool [B], False rows do not count, nor do rows one of whose labels is ignore_index. token_weights [B] weigh
-    both terms of their rows, and normalizer and vocab are as in `KDLoss`. An empty batch, or all masked, gives 0 with
-    zero gradient. NaN in a row that counts gives NaN. Gradient to the student only. parts: "hard" and "soft", two more
-    passes.
+    normalizer, vocab, chunk, return_parts)`. Logits [B, C] of the mixed samples, float16 to float64, each side its own
+    dtype, computed in at least float32, or, with k2 = 0, `kd.LinearLogits` (chunk as in `KDLoss`); mixup_batch from
+    `kd.mixup` (labels, permuted_labels, lam and permutation are used). mask: bool [B], False rows do not count, nor do
+    rows one of whose labels is ignore_index. token_weights [B] weigh both terms of their rows, and normalizer and vocab
+    are as in `KDLoss`. An empty batch, or all masked, gives 0 with zero gradient. NaN in a row that counts gives NaN.
+    Gradient to the student only. parts: "hard" and "soft", two more passes.
 
     >>> student, teacher = torch.nn.Linear(5, 10), torch.nn.Linear(5, 10)
     >>> batch = kd.mixup(torch.randn(8, 5), torch.randint(10, (8,)))
@@ -42,6 +42,7 @@ class STKDLoss(Loss):
     >>> loss(student(batch.x), teacher(batch.x), batch).backward()
     """
 
+    takes_heads = True
     shown = ("tau", "alpha", "mix", "reduction")
 
     def __init__(
@@ -72,26 +73,37 @@ class STKDLoss(Loss):
         token_weights=None,
         normalizer=None,
         vocab: int | None = None,
+        chunk: int | None = None,
         return_parts: bool = False,
     ):
         student, teacher = sides(self, student_logits, teacher_logits, vocab)
         if not isinstance(mixup_batch, MixupBatch):
             raise TypeError(f"mixup_batch is a {type(mixup_batch).__name__}: give what kd.mixup returns")
-        if student.dim() != 2:
+        if len(student.shape) != 2:
             raise ValueError(f"student_logits has shape {tuple(student.shape)}: give [B, C]")
         if self.mix[1] and teacher_clean is None:
             raise ValueError(f"teacher_clean is missing: mix is {self.mix}, and its second weight needs it")
-        if self._too_small(len(student), 1):
-            return self._nothing([name for name, _ in self._shares()], student_logits, return_parts)
+        if self._too_small(student.shape[0], 1):
+            named = [name for name, _ in self._shares()]
+            return self._nothing(named, getattr(student_logits, "tensors", student_logits), return_parts)
         first, second, labelled = self._labels(mixup_batch, student, ignore_index)
         how = {"labels": None, "ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
         rows = rows_of(student, self.reduction, mask=mask, **how).among(labelled)
         clean = {}
         if self.mix[1]:
             clean = {"teacher_clean": cut(constant(teacher_clean), vocab), "permutation": mixup_batch.permutation}
-        student, teacher = (rows.hidden(side, self.backend) for side in (student, constant(teacher)))
+        heads, teacher = of_heads(student, teacher) and self.backend != "reference", teacher.detach()
+        if heads and clean:
+            raise ValueError(f"mix is {self.mix}: its second weight reads clean rows, which kd.LinearLogits has not")
+        if not heads:
+            student, teacher = stored(*(rows.hidden(side, self.backend) for side in (student, teacher)))
+            teacher = constant(teacher)
 
         def value(alpha):
+            if heads:
+                asked = Asked("mixed", (self.tau, alpha, *self.mix), self.backend, chunk=chunk)
+                lam = lam_of_rows(mixup_batch.lam, student)
+                return over_heads((student, teacher), rows, asked, first, second, lam)
             values = mixed_distillation(
                 student, teacher, first, second, mixup_batch.lam, tau=self.tau, alpha=alpha, mix=self.mix,
                 reduction="none", backend=self.backend, **clean,
@@ -114,7 +126,21 @@ class STKDLoss(Loss):
         """Both labels, 0 where ignored, and the rows where neither is."""
         pair, used = [], []
         for labels, name in ((batch.labels, "labels"), (batch.permuted_labels, "permuted_labels")):
-            check_labels(labels, len(student), None, student, f"mixup_batch.{name}", NAMES[0])
+            check_labels(labels, student.shape[0], None, student, f"mixup_batch.{name}", NAMES[0])
             used.append(labels != ignore_index)
             pair.append(torch.where(used[-1], labels, 0))
         return *pair, used[0] & used[1]
+
+
+def lam_of_rows(lam, student):
+    lam = check_lam(lam, student.shape[0], student, NAMES[0])
+    if not isinstance(lam, torch.Tensor):
+        lam = torch.full((), lam, dtype=student.dtype, device=student.device)
+    return lam.expand(student.shape[0])
+
+
+@kind("mixed")
+def _mixed(z, y, labels, permuted, lam, numbers, backend):
+    tau, alpha, *mix = numbers
+    how = {"tau": tau, "alpha": alpha, "mix": tuple(mix), "reduction": "none", "backend": backend}
+    return mixed_distillation(z, y, labels, permuted, lam, **how)
