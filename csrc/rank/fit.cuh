@@ -190,7 +190,7 @@ struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
   __device__ __forceinline__ int place(typename KeyOf<Value>::Key wanted) const {
     static_assert(kPadded);
     int found = 0;
-    if constexpr (kShort) {  // by an index: of a pointer that moves, ptxas (12.0 to 13.5) joins the last two steps' loads
+    if constexpr (kShort) {  // by an index: of a pointer that moves, ptxas 12.0 to 13.5 joins the last two steps' loads
 #pragma unroll
       for (int half = 1 << kSteps >> 1; half > 0; half /= 2) {
         if (key.key[found + padded(half - 1)] < wanted) found += padded(half);
