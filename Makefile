@@ -5,7 +5,7 @@
 #   ARGS=...       passed on: make demo ARGS="--epochs 5", make test ARGS="-k cka -x"
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick fuzz machine lint resolve bench gpu clean
+.PHONY: help demo docs test test-quick fuzz machine lint resolve bench gpu clean
 
 export PYTHON KDK_BUILD
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -23,6 +23,7 @@ PYTEST = $(ENV) && jobs="$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n
 help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
 	@echo "make test         the whole test suite      make test-quick   the faster part of it"
+	@echo "make docs         the site, into $(OUT)/docs, without network; a warning is an error"
 	@echo "make fuzz         ops against formulas of the fuzzer's own, two minutes: ARGS=\"--seconds 3600\""
 	@echo "make machine      all kernels as compiled for a GPU, executed on the CPU: an hour"
 	@echo "make lint         ruff, tools/house.py      make bench        measure this machine"
@@ -38,6 +39,10 @@ test:
 
 test-quick:
 	@$(PYTEST) -m "not slow and not demo and not compile_only" $(ARGS)
+
+docs:
+	@$(ENV) && "$$python" -m sphinx --fail-on-warning --keep-going --quiet -d $(OUT)/doctrees docs $(OUT)/docs \
+	&& echo "$(OUT)/docs/index.html"
 
 # ARGS="--case SEED" repeats a failure
 fuzz:

@@ -13,10 +13,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from .plots import RANKING, plots
+
 # columns of speed in the table of each family; the first contenders are rivals, FLOORS do less than the op
 AGAINST = {"gram": ("eager", "algebra", "compiled"), "rank": ("torchsort", "eager", "reference", "sort", "cpp")}
 FLOORS = ("sort", "cpp", "torch", "cuda", "triton")
-RANKING = ("soft_rank", "soft_sort", "spearman")
 # what every row has for the heading of its run
 HEADING = {"kind", "run", "device", "gpu", "cpu", "threads", "commit", "dirty", "python", "torch", "triton"}
 
@@ -302,58 +303,3 @@ def _roofs(rows) -> str:
             rate = f"{row['rate'] / unit[0]:.4g} {unit[1]}" if unit else f"{row['ms_p50'] * 1e3:.3g} us"
             body.append([f"{row['case']} {row['dtype'] or ''}".strip(), rate])
     return _table(["ceiling", "measured in this run"], body, "Roofs")
-
-
-def plots(rows: list[dict], folder: Path) -> list[Path]:
-    """Time against n for each series of cases that differ in n alone, the roof as a line; an SVG and a PNG each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kdkernels"
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for (device, op, kernel, rest, dtype, method), series in sorted(_series(rows).items()):
-        figure, axes = plt.subplots(figsize=(6, 4))
-        for label, points in sorted(series["lines"].items()):
-            n, ms = zip(*sorted(points), strict=True)
-            ours = label.startswith("kdkernels")
-            axes.plot(n, ms, "o-" if ours else "s--", label=label, linewidth=2 if ours else 1)
-        n, ms = zip(*sorted(series["roof"].items()), strict=True)
-        axes.plot(n, ms, "k:", label="roof (measured)")
-        axes.set(xscale="log", yscale="log", xlabel="n", ylabel="ms, forward + backward")
-        sizes = ", ".join(f"{name} = {size}" for name, size in rest)
-        axes.set_title(f"{op} {kernel}, {sizes}, {dtype}, {method}\n{series['where']}", fontsize=9)
-        axes.grid(True, which="both", alpha=0.25)
-        axes.legend(fontsize=8)
-        figure.tight_layout()
-        stem = f"{device}-{op}-{kernel}-{rest[0][0]}{rest[0][1]}-{dtype}-{method}"
-        for suffix in (".svg", ".png"):
-            path = folder / (stem + suffix)
-            figure.savefig(path, dpi=120, metadata={"Date": None} if suffix == ".svg" else {})
-            written.append(path)
-        plt.close(figure)
-    return [path for path in written if path.suffix == ".svg"]
-
-
-def _series(rows) -> dict:
-    """Lines of (n, ms), the roof by n and the machine, by what else they share; three sizes or more."""
-    found = defaultdict(lambda: {"lines": defaultdict(list), "roof": {}, "where": ""})
-    for row in rows:
-        if row["kind"] != "time" or row["status"] != "ok" or row["phase"] != "step":
-            continue
-        # of the ranking cases those with one strength relative to the row are a series
-        if row["options"].get("relative") is None if row["op"] in RANKING else row["options"]:
-            continue
-        shape = row["shape"]
-        if "n" not in shape:
-            continue
-        rest = tuple((name, size) for name, size in shape.items() if name not in ("n", "groups"))
-        key = (row["device"], row["op"], row["kernel"], rest, row["dtype"], row["method"])
-        label = f"{row['contender']} ({row['backend']})" if row["backend"] else row["contender"]
-        found[key]["lines"][label].append((shape["n"], row["ms_p50"]))
-        found[key]["where"] = row["gpu"] or f"{row['cpu']}, {row['threads']} threads, {row.get('clock')} clock"
-        if row["roof_percent"]:
-            found[key]["roof"][shape["n"]] = row["ms_p50"] * row["roof_percent"] / 100
-    return {key: series for key, series in found.items() if len(series["roof"]) >= 3}

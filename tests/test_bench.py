@@ -14,7 +14,7 @@ import torch
 
 import kdkernels as kd
 from bench import __main__ as command
-from bench import accuracy, cases, contenders, data, drive, machine, measure, memory, overhead, report, roof
+from bench import accuracy, cases, contenders, data, drive, machine, measure, memory, overhead, plots, report, roof
 from bench.case import Target
 from kdkernels import testing
 from kdkernels.testing import Result
@@ -282,7 +282,9 @@ def test_plots_have_a_line_for_every_contender_and_the_roof(tmp_path):
     (svg,) = (tmp_path / "plots").glob("*.svg")
     assert svg.with_suffix(".png").stat().st_size > 1000
     figure = svg.read_text()
-    assert all(f"<!-- {label} -->" in figure for label in ("kdkernels (torch)", "eager", "algebra", "roof (measured)"))
+    labels = "kdkernels (torch)", plots.THEIRS["eager"][1], plots.THEIRS["algebra"][1], "roof (measured)"
+    assert all(f"<!-- {label} -->" in figure for label in labels)
+    assert all(f"<!-- {n} -->" in figure for n in (64, 128, 256))  # the sizes, and no other ticks
 
 
 def test_the_committed_rows_can_be_read_reported_and_drawn():
@@ -292,7 +294,7 @@ def test_the_committed_rows_can_be_read_reported_and_drawn():
         rows = report.load([path])
         assert rows and all(row.keys() >= PROVENANCE and row["dirty"] is False for row in rows), path.name
         assert rows[0]["commit"] in report.markdown(rows)
-        assert all(len(series["roof"]) >= 3 for series in report._series(rows).values())
+        assert all(len(series["roof"]) >= 3 for series in plots.series(rows).values())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 import kdkernels as kd
 from bench import __main__ as command
-from bench import cases, drive, measure, rank_accuracy, rank_schedules, ranking, report, roof
+from bench import cases, drive, measure, plots, rank_accuracy, rank_schedules, ranking, report, roof
 from bench.case import Target
 from kdkernels import testing
 from kdkernels.testing import Result
@@ -156,9 +156,9 @@ def test_ranking_series_are_drawn(tmp_path):
         for who, backend in (("kdkernels", "cpp"), ("torchsort", None))
     ]
     rows.append({**rows[0], "options": {"relative": None}, "ms_p50": 1e6})
-    (series,) = report._series(rows).values()
-    assert series["lines"]["kdkernels (cpp)"] == [(32, 2.0), (128, 2.0), (1024, 2.0)]
-    (svg,) = report.plots(json.loads(json.dumps(rows)), tmp_path)
+    (series,) = plots.series(rows).values()
+    assert series["lines"]["kdkernels", "cpp"] == [(32, 2.0), (128, 2.0), (1024, 2.0)]
+    (svg,) = plots.plots(json.loads(json.dumps(rows)), tmp_path)
     assert svg.name == "cpu-soft_rank-l2-rows64-float32-eager.svg"
     assert "<!-- torchsort -->" in svg.read_text()
 

@@ -239,20 +239,20 @@ class TestEnvironment:
 
 
 class TestCommands:
-    @pytest.mark.parametrize("target", "help demo test test-quick fuzz lint resolve bench gpu clean".split())
+    @pytest.mark.parametrize("target", "help demo docs test test-quick fuzz lint resolve bench gpu clean".split())
     def test_every_target_parses(self, tree, target):
         result = run(["make", "-n", target], tree)
         assert result.returncode == 0 and result.stdout, result.stderr
 
-    @pytest.mark.parametrize(("failing", "called"), [("lint", 1), ("resolve", 2), ("test", 3), ("", 3)])
-    def test_ci_runs_lint_resolve_and_test_and_passes_a_failure_on(self, tree, tmp_path, failing, called):
+    @pytest.mark.parametrize(("failing", "called"), [("lint", 1), ("resolve", 2), ("docs", 3), ("test", 4), ("", 4)])
+    def test_ci_runs_lint_resolve_docs_and_test_and_passes_a_failure_on(self, tree, tmp_path, failing, called):
         make = tmp_path / "stub" / "make"
         make.parent.mkdir()
         make.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n[ "$1" != "{failing}" ]\n')
         make.chmod(0o755)
         result = run(["bash", ".ci/run"], tree, PATH=f"{make.parent}:{os.environ['PATH']}")
         assert (result.returncode != 0) == bool(failing)
-        assert (tmp_path / "called").read_text().split() == ["lint", "resolve", "test"][:called]
+        assert (tmp_path / "called").read_text().split() == ["lint", "resolve", "docs", "test"][:called]
 
     def test_torch_is_pinned_in_one_place(self):
         pins = [

@@ -9,13 +9,17 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_by_path
 
 import kdkernels as kd
 from kdkernels.registry import OPS
 
+readme = load_by_path(ROOT / "tools" / "readme.py")
+
 MARKDOWN = [
-    p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "kdkernels").rglob("*.md")) if p.is_file()
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"),
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.parent.name != "generated"),
+    *(ROOT / "kdkernels").rglob("*.md"),
 ]
 BLOCKS = [
     pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}")
@@ -33,16 +37,45 @@ def test_the_first_block_of_the_readme_runs_as_it_stands():
     exec(compile(BLOCKS[0].values[0], "documentation", "exec"), {"__name__": "documentation"})
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_a_file_that_a_page_names_exists(page):
-    named = re.findall(r"[` ]((?:[\w.]+/)+\w+\.(?:md|py|cpp|json))[` ]", (ROOT / page).read_text())
-    assert len(named) > 4
-    for name in named:
-        assert (ROOT / name).is_file() or (ROOT / "kdkernels" / name).is_file(), f"{page} names {name}"
+PAGES = [path for path in MARKDOWN if ROOT / "kdkernels" not in path.parents]
 
 
-def test_the_readme_lists_every_op_with_its_backends():
-    section = (ROOT / "README.md").read_text().split("\n## Ops\n")[1].split("\n## ")[0]
+def test_a_file_that_a_page_names_exists():
+    named = {page: re.findall(r"[` ]((?:[\w.]+/)+\w+\.(?:md|py|cpp|json))[` ]", page.read_text()) for page in PAGES}
+    linked = {page: re.findall(r"\]\(([^)#:]+)\)", page.read_text()) for page in PAGES}
+    assert len(named[ROOT / "CONTRIBUTING.md"]) > 4 and len(linked[ROOT / "README.md"]) > 4
+    for page in PAGES:
+        for name in named[page]:
+            assert (ROOT / name).is_file() or (ROOT / "kdkernels" / name).is_file(), f"{page} names {name}"
+        for name in linked[page]:
+            assert (page.parent / name).is_file(), f"{page} links to {name}"
+
+
+def test_the_readme_is_short_and_its_tables_are_what_the_package_and_the_rows_give():
+    text = (ROOT / "README.md").read_text()
+    assert readme.written(text) == text, "python tools/readme.py writes them"
+    assert all(f"| `{name}` |" in text for name in kd.losses.__all__)
+    assert len(text.splitlines()) <= 150
+    picture = (ROOT / "docs" / "speed.svg").read_text()
+    assert all(case.removeprefix("ranking ") in picture for case, _ in readme.CASES)
+
+
+def test_a_loss_says_first_what_it_is():
+    for name in kd.losses.__all__:
+        first, empty, *_ = getattr(kd.losses, name).__doc__.split("\n")
+        assert first.endswith(".") and not set(first) & set("=|^_") and not empty, name
+
+
+def test_the_reference_has_every_public_name_and_no_other():
+    text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = re.findall(r"^\.\. auto(?:function|class):: (kdkernels[\w.]+)$", text, re.MULTILINE)
+    modules = {"": kd, "losses.": kd.losses, "distributed.": kd.distributed, "teachers.": kd.teachers}
+    public = [f"kdkernels.{at}{name}" for at, module in modules.items() for name in module.__all__]
+    assert sorted(shown) == sorted(set(public) - {f"kdkernels.{at[:-1]}" for at in modules})
+
+
+def test_the_reference_lists_every_op_with_its_backends():
+    section = (ROOT / "docs" / "reference" / "ops.md").read_text().split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
     shown = {op: backends for ops, _, _, backends in rows for op in re.findall(r"`(\w+)`", ops)}
     assert set(shown) == set(OPS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table "Same name, other meaning": each row's two columns as formulas that say how they are related."""
+"""The table "Same name, other meaning": each row's two columns as formulas that say how they are related."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import kdkernels as kd
 
-TABLE = (ROOT / "README.md").read_text().split("### Same name, other meaning")[1].split("\n## ")[0]
+TABLE = (ROOT / "docs" / "howto" / "porting.md").read_text().split("## Same name, other meaning")[1].split("\n## ")[0]
 NAMES = [found[1] for found in re.finditer(r"^\| `(\w+)` \|", TABLE, re.MULTILINE)]
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Prints the Python that make should use, after setting it up: sh tools/env.sh demo|test|lint|bench
+# Prints the Python that make should use, after setting it up: sh tools/env.sh demo|test|lint|docs|bench
 # (build-tools and oldest-triton print those requirements of pyproject.toml, one a line, and set up nothing)
 #
 # PYTHON=... names an environment that already has torch: it is used as it is, nothing is installed, no network needed.
@@ -64,6 +64,7 @@ use_existing() {
     test*) needs="pytest hypothesis pybind11 sklearn matplotlib tqdm" ;;
     lint) needs="ruff" ;;
     resolve) needs="uv" ;;
+    docs) needs="sphinx furo myst_parser matplotlib" ;;
     *) needs="" ;;
   esac
   missing=$(lacks "$1" numpy $needs)
@@ -84,7 +85,7 @@ use_venv() {
   extras=demo,test,lint,triton further=
   case $purpose in
     demo) ;;
-    *) extras=$extras,integrations further="lightning transformers accelerate" ;;
+    *) extras=$extras,integrations,docs further="lightning transformers accelerate sphinx furo myst_parser" ;;
   esac
   if "$venv_python" -c 'import pip' >/dev/null 2>&1 && up_to_date "$venv_python" \
     && [ -z "$(lacks "$venv_python" $further)" ]; then

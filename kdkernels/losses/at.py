@@ -13,7 +13,9 @@ from .maps import MapLoss, unit
 
 
 class ATLoss(MapLoss):
-    """sum over levels of w_l mean over samples and positions of (a_s - a_t)^2, a = q / |q|_2, q = sum_c |F_c|^p.
+    """Attention transfer (AT): where in a feature map the activations are large, compared position by position.
+
+    sum over levels of w_l mean over samples and positions of (a_s - a_t)^2, a = q / |q|_2, q = sum_c |F_c|^p.
 
     q is a map of positions, its norm one a sample. Source: Zagoruyko & Komodakis 2017 (arXiv 1612.03928), its
     activation-based loss; formula and defaults as in the authors' code, RepDistiller, mdistiller and mmrazor: p = 2 and

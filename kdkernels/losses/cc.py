@@ -18,7 +18,9 @@ NATIVE = ("neighbour_rows", "scale_pairs")
 
 
 class CCLoss(FeatureLoss):
-    """Correlation congruence; "neighbour": mean_i sum_c |x_ic - y_ic| |x_(i+1)c - y_(i+1)c| over the n - 1 neighbours.
+    """Correlation congruence (CC): how the samples of a batch relate, by neighbours or by a kernel of all pairs.
+
+    Correlation congruence; "neighbour": mean_i sum_c |x_ic - y_ic| |x_(i+1)c - y_(i+1)c| over the n - 1 neighbours.
 
     "taylor": |K - L|_F / n^2 with K_ik = exp(-2 gamma) sum_(p <= order) (2 gamma)^p / p! (x_i.x_k)^p, L the same of y;
     the norm is not squared. On rows of length 1 (normalize=True) K expands the rbf kernel exp(-gamma |x_i - x_k|^2).

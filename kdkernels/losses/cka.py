@@ -10,7 +10,9 @@ from .means import with_spread
 
 
 class CKALoss(FeatureLoss):
-    """sum over levels of w_l (1 - CKA(K_l, L_l)), K_l, L_l the kernel matrices of the student's and teacher's features.
+    """Centred kernel alignment (CKA): one minus the similarity of the two sides' kernel matrices over the batch.
+
+    sum over levels of w_l (1 - CKA(K_l, L_l)), K_l, L_l the kernel matrices of the student's and teacher's features.
 
     Source: CKA is Kornblith et al. 2019 (arXiv 1905.00414); as a loss, 1 - CKA, it has no canonical weight: 1 is ours.
     With the unbiased estimator the value can slightly exceed 1, and does not drift with the batch size.

@@ -24,7 +24,9 @@ TERMS = {"pearson": "pearson_weight", "spearman": "spearman_weight", "classes": 
 
 
 class CMKDLoss(Loss):
-    """mean_i [ w_P(i) (1 - pearson(z_s, z_t)) + w_S(i) (1 - spearman(z_s, z_t)) ], z the logits z-scored by row.
+    """Correlation matching (CMKD): Pearson and Spearman correlations of each sample's logits, weighed by difficulty.
+
+    mean_i [ w_P(i) (1 - pearson(z_s, z_t)) + w_S(i) (1 - spearman(z_s, z_t)) ], z the logits z-scored by row.
 
     Source: KD from a Stronger Teacher by Correlation Matching, arXiv 2410.06561. From the paper: the two correlations,
     the z-score, weights that change with the difficulty of the sample, differentiable ranks. Its code is not public, so

@@ -19,7 +19,9 @@ EPS = 1e-8  # beside the product of the norms, as in the reference implementatio
 
 
 class DISTLoss(Loss):
-    """tau^2 [beta (1 - mean_i pearson(s_i, t_i)) + gamma (1 - mean_c pearson(s_.c, t_.c))], s = softmax(z / tau).
+    """DIST: Pearson correlations of the probabilities, of each sample over classes and of each class over samples.
+
+    tau^2 [beta (1 - mean_i pearson(s_i, t_i)) + gamma (1 - mean_c pearson(s_.c, t_.c))], s = softmax(z / tau).
 
     Rows s_i are samples (the paper's inter-class relation), columns s_.c are classes (intra-class). Source: Knowledge
     Distillation from A Stronger Teacher, arXiv 2205.10536; formula and defaults of its reference implementation: beta

@@ -17,7 +17,9 @@ from .rows import NAMES, hold_tau, of_heads, over_heads, rows_of, sides, stored
 
 
 class DKDLoss(Loss):
-    """alpha TCKD + beta NCKD, each tau^2 KL, mean over the rows; nats.
+    """Decoupled distillation (DKD): the divergence of the label against the rest, and that among the other classes.
+
+    alpha TCKD + beta NCKD, each tau^2 KL, mean over the rows; nats.
 
     TCKD = KL of (p_y, 1 - p_y), the label y against all others; NCKD = KL of the softmax over the classes other than
     y; p = softmax(z / tau). Source: Decoupled Knowledge Distillation, arXiv 2203.08679; formula and defaults of its

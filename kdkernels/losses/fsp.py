@@ -11,7 +11,9 @@ POOLS = ("avg", "max")
 
 
 class FSPLoss(MapLoss):
-    """sum over pairs (l, l+1) of layers of w_l mean over samples and entries of (G_s - G_t)^2, G = F_l F_(l+1)' / HW.
+    """Flow of the solution procedure (FSP): products of the feature maps of consecutive layers.
+
+    sum over pairs (l, l+1) of layers of w_l mean over samples and entries of (G_s - G_t)^2, G = F_l F_(l+1)' / HW.
 
     F_l [C_l, H W] is a sample's map at layer l, so G is C_l x C_(l+1). Source: Yim et al. 2017 (CVPR); formula and
     default as in RepDistiller. Of two consecutive layers the larger map is pooled to the smaller: by means there

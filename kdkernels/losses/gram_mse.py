@@ -8,7 +8,9 @@ from .base import FeatureLoss
 
 
 class GramMSELoss(FeatureLoss):
-    """sum over levels of w_l / n^2 |XX' - YY'|_F^2, X and Y the student's and teacher's rows.
+    """Squared distance of the Gram matrices of the two sides over the batch, scale included.
+
+    sum over levels of w_l / n^2 |XX' - YY'|_F^2, X and Y the student's and teacher's rows.
 
     Source: `kd.gram_mse`; the relation of SP (`kd.losses.SPLoss`) without its row norms. It has no canonical weight: 1
     is ours. The value goes as the fourth power of the features' scale and with their width: divide both sides by a

@@ -9,7 +9,9 @@ from .maps import MapLoss
 
 
 class ICKDLoss(MapLoss):
-    """sum over levels of w_l mean over samples of |G_s - G_t|_F^2 / C, G = F F' with each row divided by its L2 norm.
+    """Inter-channel correlation (ICKD): how the channels of a feature map correlate with each other.
+
+    sum over levels of w_l mean over samples of |G_s - G_t|_F^2 / C, G = F F' with each row divided by its L2 norm.
 
     F [C, L] is a sample's map, so G_ab correlates channels a and b. Source: Liu et al. 2021 (arXiv 2202.03680, the
     ICKD-C of its public CIFAR-100 code): the rows of the Gram matrix are normalised, not those of F. The weight of that

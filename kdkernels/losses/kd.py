@@ -16,7 +16,9 @@ from .rows import NAMES, hold_tau, of_heads, rows_of, sides
 
 
 class KDLoss(Loss):
-    """tau^2 KL(p_t || p_s), p = softmax(z / tau), in nats, mean over the rows. Source: Hinton et al., arXiv 1503.02531.
+    """Distillation of tempered softmaxes (KD): KL, reverse KL, Jensen-Shannon, skew or total variation.
+
+    tau^2 KL(p_t || p_s), p = softmax(z / tau), in nats, mean over the rows. Source: Hinton et al., arXiv 1503.02531.
 
     The teacher's side may be `kd.TopKLogits`: k classes a row, and what is left of 1.
 

@@ -12,7 +12,9 @@ from .base import Loss, check_pair, constant, full_precision, row_mask, warn_onc
 
 
 class KDALoss(Loss):
-    """sum smooth_l1(s S_c' - t T_c') / |t T_c'|_F, S_c and T_c [C, .] the class means of the epoch before.
+    """Kernel matrix transfer by landmarks (KDA): similarities of each sample to the class centres.
+
+    sum smooth_l1(s S_c' - t T_c') / |t T_c'|_F, S_c and T_c [C, .] the class means of the epoch before.
 
     Source: KDA, Improved KD via Full Kernel Matrix Transfer, arXiv 2009.14416, the features variant as its public code
     has it: features after pooling, not normalised; sum over batch and classes; weight 0.04; nothing before epoch 5;

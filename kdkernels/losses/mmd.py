@@ -20,7 +20,9 @@ PRESETS = {"transfer": {"factors": (0.25, 0.5, 1.0, 2.0, 4.0), "unbiased": False
 
 
 class MMDLoss(FeatureLoss):
-    """sum over levels of w_l MMD^2(X_l, Y_l) = mean k(x, x') + mean k(y, y') - 2 mean k(x, y), see `kd.mmd`.
+    """Maximum mean discrepancy (MMD): whether the batch's features have the distribution of the teacher's.
+
+    sum over levels of w_l MMD^2(X_l, Y_l) = mean k(x, x') + mean k(y, y') - 2 mean k(x, y), see `kd.mmd`.
 
     Source: Gretton et al. 2012 (JMLR 13). The defaults are those of `kd.mmd`: unbiased, one rbf kernel whose bandwidth
     is the median distance of both sides' rows together. `MMDLoss.preset("transfer")` is the multi-kernel form of the

@@ -13,7 +13,9 @@ from .maps import MapLoss, unit
 
 
 class NSTLoss(MapLoss):
-    """sum over levels of w_l mean over samples of MMD^2 between student's and teacher's channels, k(s, t) = (s.t)^2.
+    """Neuron selectivity transfer (NST): the distribution of activation patterns over the channels of a map.
+
+    sum over levels of w_l mean over samples of MMD^2 between student's and teacher's channels, k(s, t) = (s.t)^2.
 
     Source: Huang & Wang 2017 (arXiv 1707.01219); formula and defaults as in RepDistiller and mdistiller: each channel's
     map divided by its L2 norm over the positions, the degree-2 kernel without a constant, its biased means over all

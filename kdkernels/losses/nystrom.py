@@ -17,7 +17,9 @@ RULES = ("greedy", "rpcholesky", "uniform", "kmeans++")
 
 
 class NystromTransferLoss(Loss):
-    """|K~_S - K~_T|_F^2 / |K~_T|_F^2, K~ = C W^+ C' the Nystrom kernel matrix of each side over the batch.
+    """Full kernel matrix transfer through Nyström landmarks: the distance of whole kernel matrices, in O(n m).
+
+    |K~_S - K~_T|_F^2 / |K~_T|_F^2, K~ = C W^+ C' the Nystrom kernel matrix of each side over the batch.
 
     Source: the full kernel matrix transfer that Qian et al. (arXiv 2009.14416) derive and then bound by KDA
     (`kd.losses.KDALoss`); they train with the bound, so every constant here, the weight 1 too, is ours. See

@@ -22,7 +22,9 @@ PRESETS = {
 
 
 class PCKALoss(FeatureLoss):
-    """- sum over levels of mean_c [ CKA(X_c, Y_c) + w_T CKA(X_c', Y_c') ], X_c the patches of channel c as rows.
+    """Patch CKA (PCKA), for feature pyramids of detectors: CKA of the patches of each channel, minus it as a loss.
+
+    - sum over levels of mean_c [ CKA(X_c, Y_c) + w_T CKA(X_c', Y_c') ], X_c the patches of channel c as rows.
 
     Source: Rethinking CKA in KD, arXiv 2401.11824, its loss for feature pyramids. As in its public code a map [H, W] is
     resized (bilinear, align_corners=False) to the next multiples of 16 and cut into patches of 16 x 16: X_c is

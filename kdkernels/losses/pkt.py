@@ -9,7 +9,9 @@ from .base import FeatureLoss
 
 
 class PKTLoss(FeatureLoss):
-    """sum over levels of w_l mean_ik T_ik log((T_ik + 1e-7) / (P_ik + 1e-7)), rows of (cos + 1) / 2 with sum 1.
+    """Probabilistic knowledge transfer (PKT): each sample's cosine similarities to the others, as probabilities.
+
+    sum over levels of w_l mean_ik T_ik log((T_ik + 1e-7) / (P_ik + 1e-7)), rows of (cos + 1) / 2 with sum 1.
 
     Source: Passalis and Tefas 2018 (arXiv 1803.10837); formula of its reference implementation
     (passalis/probabilistic_kt, also RepDistiller): cosines of the rows flattened per sample with themselves too, 1e-7

@@ -13,7 +13,9 @@ from ..accumulator import Unrounded
 
 
 class Ramp(Unrounded):
-    """weight * loss(...), weight = clamp((steps - start) / (end - start), 0, 1); 0 before `start`, 1 from `end` on.
+    """Warm-up of a loss: its weight rises from 0 to 1 over the first calls.
+
+    weight * loss(...), weight = clamp((steps - start) / (end - start), 0, 1); 0 before `start`, 1 from `end` on.
 
     Needed where a loss is scale-invariant (the CKA family): its gradient is largest at initialisation.
 

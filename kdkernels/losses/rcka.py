@@ -35,7 +35,9 @@ TERMS = {"rows": "row_weight", "classes": "class_weight", "features": "feature_w
 
 
 class RCKALoss(Loss):
-    """- w_row CKA(z_t, z_s) - w_class CKA(z_t', z_s') - sum over stages of w_F CKA(G_t, G_s), logits z [B, C].
+    """Relation CKA (RCKA): minus the CKA of logits between samples, between classes, and of the features of stages.
+
+    - w_row CKA(z_t, z_s) - w_class CKA(z_t', z_s') - sum over stages of w_F CKA(G_t, G_s), logits z [B, C].
 
     Source: Rethinking CKA in KD, arXiv 2401.11824. As in its public code CKA is linear, uncentred and biased, on raw
     logits, with the Gram rows divided by sqrt(G_ii) (rows only) in the two logit terms, and the loss is -CKA: its least

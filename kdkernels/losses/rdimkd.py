@@ -27,7 +27,9 @@ NORMALIZERS = ("mean", "variance")
 
 
 class RdimKDLoss(Loss):
-    """|(F_s - F_t) P|_F^2 / norm over all positions, P [c, k] fixed: one projection for both sides.
+    """Distillation in fewer dimensions (RdimKD): features compared after one projection of both sides.
+
+    |(F_s - F_t) P|_F^2 / norm over all positions, P [c, k] fixed: one projection for both sides.
 
     Source: RdimKD, arXiv 2312.08700. From the paper: the projection of both sides by one matrix, the L2 distance, the
     three choices of P, the 1x1 convolution where the student is narrower. Its code is not public: k, the weight, the

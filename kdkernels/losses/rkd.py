@@ -14,7 +14,9 @@ from .base import FeatureLoss, zero_of
 
 
 class RKDDistanceLoss(FeatureLoss):
-    """sum over levels of w_l mean_ik smooth_l1(d_ik(x) / mu(x) - d_ik(y) / mu(y)), mu the mean nonzero distance.
+    """Relational distillation by distances (RKD-D): the distances of all pairs of samples, over their mean.
+
+    sum over levels of w_l mean_ik smooth_l1(d_ik(x) / mu(x) - d_ik(y) / mu(y)), mu the mean nonzero distance.
 
     Source: RKD-D of Park et al. 2019 (arXiv 1904.05068); formula of its reference implementation (lenscloth/RKD, also
     RepDistiller): Euclidean distances of the rows flattened per sample, mean over all n^2 pairs, a gradient through the
@@ -55,7 +57,9 @@ class RKDDistanceLoss(FeatureLoss):
 
 
 class RKDAngleLoss(FeatureLoss):
-    """sum over levels of w_l mean_vik smooth_l1(cos_vik(x) - cos_vik(y)), the angle at v between samples i and k.
+    """Relational distillation by angles (RKD-A): the angles of all triples of samples.
+
+    sum over levels of w_l mean_vik smooth_l1(cos_vik(x) - cos_vik(y)), the angle at v between samples i and k.
 
     Source: RKD-A of Park et al. 2019 (arXiv 1904.05068); formula of its reference implementation (lenscloth/RKD, also
     RepDistiller): mean over all n^3 triples, cosine 0 where v is identical with i or k. It has weight 50 in
@@ -88,7 +92,9 @@ class RKDAngleLoss(FeatureLoss):
 
 
 class RKDLoss(FeatureLoss):
-    """sum over levels of w_l [distance L_D + angle L_A], the terms of `RKDDistanceLoss` and `RKDAngleLoss`.
+    """Relational distillation (RKD): distances of pairs and angles of triples of samples, in one loss.
+
+    sum over levels of w_l [distance L_D + angle L_A], the terms of `RKDDistanceLoss` and `RKDAngleLoss`.
 
     Source: Park et al. 2019 (arXiv 1904.05068); formula and factors 25 and 50 as in RepDistiller.
 

@@ -8,7 +8,9 @@ from .base import FeatureLoss
 
 
 class SPLoss(FeatureLoss):
-    """sum over levels of w_l / n^2 |K_l - L_l|_F^2, K = XX' and L = YY' with each row divided by its L2 norm.
+    """Similarity preserving (SP): the pairwise similarities of a batch, row by row normalised.
+
+    sum over levels of w_l / n^2 |K_l - L_l|_F^2, K = XX' and L = YY' with each row divided by its L2 norm.
 
     Source: Tung & Mori 2019 (arXiv 1907.09682); formula and default as in RepDistiller and mdistiller, on maps that are
     flattened per sample. The weight people use with it is 3000: pass weight=3000. 1 is the formula itself.

@@ -14,7 +14,9 @@ from .rows import NAMES, cut, of_heads, over_heads, rows_of, sides, stored
 
 
 class STKDLoss(Loss):
-    """(1 - alpha) CE(y~, p_s(x~)) + alpha tau^2 KL(q || p_s^tau(x~)), mean over the rows of a mixed batch x~.
+    """Similarity transfer (STKD): mixed labels and the teacher's soft labels, on samples from `kd.mixup`.
+
+    (1 - alpha) CE(y~, p_s(x~)) + alpha tau^2 KL(q || p_s^tau(x~)), mean over the rows of a mixed batch x~.
 
     x~ = lam x + (1 - lam) x[perm], y~ = lam e_labels + (1 - lam) e_labels[perm]; q = k1 p_t^tau(x~) + k2 [lam
     p_t^tau(x) + (1 - lam) p_t^tau(x)[perm]] + k3 y~. Source: Similarity Transfer for KD, arXiv 2103.10047. From the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of replacements names what exists: imports run, names are there, keys are registered."""
+"""The table of replacements names what exists: imports run, names are there, keys are registered."""
 
 import re
 
@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from kdkernels.compat import mdistiller, mmrazor_losses, repdistiller, torchdistill_losses
 
-SECTION = (ROOT / "README.md").read_text().split("## In place of other libraries")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "howto" / "porting.md").read_text().split("\n## ")[0]
 ROWS = [line.strip("| ").split(" | ") for line in SECTION.splitlines() if line.startswith("| ")][1:]
 
 
