@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="Markdown and plots", description=_doc("report"), formatter_class=raw)
     listing = commands.add_parser("list", help="the cases of a device")
     for command in (run, accuracy):
-        command.add_argument("--out", help="file of rows; default bench/results/<machine kind>-rows.jsonl (-accuracy)")
+        command.add_argument("--out", help="file of rows; default bench/results/MACHINE-THREADS-thread-rows.jsonl")
         command.add_argument("--threads", type=int, help="torch.set_num_threads; default: as torch finds it")
         command.add_argument("--backends", nargs="+", metavar="B", help="default: torch cpp | triton torch")
     for command in (run, accuracy, listing):

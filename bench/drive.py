@@ -172,7 +172,8 @@ def run(options) -> int:
 
 
 def default_path(shared: dict, what: str) -> Path:
-    return machine.ROOT / "bench" / "results" / f"{machine.slug(shared)}-{what}.jsonl"
+    """Files of rows are called MACHINE[-WHAT]-THREADS-thread-KIND: WHAT where not every family is in it."""
+    return machine.ROOT / "bench" / "results" / f"{machine.slug(shared)}-{shared['threads']}-thread-{what}.jsonl"
 
 
 def _outcome(case: Case, status: str, note: str | None = None) -> dict:

@@ -293,8 +293,17 @@ def test_the_committed_rows_can_be_read_reported_and_drawn():
     for path in paths:
         rows = report.load([path])
         assert rows and all(row.keys() >= PROVENANCE and row["dirty"] is False for row in rows), path.name
+        first, last = drive.default_path(rows[0], path.stem.split("-")[-1]).name.split(f"{rows[0]['threads']}-thread")
+        assert re.fullmatch(rf"{first}([a-z]+-)*{rows[0]['threads']}-thread{last}", path.name), path.name
         assert rows[0]["commit"] in report.markdown(rows)
         assert all(len(series["roof"]) >= 3 for series in plots.series(rows).values())
+
+
+def test_nothing_is_measured_twice_among_the_committed_rows():
+    rows = report.load(sorted((machine.ROOT / "bench" / "results").glob("*.jsonl")))
+    said = "cpu case contender backend method phase dtype".split()
+    times = [tuple(row[key] for key in said) for row in rows if row["kind"] == "time" and row["status"] == "ok"]
+    assert len(times) > 500 and len(set(times)) == len(times)
 
 
 @pytest.mark.parametrize(
