@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from conftest import needs_native
 
 import kdkernels as kd
 from kdkernels import losses
+from kdkernels.logits.buckets import COMPILED
 from kdkernels.losses import KDLoss
 
 TAILS = ("bucket", "renormalize", "ignore")
@@ -152,14 +154,15 @@ def test_the_gradient_of_a_tail_is_right_where_one_less_the_sum_has_no_digits():
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_and_gradients_of_many_classes_in_float32(dtype, spread, tail):
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_native(*COMPILED))])
+def test_values_and_gradients_of_many_classes_in_float32(backend, dtype, spread, tail):
     torch.manual_seed(1)
     student = (4 * torch.randn(8, 32_000) + 50).to(dtype)
     values, ids = (student.double() + spread * torch.randn(8, 32_000)).log_softmax(-1).topk(64)
     values, student = values.float(), student.requires_grad_()
     exact = student.detach().double().requires_grad_()
     want = by_the_book(exact, values, ids, tail).mean()
-    found = KDLoss(tau=1.0)(student, kd.TopKLogits(values, ids, tail=tail))
+    found = KDLoss(tau=1.0, backend=backend)(student, kd.TopKLogits(values, ids, tail=tail))
     size = 1.0 if spread == 1 else 3e-2  # near the teacher the inputs' own rounding is seen: 1e-7 of log-probabilities
     signed = 2e-7 if tail == "ignore" else 0  # of terms of either sign, which add up to less than each
     torch.testing.assert_close(found.double(), want, rtol=2e-6 / size**2, atol=signed)
@@ -300,7 +303,7 @@ def test_first_derivatives_in_both_modes_and_no_second_but_the_textbooks():
 def test_the_operator_is_what_pytorch_asks_of_one():
     student, values, ids = sides(4, 11)
     for need in (0, 1):
-        torch.library.opcheck(torch.ops.kdkernels.buckets_fwd.default, (student.detach(), ids, 1.0, need))
+        torch.library.opcheck(torch.ops.kdkernels.buckets_fwd.default, (student.detach(), ids, 1.0, "auto", need))
 
 
 @pytest.mark.parametrize("tail", TAILS)

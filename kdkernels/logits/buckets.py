@@ -10,55 +10,40 @@ import math
 
 import torch
 
-from ..autograd import at_least_float32
+from ..autograd import at_least_float32, device_type
+from ..backend import implementation, runs_compiled
 from ..differentiable import operator
 from .call import rows_of
 from .operator import rows_without_copy
-from .torch_impl import chunks, part
+
+COMPILED = ("bucket_rows", "bucket_rows_backward")
 
 
-def _forward(student, index, tau, need):
-    """[..., k + 1]: (z - max) / tau of the chosen classes, log of the sum of its exponentials over the others."""
-    dtype, k = at_least_float32(student), index.shape[-1]
-    z, index = rows_without_copy(student)[0], index.reshape(-1, k)
-    out = student.new_empty((len(index), k + 1), dtype=dtype)
-    statistics = out.new_empty((2, len(index)) if need else (0,))
-    for rows in chunks(z):
-        x = part(z, rows).to(dtype, copy=True)
-        chosen = x.gather(-1, index[rows])
-        x.scatter_(-1, index[rows], -math.inf)
-        top = x.amax(-1, keepdim=True)
-        shift = torch.where(top == -math.inf, 0, top)
-        log = x.sub_(shift).div_(tau).exp_().sum(-1, keepdim=True).log_()
-        whole = torch.maximum(chosen.amax(-1, keepdim=True), top)
-        out[rows] = torch.cat([(chosen - whole) / tau, (shift - whole) / tau + log], -1)
-        if need:
-            # of nothing: what it has of the gradient is nothing, too
-            statistics[:, rows] = torch.cat([shift, torch.where(log == -math.inf, math.inf, log)], -1).mT
-    return out.reshape(*student.shape[:-1], k + 1), statistics
+def _forward(student, index, tau, backend, need):
+    rows = rows_without_copy(student)[0], index.reshape(-1, index.shape[-1])
+    out, statistics = _implementation(student, backend).bucket_rows(*rows, tau, need > 0)
+    return out.reshape(*student.shape[:-1], -1), statistics
 
 
-def _backward(grad, student, index, statistics, tau, need):
-    """g_i / tau at the chosen classes, g_rest / tau exp((z - m) / tau - L) at the others; 0 where g_rest is."""
-    dtype, k = statistics.dtype, index.shape[-1]
-    z, index, grad = rows_without_copy(student)[0], index.reshape(-1, k), grad.reshape(-1, k + 1)
-    out = student.new_empty((len(index), student.shape[-1]))
-    for rows in chunks(z):
-        g, (top, log) = grad[rows].to(dtype) / tau, statistics[:, rows, None]
-        rest = g[:, -1:]
-        x = part(z, rows).to(dtype, copy=True).sub_(top).div_(tau).sub_(log).exp_().mul_(rest)
-        x = x.masked_fill_(rest == 0, 0)
-        out[rows] = x.scatter_(-1, index[rows], g[:, :-1])
-    return (out.reshape(student.shape),)
+def _backward(grad, student, index, statistics, tau, backend, need):
+    k = index.shape[-1]
+    rows = grad.reshape(-1, k + 1), rows_without_copy(student)[0], index.reshape(-1, k)
+    found = _implementation(student, backend).bucket_gradient(*rows, statistics, tau)
+    return (found.reshape(student.shape),)
 
 
-def _fake(student, index, tau, need):
+def _implementation(student, backend):
+    compiled = student.dtype != torch.float64 and runs_compiled(backend, device_type(student), COMPILED)
+    return implementation(__package__, "cpp" if compiled else "torch")
+
+
+def _fake(student, index, tau, backend, need):
     out = student.new_empty((*index.shape[:-1], index.shape[-1] + 1), dtype=at_least_float32(student))
     return out, out.new_empty((2, rows_of(student)) if need else (0,))
 
 
 def _tangent(run, tangents, value, saved, how):
-    (moved,), (_, index, *_), (tau, *_) = tangents, saved, how
+    (moved,), (_, index, *_), tau = tangents, saved, how[0]
     moved = moved.to(value.dtype)
     of_rest = torch.cat([torch.zeros_like(value[..., :-1]), torch.ones_like(value[..., -1:])], -1)
     (rest,) = run(of_rest, *saved, *how)
@@ -69,7 +54,7 @@ def _tangent(run, tangents, value, saved, how):
 buckets = operator(
     "buckets",
     "student index",
-    "float tau",
+    "float tau, str backend",
     "statistics",
     wanted="student",
     forward=_forward,

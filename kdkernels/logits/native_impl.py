@@ -64,6 +64,16 @@ def divergence_gradient(grad, student, teacher, taus, statistics, how: Measure):
     return run(grad, _dense(student), _dense(teacher), _single(taus), statistics.contiguous(), *how)
 
 
+def bucket_rows(student, index, tau: float, need: bool):
+    """As `torch_impl.bucket_rows`, of rows that are not float64."""
+    return torch.ops.kdkernels.bucket_rows(_dense(student), index.contiguous(), tau, need)
+
+
+def bucket_gradient(grad, student, index, statistics, tau: float):
+    run = torch.ops.kdkernels.bucket_rows_backward
+    return run(grad.contiguous(), _dense(student), index.contiguous(), statistics.contiguous(), tau)
+
+
 def lerp_rows(x, weight, other, index):
     if x.dtype not in (torch.float32, torch.float64):
         return torch_impl.lerp_rows(x, weight, other, index)

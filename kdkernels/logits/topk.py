@@ -144,7 +144,7 @@ def outcomes(student, teacher: TopKLogits, mask, tau: float, taus, backend: str)
     if backend == "reference":
         kept = in_pytorch(buckets.textbook, (student, index), tau)
     else:
-        kept = buckets.buckets(student, index, tau)
+        kept = buckets.buckets(student, index, tau, backend)
     rest = values.logsumexp(-1, keepdim=True)
     every = index.shape[-1] == student.shape[-1]
     # never 1 - sum, whose digits are gone

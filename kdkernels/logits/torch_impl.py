@@ -345,3 +345,34 @@ def lerp_rows(x, weight, other, index):
     if x.dtype == dtype:
         return (x[index] * other).addcmul_(x, weight)
     return (x[index].to(dtype) * other).addcmul_(x.to(dtype), weight).to(x.dtype)
+
+
+def bucket_rows(student, index, tau: float, need: bool):
+    """[R, k + 1]: (z - max) / tau of the chosen classes, log of the sum of its exponentials over the others; and their
+    maximum and log, [2, R] if `need`."""
+    dtype, (R, k) = at_least_float32(student), index.shape
+    out = student.new_empty((R, k + 1), dtype=dtype)
+    statistics = out.new_empty((2, R) if need else (0,))
+    for rows in chunks(student):
+        x = part(student, rows).to(dtype, copy=True)
+        chosen = x.gather(-1, index[rows])
+        top = x.scatter_(-1, index[rows], -math.inf).amax(-1, keepdim=True)
+        shift = torch.where(top == -math.inf, 0, top)
+        log = x.sub_(shift).div_(tau).exp_().sum(-1, keepdim=True).log_()
+        whole = torch.maximum(chosen.amax(-1, keepdim=True), top)
+        out[rows] = torch.cat([(chosen - whole) / tau, (shift - whole) / tau + log], -1)
+        if need:
+            # of nothing: what it has of the gradient is nothing, too
+            statistics[:, rows] = torch.cat([shift, torch.where(log == -math.inf, math.inf, log)], -1).mT
+    return out, statistics
+
+
+def bucket_gradient(grad, student, index, statistics, tau: float):
+    """g_i / tau at the chosen classes, g_rest / tau exp((z - m) / tau - L) at the others; 0 where g_rest is."""
+    dtype, out = statistics.dtype, student.new_empty((len(index), student.shape[-1]))
+    for rows in chunks(student):
+        g, (top, log) = grad[rows].to(dtype) / tau, statistics[:, rows, None]
+        rest = g[:, -1:]
+        x = part(student, rows).to(dtype, copy=True).sub_(top).div_(tau).sub_(log).exp_().mul_(rest)
+        out[rows] = x.masked_fill_(rest == 0, 0).scatter_(-1, index[rows], g[:, :-1])
+    return out
