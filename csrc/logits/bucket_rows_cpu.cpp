@@ -143,8 +143,9 @@ void run(const Call& c, const How& how, Rows<How> baseline, [[maybe_unused]] Row
 
 Call call_of(const Tensor& student, const Tensor& index, double tau) {
   const int64_t R = rows_of(student), C = student.size(student.dim() - 1), k = index.size(index.dim() - 1);
-  KDK_CHECK(index.is_cpu() && index.is_contiguous() && index.numel() == R * k && index.scalar_type() == ScalarType::Long,
-            "bucket_rows: index must be contiguous int64 [", R, ", k]");
+  const bool dense = index.is_cpu() && index.is_contiguous() && index.numel() == R * k;
+  KDK_CHECK(dense && index.scalar_type() == ScalarType::Long, "bucket_rows: index must be contiguous int64 [", R,
+            ", k]");
   const auto* at = static_cast<const int64_t*>(index.const_data_ptr());
   for (int64_t i = 0; i < R * k; ++i) {
     KDK_CHECK(at[i] >= 0 && at[i] < C, "bucket_rows: index holds ", at[i], ": classes are 0 to ", C - 1);

@@ -29,7 +29,7 @@ from .checks import (
 from .linear import LinearLogits, side_of
 from .linear_kinds import Asked, kind  # noqa: F401
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
-from .topk import check_count, ignoring, outcomes  # noqa: F401  for the losses, as is DIVERGENCES
+from .topk import TAILS, check_count, ignoring, outcomes, outcomes_of  # noqa: F401  for the losses
 from .torch_impl import kl  # noqa: F401
 
 __all__ = ["distillation_kl", "generalized_jsd", "mixed_distillation", "mixup"]

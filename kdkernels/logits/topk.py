@@ -32,9 +32,9 @@ class TopKLogits:
         tau: temperature of log-probabilities (how they were normalised). With "bucket" and "ignore" it must be the
             loss's, for the other classes at another one are not known; "renormalize" takes any.
 
-    Accepted by `kd.losses.KDLoss` as the teacher. `teacher[rows]` and `teacher.to(device)` are other such teachers, and
-    `kd.teachers` stores them. A logit or a value of -inf is a class with probability 0.
-    Probabilities that add up to more than 1 by their rounding are divided by their sum.
+    Accepted by `kd.losses.KDLoss` as the teacher, also of a `kd.LinearLogits` student. `teacher[rows]` and
+    `teacher.to(device)` are other such teachers, and `kd.teachers` stores them. A logit or a value of -inf is a class
+    with probability 0. Probabilities that add up to more than 1 by their rounding are divided by their sum.
 
     Raises:
         TypeError, ValueError: shapes, dtypes and names that do not fit, more than vocab classes, kind="logits" with a
@@ -127,32 +127,38 @@ def checked(teacher: TopKLogits, classes: int, mask, dtype):
     return torch.where(wrong[..., None], torch.nan, values), index.clamp(0, classes - 1)
 
 
-def outcomes(student, teacher: TopKLogits, mask, tau: float, taus, backend: str):
-    """Both sides as logits of few outcomes [..., n], and the temperature they are at: (student, teacher, tau, taus).
+def outcomes(student, teacher: TopKLogits, mask, tau: float, taus):
+    """The teacher as logits of few outcomes [..., n], and the classes of all but the last, or of all: [..., k].
 
-    The k classes with tail="renormalize", at the loss's temperature; else the k and the rest of the student, at 1.
+    The k classes with tail="renormalize", for the loss's temperature; else the k and the rest, for 1.
     """
     values, index = checked(teacher, student.shape[-1], mask, at_least_float32(student, teacher.values))
     if teacher.tail == "renormalize":
-        values = values * teacher.tau if teacher.kind == "logprobs" else values
-        return student.gather(-1, index), values, tau, taus
+        return values * teacher.tau if teacher.kind == "logprobs" else values, index
     if taus is not None or tau != teacher.tau:
         raise ValueError(
             f"tau is {'a tensor' if taus is not None else f'{tau:g}'}, the teacher's log-probabilities are of "
             f"{teacher.tau:g}: only there it is known what the other classes have (tail='renormalize' takes any)"
         )
-    if backend == "reference":
-        kept = in_pytorch(buckets.textbook, (student, index), tau)
-    else:
-        kept = buckets.buckets(student, index, tau, backend)
+    if index.shape[-1] == student.shape[-1]:
+        return values, index
     rest = values.logsumexp(-1, keepdim=True)
-    every = index.shape[-1] == student.shape[-1]
     # never 1 - sum, whose digits are gone
-    rest = torch.where((rest < 0) & (not every), (-rest.expm1()).log(), -math.inf)
-    return kept, torch.cat([values, rest], -1), 1.0, None
+    return torch.cat([values, torch.where(rest < 0, (-rest.expm1()).log(), -math.inf)], -1), index
 
 
-def ignoring(student, teacher):
-    """sum over the k of q (log q - log p) of outcomes [..., k + 1], the last of which is the rest."""
-    log_p, log_q = student[..., :-1] - student.logsumexp(-1, keepdim=True), teacher[..., :-1]
+def outcomes_of(student, index, tail: str, tau: float, backend: str):
+    """Logits [..., C] as those of `outcomes`."""
+    if tail == "renormalize":
+        return student.gather(-1, index)
+    if backend == "reference":
+        found = in_pytorch(buckets.textbook, (student, index), tau)
+    else:
+        found = buckets.buckets(student, index, tau, backend)
+    return found if index.shape[-1] < student.shape[-1] else found[..., :-1]
+
+
+def ignoring(student, teacher, k: int):
+    """sum over the k of q (log q - log p) of outcomes [..., n], the first k of which are the teacher's classes."""
+    log_p, log_q = student[..., :k] - student.logsumexp(-1, keepdim=True), teacher[..., :k]
     return (log_q.exp() * torch.where(log_q == -math.inf, 0, log_q - log_p)).sum(-1)

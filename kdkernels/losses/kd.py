@@ -9,10 +9,22 @@ import torch
 
 from .. import checks
 from ..logits import TopKLogits
+from ..logits.call import Measure
 from ..logits.checks import check_inside, check_rows, check_taus
-from ..logits.op import DIVERGENCES, any_divergence, divergence, ignoring, measure_of, outcomes
+from ..logits.op import (
+    DIVERGENCES,
+    TAILS,
+    Asked,
+    any_divergence,
+    divergence,
+    ignoring,
+    kind,
+    measure_of,
+    outcomes,
+    outcomes_of,
+)
 from .base import Loss, full_precision, zero_where_masked
-from .rows import NAMES, hold_tau, of_heads, rows_of, sides
+from .rows import NAMES, hold_tau, of_heads, over_heads, rows_of, sides, stored
 
 
 class KDLoss(Loss):
@@ -111,7 +123,7 @@ class KDLoss(Loss):
             return self._nothing(["kd"], getattr(student_logits, "tensors", student_logits), return_parts)
         if isinstance(teacher, TopKLogits):
             check_rows(student, teacher.values, *NAMES)
-            return self._total({"kd": self._beside_topk(student, teacher, rows)}, return_parts)
+            return self._total({"kd": self._beside_topk(student, teacher, rows, chunk)}, return_parts)
         teacher = teacher.detach() if teacher.requires_grad else teacher
         check_rows(student, teacher, *NAMES)
         tau, taus = check_taus(self.tau, student, NAMES[0])
@@ -133,20 +145,39 @@ class KDLoss(Loss):
         pair = (rows.hidden(side, self.backend) for side in (student, teacher))
         return any_divergence(*pair, *how, weights=weights, factor=scale, chunk=chunk)
 
-    def _beside_topk(self, student, teacher, rows):
-        if teacher.tail == "ignore" and self.divergence != "forward":
+    def _beside_topk(self, student, teacher, rows, chunk):
+        """Of the outcomes that the teacher knows: the student's are one pass over its logits."""
+        tail = teacher.tail
+        if tail == "ignore" and self.divergence != "forward":
             raise ValueError(
                 f"divergence is {self.divergence!r}, and tail='ignore' leaves out what it says of the other classes: "
                 "give tail='bucket' or 'renormalize'"
             )
         tau, taus = check_taus(self.tau, student, NAMES[0])
-        student = rows.hidden(student, self.backend)
-        pair = outcomes(student, teacher, rows.mask, tau, taus, self.backend)
+        values, index = outcomes(student, teacher, rows.mask, tau, taus)
         scale = 1.0 if self.scale_tau else tau**-2
-        if teacher.tail == "renormalize":
-            return self._of_pair(*pair[:2], rows, (tau, taus), scale)
-        scale = scale * tau**2  # the outcomes are those of tau already
-        if teacher.tail == "bucket":
-            return self._of_pair(*pair[:2], rows, (1.0, None), scale)
+        at = (tau, taus) if tail == "renormalize" else (1.0, None)
+        if tail != "renormalize":
+            scale = scale * tau**2  # the outcomes are those of tau already
+        if of_heads(student) and self.backend != "reference":
+            pair = (rows.hidden(student, "reference"), zero_where_masked(values, rows.mask))
+            factors = None if self.scale_tau or at[1] is None else taus**-2
+            numbers = TAILS.index(tail), tau, *measure_of(self.divergence, at[0], self.beta, self.skew)
+            asked = Asked("outcomes", numbers, self.backend, factor=scale, chunk=chunk)
+            return over_heads(pair, rows, asked, index.flatten(0, -2), at[1], factors=factors)
+        (student,) = stored(rows.hidden(student, self.backend))
+        student = outcomes_of(student, index, tail, tau, self.backend)
+        if tail != "ignore":
+            return self._of_pair(student, values, rows, at, scale)
         with full_precision(student):
-            return rows.mean(ignoring(*(zero_where_masked(side, rows.mask) for side in pair[:2]))) * scale
+            pair = (zero_where_masked(side, rows.mask) for side in (student, values))
+            return rows.mean(ignoring(*pair, index.shape[-1])) * scale
+
+
+@kind("outcomes")
+def _outcomes(z, y, index, taus, _, numbers, backend):
+    tail, tau, *how = numbers
+    found = outcomes_of(z, index, TAILS[int(tail)], tau, backend)
+    if TAILS[int(tail)] == "ignore":
+        return ignoring(found, y, index.shape[-1])
+    return any_divergence(found, y, Measure(*how), taus, "none", backend)

@@ -47,7 +47,7 @@ def beside_topk(loss, student_logits, teacher: TopKLogits, vocab):
     name = type(loss).__name__
     if not loss.takes_topk:
         raise TypeError(f"{NAMES[1]} is TopKLogits, and {name} reads every class of the teacher: KDLoss reads k")
-    check_pair(loss, student_logits, teacher.values, "logits")
+    check_pair(loss, tensor_of(student_logits) if loss.takes_heads else student_logits, teacher.values, "logits")
     if tuple(student_logits.shape[:-1]) != teacher.rows:
         raise ValueError(f"{NAMES[1]} has rows {teacher.rows}, {NAMES[0]} {tuple(student_logits.shape[:-1])}")
     vocab = teacher.vocab if vocab is None else vocab
@@ -76,9 +76,10 @@ def stored(*pair):
     return (side.logits() if isinstance(side, LinearLogits) else side for side in pair)
 
 
-def over_heads(pair, rows, asked: Asked, *of_rows):
-    """`rows.mean` of the values of a kind straight from hidden states; of_rows: what it reads of each row, [..., k]."""
-    reduction, weights = rows.of_op(pair[0])
+def over_heads(pair, rows, asked: Asked, *of_rows, factors=None):
+    """`rows.mean` of the values of a kind, times factors [R], straight from hidden states; of_rows: what it reads of
+    each row, [R, ...]."""
+    reduction, weights = rows.of_op(pair[0], factors)
     return rows_of_heads(*pair, of_rows, weights, asked._replace(reduction=reduction))
 
 
