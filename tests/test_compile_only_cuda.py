@@ -19,7 +19,7 @@ from kdkernels import native
 
 BUDGETS = Path(__file__).with_name("budgets_cuda.json")
 LIBRARY = native._FOLDER / "libkdkernels_cuda.so"
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 SLACK = 1.1  # registers may grow by a tenth before someone has to look
 # a block has 65,536 registers, given out by eights: more than these do not launch
 THREADS = {32: 128}  # rows of one warp share a block of four

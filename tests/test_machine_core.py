@@ -120,6 +120,7 @@ INTEGERS = {
     "LEA R8, P0, R4, R5, 0x3; LEA.HI.X R9, R4, R6, R7, 0x3, P0": lambda a, b, c, d: (
         (a << 3) + b, (d << 3 | a >> 29) + c + (u64(a << 3) + u64(b) >> 32).astype(np.uint32)
     ),
+    "LEA R8, P0, -R4, R5, 0x1e; " + SEL: lambda a, b, c, d: (b - (a << 30), b >= a << 30),
     "LEA.HI.X.SX32 R8, R4, R5, 0x2, PT; SGXT R9, R4, 0x5": lambda a, b, c, d: (
         (a.view(np.int32).astype(np.int64) << 2 >> 32) + b + 1, (a << 27).view(np.int32) >> 27
     ),
@@ -373,7 +374,7 @@ def test_a_skipped_instruction_does_nothing():
 
 
 def test_what_cannot_be_executed_is_refused_in_one_sentence(monkeypatch, tmp_path):
-    with pytest.raises(cubin.MachineError, match="compiled for sm_75: what is modelled is sm_80, sm_90"):
+    with pytest.raises(cubin.MachineError, match="compiled for sm_75: what is modelled is sm_80, sm_86, sm_90"):
         assembled("EXIT", architecture=75)
     with pytest.raises(cubin.MachineError, match="a grid of 16777216 blocks is too large to emulate"):
         run(assembled("EXIT", tensors=0), grid=(4096, 4096, 1))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels of the compiled library, executed on the CPU under changing schedules, launched by its own code."""
 
+import re
+
 import pytest
 from conftest import ROOT, load_by_path
 
@@ -15,8 +17,8 @@ pytestmark = [
 ]
 
 
-# `make machine`: every op, for both architectures
-@pytest.mark.parametrize("op, architecture", [("soft_rank", 80), ("spearman", 80), ("soft_sort", 90)])
+# `make machine`: every op, for sm_80 and sm_90; sm_86 has kernels without float64
+@pytest.mark.parametrize("op, architecture", [("soft_rank", 86), ("spearman", 80), ("soft_sort", 90)])
 def test_an_op_keeps_the_contract_in_machine_code(op, architecture, python):
     done = python("tests/machine/contract.py", op, "--architectures", str(architecture))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
@@ -24,9 +26,17 @@ def test_an_op_keeps_the_contract_in_machine_code(op, architecture, python):
 
 
 def test_every_instruction_of_the_library_is_modelled(python):
-    done = python("tests/machine/ranks.py", "opcodes", "--architectures", "80", "90")
+    done = python("tests/machine/ranks.py", "opcodes", "--architectures", "80", "86", "90")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
-    assert "not modelled on sm_80: none" in done.stdout and "not modelled on sm_90: none" in done.stdout
+    for architecture in (80, 86, 90):
+        assert f"not modelled on sm_{architecture}: none" in done.stdout
+
+
+def test_a_row_takes_hardly_any_float64_where_that_is_slow(python):
+    done = python("tests/machine/ranks.py", "float64", "--architectures", "80", "86")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
+    found = dict(re.findall(r"float64 instructions a row on sm_(\d+): (\d+)", done.stdout))
+    assert int(found["86"]) <= 200 < 1000 < int(found["80"]), found
 
 
 def test_rows_of_every_regime_are_ranked_as_the_oracle_ranks_them_by_warps_blocks_and_workspaces(python):

@@ -74,6 +74,9 @@ __device__ __forceinline__ Value load(const void* p, int dtype, int64_t at) {
   }
 }
 
+__device__ __forceinline__ void put(__half& to, float v) { to = __float2half_rn(v); }
+__device__ __forceinline__ void put(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void put(float& to, float v) { to = v; }
 // a double is rounded once
 __device__ __forceinline__ void put(__half& to, double v) { to = __double2half(v); }
 __device__ __forceinline__ void put(__nv_bfloat16& to, double v) { to = __double2bfloat16(v); }

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 5 : 1) rank_rows
       typed<Value>(call.dx, call.dtype, [&](auto* dx) {
         dx += row * call.n + group.rank();
         const int left = call.n - group.rank();
-        run([&](int i, double g) {
+        run([&](int i, auto g) {
           if (i < left) put(dx[i], call.descending ? -g : g);
         });
       });
@@ -135,8 +135,12 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, T <= 128 ? 5 : 1) rank_rows
     if constexpr (T == 32 && !kKl) {
       HeldRow<kSmallRow / 32> held;
       held.load(call, row, named);
-      rank_gradient<Value, kKl>(group, pool, pool_slots(call.n), eps, held.name(0),
-                                [&](auto visit) { held.each(visit); }, finish);
+      const auto each = [&](auto visit) { held.each(visit); };
+      if constexpr (kSlowDouble) {
+        whole_gradient(group, pool, pool_slots(call.n), eps, held.name(0), each, finish);
+      } else {
+        rank_gradient<Value, kKl>(group, pool, pool_slots(call.n), eps, held.name(0), each, finish);
+      }
     } else {
       const ReadRow<Value, kKl, T> read{call, row, named, group.rank()};
       rank_gradient<Value, kKl>(group, pool, pool_slots(call.n), eps, read.name(0),

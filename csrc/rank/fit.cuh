@@ -6,6 +6,29 @@
 
 namespace kdkernels {
 
+// what `record_linear` computes in
+template <class Fit>
+struct DoubleRanks {
+  using Shared = double;
+  using Number = double;
+  const Fit& fit;
+  double centre, scale;
+
+  __device__ DoubleRanks(const Fit& fit, double centre)
+      : fit(fit), centre(centre), scale(fit.eps == 0.0 ? 0.0 : fit.inverse) {}
+  __device__ __forceinline__ double first_of(int a, int b) const {
+    const double low = fit.sum[padded(a)], mean = quotient(fit.sum[padded(b)] - low, natural(b - a));
+    return ((fit.sum[padded(a + 1)] - low) - mean) + natural(a + 1);
+  }
+  __device__ __forceinline__ double single(int p) const { return natural(p + 1); }
+  __device__ __forceinline__ double value(int p) const { return fit.key.value(p); }
+  __device__ __forceinline__ double rank(double first, double v, double base) const {
+    return fma(v - base, scale, first) - centre;
+  }
+  __device__ __forceinline__ static double packed(double v) { return v; }
+  __device__ __forceinline__ static double unpacked(double v) { return v; }
+};
+
 template <class Value, bool kPadded, bool kSort, bool kShort = false>
 struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
   using Base = Isotonic<Value, kPadded, kSort, kShort>;
@@ -87,62 +110,65 @@ struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
   __device__ __forceinline__ int name_of(Range block) const {
     return block.b - block.a > 1 && eps != 0.0 ? block.a : -1;
   }
-  __device__ __forceinline__ void store_record(int p, double rank, int name) const {
+  template <class Number>
+  __device__ __forceinline__ void store_record(int p, Number rank, int name) const {
     if constexpr (sizeof(Value) == 8) {
       sum[padded(p)] = rank;
     } else {
-      const long long low = __float_as_uint(static_cast<float>(rank));
-      sum[padded(p)] = __longlong_as_double(static_cast<long long>(name) << 32 | low);
+      sum[padded(p)] = joined_words(__float_as_uint(static_cast<float>(rank)), static_cast<unsigned>(name));
     }
   }
 
   // the same of l2 and short rows, from the sums: y_p = sum[p + 1] - sum[p], and p + 1 + y_p - mean_B y is the rank of
   // p. Each block of two or more leaves the rank of its first position a in the place of the sum before a + 1, which
   // nobody else needs. A thread does one leaf
-  __device__ void leave_first_ranks(int first, unsigned starts, unsigned several, int after) const {
+  template <class Ranks>
+  __device__ void leave_first_ranks(const Ranks& ranks, int first, unsigned starts, unsigned several, int after) const {
 #pragma unroll 1
     while (several) {
       const int i = __ffs(static_cast<int>(several)) - 1, a = first + i;
       several &= several - 1;
       const unsigned later = starts & ~((2u << i) - 1);
       const int b = later ? first + __ffs(static_cast<int>(later)) - 1 : after;
-      const double low = sum[padded(a)], mean = quotient(sum[padded(b)] - low, natural(b - a));
-      sum[padded(a + 1)] = ((sum[padded(a + 1)] - low) - mean) + natural(a + 1);
+      sum[padded(a + 1)] = Ranks::packed(ranks.first_of(a, b));
     }
   }
   template <int T>
   __device__ void record_linear(const Group<T>& group, double centre) const {
+    using Ranks = std::conditional_t<Base::kNoDouble, WholeRanks<Fit>, DoubleRanks<Fit>>;
+    const Ranks ranks(*this, centre);
     const int leaf = group.rank(), first = leaf << blocks.shift, size = max(0, min(m - first, 1 << blocks.shift));
     const unsigned starts = size > 0 ? blocks.starts[leaf] : 0u;
     const int after = size > 0 ? blocks.after[leaf] : 0;
     // starts whose next position is none
     const unsigned end = size > 0 && after == first + size ? 1u << (size - 1) : 0u;
     const unsigned several = starts & ~(starts >> 1) & ~end, alone = starts & ~several;
-    leave_first_ranks(first, starts, several, after);
+    leave_first_ranks(ranks, first, starts, several, after);
     group.sync();
-    double shared = 0.0, base = 0.0, last = 0.0;
+    typename Ranks::Shared shared{}, last{};
+    typename Ranks::Number base{};
     int name = -1;
     if (size > 0) {
-      last = sum[padded(first + size)];
+      last = Ranks::unpacked(sum[padded(first + size)]);
       if (!(starts & 1u)) {  // a block came in from below
         name = blocks.before[leaf];
-        shared = sum[padded(name + 1)];
-        base = key.value(name);
+        shared = Ranks::unpacked(sum[padded(name + 1)]);
+        base = ranks.value(name);
       }
     }
     group.sync();
-    const double scale = eps == 0.0 ? 0.0 : inverse;
 #pragma unroll 4
     for (int i = 0; i < size; ++i) {
       const int p = first + i;
-      const double v = key.value(p), next = i + 1 < size ? sum[padded(p + 1)] : last;
+      const auto v = ranks.value(p);
+      const auto next = i + 1 < size ? Ranks::unpacked(sum[padded(p + 1)]) : last;
       const bool starting = starts >> i & 1u, single = alone >> i & 1u;
       if (starting) {
-        shared = single ? natural(p + 1) : next;
+        shared = single ? ranks.single(p) : next;
         base = v;
         name = single ? -1 : p;
       }
-      store_record(p, fma(v - base, scale, shared) - centre, eps == 0.0 ? -1 : name);
+      store_record(p, ranks.rank(shared, v, base), eps == 0.0 ? -1 : name);
     }
     group.sync();
   }

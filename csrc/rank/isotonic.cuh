@@ -14,6 +14,7 @@
 #include "../common/numbers.cuh"
 #include "blocks.cuh"
 #include "scans.cuh"
+#include "whole.cuh"
 
 namespace kdkernels {
 
@@ -54,8 +55,11 @@ struct Isotonic {
   // less gaps * eps). Prefix sums reach m^3 while blocks of a few positions decide: in fixed point their differences
   // are exact, in double they would be off by a quarter of a rank at m = 131,072. At m = 1,024 double is off by 2^-9 of
   // a float rank's last place at most: the sums grow from the smallest element, as the ranks do (COST.md)
-  using Prefix = std::conditional_t<kShort, double, long long>;
-  using PrefixScan = std::conditional_t<kShort, Rise, Whole>;
+  static constexpr bool kWholeSums = !kShort || kSlowDouble;
+  static constexpr bool kNoDouble = kShort && kSlowDouble;
+  using Prefix = std::conditional_t<kWholeSums, long long, double>;
+  using PrefixScan = std::conditional_t<kWholeSums, Whole, Rise>;
+  WholeRow whole;                  // kNoDouble, l2
 
   // s_high - s_low in the units of the exponent
   __device__ __forceinline__ double apart(int low, int high) const {
@@ -73,23 +77,25 @@ struct Isotonic {
   }
 
   __device__ __forceinline__ static Prefix unpacked(double v) {
-    if constexpr (kShort) {
-      return v;
-    } else {
+    if constexpr (kWholeSums) {
       return __double_as_longlong(v);
+    } else {
+      return v;
     }
   }
   __device__ __forceinline__ static double packed(Prefix v) {
-    if constexpr (kShort) {
-      return v;
-    } else {
+    if constexpr (kWholeSums) {
       return __longlong_as_double(v);
+    } else {
+      return v;
     }
   }
   __device__ __forceinline__ Prefix prefix(int p) const { return unpacked(sum[padded(p)]); }
+  __device__ __forceinline__ void set_prefix(int p, Prefix v) const { sum[padded(p)] = packed(v); }
 
   // l2: whether neighbouring blocks of `left` and `right` positions pool, from the sums before, between and after them
   __device__ __forceinline__ static bool falls(Prefix low, Prefix middle, Prefix high, int left, int right) {
+    if constexpr (kNoDouble) return product_at_most(high - middle, left, middle - low, right);
     return static_cast<double>(high - middle) * natural(left) <= static_cast<double>(middle - low) * natural(right);
   }
 
@@ -143,13 +149,13 @@ struct Isotonic {
     double at = first;
     auto add = [&](int p, double u, double unit) {
       const double y = kSort ? at - u : u - at;
-      if constexpr (kShort) {
-        total += y;
-      } else {
+      if constexpr (kWholeSums) {
         total += rounded(y, unit);
+      } else {
+        total += y;
       }
       at += 1.0;
-      sum[padded(p + 1)] = packed(total);
+      set_prefix(p + 1, total);
     };
     if (all <= longest) {  // no gap needs to be cut: u is at hand
       const double unit = unit_of(fmax(all, least));
@@ -167,9 +173,15 @@ struct Isotonic {
         add(p, u, unit);
       }
     }
+    add_before(first, last, total, group);
+  }
+
+  // to the sums of this thread, `total` at its last position, those of the threads before
+  template <int T>
+  __device__ __forceinline__ void add_before(int first, int last, Prefix total, const Group<T>& group) {
     const Prefix lower = group.before(PrefixScan{total}, PrefixScan::none()).value;
 #pragma unroll 4
-    for (int p = first; p < last; ++p) sum[padded(p + 1)] = packed(prefix(p + 1) + lower);
+    for (int p = first; p < last; ++p) set_prefix(p + 1, prefix(p + 1) + lower);
   }
 
   template <int T>
@@ -177,6 +189,8 @@ struct Isotonic {
     const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
     if (kl) {
       exponential_sums(first, last, group);
+    } else if constexpr (kNoDouble) {
+      whole_sums(group, *this, first, last);
     } else {
       linear_sums(first, last, group);
     }

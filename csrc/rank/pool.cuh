@@ -10,7 +10,7 @@
 #pragma once
 
 #include "../common/group.cuh"
-#include "../common/numbers.cuh"
+#include "../common/pairs.cuh"
 
 namespace kdkernels {
 
@@ -24,16 +24,6 @@ struct Total {
   double sum;  // in parts
   int count;   // of what was counted
 };
-
-// two words of 32 bits an array apart hold a double
-__device__ __forceinline__ double joined_words(unsigned low, unsigned high) {
-  return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(high) << 32 | low));
-}
-__device__ __forceinline__ void split_double(double v, unsigned& low, unsigned& high) {
-  const long long bits = __double_as_longlong(v);
-  low = static_cast<unsigned>(bits);
-  high = static_cast<unsigned>(bits >> 32);
-}
 
 struct SmallPool {
   // 2^43 + q, q the part: its last 22 bits, and those above. Sums of 1,024 of either fit their words, and leave the
@@ -60,18 +50,35 @@ struct SmallPool {
     const long long bits = __double_as_longlong(fma(u, scale * 0x1p32, 0x1p53 + 0x1p44));
     return {static_cast<unsigned>(bits) & 0x3FFFFFu, static_cast<unsigned>(bits >> 22)};
   }
+  // the same in parts of 2^-30
+  __device__ __forceinline__ static Part whole_part(float u) {
+    const int q = __float2int_rn(u * 0x1p30f);
+    return {static_cast<unsigned>(q) << 1 & 0x3FFFFFu, static_cast<unsigned>(q >> 21) + (1u << 21)};
+  }
   template <bool kCount, bool kSum>
   __device__ __forceinline__ void put(int slot, const Part& part) const {
     static_assert(kCount && kSum);
     atomicAdd(word + slot, part.low);
     atomicAdd(word + apart + slot, part.high);
   }
-  __device__ __forceinline__ Total total(int slot) const {
+  // in parts of 2^-31
+  __device__ __forceinline__ long long whole_total(int slot, int& count) const {
     const long long all = (static_cast<long long>(word[apart + slot]) << 22) + word[slot];
-    const long long count = (all + (1ll << 42)) >> 43;
-    return {whole(all - (count << 43)), static_cast<int>(count)};
+    count = static_cast<int>((all + (1ll << 42)) >> 43);
+    return all - (static_cast<long long>(count) << 43);
+  }
+  __device__ __forceinline__ Total total(int slot) const {
+    int count;
+    const long long sum = whole_total(slot, count);
+    return {whole(sum), count};
   }
   __device__ __forceinline__ void settle(int slot, double v) const { split_double(v, word[slot], word[apart + slot]); }
+  __device__ __forceinline__ void settle(int slot, Pair v) const {
+    word[slot] = __float_as_uint(v.high), word[apart + slot] = __float_as_uint(v.low);
+  }
+  __device__ __forceinline__ Pair shared_pair(int slot) const {
+    return {__uint_as_float(word[slot]), __uint_as_float(word[apart + slot])};
+  }
   __device__ __forceinline__ double shared(int slot) const { return joined_words(word[slot], word[apart + slot]); }
   template <int T>
   __device__ void clear(const Group<T>& group, int slots, bool) const {

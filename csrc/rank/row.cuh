@@ -6,8 +6,6 @@
 
 namespace kdkernels {
 
-constexpr double kSmallestSpread = 0x1p-1022;  // 1 / eps stays finite, as in strength.py
-
 // x [R, n], rows `stride` apart; p null: there is none
 struct Rows {
   const void* p;
@@ -177,9 +175,6 @@ __device__ __forceinline__ void each_key(const Group<T>& group, const Rows& x, c
 }
 
 // of the m elements of a row, of what each(visit) visits in all threads
-struct Moments {
-  double mean, square;
-};
 template <int T, class Each>
 __device__ Moments moments_of(const Group<T>& group, int m, Each each) {
   double total = 0.0, squares = 0.0;
@@ -195,11 +190,6 @@ __device__ Moments moments_of(const Group<T>& group, int m, Each each) {
 template <class Value>
 __device__ __forceinline__ double scale_of(double range) {
   return sizeof(Value) == 8 ? power_of_two(-max(-1022, min(exponent_of(range), 1022))) : 1.0;
-}
-
-// sqrt(12) std / m, from the moments of what is `scale` times as far from any pivot
-__device__ __forceinline__ double spread_from(const Moments& d, int m, double scale) {
-  return fmax(sqrt(12.0 * fmax(d.square - d.mean * d.mean, 0.0)) / (m * scale), kSmallestSpread);
 }
 
 // the same of a row in any order, 1 where it is constant. each(visit) visits this thread's keys. The mean's square must
@@ -236,6 +226,7 @@ __device__ double spread_of_sorted(const Group<T>& group, const Fit& fit, Each e
   using Value = typename Fit::Element;
   const int m = fit.m;
   if (m == 0 || fit.key.at(0) == fit.key.at(m - 1)) return 1.0;
+  if constexpr (Fit::kNoDouble) return whole_spread(group, fit, each);
   const Value median = decode<Value>(fit.key.at(m / 2));
   const double scale = scale_of<Value>(fit.key.value(m - 1) - fit.key.value(0));
   const Moments d = moments_of(group, m, [&](auto visit) {

@@ -67,6 +67,10 @@ __device__ RowFit<Value, T, kItems> solve_row(const Group<T>& group, const Stren
     if (kIsShort<Value, T, kItems> || p < m) fit.key.at(p) = item[j];
   }
   group.sync();
+  if constexpr (RowFit<Value, T, kItems>::kNoDouble) {
+    auto value = [&](int p) { return m > 0 ? decode<Value>(fit.key.at(p)) : 0; };
+    fit.whole.scaled = Scaled::between(value(0), value(m - 1));
+  }
   double spread = 1.0;
   if (strength.relative) {
     if constexpr (kIsShort<Value, T, kItems>) {

@@ -15,7 +15,7 @@ from cubin import Cubin, MachineError
 from decode import functions
 from machine_build import core
 
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90)  # unless others are asked for
 MOST_BLOCKS, MOST_STEPS = 1 << 16, 400_000_000  # of one launch: blocks, and instructions of a warp (minutes)
 # in constant bank 0: the block's and the grid's sizes from its start on, where shared memory lies among the addresses
 # of any memory (sm_80), and where a lane's stack ends
@@ -23,7 +23,7 @@ WINDOW, STACK = 0x18, 0x28
 STACK_BYTES = 32768
 SECTOR_BYTES = 32  # of a cache line
 SM90_RESERVED = 1024  # bytes of shared memory before the kernel's own
-SHARED_LIMIT = {80: 166912, 90: 232448}  # bytes a block may ask for
+SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448}  # bytes a block may ask for, of what is modelled
 
 Lanes = IntEnum("Lanes", "LOWEST HIGHEST RANDOM", start=0)  # of a diverged warp: whose pc goes first
 Warps = IntEnum("Warps", "IN_TURN REVERSED RANDOM", start=0)  # up to the next barrier, or step by step
@@ -88,10 +88,10 @@ class Function:
     """A kernel whose every instruction is modelled; anything else is an error here, before it runs."""
 
     def __init__(self, cubin: Cubin, shared_bytes: int):
-        if cubin.architecture not in ARCHITECTURES:
+        if cubin.architecture not in SHARED_LIMIT:
             raise MachineError(
                 f"{cubin.name} is compiled for sm_{cubin.architecture}: what is modelled is "
-                + ", ".join(f"sm_{a}" for a in ARCHITECTURES)
+                + ", ".join(f"sm_{a}" for a in SHARED_LIMIT)
             )
         self.cubin, self.name = cubin, readable(cubin.name)
         reserved = SM90_RESERVED if cubin.architecture >= 90 else 0
@@ -159,8 +159,8 @@ class Device:
     passes: re.Pattern = re.compile(r"(?!)")  # reports that are none
 
     def __init__(self, architecture: int):
-        if architecture not in ARCHITECTURES:
-            raise MachineError(f"sm_{architecture} is not modelled: {', '.join(f'sm_{a}' for a in ARCHITECTURES)} are")
+        if architecture not in SHARED_LIMIT:
+            raise MachineError(f"sm_{architecture} is not modelled: {', '.join(f'sm_{a}' for a in SHARED_LIMIT)} are")
         self.architecture, self.launches = architecture, []
         self.schedules, self.first_blocks = SCHEDULES, MOST_BLOCKS
         self.restart()

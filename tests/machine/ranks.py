@@ -4,6 +4,7 @@ oracle of tests/simt:
 
     python tests/machine/ranks.py quick|long --architectures 80 90
     python tests/machine/ranks.py opcodes           only whether every instruction of the library is modelled
+    python tests/machine/ranks.py float64           only how many instructions of float64 a row takes
 
 Prints what each case launched. Returns 1 where a comparison fails or, after all cases, a kernel was never run.
 """
@@ -27,6 +28,7 @@ from cubin import listing, sections
 from emulator import ARCHITECTURES, MOST_BLOCKS, SHARED_LIMIT, readable
 from machine_build import core
 
+FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -166,9 +168,23 @@ def unknown(device: cuda_device.Cuda) -> list[str]:
     return sorted(said)
 
 
+def float64_of_a_row(device: cuda_device.Cuda, n: int = 1000) -> float:
+    """Instructions that compute or convert float64, of a warp that ranks a row at strength "auto" and goes back."""
+    device.first_blocks, rows = 2, 8
+    device.launches.clear()
+    x = torch.randn((4096, n), generator=torch.Generator().manual_seed(0))
+    ranks, blocks, eps = torch.ops.kdkernels.rank_rows(x, None, 1.0, True, False, False, True)
+    torch.ops.kdkernels.rank_rows_backward(x, x, ranks, blocks, eps, False, False)
+    found = 0
+    for launch in device.launches:
+        for line, count in zip(launch.function.code, launch.counts, strict=True):
+            found += count * (line.opcode in FLOAT64 or "F64" in line.modifiers)
+    return found / rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", choices=("opcodes", "quick", "long"))
+    parser.add_argument("which", choices=("opcodes", "float64", "quick", "long"))
     parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,8 +193,11 @@ def main() -> int:
         device = cuda_device.install(architecture)
         left, lacking = kernels(device), unknown(device)
         print(f"not modelled on sm_{architecture}: {'; '.join(lacking) or 'none'}", flush=True)
-        compared(device, {"opcodes": [], "quick": QUICK, "long": QUICK + LONG}[options.which], left)
-        print(f"never run on sm_{architecture}: {', '.join(sorted(map(readable, left))) or 'none'}")
+        if options.which == "float64":
+            print(f"float64 instructions a row on sm_{architecture}: {float64_of_a_row(device):.0f}", flush=True)
+        compared(device, {"quick": QUICK, "long": QUICK + LONG}.get(options.which, []), left)
+        if options.which in ("quick", "long"):
+            print(f"never run on sm_{architecture}: {', '.join(sorted(map(readable, left))) or 'none'}")
         kept &= not lacking and (options.which != "long" or not left)
     return int(not kept)
 

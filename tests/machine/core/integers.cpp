@@ -22,10 +22,11 @@ bool combined(const Lane& x, bool value, bool other) {
 }
 
 // what a subtrahend adds to a sum that keeps its carry: ~x + 1, of which the one may overflow
+std::uint64_t negative(std::uint32_t value) { return std::uint64_t(~value) + 1; }
 std::uint64_t addend(const Lane& x, int k) {
   const Operand& o = x.operand(k);
   const std::uint32_t value = x.raw(k);
-  return o.negated ? std::uint64_t(~value) + 1 : o.inverted ? ~value : value;
+  return o.negated ? negative(value) : o.inverted ? ~value : value;
 }
 
 std::uint64_t product(const Lane& x, int k) {
@@ -67,6 +68,8 @@ void shift_add(Lane& x) {
     shifted = (x.u(a) | std::uint64_t(x.u(a + 2)) << 32) << x.u(next++) >> 32;
   else if (x.has("HI"))
     shifted = static_cast<std::uint64_t>(std::int64_t(x.s(a))) << x.u(a + 2) >> 32;
+  else if (x.operand(a).negated)
+    shifted = negative(x.raw(a) << x.u(a + 2));
   else
     shifted = std::uint32_t(x.u(a) << x.u(a + 2));
   const std::uint64_t sum = shifted + addend(x, a + 1) + (x.has("X") && x.p(next));
