@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 import torch
 
-FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "analysis", "losses", "distributed")
+FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "heads", "analysis", "losses", "distributed")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from kdkernels.gram import spec
 
-from . import analysis_rows, distributed_rows, logit_rows, loss_rows, nystrom_rows, projecting, ranking
+from . import analysis_rows, distributed_rows, head_rows, logit_rows, loss_rows, nystrom_rows, projecting, ranking
 from .case import Target
 
 
@@ -133,7 +133,7 @@ def cuda_cases() -> list[Case]:
 
 def cases(device: str) -> list:
     """All cases of a device: the Gram family, ranking, Nystrom, projections and KDA, logits, losses, ranks."""
-    modules = (ranking, nystrom_rows, projecting, logit_rows, analysis_rows, loss_rows, distributed_rows)
+    modules = (ranking, nystrom_rows, projecting, logit_rows, head_rows, analysis_rows, loss_rows, distributed_rows)
     if device == "cuda":
         return [*cuda_cases(), *(case for module in modules for case in module.cuda_cases())]
     return [*cpu_cases(), *(case for module in modules for case in module.cpu_cases())]

@@ -21,6 +21,7 @@ from . import (
     analysis_rows,
     data,
     distributed_rows,
+    head_rows,
     logit_rows,
     loss_rows,
     machine,
@@ -43,6 +44,7 @@ MODULES = {
     "nystrom": nystrom_rows,
     "projection": projecting,
     "logits": logit_rows,
+    "heads": head_rows,
     "analysis": analysis_rows,
     "losses": loss_rows,
 }

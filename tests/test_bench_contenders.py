@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from bench import cases, drive, logit_rows, loss_rows, nystrom_rows, projecting
+from bench import cases, drive, head_rows, logit_rows, loss_rows, nystrom_rows, projecting
 
 FLOAT64, FLOAT32 = 1e-10, 5e-6  # how near values and gradients are, relative to the largest
 
@@ -46,9 +46,14 @@ def projections():
         yield case, ("eager", "algebra"), FLOAT32
 
 
+def heads():
+    for case in head_rows.cpu_cases():
+        yield case._replace(rows=6, classes=40, dtype="float32"), ("eager",), FLOAT32
+
+
 ALL = [
     pytest.param(case, name, close, id=f"{case.name} {name}")
-    for family in (gram, logits, modules, landmarks, projections)
+    for family in (gram, logits, heads, modules, landmarks, projections)
     for case, names, close in family()
     for name in names
 ]

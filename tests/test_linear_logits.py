@@ -109,8 +109,9 @@ def test_tokens_of_sequences_keep_their_shape():
     assert torch.autograd.grad(value, hidden)[0].shape == (3, 4, H)
 
 
-# dtype, of value and gradients relative: float32 as asked; half tensors: what one rounding of the gradient moves it
-ROUNDED = [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-6, 2.6e-3), (torch.float16, 1e-6, 3.3e-4)]
+# dtype, of value and gradients relative: float32 as asked; float16: one rounding of the gradient; bfloat16: three, of
+# slopes, of a chunk's product and of the gradient, 1.7e-3 each
+ROUNDED = [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-6, 3e-3), (torch.float16, 1e-6, 3.3e-4)]
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
@@ -138,7 +139,7 @@ def test_what_is_left_out_may_hold_anything_and_is_not_multiplied(monkeypatch):
     multiplied = []
     logits = linear_driver._logits
     monkeypatch.setattr(
-        linear_driver, "_logits", lambda side, at, classes: multiplied.append(len(at)) or logits(side, at, classes)
+        linear_driver, "_logits", lambda side, at, *rest: multiplied.append(len(at)) or logits(side, at, *rest)
     )
     loss = KDLoss(divergence="jsd")
     value = loss(kd.LinearLogits(*student), kd.LinearLogits(*teacher), mask=counts, chunk=5)
@@ -269,7 +270,7 @@ def test_autocast_rounds_nothing_inside():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_array_of_rows_by_classes_exists(dtype):
-    """Alive at the peak: the weight's gradient, in float32 until it is whole, and three arrays of a chunk."""
+    """Alive at the peak: the weight's gradient, in float32 until it is whole, and the arrays of a chunk."""
     n, classes, chunk = 512, 4096, 32
     student, teacher = heads(dtype, n, classes)
     sides, loss = (kd.LinearLogits(*student), kd.LinearLogits(*teacher)), KDLoss(divergence="jsd")
@@ -281,8 +282,9 @@ def test_no_array_of_rows_by_classes_exists(dtype):
         loss(*sides, chunk=chunk).backward()
 
     wide = dtype != torch.float32
-    blocks = 2 * linear_driver.BLOCK * 4 if wide else 0
-    allowed = head * (1.5 if wide else 1) + rows + 3 * chunk * classes * 4 + min(blocks, 2 * head) + (1 << 16)
+    arrays = 3.5 if wide else 3  # slopes that are rounded to bfloat16, too
+    blocks = 2 * linear_driver.CPU_BLOCK * 4 if wide else 0
+    allowed = head * (1.5 if wide else 1) + rows + arrays * chunk * classes * 4 + min(blocks, 2 * head) + (1 << 16)
     assert counted_peak(step) <= allowed < n * classes * dtype.itemsize
 
 

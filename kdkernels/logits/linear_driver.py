@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from ..autograd import at_least_float32
 
 CPU_BYTES, GPU_BYTES = 3 << 24, 1 << 30  # of a chunk's logits and slopes
 LEAST = 128  # rows: a product of 32 costs 1.6 times as much a row
-BLOCK = 1 << 20  # entries of a half head that are float32 at a time: they stay in cache
+CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26  # entries of a half head that are float32 at a time: on a CPU, in cache
 
 HIDDEN, WEIGHT, BIAS = 1, 2, 4  # bits of `need`
 
@@ -41,6 +40,9 @@ class Side(NamedTuple):
         """Of the logits: the head's products have at least float32 results."""
         return at_least_float32(self.rows, self.weight, self.bias) if self.lazy else self.rows.dtype
 
+    def buffer(self, rows: int, classes: int):
+        return self.rows.new_empty((rows, classes), dtype=self.dtype) if self.lazy else None
+
 
 def values_and_gradients(student: Side, teacher: Side, classes: int, per_row, loss, rows: int, need: int):
     """Values [R] of the rows, and the gradients of the student's rows, weight and bias, [0] where not asked for.
@@ -54,14 +56,16 @@ def values_and_gradients(student: Side, teacher: Side, classes: int, per_row, lo
     chunks = _chunks(left, rows or _rows_of_budget(student, teacher, classes, need))
     values = student.rows.new_zeros(len(student.rows), dtype=at_least_float32(*student[:3], *teacher[:3]))
     gradients = Gradients(student, classes, need, left, len(chunks))
+    # made once: the C library's heap may keep as much again as is given back and taken anew
+    buffers = [side.buffer(chunks[0].stop if chunks else 0, classes) for side in (student, teacher)]
     for part in chunks:
         at = part if counted is None else counted[part]
-        z, y = (_logits(side, at, classes) for side in (student, teacher))
+        z, y = (_logits(side, at, classes, to) for side, to in zip((student, teacher), buffers, strict=True))
         own = [t if t is None else t[at] for t in per_row]
         values[at], slopes = loss(z, y, *own, need)
         if need:
             gradients.add(at, z, slopes, own[-1])
-        del z, y, slopes  # before the next chunk's
+        del slopes  # before the next chunk's
     return values, *gradients.found()
 
 
@@ -85,16 +89,14 @@ def _chunks(R: int, rows: int) -> list[slice]:
     return [slice(begin, min(R, begin + each)) for begin in range(0, R, each or 1)]
 
 
-def _logits(side: Side, at, classes: int):
+def _logits(side: Side, at, classes: int, to):
+    """Those of the rows, in the buffer."""
     if not side.lazy:
         return side.rows[at, :classes]
-    h, dtype = side.rows[at], side.dtype
-    if side.weight.dtype == dtype:
-        z = h.to(dtype) @ side.weight[:classes].mT
-    else:
-        z = h.new_empty((len(h), classes), dtype=dtype)
-        for part in _blocks(side, classes):
-            z[:, part] = product(h, side.weight[part].mT, dtype)
+    h = side.rows[at]
+    z = to[: len(h)]
+    for part in _blocks(side, classes):
+        product(h, side.weight[part].mT, z[:, part])
     if side.bias is not None:
         z += side.bias[:classes]
     if side.scale != 1:
@@ -102,16 +104,33 @@ def _logits(side: Side, at, classes: int):
     return z.div_(side.softcap).tanh_().mul_(side.softcap) if side.softcap else z
 
 
-def product(a, b, dtype):
-    """a @ b with a result in dtype, which may be wider than theirs: no entry is rounded to half on its way."""
-    if a.is_cuda and a.dtype == b.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)  # in tensor cores, summed in float32
+def product(a, b, to):
+    """to = a @ b; the dtype of `to` may be wider than theirs: no entry is rounded to half on its way."""
+    if a.is_cuda and a.dtype == b.dtype != to.dtype:
+        to.copy_(torch.mm(a, b, out_dtype=to.dtype))  # in tensor cores, summed in float32
+    else:
+        torch.mm(a.to(to.dtype), b.to(to.dtype), out=to)
+
+
+def _narrow(slopes, weight) -> bool:
+    """Whether slopes are rounded to the bfloat16 of their head for the products of the gradients, which are rounded to
+    it themselves: where a product of such is faster. (In float16 they would be 0.)"""
+    if weight.dtype != torch.bfloat16 or slopes.dtype != torch.float32:
+        return False
+    return slopes.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _exact(a, b, dtype):
+    """a @ b, rounded no further than bfloat16 sides are, which a CPU rounds the result to, too."""
+    if a.dtype == b.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a @ b).to(dtype)
     return a.to(dtype) @ b.to(dtype)
 
 
 def _blocks(side: Side, classes: int) -> Iterator[slice]:
     """Of classes: all at once, or those of a half head that are worked on in a wider dtype."""
-    each = classes if side.weight.dtype == side.dtype else max(1, BLOCK // side.weight.shape[1])
+    block = CPU_BLOCK if side.rows.is_cpu else GPU_BLOCK
+    each = classes if side.weight.dtype == side.dtype else max(1, block // side.weight.shape[1])
     return (slice(begin, min(classes, begin + each)) for begin in range(0, classes, each))
 
 
@@ -146,32 +165,39 @@ class Gradients:
             return
         if side.softcap:  # 1 - tanh^2
             slopes.mul_(z.div_(side.softcap).square_().neg_().add_(1))
-        if slopes.is_cuda and side.weight.dtype == torch.bfloat16:  # in float16 they would be 0
+        if need & BIAS:
+            self.bias[: self.classes].add_(slopes.sum(0), alpha=side.scale)
+        if _narrow(slopes, side.weight):
             slopes = slopes.bfloat16()
         if need & HIDDEN:
-            parts = (product(slopes[:, p], side.weight[p], side.dtype) for p in _blocks(side, self.classes))
-            self.rows[at] = reduce(torch.Tensor.add_, parts).mul_(side.scale).to(self.rows.dtype)
+            self.rows[at] = self._of_hidden(slopes).mul_(side.scale).to(self.rows.dtype)
         if need & WEIGHT:
             h = side.rows[at]
             if weights is not None and not weights.is_cpu:  # a row that is left out may hold NaN
                 h = torch.where(weights[:, None] != 0, h, 0)
             h = h if side.scale == 1 else h.to(side.dtype) * side.scale
             self._add_weight(slopes, h)
-        if need & BIAS:
-            self.bias[: self.classes].add_(slopes.sum(0, dtype=side.dtype), alpha=side.scale)
         self.first = False
 
-    def _add_weight(self, slopes, h):
-        side = self.side
+    def _of_hidden(self, slopes):
+        side, weight = self.side, self.side.weight[: self.classes]
+        if slopes.dtype == weight.dtype:
+            return _exact(slopes, weight, side.dtype)
+        total, part_of = None, slopes.new_empty((len(slopes), weight.shape[1]), dtype=side.dtype)
         for part in _blocks(side, self.classes):
-            to, slope = self.weight[part], slopes[:, part].mT
-            if side.weight.dtype != side.dtype:
-                found = product(slope, h, side.dtype)
-                to.copy_(found) if self.first else to.add_(found)
-            elif self.first:
-                torch.mm(slope, h.to(side.dtype), out=to)
+            product(slopes[:, part], weight[part], part_of)
+            total = part_of.clone() if total is None else total.add_(part_of)
+        return total
+
+    def _add_weight(self, slopes, h):
+        side, whole = self.side, self.weight[: self.classes]
+        for part in _blocks(side, self.classes):
+            to, slope = whole[part], slopes[:, part].mT
+            if to.dtype == side.dtype and slope.dtype == side.dtype:
+                torch.mm(slope, h.to(side.dtype), out=to) if self.first else to.addmm_(slope, h.to(side.dtype))
             else:
-                to.addmm_(slope, h.to(side.dtype))
+                found = _exact(slope, h, side.dtype)
+                to.copy_(found) if self.first else to.add_(found)
 
     def found(self):
         """As they are held: [0] where not asked for."""
