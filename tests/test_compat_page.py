@@ -17,7 +17,9 @@ def row(library):
     return [re.findall(r"`([^`]+)`", cell) for cell in found]
 
 
-@pytest.mark.parametrize("library", ["torchsort", "RepDistiller", "mdistiller", "torchdistill", "MMRazor", "TRL"])
+@pytest.mark.parametrize(
+    "library", ["torchsort", "RepDistiller", "mdistiller", "torchdistill", "MMRazor", "TRL", "Liger"]
+)
 def test_what_the_table_says_to_write_runs(library):
     imports = [line.split(";")[0] for line in row(library)[1] if "import" in line]
     assert len(imports) == 1

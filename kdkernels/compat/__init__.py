@@ -4,6 +4,8 @@
 from kdkernels.compat import torchsort              # in place of: import torchsort
 from kdkernels.compat.repdistiller import NSTLoss   # in place of: from distiller_zoo import NSTLoss
 from kdkernels.compat.mdistiller import dkd_loss    # in place of: from mdistiller.distillers.DKD import dkd_loss
+from kdkernels.compat.trl import generalized_jsd_loss          # in place of: GKDTrainer.generalized_jsd_loss
+from kdkernels.compat.liger import LigerFusedLinearJSDLoss      # in place of: from liger_kernel.chunked_loss import
 
 `torchdistill.replace()` and `mmrazor.replace()` take the places of these two's own losses in their configurations, and
 `register()` there makes every loss of `kd.losses` known to them.
