@@ -37,7 +37,7 @@ ROWS_OF_BOTH = {"rows": "groups", "feature_rows": "groups"}
 class Case(NamedTuple):
     make: object  # (group=...) -> the loss
     sizes: str = "rows"
-    mask: str | None = None  # of "samples" or "tokens"
+    mask: str | None = None  # of "samples" or "tokens"; "weights" of samples
     call: dict = {}
 
 
@@ -79,6 +79,10 @@ LOSSES = {
     "CMKDLoss masked": Case(
         partial(losses.CMKDLoss, class_weight=1.0), "one width", "samples", {"normalizer": torch.tensor(7.0)}
     ),
+    "CMKDLoss weighted": Case(losses.CMKDLoss, "one width", "weights"),
+    "DISTLoss weighted": Case(
+        partial(losses.DISTLoss, gamma=0.0), "one width", "weights", {"normalizer": torch.tensor(7.0)}
+    ),
     "CCLoss taylor": Case(partial(losses.CCLoss, "taylor", normalize=True)),
 }
 
@@ -95,9 +99,10 @@ def batch(case, n, dtype):
         x[shared] += y[shared]
         student.append(x.to(device(), dtype))
         teacher.append(y.to(device(), dtype))
-    shape = {None: None, "samples": (n,), "tokens": (n, *student[0].shape[1:-1])}[case.mask]
-    mask = None if shape is None else (torch.rand(shape, generator=generator) > 0.3).to(device())
-    return student, teacher, mask
+    if case.mask is None:
+        return student, teacher, None
+    drawn = torch.rand((n, *student[0].shape[1:-1]) if case.mask == "tokens" else n, generator=generator)
+    return student, teacher, ((drawn - 0.3).clamp(0) if case.mask == "weights" else drawn > 0.3).to(device())
 
 
 def losses_equal_to_one_process(out):
@@ -112,7 +117,8 @@ def losses_equal_to_one_process(out):
                     sides = (student[0], teacher[0]) if case.sizes != "levels" else (student, teacher)
                     if case.sizes.startswith("logits"):
                         sides = (*sides, student[1:], teacher[1:])
-                    call = case.call if mask is None else {**case.call, "mask": mask}
+                    given = {} if mask is None else {"token_weights" if case.mask == "weights" else "mask": mask}
+                    call = {**case.call, **given}
                     total, parts = make()(*sides, return_parts=True, **call)
                     return {"total": total, **parts}, torch.autograd.grad(1.7 * total, student)
 
