@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules whose buffers keep their dtypes, whatever the model is cast to: sums over batches, constants of losses."""
 
+from __future__ import annotations
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from .autograd import at_least_float32
 class Unrounded(nn.Module):
     """`.to(device)` moves its own buffers, `.half()` and a default dtype leave them float32 or wider."""
 
-    def register_buffer(self, name, tensor, persistent=True):
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         if tensor is not None and tensor.is_floating_point():
             tensor = tensor.to(at_least_float32(tensor))
         super().register_buffer(name, tensor, persistent)

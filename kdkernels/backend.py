@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import checks, native
+from ._types import Backend
 from .registry import OPS
 
 BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
@@ -131,7 +132,7 @@ class Explanation(NamedTuple):
         return f"{self.op} runs on {self.backend}: {self.why}"
 
 
-def explain(op: str, *tensors: torch.Tensor, backend: str = "auto") -> Explanation:
+def explain(op: str, *tensors: torch.Tensor, backend: Backend = "auto") -> Explanation:
     """Which backend would run `op` on these tensors, and why not a better one.
 
     >>> print(kd.explain("cka", torch.randn(8, 4), torch.randn(8, 4), backend="torch"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -19,7 +20,7 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 @contextlib.contextmanager
-def debug_checks():
+def debug_checks() -> Iterator[None]:
     """Inside, value checks (NaN, infinity, sigma <= 0) also run for CUDA tensors: they synchronise."""
     global _debug
     before, _debug = _debug, True

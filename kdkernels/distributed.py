@@ -25,11 +25,16 @@ from __future__ import annotations
 
 import numbers
 import zlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 
 from . import checks
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import ProcessGroup
+else:  # a torch without torch.distributed has none
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", object)
 
 __all__ = ["gather"]
 
@@ -40,7 +45,7 @@ _AT_ONCE = 3  # tensors described in the first message, which has one size for e
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int64, torch.int32)
 
 
-def gather(x: torch.Tensor, group=None) -> torch.Tensor:
+def gather(x: torch.Tensor, group: GroupLike = None) -> torch.Tensor:
     """The rows of all ranks, rank after rank, on every rank: [n_r, ...] -> [sum of n_r, ...]; differentiable.
 
     Ranks may have different numbers of rows, none included (an uneven last batch), of one width, dtype and device
@@ -75,7 +80,7 @@ def sum_over(x: torch.Tensor, handle) -> torch.Tensor:
     return _Sum.apply(x, handle)
 
 
-def handle_of(group):
+def handle_of(group: object):
     """The process group that `group` names; RuntimeError where there is none."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError(
@@ -86,7 +91,7 @@ def handle_of(group):
     return torch.distributed.group.WORLD if isinstance(group, str) else group
 
 
-def check_group(group):
+def check_group(group: object) -> None:
     """Refuses what names no group; None is this process alone."""
     if isinstance(group, str):
         if group != "world":
@@ -123,7 +128,7 @@ class Agreed(NamedTuple):
     Loss modules compare all levels once (`compare`) and hand one of these to the op of each level.
     """
 
-    handle: object
+    handle: ProcessGroup
     rows: list[int]
 
     @property
@@ -134,16 +139,19 @@ class Agreed(NamedTuple):
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return sum_over(x, self.handle)
 
-    def gather(self, *tensors) -> list[torch.Tensor | None]:
+    def gather(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
         return gather_rows(tensors, self.rows, self.handle)
 
-    def rows_at(self, places, *tensors) -> list[torch.Tensor | None]:
+    def rows_at(self, places: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The rows at `places`, ascending and on the host, among those of all ranks; without a gradient."""
         starts = torch.tensor([0, *self.rows], device=places.device).cumsum(0)
         cuts, rank = torch.searchsorted(places, starts).tolist(), torch.distributed.get_rank(self.handle)
         own = places[cuts[rank] : cuts[rank + 1]] - starts[rank]
         mine = [None if t is None else t.detach()[own.to(t.device)] for t in tensors]
         return gather_rows(mine, [b - a for a, b in zip(cuts, cuts[1:], strict=False)], self.handle)
+
+
+GroupLike: TypeAlias = Literal["world"] | ProcessGroup | Agreed | None
 
 
 def agree(tensors, names, handle, check=lambda: None, call: str = "", options=None) -> list[int]:

@@ -7,9 +7,12 @@ A row of 64 classes takes 384 bytes, where the logits of 128,256 take 256,512. T
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from . import checks
+from ._types import FilePath
 from .logits import TopKLogits
 
 __all__ = ["load_topk", "save_topk"]
@@ -17,7 +20,7 @@ __all__ = ["load_topk", "save_topk"]
 FORMAT = "kdkernels top-k teacher 1"
 
 
-def save_topk(file, teacher: TopKLogits, *, tokenizer: str):
+def save_topk(file: FilePath, teacher: TopKLogits, *, tokenizer: str) -> None:
     """Writes a teacher's classes: values in float16, indices in int32, and a header that says what they are of.
 
     Args:
@@ -64,7 +67,14 @@ def save_topk(file, teacher: TopKLogits, *, tokenizer: str):
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, file, metadata=header)
 
 
-def load_topk(file, *, tokenizer: str, vocab: int | None = None, tail: str = "bucket", rows: slice | None = None):
+def load_topk(
+    file: FilePath,
+    *,
+    tokenizer: str,
+    vocab: int | None = None,
+    tail: Literal["bucket", "renormalize", "ignore"] = "bucket",
+    rows: slice | None = None,
+) -> TopKLogits:
     """The teacher that `save_topk` wrote: `kd.TopKLogits` on the CPU, with the vocab and tau of its header.
 
     Args:
@@ -104,7 +114,7 @@ def _check_name(tokenizer):
         raise TypeError(f"tokenizer is {tokenizer!r}: give the name by which its vocabulary is known")
 
 
-def _check_header(file, header, tokenizer: str, vocab):
+def _check_header(file: FilePath, header, tokenizer: str, vocab):
     if header["tokenizer"] != tokenizer:
         raise ValueError(
             f"{file} is of the tokenizer {header['tokenizer']!r}, the student's is {tokenizer!r}: one class is another "

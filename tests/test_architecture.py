@@ -16,7 +16,7 @@ from kdkernels.registry import OPS
 
 PACKAGE = ROOT / "kdkernels"
 FAMILIES = sorted({op.family for op in OPS.values()})
-FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "native", "triton_tf32"}
+FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "native", "triton_tf32", "_types"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
     "accumulator": {"autograd", "distributed"},
@@ -26,7 +26,9 @@ ARROWS = {
     "registry": set(),
     "native": set(),
     "triton_tf32": {"backend"},
-    "backend": {"checks", "native", "registry"},
+    "_types": set(),
+    "types": {"_types", "distributed", "gram", "losses"},
+    "backend": {"_types", "checks", "native", "registry"},
     "testing": {"backend", "registry"},
     "losses": {*FOUNDATIONS, *FAMILIES, "distributed"},
     "compat": {*FOUNDATIONS, *FAMILIES, "losses"},
@@ -35,6 +37,7 @@ ARROWS = {
     "analysis": {*FOUNDATIONS, "distributed", "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
     "nystrom": {*FOUNDATIONS, "gram", "distributed"},
+    "projection": {*FOUNDATIONS, "distributed"},
     "gram": {*FOUNDATIONS, "distributed"},
     "relation": {*FOUNDATIONS, "gram", "distributed"},
 }

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
 from .. import checks
+from .._types import Backend, Device, LayerNames, MaskOf, RowsOf
 from ..autograd import device_type, without_autocast
 from ..gram.call import minimum_rows
-from ..gram.kernels import spec_of
+from ..gram.kernels import KernelLike, spec_of
 from . import masks, stream, sums
 from .comparison import Comparison
 from .layers import patterns
@@ -17,19 +21,19 @@ from .network import ROWS, Asked, Network, arguments_of, device_of, dtype_of, mo
 
 
 def compare_models(
-    model_a,
-    model_b,
-    loader,
-    layers=None,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    layers: LayerNames | tuple[LayerNames, LayerNames] = None,
     *,
-    rows=None,
-    mask=None,
-    kernel="linear",
-    unbiased=True,
-    inputs=None,
-    device=None,
-    progress=True,
-    backend="auto",
+    rows: RowsOf | None | tuple[RowsOf | None, RowsOf | None] = None,
+    mask: MaskOf | tuple[MaskOf, MaskOf] = None,
+    kernel: KernelLike = "linear",
+    unbiased: bool = True,
+    inputs: Callable[[Any], Any] | None = None,
+    device: Device | None = None,
+    progress: bool = True,
+    backend: Backend = "auto",
 ) -> Comparison:
     """CKA of every chosen layer of `model_a` with every chosen layer of `model_b`, over all batches of `loader`.
 

@@ -7,9 +7,11 @@ import csv
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .._types import FilePath
 from . import picture
 
 FACTS = {
@@ -73,7 +75,7 @@ class Comparison:
             lines.append(f"{name:{first}}" + "".join(f"  {picture.two_digits(value):>{width}}" for value in line))
         return "\n".join(lines)
 
-    def __sub__(self, other) -> Comparison:
+    def __sub__(self, other: Comparison) -> Comparison:
         if not isinstance(other, Comparison):
             return NotImplemented
         for name in ("labels_a", "labels_b", "kernel", "unbiased", "quantity"):
@@ -87,7 +89,7 @@ class Comparison:
         least = {name: min(getattr(self, name), getattr(other, name)) for name in ("rows", "batches")}
         return replace(self, cka=self.cka - other.cka, standard_error=error, quantity="CKA difference", **least)
 
-    def to_csv(self, path) -> Path:
+    def to_csv(self, path: FilePath) -> Path:
         """One line a pair of layers: layer_a, layer_b, cka, standard_error, and how they were found."""
         path = Path(path)
         facts = [getattr(self, name) for name in FACTS]
@@ -100,7 +102,7 @@ class Comparison:
         return path
 
     @classmethod
-    def load(cls, path) -> Comparison:
+    def load(cls, path: FilePath) -> Comparison:
         """What `to_csv` wrote; ValueError if `path` is anything else."""
         with Path(path).open(newline="", encoding="utf-8") as file:
             try:
@@ -119,7 +121,14 @@ class Comparison:
         facts = {name: read(lines[0][name]) for name, read in FACTS.items()}
         return cls(cka.contiguous(), error.contiguous(), *labels, **facts)
 
-    def plot(self, path, *, title: str | None = None, names=("model_a", "model_b"), limits=None) -> list[Path]:
+    def plot(
+        self,
+        path: FilePath,
+        *,
+        title: str | None = None,
+        names: tuple[str, str] = ("model_a", "model_b"),
+        limits: tuple[float, float] | None = None,
+    ) -> list[Path]:
         """A heat map: to `path` if it ends in .png, .svg or .pdf, else to path.png and path.svg. Needs matplotlib.
 
         limits: (lowest, highest) of the colours; None: the range of the values with zero, which is white. Up to 12 x 12
@@ -127,6 +136,13 @@ class Comparison:
         """
         return picture.save(self, path, title=title, names=names, limits=limits)
 
-    def draw(self, axes, *, title: str | None = None, names=("model_a", "model_b"), limits=None):
+    def draw(
+        self,
+        axes: Any,
+        *,
+        title: str | None = None,
+        names: tuple[str, str] = ("model_a", "model_b"),
+        limits: tuple[float, float] | None = None,
+    ) -> Any:
         """The heat map in a matplotlib Axes, first layers at the lower left; returns the image, for a colour bar."""
         return picture.draw(self, axes, title=title, names=names, limits=limits)

@@ -8,16 +8,25 @@ from collections.abc import Sequence
 import torch
 
 from .. import checks
+from .._types import Backend, Mask
 from ..autograd import at_least_float32, device_type, without_autocast
 from ..gram.call import check_bandwidths, minimum_rows
-from ..gram.kernels import spec_of
+from ..gram.kernels import KernelLike, spec_of
 from ..gram.op import cka
 from . import masks, sums
 from .sums import Hsics
 
 
 @torch.no_grad()
-def cka_matrix(xs, ys, *, mask=None, kernel="linear", unbiased=True, backend="auto") -> torch.Tensor:
+def cka_matrix(
+    xs: Sequence[torch.Tensor],
+    ys: Sequence[torch.Tensor],
+    *,
+    mask: Mask = None,
+    kernel: KernelLike = "linear",
+    unbiased: bool = True,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """CKA of every layer of `xs` with every layer of `ys`: entry [l, m] is `kd.cka(xs[l], ys[m])`.
 
     A tile of a layer's Gram matrix is computed once, not once a pair, and the sums of all pairs are one matrix product

@@ -11,15 +11,18 @@ from __future__ import annotations
 import importlib.util
 import sys
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .. import checks, distributed
+from .._types import Mask
 from ..accumulator import Accumulator, summed, without_rounding
 from ..autograd import at_least_float32, device_type, without_autocast
+from ..distributed import GroupLike
 from ..gram.call import check_bandwidths, minimum_rows
-from ..gram.kernels import spec_of
+from ..gram.kernels import KernelLike, spec_of
 from . import masks, matrix, stream, sums
 
 COUNT, WIDE = stream.SUMS, stream.SUMS + 1  # batches that counted; of them, those in float64
@@ -63,40 +66,43 @@ class CKAMetric(Accumulator):
     1.0
     """
 
-    def __new__(cls, *arguments, **options):
+    unbiased: bool
+    minimum: int
+
+    def __new__(cls, *arguments: Any, **options: Any) -> CKAMetric:
         collected = _collected() if cls is CKAMetric else None
         return super().__new__(collected or cls)
 
-    def __init__(self, kernel="linear", unbiased: bool = True, *, process_group=None):
+    def __init__(self, kernel: KernelLike = "linear", unbiased: bool = True, *, process_group: GroupLike = None):
         super().__init__()
         self._set(kernel, unbiased)
         self.process_group = process_group
         self.register_buffer("sums", self._zeros())
 
-    def _set(self, kernel, unbiased):
+    def _set(self, kernel: KernelLike, unbiased: bool) -> None:
         checks.flags(unbiased=unbiased)
         self.kernel, self.unbiased = kernel, unbiased
         self.minimum = minimum_rows(self.unbiased, True)
         self._kernels, self._warned = spec_of(kernel), False
 
     @property
-    def process_group(self):
+    def process_group(self) -> GroupLike:
         """Over which processes compute() adds up; copies of the metric share it."""
         return None if self._group is None else self._group.group
 
     @process_group.setter
-    def process_group(self, group):
+    def process_group(self, group: GroupLike) -> GroupLike:
         self._group = None if group is None else distributed.Held(group)
 
     @staticmethod
-    def _zeros():
+    def _zeros() -> torch.Tensor:
         return torch.zeros(stream.SUMS + 2, dtype=torch.float64)
 
-    def update(self, x, y, mask=None) -> None:
+    def update(self, x: torch.Tensor, y: torch.Tensor, mask: Mask = None) -> None:
         """Adds one batch."""
         self._add(*self._rows(x, y, mask))
 
-    def compute(self, return_error: bool = False):
+    def compute(self, return_error: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The CKA of all batches of all processes so far; with return_error also its standard error."""
         state = self.sums
         if dist.is_available() and dist.is_initialized():
@@ -113,12 +119,12 @@ class CKAMetric(Accumulator):
         """Forgets all batches."""
         self.sums.zero_()
 
-    def forward(self, x, y, mask=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor, mask: Mask = None) -> torch.Tensor:
         """Adds one batch and returns its own CKA."""
         batch = self._add(*self._rows(x, y, mask))
         return _nan(x) if batch is None else self._result(batch, False)
 
-    def merge_state(self, incoming_state) -> None:
+    def merge_state(self, incoming_state: CKAMetric | dict[str, Any]) -> None:
         """Adds what `incoming_state`, a metric of the same kernel and estimator or its state_dict(), has seen."""
         self.sums += self._state_of(incoming_state)["sums"].to(self.sums.device)
 
@@ -136,11 +142,11 @@ class CKAMetric(Accumulator):
             )
         return {"sums": incoming.sums}
 
-    def _asked(self):
+    def _asked(self) -> list[tuple[str, bool]]:
         return [(repr(k), self.unbiased) for k in self._kernels]
 
     @torch.no_grad()
-    def _rows(self, x, y, mask):
+    def _rows(self, x: torch.Tensor, y: torch.Tensor, mask: Mask):
         """The rows of a batch that count."""
         matrix.check_layer(x, "x")
         matrix.check_layer(y, "y")
@@ -154,7 +160,7 @@ class CKAMetric(Accumulator):
         return masks.counted([x, y], mask)
 
     @torch.no_grad()
-    def _add(self, x, y) -> torch.Tensor | None:
+    def _add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
         """Adds one batch and returns what it added, None for one that is left out."""
         if x.shape[0] < self.minimum:
             self._left_out(x.shape[0])

@@ -11,13 +11,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
+from .._types import Number
 from ..checks import is_number
 
-__all__ = ["Cosine", "Kernel", "KernelSpec", "Laplacian", "Linear", "Polynomial", "RBF", "spec_of"]
+__all__ = [
+    "Cosine",
+    "Kernel",
+    "KernelLike",
+    "KernelName",
+    "KernelSpec",
+    "Laplacian",
+    "Linear",
+    "Polynomial",
+    "RBF",
+    "Sigma",
+    "spec_of",
+]
+
+KernelName: TypeAlias = Literal["linear", "polynomial", "cosine", "rbf", "laplacian"]
+_Rule: TypeAlias = Literal["median", "mean"]
+Sigma: TypeAlias = Number | _Rule | tuple[_Rule, float] | Sequence[float]
 
 
 RULES = ("median", "mean")
@@ -85,6 +102,10 @@ class Kernel:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k[0] != '_')})"
 
 
+KernelLike: TypeAlias = KernelName | Kernel | tuple[KernelName | Kernel, KernelName | Kernel]
+"""One kernel function for both sides, or one for each."""
+
+
 class Linear(Kernel):
     """k(x, y) = x . y"""
 
@@ -101,6 +122,9 @@ class Cosine(Kernel):
 class Polynomial(Kernel):
     """k(x, y) = (scale x . y + coef0)^degree, degree a positive integer. scikit-learn: degree 3, scale 1 / p."""
 
+    degree: int
+    scale: float
+    coef0: float
     name = "polynomial"
 
     def __init__(self, degree: int = 2, scale: float = 1.0, coef0: float = 1.0):
@@ -117,7 +141,7 @@ class Polynomial(Kernel):
 class _Bandwidth(Kernel):
     """A kernel with a bandwidth: a number, a tensor, a rule, or a sequence of numbers (the sum of the kernels)."""
 
-    def __init__(self, sigma="median"):
+    def __init__(self, sigma: Sigma = "median"):
         self.sigma = _check_sigma(sigma, type(self).__name__)
         numbers = self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
         self._code = ":".join((self.name, *map(repr, numbers)))
@@ -201,7 +225,7 @@ def _one(kernel, what: str) -> Kernel:
     raise ValueError(f"{what} is {kernel!r}: give one of {names()} or an object such as kd.RBF(sigma=2.0)")
 
 
-def spec_of(kernel) -> tuple[Kernel, Kernel]:
+def spec_of(kernel: KernelLike) -> tuple[Kernel, Kernel]:
     """The kernel functions of both sides, from a name, an object, or a pair of either."""
     if isinstance(kernel, (tuple, list)):
         if len(kernel) != 2:

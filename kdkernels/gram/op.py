@@ -6,28 +6,33 @@ Read on in `reference.py` (what is computed), `torch_impl/` (how, in PyTorch) an
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from .._types import Backend, Mask, Reduction
 from ..autograd import device_type, in_pytorch, without_autocast
 from ..backend import resolve
+from ..distributed import GroupLike
 from . import distributed, reference, two_sample
 from .call import Question, Rows, check_bandwidths, check_features
+from .kernels import KernelLike
 from .operator import statistic
 
 __all__ = ["cka", "gram_mse", "hsic", "mmd"]
 
 
 def cka(
-    x,
-    y,
+    x: torch.Tensor,
+    y: torch.Tensor,
     *,
-    kernel="linear",
-    unbiased=True,
-    center=True,
-    row_normalize=False,
-    mask=None,
-    group=None,
-    backend="auto",
+    kernel: KernelLike = "linear",
+    unbiased: bool = True,
+    center: bool = True,
+    row_normalize: bool = False,
+    mask: Mask = None,
+    group: GroupLike = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Centred kernel alignment, CKA(K, L) = h(K, L) / sqrt(h(K, K) h(L, L)) with h = HSIC.
 
@@ -65,16 +70,16 @@ def cka(
 
 
 def hsic(
-    x,
-    y,
+    x: torch.Tensor,
+    y: torch.Tensor,
     *,
-    kernel="linear",
-    unbiased=True,
-    center=True,
-    row_normalize=False,
-    mask=None,
-    group=None,
-    backend="auto",
+    kernel: KernelLike = "linear",
+    unbiased: bool = True,
+    center: bool = True,
+    row_normalize: bool = False,
+    mask: Mask = None,
+    group: GroupLike = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Hilbert-Schmidt independence criterion: tr(KHLH)/(n-1)^2 (biased), or the unbiased HSIC_1 of Song et al. 2012.
 
@@ -90,7 +95,16 @@ def hsic(
     return _answer(question, Rows(x, y, mask), group, backend)
 
 
-def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, backend="auto") -> torch.Tensor:
+def gram_mse(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    normalize: Literal["row"] | None = None,
+    reduction: Reduction = "mean",
+    mask: Mask = None,
+    group: GroupLike = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Squared distance of two linear Gram matrices, sum_ij (K_ij - L_ij)^2, K = XX', L = YY'.
 
     normalize="row" divides each row of K and L by its L2 norm first (similarity preserving, Tung & Mori 2019,
@@ -116,7 +130,16 @@ def gram_mse(x, y, *, normalize=None, reduction="mean", mask=None, group=None, b
     return _answer(Question(stat, "linear", False, False, False, reduction == "mean"), rows, group, backend)
 
 
-def mmd(x, y, *, kernel="rbf", unbiased=True, mask=None, group=None, backend="auto") -> torch.Tensor:
+def mmd(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    kernel: KernelLike = "rbf",
+    unbiased: bool = True,
+    mask: tuple[Mask, Mask] | None = None,
+    group: GroupLike = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Squared maximum mean discrepancy, mean k(x, x') + mean k(y, y') - 2 mean k(x, y).
 
     Source: Gretton et al. 2012 (JMLR 13). unbiased leaves i = j out of the first two means (the value may be negative).

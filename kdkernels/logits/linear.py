@@ -45,7 +45,23 @@ class LinearLogits:
     torch.Size([2, 6, 1000])
     """
 
-    def __init__(self, hidden, weight, bias=None, *, scale=1.0, softcap=None, vocab=None):
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    vocab: int
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        vocab: int | None = None,
+    ):
         _check_tensors(hidden, weight, bias)
         if not (checks.is_number(scale) and scale and math.isfinite(scale)):
             raise ValueError(f"scale is {scale!r}: give a number other than 0, which multiplies the logits")
@@ -85,7 +101,9 @@ class LinearLogits:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def of(self, hidden, weight, bias=None, *, vocab=None) -> LinearLogits:
+    def of(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, vocab: int | None = None
+    ) -> LinearLogits:
         """The same of other tensors, or with fewer classes."""
         vocab = self.vocab if vocab is None else vocab
         return LinearLogits(hidden, weight, bias, scale=self.scale, softcap=self.softcap, vocab=vocab)

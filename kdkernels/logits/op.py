@@ -7,10 +7,13 @@ Read on in `reference.py` (what is computed), `torch_impl.py` (how, in PyTorch),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import backend as backends
 from .. import checks
+from .._types import Backend, Number, ReductionOrNone
 from ..autograd import at_least_float32, device_type, in_pytorch
 from . import divergences, lerp, linear_operator, operator, reference
 from .call import DIVERGENCES, Extras, Measure, Problem, measure_of  # noqa: F401
@@ -35,7 +38,16 @@ from .torch_impl import kl  # noqa: F401
 __all__ = ["distillation_kl", "generalized_jsd", "mixed_distillation", "mixup"]
 
 
-def mixup(x, labels, *, alpha=1.0, lam=None, per_sample=False, generator=None, backend="auto") -> MixupBatch:
+def mixup(
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    alpha: float = 1.0,
+    lam: Number | None = None,
+    per_sample: bool = False,
+    generator: torch.Generator | None = None,
+    backend: Backend = "auto",
+) -> MixupBatch:
     """Virtual samples x~_i = lam x_i + (1 - lam) x_j with j = permutation(i), gathered and mixed in one pass.
 
     Source: Zhang et al. 2018, arXiv 1710.09412 (whose experiments use alpha between 0.1 and 1 on images).
@@ -84,7 +96,14 @@ def mixup(x, labels, *, alpha=1.0, lam=None, per_sample=False, generator=None, b
     return MixupBatch(mixed, labels, labels[permutation], lam, permutation)
 
 
-def distillation_kl(student, teacher, *, tau=4.0, reduction="mean", backend="auto") -> torch.Tensor:
+def distillation_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    tau: float = 4.0,
+    reduction: ReductionOrNone = "mean",
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """tau^2 KL(p_t || p_s) of each row, p = softmax(z / tau), in nats; mean over the rows.
 
     Source: Hinton et al. 2015, arXiv 1503.02531.
@@ -132,7 +151,15 @@ def divergence(student, teacher, tau: float, reduction: str, backend: str, weigh
     return value if weight is None else value * weight.to(value.dtype)
 
 
-def generalized_jsd(student, teacher, *, tau=4.0, beta=0.5, reduction="mean", backend="auto") -> torch.Tensor:
+def generalized_jsd(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    tau: float = 4.0,
+    beta: float = 0.5,
+    reduction: ReductionOrNone = "mean",
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """tau^2 [beta KL(p_t || m) + (1 - beta) KL(p_s || m)] of each row, m = beta p_t + (1 - beta) p_s.
 
     p = softmax(z / tau), in nats, mean over the rows: the generalised Jensen-Shannon divergence. Source: Agarwal et al.
@@ -197,19 +224,19 @@ def rows_of_heads(student, teacher, of_rows, weights, asked: Asked):
 
 
 def mixed_distillation(
-    student,
-    teacher,
-    labels,
-    permuted_labels,
-    lam,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    permuted_labels: torch.Tensor,
+    lam: Number,
     *,
-    tau,
-    alpha,
-    teacher_clean=None,
-    permutation=None,
-    mix=(1, 0, 0),
-    reduction="mean",
-    backend="auto",
+    tau: float,
+    alpha: float,
+    teacher_clean: torch.Tensor | None = None,
+    permutation: torch.Tensor | None = None,
+    mix: Sequence[float] = (1, 0, 0),
+    reduction: ReductionOrNone = "mean",
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """(1 - alpha) CE(y~, p_s) + alpha tau^2 KL(q || p_s^tau) of each row of a mixed batch, in one pass.
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 
 from .. import checks
+from .._types import Device
 from ..autograd import at_least_float32, in_pytorch
 from . import buckets
 from .checks import check_tau
@@ -48,7 +50,21 @@ class TopKLogits:
     TopKLogits(64 logprobs of (4,) rows, tail='bucket', tau=1)
     """
 
-    def __init__(self, values, indices, *, kind="logprobs", tail="bucket", vocab=None, tau=1.0):
+    values: torch.Tensor
+    indices: torch.Tensor
+    vocab: int | None
+    tau: float
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        *,
+        kind: Literal["logprobs", "logits"] = "logprobs",
+        tail: Literal["bucket", "renormalize", "ignore"] = "bucket",
+        vocab: int | None = None,
+        tau: float = 1.0,
+    ):
         for name, value, known in (("kind", kind, KINDS), ("tail", tail, TAILS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: give one of {known}")
@@ -68,15 +84,15 @@ class TopKLogits:
     def rows(self) -> tuple[int, ...]:
         return tuple(self.values.shape[:-1])
 
-    def __getitem__(self, rows) -> TopKLogits:
+    def __getitem__(self, rows: Any) -> TopKLogits:
         """Those rows, as by the same index into logits [..., C] along the leading dimensions."""
         return self._of(self.values[rows], self.indices[rows])
 
-    def to(self, device) -> TopKLogits:
+    def to(self, device: Device) -> TopKLogits:
         """The same on another device."""
         return self._of(self.values.to(device), self.indices.to(device))
 
-    def _of(self, values, indices) -> TopKLogits:
+    def _of(self, values: torch.Tensor, indices: torch.Tensor) -> TopKLogits:
         return TopKLogits(values, indices, kind=self.kind, tail=self.tail, vocab=self.vocab, tau=self.tau)
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ import math
 import torch
 
 from .. import checks
+from .._types import Result, RowsOf, Weights
 from ..autograd import apply, in_forward_mode
 from .maps import MapLoss, unit
 
@@ -46,9 +47,10 @@ class ATLoss(MapLoss):
     True
     """
 
+    p: float
     part = "at"
 
-    def __init__(self, p: float = 2.0, *, rows: str | None = None, weights=None, weight: float = 1.0):
+    def __init__(self, p: float = 2.0, *, rows: RowsOf | None = None, weights: Weights = None, weight: float = 1.0):
         super().__init__(rows=rows, weights=weights, weight=weight)
         if not (checks.is_number(p) and 1 <= p < math.inf):
             raise ValueError(f"p is {p!r}: give an exponent of at least 1")
@@ -76,7 +78,7 @@ class _Energy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x):
+    def forward(x) -> Result:
         return x.square().sum(1)
 
     @staticmethod

@@ -12,13 +12,16 @@ import functools
 import itertools
 import math
 import operator
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from .. import checks, distributed
+from .._types import Backend, Features, Masks, Parts, Result, RowsOf, Weights
 from ..accumulator import Unrounded
 from ..autograd import at_least_float32, ordinary
 from ..backend import check_name
+from ..distributed import GroupLike
 from .levels import at, levels, masks
 from .means import has_samples, mean_of_groups, nothing_of, zero_where_masked
 from .weights import level_weights, weight_tensor, weight_text
@@ -35,12 +38,13 @@ class Loss(Unrounded):
     included, so that they sum to it. They carry gradients: detach them before logging.
     """
 
+    weight: torch.Tensor
     takes_topk = False  # kd.TopKLogits in the place of the teacher's logits
-    shown = ()  # the attributes, and the weights of terms, that `repr` shows before the weight
+    shown: tuple[str, ...] = ()  # the attributes, and the weights of terms, that `repr` shows before the weight
     takes_heads = False  # LinearLogits in the place of logits
     _instances = itertools.count()
 
-    def __init__(self, weight: float = 1.0, group=None):
+    def __init__(self, weight: float = 1.0, group: GroupLike = None):
         super().__init__()
         distributed.check_group(group)
         self._group = group if group is None or isinstance(group, str) else distributed.Held(group)
@@ -49,16 +53,26 @@ class Loss(Unrounded):
             raise ValueError(f"weight is {weight!r}: give one number")
         self._token = str(next(Loss._instances))
 
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, *args: Any, return_parts: Literal[False] = ..., **options: Any) -> torch.Tensor: ...
+        @overload
+        def __call__(self, *args: Any, return_parts: Literal[True], **options: Any) -> tuple[torch.Tensor, Parts]: ...
+        @overload
+        def __call__(self, *args: Any, return_parts: bool, **options: Any) -> Result: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
     @property
     def backend(self) -> str:
         return self._backend
 
     @backend.setter
-    def backend(self, name):
+    def backend(self, name: Backend) -> None:
         self._backend = check_name(name)
 
     @property
-    def group(self):
+    def group(self) -> GroupLike:
         """None for this process alone, "world", or the process group whose ranks make up the batch."""
         return self._group.group if isinstance(self._group, distributed.Held) else self._group
 
@@ -147,14 +161,22 @@ class FeatureLoss(Loss):
     least = 1  # rows, or samples, that a level needs
     unit = "levels"  # what `weights` counts
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None):
+    def __init__(
+        self, *, rows: RowsOf | None = None, weights: Weights = None, weight: float = 1.0, group: GroupLike = None
+    ):
         super().__init__(weight, group)
         self.rows = check_rows(rows)
         self.register_buffer("weights", None if weights is None else level_weights(weights, "weights"))
 
     def forward(
-        self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
-    ):
+        self,
+        student_features: Features,
+        teacher_features: Features,
+        *,
+        mask: Masks = None,
+        rows: RowsOf | None = None,
+        return_parts: bool = False,
+    ) -> Result:
         rows = self.rows if rows is None else rows
         keys = None
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
 from .. import checks
+from .._types import Result, RowsOf, Weights
 from ..autograd import apply, at_least_float32, device_type, plain
 from ..backend import runs_compiled
+from ..distributed import GroupLike
 from .base import FeatureLoss, rows_of_pair, zero_where_masked
 from .levels import at
 
@@ -54,19 +57,22 @@ class CCLoss(FeatureLoss):
     0.0
     """
 
+    gamma: float
+    order: int
+    normalize: bool
     part = "cc"
 
     def __init__(
         self,
-        variant: str = "neighbour",
+        variant: Literal["neighbour", "taylor"] = "neighbour",
         *,
         gamma: float = 0.4,
         order: int = 2,
         normalize: bool = False,
-        rows: str | None = None,
-        weights=None,
+        rows: RowsOf | None = None,
+        weights: Weights = None,
         weight: float = 1.0,
-        group=None,
+        group: GroupLike = None,
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         if variant not in VARIANTS:
@@ -126,7 +132,7 @@ class Neighbours(torch.autograd.Function):
     """`neighbours(|x - y|, None)` of float32 rows on a CPU in one compiled pass, which finds the gradient to x too."""
 
     @staticmethod
-    def forward(ctx, x, y):
+    def forward(ctx, x, y) -> Result:
         need = ctx.needs_input_grad[0]
         both = (side if side.dim() == 3 else side[None] for side in (x, y))
         both = (side if side.stride(-1) == 1 else side.contiguous() for side in both)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from .._types import Backend, RowsOf, Weights
+from ..distributed import GroupLike
 from ..gram.call import Question, minimum_rows
+from ..gram.kernels import KernelLike
 from ..gram.op import cka
 from .base import FeatureLoss
 from .means import with_spread
@@ -45,20 +48,22 @@ class CKALoss(FeatureLoss):
     True
     """
 
+    unbiased: bool
+    center: bool
     shown = ("kernel", "unbiased", "center")
     part = "cka"
 
     def __init__(
         self,
-        kernel="linear",
+        kernel: KernelLike = "linear",
         *,
         unbiased: bool = True,
         center: bool = True,
-        rows: str | None = None,
-        weights=None,
+        rows: RowsOf | None = None,
+        weights: Weights = None,
         weight: float = 1.0,
-        group=None,
-        backend: str = "auto",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         check_estimator(kernel, unbiased, center, False)

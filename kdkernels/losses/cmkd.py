@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 from .. import checks
+from .._types import Backend, Mask, Number, Reduction, Regularization, Result
 from ..autograd import at_least_float32
+from ..distributed import GroupLike
 from ..logits.op import Asked, kind
 from ..rank.checks import widened
 from ..rank.op import spearman
@@ -16,7 +20,7 @@ from ..rank.scores import score
 from .base import Loss, full_precision, zero_where_masked
 from .dist import centred
 from .means import number_of_rows
-from .rows import of_heads, only_rows, options_of, over_heads, row_terms_alone, rows_of, sides, stored
+from .rows import Logits, of_heads, only_rows, options_of, over_heads, row_terms_alone, rows_of, sides, stored
 from .weights import term_weight
 
 REGULARIZATIONS = ("l2", "kl")
@@ -69,6 +73,8 @@ class CMKDLoss(Loss):
     True
     """
 
+    weight_tau: float
+    hard_target: bool
     takes_heads = True
     shown = ("weight_tau", "spearman_share", *TERMS.values(), "regularization", "strength", "hard_target", "reduction")
 
@@ -76,17 +82,17 @@ class CMKDLoss(Loss):
         self,
         *,
         weight_tau: float = 4.0,
-        spearman_share="entropy",
+        spearman_share: float | Literal["entropy"] | Callable[[torch.Tensor], torch.Tensor] = "entropy",
         pearson_weight: float = 1.0,
         spearman_weight: float = 1.0,
         class_weight: float = 0.0,
-        regularization: str = "l2",
-        strength="auto",
+        regularization: Regularization = "l2",
+        strength: float | Literal["auto"] | tuple[Literal["auto"], float] = "auto",
         hard_target: bool = False,
         weight: float = 1.0,
-        reduction: str = "mean",
-        group=None,
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(weight, group)
         if not (checks.is_number(weight_tau) and 0 < weight_tau < math.inf):
@@ -106,18 +112,18 @@ class CMKDLoss(Loss):
 
     def forward(
         self,
-        student_logits,
-        teacher_logits,
+        student_logits: Logits,
+        teacher_logits: Logits,
         *,
-        mask=None,
-        labels=None,
+        mask: Mask = None,
+        labels: torch.Tensor | None = None,
         ignore_index: int = -100,
-        token_weights=None,
-        normalizer=None,
+        token_weights: torch.Tensor | None = None,
+        normalizer: Number | None = None,
         vocab: int | None = None,
         chunk: int | None = None,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         if of_heads(student_logits, teacher_logits):
             how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
             return self._of_heads(

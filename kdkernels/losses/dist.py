@@ -8,12 +8,14 @@ import math
 import torch
 
 from .. import checks
+from .._types import Mask, Number, Reduction, Result
 from ..autograd import at_least_float32
+from ..distributed import GroupLike
 from ..logits.checks import check_tau
 from ..logits.op import Asked, kind
 from .base import Loss, full_precision, zero_where_masked
 from .means import number_of_rows
-from .rows import of_heads, only_rows, options_of, over_heads, row_terms_alone, rows_of, sides
+from .rows import Logits, of_heads, only_rows, options_of, over_heads, row_terms_alone, rows_of, sides
 
 EPS = 1e-8  # beside the product of the norms, as in the reference implementation
 
@@ -52,6 +54,9 @@ class DISTLoss(Loss):
     True
     """
 
+    beta: float
+    gamma: float
+    tau: float
     takes_heads = True
     shown = ("beta", "gamma", "tau", "reduction")
 
@@ -62,8 +67,8 @@ class DISTLoss(Loss):
         tau: float = 1.0,
         *,
         weight: float = 1.0,
-        reduction: str = "mean",
-        group=None,
+        reduction: Reduction = "mean",
+        group: GroupLike = None,
     ):
         super().__init__(weight, group)
         for value, name in ((beta, "beta"), (gamma, "gamma")):
@@ -77,18 +82,18 @@ class DISTLoss(Loss):
 
     def forward(
         self,
-        student_logits,
-        teacher_logits,
+        student_logits: Logits,
+        teacher_logits: Logits,
         *,
-        mask=None,
-        labels=None,
+        mask: Mask = None,
+        labels: torch.Tensor | None = None,
         ignore_index: int = -100,
-        token_weights=None,
-        normalizer=None,
+        token_weights: torch.Tensor | None = None,
+        normalizer: Number | None = None,
         vocab: int | None = None,
         chunk: int | None = None,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         if of_heads(student_logits, teacher_logits):
             how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
             return self._of_heads(

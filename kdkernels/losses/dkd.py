@@ -9,11 +9,12 @@ import torch
 from torch.nn.functional import softplus
 
 from .. import checks
+from .._types import Backend, Mask, Number, Reduction, Result
 from ..autograd import at_least_float32
 from ..logits.checks import check_taus
 from ..logits.op import Asked, distillation_kl, kind, kl
 from .base import Loss, constant, full_precision
-from .rows import NAMES, hold_tau, of_heads, over_heads, rows_of, sides, stored
+from .rows import NAMES, Logits, hold_tau, of_heads, over_heads, rows_of, sides, stored
 
 
 class DKDLoss(Loss):
@@ -48,6 +49,9 @@ class DKDLoss(Loss):
     >>> loss(student, teacher, labels).backward()
     """
 
+    alpha: float
+    beta: float
+    warmup: int
     takes_heads = True
     shown = ("alpha", "beta", "tau", "warmup", "reduction")
 
@@ -59,8 +63,8 @@ class DKDLoss(Loss):
         *,
         warmup: int = 20,
         weight: float = 1.0,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ):
         super().__init__(weight)
         for value, name in ((alpha, "alpha"), (beta, "beta"), (warmup, "warmup")):
@@ -75,24 +79,24 @@ class DKDLoss(Loss):
         self.reduction, self.backend = reduction, backend
         self.register_buffer("warm", torch.ones(()))
 
-    def set_epoch(self, epoch: float):
+    def set_epoch(self, epoch: float) -> None:
         """The epoch that is about to run, counted from 1; in place, so nothing recompiles."""
         self.warm.fill_(min(epoch / self.warmup, 1.0) if self.warmup else 1.0)
 
     def forward(
         self,
-        student_logits,
-        teacher_logits,
-        labels,
+        student_logits: Logits,
+        teacher_logits: Logits,
+        labels: torch.Tensor,
         *,
-        mask=None,
+        mask: Mask = None,
         ignore_index: int = -100,
-        token_weights=None,
-        normalizer=None,
+        token_weights: torch.Tensor | None = None,
+        normalizer: Number | None = None,
         vocab: int | None = None,
         chunk: int | None = None,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         student, teacher = sides(self, student_logits, teacher_logits, vocab)
         if len(student.shape) < 2 or student.shape[-1] < 2:
             raise ValueError(f"student_logits has shape {tuple(student.shape)}: give [..., C] with C >= 2 classes")

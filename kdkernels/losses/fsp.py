@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from .._types import RowsOf, Weights
 from ..autograd import product
 from .base import check_pair, constant, mean_of_groups, zero_of
 from .maps import MapLoss, channels_at_positions, check_map, mask_of_positions, pooled, same_channels
@@ -46,7 +49,14 @@ class FSPLoss(MapLoss):
     part = "fsp"
     unit = "pairs of layers"
 
-    def __init__(self, *, pool: str = "avg", rows: str | None = None, weights=None, weight: float = 1.0):
+    def __init__(
+        self,
+        *,
+        pool: Literal["avg", "max"] = "avg",
+        rows: RowsOf | None = None,
+        weights: Weights = None,
+        weight: float = 1.0,
+    ):
         super().__init__(rows=rows, weights=weights, weight=weight)
         if pool not in POOLS:
             raise ValueError(f"pool is {pool!r}: give one of {POOLS}")

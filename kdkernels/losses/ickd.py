@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .._types import Backend, RowsOf, Weights
 from ..gram.op import gram_mse
 from .base import mean_of_groups
 from .maps import MapLoss
@@ -46,7 +47,9 @@ class ICKDLoss(MapLoss):
     one_size = False
     one_width = True
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, backend: str = "auto"):
+    def __init__(
+        self, *, rows: RowsOf | None = None, weights: Weights = None, weight: float = 1.0, backend: Backend = "auto"
+    ):
         super().__init__(rows=rows, weights=weights, weight=weight)
         self.backend = backend
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
 from .. import checks
+from .._types import Backend, Mask, Number, Reduction, Result
 from ..logits import TopKLogits
 from ..logits.call import Measure
 from ..logits.checks import check_inside, check_rows, check_taus
@@ -24,7 +26,7 @@ from ..logits.op import (
     outcomes_of,
 )
 from .base import Loss, full_precision, zero_where_masked
-from .rows import NAMES, hold_tau, of_heads, over_heads, rows_of, sides, stored
+from .rows import NAMES, Logits, TeacherLogits, hold_tau, of_heads, over_heads, rows_of, sides, stored
 
 
 class KDLoss(Loss):
@@ -73,6 +75,8 @@ class KDLoss(Loss):
     0.0
     """
 
+    beta: float
+    skew: float
     takes_topk = takes_heads = True
     shown = ("tau", "divergence", "beta", "skew", "scale_tau", "reduction")
 
@@ -80,13 +84,13 @@ class KDLoss(Loss):
         self,
         tau: float | torch.Tensor = 4.0,
         *,
-        divergence: str = "forward",
+        divergence: Literal["forward", "reverse", "jsd", "skew", "skew_reverse", "tvd"] = "forward",
         beta: float = 0.5,
         skew: float = 0.1,
         scale_tau: bool = True,
         weight: float = 1.0,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ):
         super().__init__(weight)
         if divergence not in tuple(DIVERGENCES):
@@ -102,18 +106,18 @@ class KDLoss(Loss):
 
     def forward(
         self,
-        student_logits,
-        teacher_logits,
+        student_logits: Logits,
+        teacher_logits: TeacherLogits,
         *,
-        mask=None,
-        labels=None,
+        mask: Mask = None,
+        labels: torch.Tensor | None = None,
         ignore_index: int = -100,
-        token_weights=None,
-        normalizer=None,
+        token_weights: torch.Tensor | None = None,
+        normalizer: Number | None = None,
         vocab: int | None = None,
         chunk: int | None = None,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         if chunk is not None:
             checks.integer(chunk, "chunk", hint=" of rows at a time")
         student, teacher = sides(self, student_logits, teacher_logits, vocab)

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from .. import checks
+from .._types import Backend, Mask, Result
+from ..distributed import GroupLike
 from ..nystrom.kda import ClassCenters
 from ..nystrom.kda.op import landmark_similarity_loss
 from .base import Loss, check_pair, constant, full_precision, row_mask, warn_once, zero_where_masked
@@ -53,6 +57,9 @@ class KDALoss(Loss):
     >>> loss(student, teacher, labels).backward()
     """
 
+    start_epoch: int
+    centers: ClassCenters
+
     def __init__(
         self,
         num_classes: int,
@@ -61,10 +68,10 @@ class KDALoss(Loss):
         *,
         start_epoch: int = 5,
         momentum: float | None = None,
-        counts: str = "first",
+        counts: Literal["epoch", "first"] = "first",
         weight: float = 0.04,
-        group=None,
-        backend: str = "auto",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(weight, group)
         checks.integer(start_epoch, "start_epoch", 0)
@@ -78,14 +85,14 @@ class KDALoss(Loss):
 
     def forward(
         self,
-        student_features,
-        teacher_features,
-        labels=None,
+        student_features: torch.Tensor,
+        teacher_features: torch.Tensor,
+        labels: torch.Tensor | None = None,
         *,
-        mask=None,
+        mask: Mask = None,
         ignore_index: int = -100,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         batch = None
 
         def prepare():
@@ -119,11 +126,11 @@ class KDALoss(Loss):
             value = torch.where(self.epoch >= self.start_epoch, value, 0)
         return self._total({"landmarks": value}, return_parts)
 
-    def end_epoch(self, group=None) -> None:
+    def end_epoch(self, group: GroupLike = None) -> None:
         """The epoch's means, over `group` or else the loss' own, become the centres of the next one."""
         self.centers.swap(self.group if group is None else group)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> KDALoss:
         if mode and not self.training and self._collecting and int(self.epoch) == 0:
             warn_once(
                 f"{self._token} open",

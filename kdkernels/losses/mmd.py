@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .. import checks
+from .._types import Backend, RowsOf, Weights
 from ..autograd import at_least_float32
-from ..gram.kernels import RBF, spec_of
+from ..distributed import GroupLike
+from ..gram.kernels import RBF, KernelLike, spec_of
 from ..gram.op import mmd
 from .base import FeatureLoss, rows_of_pair
 from .levels import at
@@ -56,19 +60,21 @@ class MMDLoss(FeatureLoss):
     True
     """
 
+    factors: Sequence[float] | None
+    unbiased: bool
     part = "mmd"
 
     def __init__(
         self,
-        kernel="rbf",
+        kernel: KernelLike = "rbf",
         *,
-        factors=None,
+        factors: Sequence[float] | None = None,
         unbiased: bool = True,
-        rows: str | None = None,
-        weights=None,
+        rows: RowsOf | None = None,
+        weights: Weights = None,
         weight: float = 1.0,
-        group=None,
-        backend: str = "auto",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         checks.flags(unbiased=unbiased)
@@ -84,7 +90,7 @@ class MMDLoss(FeatureLoss):
         self.least = 2 if unbiased else 1
 
     @classmethod
-    def preset(cls, name: str, **changes) -> MMDLoss:
+    def preset(cls, name: str, **changes: Any) -> MMDLoss:
         """The loss with a library's constants; `changes` go to the constructor."""
         if name not in PRESETS:
             raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")

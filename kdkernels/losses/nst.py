@@ -7,6 +7,7 @@ mean_ab (s_a.s_b)^2 + mean_ab (t_a.t_b)^2 - 2 mean_ab (s_a.t_b)^2 of channels s_
 
 from __future__ import annotations
 
+from .._types import Backend, RowsOf, Weights
 from ..gram.op import gram_mse
 from .base import mean_of_groups
 from .maps import MapLoss, unit
@@ -47,7 +48,9 @@ class NSTLoss(MapLoss):
 
     part = "nst"
 
-    def __init__(self, *, rows: str | None = None, weights=None, weight: float = 1.0, backend: str = "auto"):
+    def __init__(
+        self, *, rows: RowsOf | None = None, weights: Weights = None, weight: float = 1.0, backend: Backend = "auto"
+    ):
         super().__init__(rows=rows, weights=weights, weight=weight)
         self.backend = backend
 

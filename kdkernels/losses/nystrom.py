@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 
 from .. import checks
-from ..gram.kernels import spec_of
+from .._types import Backend, Mask, Result, RowsOf, Selection
+from ..distributed import GroupLike
+from ..gram.kernels import KernelLike, spec_of
 from ..nystrom.checks import check_jitter
 from ..nystrom.kda import ClassCenters
 from ..nystrom.op import nystrom_transfer, paired_landmarks
@@ -58,19 +60,24 @@ class NystromTransferLoss(Loss):
     0.0
     """
 
+    num_landmarks: int
+    centers: ClassCenters | None
+    normalize: bool
+    jitter: float
+
     def __init__(
         self,
         num_landmarks: int = 64,
         *,
-        kernel="rbf",
-        method: str = "greedy",
+        kernel: KernelLike = "rbf",
+        method: Selection = "greedy",
         centers: ClassCenters | None = None,
         normalize: bool = True,
-        rows: str | None = None,
+        rows: RowsOf | None = None,
         weight: float = 1.0,
         jitter: float = 1e-6,
-        group=None,
-        backend: str = "auto",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(weight, group)
         spec_of(kernel)
@@ -90,15 +97,15 @@ class NystromTransferLoss(Loss):
 
     def forward(
         self,
-        student_features,
-        teacher_features,
-        labels=None,
+        student_features: torch.Tensor,
+        teacher_features: torch.Tensor,
+        labels: torch.Tensor | None = None,
         *,
-        mask=None,
-        rows: str | None = None,
+        mask: Mask = None,
+        rows: RowsOf | None = None,
         ignore_index: int = -100,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         rows, batch = self.rows if rows is None else rows, None
 
         def prepare():
@@ -148,7 +155,7 @@ class NystromTransferLoss(Loss):
         how = {"method": self.method, "kernel": spec_of(self.kernel)[1], "mask": kept, "group": group}
         return s, paired_landmarks(s, t, m, **how)
 
-    def end_epoch(self, group=None) -> None:
+    def end_epoch(self, group: GroupLike = None) -> None:
         """With `centers`: the epoch's class means, over `group` or else the loss' own, become the landmarks."""
         if self.centers is not None:
             self.centers.swap(self.group if group is None else group)

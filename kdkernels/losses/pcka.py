@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .._types import Backend, Weights
 from ..autograd import device_type
 from ..backend import resolve
+from ..distributed import GroupLike
 from ..gram.call import minimum_rows
-from ..gram.kernels import spec_of
+from ..gram.kernels import KernelLike, spec_of
 from ..gram.patches import PATCH, patch_cka, patch_rows
 from .base import FeatureLoss, check_pair, constant, zero_of
 from .cka import check_estimator, cka_of
@@ -65,20 +69,24 @@ class PCKALoss(FeatureLoss):
     -15.0
     """
 
+    row_normalize: bool
+    center: bool
+    unbiased: bool
+    least_patches: int
     shown = ("transposed", "row_normalize", "center", "unbiased", "kernel")
 
     def __init__(
         self,
         *,
         weight: float = 15.0,
-        weights=None,
+        weights: Weights = None,
         transposed: float = 0.0,
         row_normalize: bool = False,
         center: bool = False,
         unbiased: bool = False,
-        kernel="linear",
-        group=None,
-        backend: str = "auto",
+        kernel: KernelLike = "linear",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(weights=weights, weight=weight, group=group)
         check_estimator(kernel, unbiased, center, row_normalize)
@@ -88,7 +96,7 @@ class PCKALoss(FeatureLoss):
         self.register_buffer("transposed", term_weight(transposed, "transposed"))
 
     @classmethod
-    def preset(cls, name: str, **changes) -> PCKALoss:
+    def preset(cls, name: str, **changes: Any) -> PCKALoss:
         """The loss of the public detection configurations; `changes` go to the constructor."""
         if name not in PRESETS:
             raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")

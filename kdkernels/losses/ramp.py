@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .. import checks
+from .._types import Result
 from ..accumulator import Unrounded
 
 
@@ -37,7 +39,11 @@ class Ramp(Unrounded):
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
 
-    def __init__(self, loss: nn.Module, start: int, end: int, *, count: str = "calls"):
+    loss: nn.Module
+    start: int
+    end: int
+
+    def __init__(self, loss: nn.Module, start: int, end: int, *, count: Literal["calls", "manual"] = "calls"):
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss is a {type(loss).__name__}: Ramp wraps a loss module, e.g. kd.losses.RCKALoss()")
@@ -50,7 +56,7 @@ class Ramp(Unrounded):
         self.register_buffer("weight", torch.zeros(()))
         self._set_weight()
 
-    def forward(self, *args, return_parts: bool = False, **options):
+    def forward(self, *args: Any, return_parts: bool = False, **options: Any) -> Result:
         checks.flags(return_parts=return_parts)
         # a copy, as the buffer changes before backward; by an operator, as a compiler would make a plain one again then
         weight = torch.ops.kdkernels.ordinary(self.weight)
@@ -64,7 +70,7 @@ class Ramp(Unrounded):
             self.step()
         return result
 
-    def step(self):
+    def step(self) -> None:
         """Count one step and set `weight` accordingly, in place."""
         self.steps.add_(1)
         self._set_weight()

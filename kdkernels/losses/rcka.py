@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from .. import checks
+from .._types import Backend, Features, Mask, Result, RowsOf
 from ..autograd import at_least_float32, device_type, product
 from ..backend import resolve
+from ..distributed import GroupLike
 from ..gram import both_ways
 from ..gram.both_ways import cka_both_ways
 from ..gram.call import minimum_rows
-from ..gram.kernels import spec_of
+from ..gram.kernels import KernelLike, spec_of
 from .base import (
     Loss,
     check_rows,
@@ -81,6 +86,11 @@ class RCKALoss(Loss):
     -30.0
     """
 
+    row_normalize: bool
+    center: bool
+    unbiased: bool
+    first_stage: int
+    needs_features: bool
     shown = (*TERMS.values(), "first_stage", "row_normalize", "center", "unbiased", "kernel")
 
     def __init__(
@@ -88,17 +98,17 @@ class RCKALoss(Loss):
         *,
         row_weight: float = 15.0,
         class_weight: float = 15.0,
-        feature_weight=None,
+        feature_weight: float | Sequence[float] | None = None,
         first_stage: int = 0,
         row_normalize: bool = True,
         center: bool = False,
         unbiased: bool = False,
-        kernel="linear",
-        rows: str | None = None,
-        feature_rows: str | None = None,
+        kernel: KernelLike = "linear",
+        rows: RowsOf | None = None,
+        feature_rows: RowsOf | None = None,
         weight: float = 1.0,
-        group=None,
-        backend: str = "auto",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(weight, group)
         check_estimator(kernel, unbiased, center, row_normalize)
@@ -116,7 +126,7 @@ class RCKALoss(Loss):
             raise ValueError("row_weight, class_weight and feature_weight are all 0: nothing is left to compute")
 
     @classmethod
-    def preset(cls, name: str, **changes) -> RCKALoss:
+    def preset(cls, name: str, **changes: Any) -> RCKALoss:
         """The two losses of the public code, "lcka" or "dkcka"; `changes` go to the constructor."""
         if name not in PRESETS:
             raise ValueError(f"preset is {name!r}: give one of {tuple(PRESETS)}")
@@ -124,16 +134,16 @@ class RCKALoss(Loss):
 
     def forward(
         self,
-        student_logits,
-        teacher_logits,
-        student_features=None,
-        teacher_features=None,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        student_features: Features | None = None,
+        teacher_features: Features | None = None,
         *,
-        mask=None,
-        rows: str | None = None,
-        feature_rows: str | None = None,
+        mask: Mask = None,
+        rows: RowsOf | None = None,
+        feature_rows: RowsOf | None = None,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         rows = self.rows if rows is None else rows
         feature_rows = self.feature_rows if feature_rows is None else feature_rows
 

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from .. import checks, distributed
+from .._types import Backend, Mask, Result, RowsOf
 from ..accumulator import summed
 from ..autograd import at_least_float32, product
+from ..distributed import GroupLike
 from ..projection import StreamingPCA, autoencoder_basis, random_basis
 from ..projection.checks import check_mask, mask_of_positions
 from ..projection.op import projected_mse
@@ -74,20 +78,26 @@ class RdimKDLoss(Loss):
     >>> loss(student, teacher).backward()
     """
 
+    channels: int
+    k: int
+    seed: int | None
+    pca: StreamingPCA
+    adapter: nn.Linear | None
+
     def __init__(
         self,
         channels: int,
         k: int,
         *,
-        variant: str = "P",
+        variant: Literal["P", "A", "R"] = "P",
         student_channels: int | None = None,
-        normalizer: str = "mean",
-        rows: str | None = None,
+        normalizer: Literal["mean", "variance"] = "mean",
+        rows: RowsOf | None = None,
         seed: int | None = None,
         pca: StreamingPCA | None = None,
         weight: float = 1.0,
-        group=None,
-        backend: str = "auto",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(weight, group)
         if variant not in VARIANTS:
@@ -112,7 +122,7 @@ class RdimKDLoss(Loss):
         if pca is not None and group is None:
             self.fit()
 
-    def observe(self, teacher_features, *, mask=None, rows: str | None = None) -> None:
+    def observe(self, teacher_features: torch.Tensor, *, mask: Mask = None, rows: RowsOf | None = None) -> None:
         """Adds a batch of the teacher's features to what `fit` reads."""
         x, dim, mask = self._view(teacher_features.detach(), mask, rows, "teacher_features")
         self.pca.update(x, channel_dim=dim, mask=mask)
@@ -139,8 +149,14 @@ class RdimKDLoss(Loss):
         self._ready = True
 
     def forward(
-        self, student_features, teacher_features, *, mask=None, rows: str | None = None, return_parts: bool = False
-    ):
+        self,
+        student_features: torch.Tensor,
+        teacher_features: torch.Tensor,
+        *,
+        mask: Mask = None,
+        rows: RowsOf | None = None,
+        return_parts: bool = False,
+    ) -> Result:
         (s, t, kept, dim), group = self._compared(lambda: self._checked(student_features, teacher_features, mask, rows))
         if self._too_small(len(s) if group is None else group.total, 1):
             return self._nothing(["projected"], student_features, return_parts)

@@ -8,6 +8,8 @@ import math
 
 from .. import backend as backends
 from .. import checks
+from .._types import Backend, RowsOf, Weights
+from ..distributed import GroupLike
 from ..relation.op import rkd_angle, rkd_distance
 from ..relation.problem import MINIMUM
 from .base import FeatureLoss, zero_of
@@ -47,7 +49,13 @@ class RKDDistanceLoss(FeatureLoss):
     part, least = "rkd_distance", MINIMUM["rkd_distance"]
 
     def __init__(
-        self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None, backend: str = "auto"
+        self,
+        *,
+        rows: RowsOf | None = None,
+        weights: Weights = None,
+        weight: float = 1.0,
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         self.backend = backend
@@ -82,7 +90,13 @@ class RKDAngleLoss(FeatureLoss):
     part, least = "rkd_angle", MINIMUM["rkd_angle"]
 
     def __init__(
-        self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None, backend: str = "auto"
+        self,
+        *,
+        rows: RowsOf | None = None,
+        weights: Weights = None,
+        weight: float = 1.0,
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         self.backend = backend
@@ -114,6 +128,8 @@ class RKDLoss(FeatureLoss):
     ['rkd_angle', 'rkd_distance']
     """
 
+    distance: float
+    angle: float
     shown = ("distance", "angle")
 
     def __init__(
@@ -121,11 +137,11 @@ class RKDLoss(FeatureLoss):
         distance: float = 25.0,
         angle: float = 50.0,
         *,
-        rows: str | None = None,
-        weights=None,
+        rows: RowsOf | None = None,
+        weights: Weights = None,
         weight: float = 1.0,
-        group=None,
-        backend: str = "auto",
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         for value, name in ((distance, "distance"), (angle, "angle")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -17,6 +17,8 @@ from ..logits.op import Asked, check_count, rows_of_heads
 from .base import check_pair, row_mask
 from .means import zero_where_masked
 
+Logits: TypeAlias = torch.Tensor | LinearLogits
+TeacherLogits: TypeAlias = Logits | TopKLogits
 NAMES = "student_logits", "teacher_logits"
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from .._types import Backend, RowsOf, Weights
+from ..distributed import GroupLike
 from ..gram.op import gram_mse
 from .base import FeatureLoss
 
@@ -42,7 +44,13 @@ class SPLoss(FeatureLoss):
     part = "sp"
 
     def __init__(
-        self, *, rows: str | None = None, weights=None, weight: float = 1.0, group=None, backend: str = "auto"
+        self,
+        *,
+        rows: RowsOf | None = None,
+        weights: Weights = None,
+        weight: float = 1.0,
+        group: GroupLike = None,
+        backend: Backend = "auto",
     ):
         super().__init__(rows=rows, weights=weights, weight=weight, group=group)
         self.backend = backend

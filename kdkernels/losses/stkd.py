@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import checks
+from .._types import Backend, Mask, Number, Reduction, Result
 from ..logits import MixupBatch
 from ..logits.checks import check_fraction, check_labels, check_lam, check_mix, check_tau
 from ..logits.op import Asked, kind, mixed_distillation
 from .base import Loss, constant
-from .rows import NAMES, cut, of_heads, over_heads, rows_of, sides, stored
+from .rows import NAMES, Logits, cut, of_heads, over_heads, rows_of, sides, stored
 
 
 class STKDLoss(Loss):
@@ -44,6 +47,9 @@ class STKDLoss(Loss):
     >>> loss(student(batch.x), teacher(batch.x), batch).backward()
     """
 
+    tau: float
+    alpha: float
+    mix: tuple[float, float, float]
     takes_heads = True
     shown = ("tau", "alpha", "mix", "reduction")
 
@@ -52,10 +58,10 @@ class STKDLoss(Loss):
         *,
         tau: float = 4.0,
         alpha: float = 0.9,
-        mix=(1.0, 0.0, 0.0),
+        mix: Sequence[float] = (1.0, 0.0, 0.0),
         weight: float = 1.0,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ):
         super().__init__(weight)
         if reduction not in ("mean", "sum"):
@@ -65,19 +71,19 @@ class STKDLoss(Loss):
 
     def forward(
         self,
-        student_logits,
-        teacher_logits,
-        mixup_batch,
-        teacher_clean=None,
+        student_logits: Logits,
+        teacher_logits: Logits,
+        mixup_batch: MixupBatch,
+        teacher_clean: Logits | None = None,
         *,
-        mask=None,
+        mask: Mask = None,
         ignore_index: int = -100,
-        token_weights=None,
-        normalizer=None,
+        token_weights: torch.Tensor | None = None,
+        normalizer: Number | None = None,
         vocab: int | None = None,
         chunk: int | None = None,
         return_parts: bool = False,
-    ):
+    ) -> Result:
         student, teacher = sides(self, student_logits, teacher_logits, vocab)
         if not isinstance(mixup_batch, MixupBatch):
             raise TypeError(f"mixup_batch is a {type(mixup_batch).__name__}: give what kd.mixup returns")

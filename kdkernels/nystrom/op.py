@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
+from .._types import Backend, Mask, Selection, Whitening
 from ..autograd import at_least_float32, device_type, in_pytorch, without_autocast
+from ..distributed import GroupLike
 from ..gram.bandwidth import sigma_of
-from ..gram.kernels import Kernel, spec_of
+from ..gram.kernels import Kernel, KernelLike, spec_of
 from ..gram.op import gram_mse, hsic
 from . import distributed, reference
 from . import select as selection
@@ -33,7 +35,15 @@ JITTER = 1e-6
 TEXTBOOK = torch.float64  # of statistics on the backend reference: off the origin their sums cancel
 
 
-def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JITTER, backend="auto") -> torch.Tensor:
+def nystrom_features(
+    x: torch.Tensor,
+    landmarks: torch.Tensor,
+    *,
+    kernel: KernelLike = "rbf",
+    whiten: Whitening = "cholesky",
+    jitter: float = JITTER,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Phi = C W^(-1/2) [n, m], C = k(x, landmarks), W = k(landmarks, landmarks): Phi Phi' ~ k(x, x).
 
     Source: Williams & Seeger 2001. Exact where the landmarks span the features of x, e.g. landmarks = x.
@@ -77,7 +87,14 @@ def nystrom_features(x, landmarks, *, kernel="rbf", whiten="cholesky", jitter=JI
 
 
 def select_landmarks(
-    x, m: int, *, method="rpcholesky", kernel="rbf", generator=None, mask=None, backend="auto"
+    x: torch.Tensor,
+    m: int,
+    *,
+    method: Selection = "rpcholesky",
+    kernel: KernelLike = "rbf",
+    generator: torch.Generator | None = None,
+    mask: Mask = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Indices [m] (int64, all different) of rows of x [n, d] to use as landmarks; O(n m) memory, O(n m (m + d)) time.
 
@@ -124,9 +141,19 @@ def paired_landmarks(s, t, m: int, *, method, kernel, mask=None, group=None):
 
 
 def nystrom_transfer(
-    s, t, s_landmarks, t_landmarks, *, kernel="rbf", normalize=True, mask=None, whiten="cholesky", jitter=JITTER,
-    group=None, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    s: torch.Tensor,
+    t: torch.Tensor,
+    s_landmarks: torch.Tensor,
+    t_landmarks: torch.Tensor,
+    *,
+    kernel: KernelLike = "rbf",
+    normalize: bool = True,
+    mask: Mask = None,
+    whiten: Whitening = "cholesky",
+    jitter: float = JITTER,
+    group: GroupLike = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Full kernel matrix transfer: |K~_S - K~_T|_F^2, over |K~_T|_F^2 if normalize, K~ = Phi Phi' of each side.
 
     Source: Qian, Li, Hu, Li & Jin, Improved Knowledge Distillation via Full Kernel Matrix Transfer (arXiv 2009.14416).
@@ -154,9 +181,19 @@ def nystrom_transfer(
 
 
 def nystrom_cka(
-    x, y, x_landmarks, y_landmarks, *, kernel="rbf", unbiased=True, mask=None, whiten="cholesky", jitter=JITTER,
-    group=None, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_landmarks: torch.Tensor,
+    y_landmarks: torch.Tensor,
+    *,
+    kernel: KernelLike = "rbf",
+    unbiased: bool = True,
+    mask: Mask = None,
+    whiten: Whitening = "cholesky",
+    jitter: float = JITTER,
+    group: GroupLike = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """CKA of the Nystrom kernels of x and y: approximate kernel CKA in O(n m (d + m)) time and O(m^2) memory.
 
     Equivalent to: `kd.cka(kd.nystrom_features(x, x_landmarks), kd.nystrom_features(y, y_landmarks))`, without the
@@ -188,9 +225,19 @@ def nystrom_cka(
 
 
 def nystrom_hsic(
-    x, y, x_landmarks, y_landmarks, *, kernel="rbf", unbiased=True, mask=None, whiten="cholesky", jitter=JITTER,
-    group=None, backend="auto",
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_landmarks: torch.Tensor,
+    y_landmarks: torch.Tensor,
+    *,
+    kernel: KernelLike = "rbf",
+    unbiased: bool = True,
+    mask: Mask = None,
+    whiten: Whitening = "cholesky",
+    jitter: float = JITTER,
+    group: GroupLike = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """HSIC of the Nystrom kernels of x and y; arguments, dtypes, masks and groups as in `nystrom_cka`.
 
     >>> x = torch.randn(100, 8)
@@ -202,7 +249,9 @@ def nystrom_hsic(
     return _answer(question, Rows(x, y, x_landmarks, y_landmarks, mask), group)
 
 
-def transfer_quality(s, t, *, kernel="linear", backend="auto") -> torch.Tensor:
+def transfer_quality(
+    s: torch.Tensor, t: torch.Tensor, *, kernel: KernelLike = "linear", backend: Backend = "auto"
+) -> torch.Tensor:
     """How far the student's kernel matrix is from the teacher's: |K_S - K_T|_F / |K_T|_F, without an n x n matrix.
 
     Source: figure 3 of arXiv 2009.14416. s, t: rows [n, d_s], [n, d_t] of the same samples. kernel: a name, an object

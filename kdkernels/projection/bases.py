@@ -6,11 +6,17 @@ from __future__ import annotations
 import torch
 
 from .. import checks
+from .._types import Device
 from .checks import check_count
 
 
 def random_basis(
-    num_channels: int, k: int, *, generator: torch.Generator | None = None, device=None, dtype=torch.float32
+    num_channels: int,
+    k: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: Device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """k random orthonormal columns [num_channels, k], uniform over all of them (QR of Gaussian columns, signs fixed).
 

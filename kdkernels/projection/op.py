@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
+from .._types import Backend, Mask, ReductionOrNone
 from ..autograd import at_least_float32, device_type, in_pytorch
 from . import reference
 from .checks import check_call, mask_of_positions
@@ -18,7 +19,16 @@ from .operator import projected
 __all__ = ["projected_mse"]
 
 
-def projected_mse(s, t, basis, *, channel_dim=1, reduction="mean", mask=None, backend="auto") -> torch.Tensor:
+def projected_mse(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    basis: torch.Tensor,
+    *,
+    channel_dim: int = 1,
+    reduction: ReductionOrNone = "mean",
+    mask: Mask = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Mean squared error of two features after one linear projection of their channels, |(s - t) P|^2 / (rows k).
 
     Source: RdimKD (arXiv 2312.08700). The difference is projected once, read in the layout it has: NCHW, channels_last,

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 from .. import checks
+from .._types import Mask
 from ..accumulator import Accumulator, summed
+from ..distributed import GroupLike
 from .checks import check_channel_dim, check_count, check_mask, mask_of_positions
 from .layout import planes
 
@@ -44,7 +46,7 @@ class StreamingPCA(Accumulator):
         self.register_buffer("scatter", torch.zeros(num_channels, num_channels, dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, x, *, channel_dim: int = 1, mask=None) -> None:
+    def update(self, x: torch.Tensor, *, channel_dim: int = 1, mask: Mask = None) -> None:
         """Adds the rows of one batch."""
         checks.floating(x, "x")
         dim = check_channel_dim(x, channel_dim, "x")
@@ -95,7 +97,7 @@ class StreamingPCA(Accumulator):
         self._join(other.count.to(device), other.mean.to(device), other.scatter.to(device))
 
     @torch.no_grad()
-    def merged(self, group, options=None) -> StreamingPCA:
+    def merged(self, group: GroupLike, options: object = None) -> StreamingPCA:
         """A new accumulator that has seen what the ranks of `group` ("world" or a process group) have; this one stays.
 
         Every rank calls it, also one that saw nothing, and gets the same bits. Two messages a rank, 8 (c + 1) and 8 c^2
@@ -111,14 +113,14 @@ class StreamingPCA(Accumulator):
         out.scatter.copy_(summed([self.scatter + self.count * torch.outer(d, d)], handle)[0])
         return out
 
-    def covariance(self, *, group=None) -> torch.Tensor:
+    def covariance(self, *, group: GroupLike = None) -> torch.Tensor:
         """Unbiased covariance [c, c] in float64; with a group, of what all its ranks have seen (see `merged`)."""
         if group is not None:
             return self.merged(group).covariance()
         self._enough()
         return self.scatter / (self.count - 1)
 
-    def components(self, k: int, *, dtype: torch.dtype = torch.float32, group=None) -> torch.Tensor:
+    def components(self, k: int, *, dtype: torch.dtype = torch.float32, group: GroupLike = None) -> torch.Tensor:
         """The k principal directions [c, k], orthonormal columns by falling variance; the largest entry is positive.
 
         scikit-learn's components_ are their transpose, in the dtype of the features; here float32 is the default.

@@ -13,6 +13,7 @@ import torch
 
 from .. import backend as backends
 from .. import checks
+from .._types import Backend, Mask, Regularization, StrengthLike
 from ..autograd import at_least_float32, device_name, device_type, without_autocast
 from . import correlation, metrics, operator, reference
 from .checks import absent, check_pair, check_regularization, check_rows, present
@@ -22,7 +23,14 @@ __all__ = ["RankDiagnostics", "pearson", "rank_diagnostics", "soft_rank", "soft_
 
 
 def soft_rank(
-    x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, mask=None, backend="auto"
+    x: torch.Tensor,
+    regularization: Regularization = "l2",
+    regularization_strength: StrengthLike = 1.0,
+    *,
+    dim: int = -1,
+    descending: bool = False,
+    mask: Mask = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Differentiable ranks along dim: the projection of x / eps on the permutahedron, the hull of all ranks 1..n.
 
@@ -64,7 +72,14 @@ def soft_rank(
 
 
 def soft_sort(
-    x, regularization="l2", regularization_strength=1.0, *, dim=-1, descending=False, mask=None, backend="auto"
+    x: torch.Tensor,
+    regularization: Regularization = "l2",
+    regularization_strength: StrengthLike = 1.0,
+    *,
+    dim: int = -1,
+    descending: bool = False,
+    mask: Mask = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Differentiable sorting along dim: the projection of (n, ..., 1) / eps on the permutahedron of x.
 
@@ -125,7 +140,14 @@ class RankDiagnostics(NamedTuple):
     blocks: torch.Tensor
 
 
-def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="l2", backend="auto") -> RankDiagnostics:
+def rank_diagnostics(
+    x: torch.Tensor,
+    regularization_strength: StrengthLike = 1.0,
+    *,
+    dim: int = -1,
+    regularization: Regularization = "l2",
+    backend: Backend = "auto",
+) -> RankDiagnostics:
     """How soft the ranks of x are: 0 pooled are hard ranks without gradient; one block of all is no ranking any more.
 
     In one block an l2 rank is affine in x: "Spearman" is then Pearson (STRENGTH.md). Arguments as in `soft_rank`.
@@ -147,7 +169,15 @@ def rank_diagnostics(x, regularization_strength=1.0, *, dim=-1, regularization="
 
 
 def spearman(
-    x, y, *, dim=-1, regularization="l2", regularization_strength="auto", hard_target=False, mask=None, backend="auto"
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    dim: int = -1,
+    regularization: Regularization = "l2",
+    regularization_strength: StrengthLike = "auto",
+    hard_target: bool = False,
+    mask: Mask = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Differentiable rank correlation, one value a row: rho = <r - m, t - m> / (|r - m| |t - m|), m = (n + 1) / 2.
 
@@ -194,7 +224,9 @@ def spearman(
     return metrics.of_ranks(r, t, valid, dtype)
 
 
-def pearson(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
+def pearson(
+    x: torch.Tensor, y: torch.Tensor, *, dim: int = -1, mask: Mask = None, backend: Backend = "auto"
+) -> torch.Tensor:
     """Linear correlation, one value a row: <x - mean x, y - mean y> / (|x - mean x| |y - mean y|).
 
     Sums are float64. Arguments, masks, absent pairs, constant rows (0 with zero gradient), NaN and dtypes as in
@@ -213,7 +245,9 @@ def pearson(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
     return correlation.pearson(x, y)
 
 
-def spearman_corr(x, y, *, dim=-1, mask=None, backend="auto") -> torch.Tensor:
+def spearman_corr(
+    x: torch.Tensor, y: torch.Tensor, *, dim: int = -1, mask: Mask = None, backend: Backend = "auto"
+) -> torch.Tensor:
     """Rank correlation of hard ranks, ties averaged, equal to scipy.stats.spearmanr: a metric, without gradient.
 
     Of finite values, that is: scipy ranks infinities, where here a pair with -inf is absent and +inf gives NaN.

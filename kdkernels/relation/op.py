@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 
 from .. import backend as backends
+from .._types import Backend, Mask
 from ..autograd import at_least_float32, device_type, in_pytorch
-from ..distributed import agreed, rows_first
+from ..distributed import GroupLike, agreed, rows_first
 from ..gram.call import check_features, check_mask
 from . import reference
 from .operator import relation
@@ -20,7 +21,9 @@ from .problem import EPS, MINIMUM
 __all__ = ["pkt", "rkd_angle", "rkd_distance"]
 
 
-def rkd_distance(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
+def rkd_distance(
+    x: torch.Tensor, y: torch.Tensor, *, mask: Mask = None, group: GroupLike = None, backend: Backend = "auto"
+) -> torch.Tensor:
     """mean_ik smooth_l1(d_ik(x) / mu(x) - d_ik(y) / mu(y)), d Euclidean, mu the mean of the distances that are not 0.
 
     Source: RKD-D of Relational Knowledge Distillation, Park et al. 2019, arXiv 1904.05068; the mean over all n^2 pairs,
@@ -52,7 +55,9 @@ def rkd_distance(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor
     return _relation("rkd_distance", x, y, mask, group, backend)
 
 
-def rkd_angle(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
+def rkd_angle(
+    x: torch.Tensor, y: torch.Tensor, *, mask: Mask = None, group: GroupLike = None, backend: Backend = "auto"
+) -> torch.Tensor:
     """mean_vik smooth_l1(cos_vik(x) - cos_vik(y)), cos_vik that of the angle at v between samples i and k.
 
     Source: RKD-A of Relational Knowledge Distillation, Park et al. 2019, arXiv 1904.05068; the mean over all n^3
@@ -72,7 +77,9 @@ def rkd_angle(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
     return _relation("rkd_angle", x, y, mask, group, backend)
 
 
-def pkt(x, y, *, mask=None, group=None, backend="auto") -> torch.Tensor:
+def pkt(
+    x: torch.Tensor, y: torch.Tensor, *, mask: Mask = None, group: GroupLike = None, backend: Backend = "auto"
+) -> torch.Tensor:
     """mean_ik T_ik log((T_ik + eps) / (P_ik + eps)), P and T rows of (cos + 1) / 2 scaled to sum 1, eps = 1e-7.
 
     P is of x, T of y; cos of two samples, with eps added to their norms. Source: Learning Deep Representations with

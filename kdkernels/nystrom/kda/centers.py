@@ -7,11 +7,15 @@ two runs give the same bits. Sums are float64, means float32, all of it buffers.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from ... import backend as backends
 from ... import checks
+from ..._types import Mask
 from ...accumulator import Accumulator, summed
+from ...distributed import GroupLike
 
 
 class ClassCenters(Accumulator):
@@ -40,6 +44,12 @@ class ClassCenters(Accumulator):
     (tensor([2., 0., 0.]), tensor([0., 3.]))
     """
 
+    num_classes: int
+    student_dim: int
+    teacher_dim: int
+    momentum: float | None
+    ignore_index: int
+
     def __init__(
         self,
         num_classes: int,
@@ -47,7 +57,7 @@ class ClassCenters(Accumulator):
         teacher_dim: int,
         momentum: float | None = None,
         *,
-        counts: str = "epoch",
+        counts: Literal["epoch", "first"] = "epoch",
         ignore_index: int = -100,
     ):
         super().__init__()
@@ -68,12 +78,12 @@ class ClassCenters(Accumulator):
         self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))  # classes that have a centre
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
 
-    def update(self, s, t, labels, *, mask=None) -> None:
+    def update(self, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, *, mask: Mask = None) -> None:
         """Adds the rows of one batch to the sums of their classes."""
         self._add(*self._batch(s, t, labels, mask, self.ignore_index))
 
     @torch.no_grad()
-    def _batch(self, s, t, labels, mask, ignore_index: int):
+    def _batch(self, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, mask: Mask, ignore_index: int):
         """What `_add` takes, checked: a loss over ranks adds it when no rank has refused its own."""
         self._check(s, t, labels, mask)
         counted, ignored = (labels >= 0) & (labels < self.num_classes), (self.ignore_index, ignore_index)
@@ -93,7 +103,7 @@ class ClassCenters(Accumulator):
         return s, t, labels, counted if mask is None else counted & mask
 
     @torch.no_grad()
-    def _add(self, s, t, labels, counted) -> None:
+    def _add(self, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, counted) -> None:
         if s.is_cuda and backends.obstacle("triton", "cuda", (s.dtype, t.dtype)) is None:
             from .triton_centers import add_rows
 
@@ -106,7 +116,7 @@ class ClassCenters(Accumulator):
             sums.index_add_(0, index, torch.where(counted[:, None], rows.double(), 0))
 
     @torch.no_grad()
-    def swap(self, group=None) -> None:
+    def swap(self, group: GroupLike = None) -> None:
         """Ends an epoch: the means of what was seen become the centres, and the sums start again from zero.
 
         group: None, or "world" or a process group: the sums of all its ranks are added first, so that every rank ends
@@ -140,7 +150,7 @@ class ClassCenters(Accumulator):
         self.counts.zero_()
         self.epoch += 1
 
-    def _check(self, s, t, labels, mask):
+    def _check(self, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, mask: Mask):
         for tensor, name, width in ((s, "s", self.student_dim), (t, "t", self.teacher_dim)):
             checks.floating(tensor, name)
             if tensor.dim() != 2 or tensor.shape[1] != width:

@@ -12,7 +12,9 @@ import torch
 
 from ... import backend as backends
 from ... import checks
+from ..._types import Backend
 from ...autograd import at_least_float32, device_type, in_pytorch
+from ...distributed import GroupLike
 from ..distributed import agreed
 from . import reference
 from .operator import similarity, similarity_over_ranks
@@ -20,7 +22,15 @@ from .operator import similarity, similarity_over_ranks
 __all__ = ["landmark_similarity_loss"]
 
 
-def landmark_similarity_loss(s, t, s_centers, t_centers, *, group=None, backend="auto") -> torch.Tensor:
+def landmark_similarity_loss(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    s_centers: torch.Tensor,
+    t_centers: torch.Tensor,
+    *,
+    group: GroupLike = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """sum smooth_l1(S - T) / |T|_F with S = s s_centers', T = t t_centers' [B, C]: similarity to C landmarks.
 
     Source: KDA, Improved KD via Full Kernel Matrix Transfer (arXiv 2009.14416), as its public code computes it: a sum,
