@@ -8,6 +8,7 @@ import torch
 from conftest import needs_native
 
 import kdkernels as kd
+from kdkernels import native
 from kdkernels.logits.op import DIVERGENCES, any_divergence, measure_of
 from kdkernels.registry import OPS
 
@@ -190,3 +191,16 @@ def test_the_rows_of_a_divergence_refuse_what_they_cannot_read(given, message):
     with pytest.raises(ValueError, match=r"statistics must be what divergence_rows gave, float32 \[7, 3\]"):
         z = torch.zeros(3, 5)
         torch.ops.kdkernels.divergence_rows_backward(torch.ones(3), z, z, None, torch.ones(6, 3), *numbers[:4])
+
+
+@pytest.mark.skipif(native.lack("cpu", ("half_product",)) is not None, reason="not built")
+@pytest.mark.parametrize("rows, width, classes", [(1, 1, 1), (5, 7, 33), (13, 32, 31), (12, 96, 200), (25, 70, 64)])
+def test_a_product_of_bfloat16_has_a_float32_result(rows, width, classes):
+    """Rows and classes beside whole blocks of 12 and 32, a width beside pairs and squares of them; views."""
+    a, b = torch.randn(rows, width + 3).bfloat16()[:, :width], torch.randn(classes, width).bfloat16()
+    around = torch.full((rows, classes + 5), 9.0)
+    out = around[:, :classes]
+    if not torch.ops.kdkernels.half_product(a, b, out):
+        pytest.skip("the CPU has no products of bfloat16")
+    want = a.double() @ b.double().T
+    assert (out.double() - want).norm() <= 4e-7 * want.norm() and (around[:, classes:] == 9).all()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..autograd import at_least_float32
+from ..backend import runs_compiled
 
 CPU_BYTES, GPU_BYTES = 3 << 24, 1 << 30  # of a chunk's logits and slopes
 LEAST = 128  # rows: a product of 32 costs 1.6 times as much a row
@@ -95,13 +96,22 @@ def _logits(side: Side, at, classes: int, to):
         return side.rows[at, :classes]
     h = side.rows[at]
     z = to[: len(h)]
-    for part in _blocks(side, classes):
-        product(h, side.weight[part].mT, z[:, part])
+    if not _compiled_product(h, side.weight[:classes], z):
+        for part in _blocks(side, classes):
+            product(h, side.weight[part].mT, z[:, part])
     if side.bias is not None:
         z += side.bias[:classes]
     if side.scale != 1:
         z *= side.scale
     return z.div_(side.softcap).tanh_().mul_(side.softcap) if side.softcap else z
+
+
+def _compiled_product(h, weight, to) -> bool:
+    """to = h weight' of bfloat16 on a CPU that multiplies it and keeps float32 sums; whether that was done."""
+    both = h.is_cpu and h.dtype == weight.dtype == torch.bfloat16 and to.dtype == torch.float32
+    if not (both and h.stride(-1) == weight.stride(-1) == 1 and runs_compiled("auto", "cpu", ("half_product",))):
+        return False
+    return torch.ops.kdkernels.half_product(h, weight, to)
 
 
 def product(a, b, to):
