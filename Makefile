@@ -26,7 +26,7 @@ help:
 	@echo "make docs         the site, into $(OUT)/docs, without network; a warning is an error"
 	@echo "make fuzz         ops against formulas of the fuzzer's own, two minutes: ARGS=\"--seconds 3600\""
 	@echo "make machine      all kernels as compiled for a GPU, executed on the CPU: an hour"
-	@echo "make lint         ruff, tools/house.py      make bench        measure this machine"
+	@echo "make lint         ruff, house, types        make bench        measure this machine"
 	@echo "make resolve      whether what make installs exists for every Python; needs the network, installs nothing"
 	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"
 	@echo "make clean        remove build products and .venv"
@@ -54,7 +54,8 @@ machine:
 	&& "$$python" tests/machine/ranks.py long && "$$python" tests/machine/mutate.py
 
 lint:
-	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" tools/house.py --check
+	@$(ENV) && "$$python" -m ruff check . && "$$python" -m ruff format --check . && "$$python" tools/house.py --check \
+	&& "$$python" tools/typed.py
 
 resolve:
 	@$(ENV) && sh tools/resolve.sh "$$python"

@@ -4,11 +4,19 @@
 Oracles of the compat tests: every formula takes the student first and gives one number a pair of tensors, or says what
 else. Inputs come first."""
 
+import inspect
 import itertools
 import math
 
 import torch
 import torch.nn.functional as F
+
+
+def untyped(function):
+    """The signature as a text without annotations, which the originals lack."""
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
 def logits(dtype):

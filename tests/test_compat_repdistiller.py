@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """RepDistiller's classes: constructors, what they take and return, and the formulas of originals.py in every entry."""
 
-import inspect
 import warnings
 
 import originals
 import pytest
 import torch
-from originals import every, features, logits
+from originals import every, features, logits, untyped
 
 from kdkernels.compat import repdistiller
 
@@ -81,9 +80,8 @@ def test_the_names_and_signatures_are_the_originals():
     assert set(repdistiller.__all__) == set(CONSTRUCTORS) == set(CASES)
     for name in repdistiller.__all__:
         loss = getattr(repdistiller, name)
-        arguments = [p for p in inspect.signature(loss).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert f"({', '.join(map(str, arguments))})" == CONSTRUCTORS[name]
-        assert str(inspect.signature(loss.forward)) == CALLS[name].replace("(", "(self, ", 1)
+        assert untyped(loss).replace("*args, **kwargs", "") == CONSTRUCTORS[name]
+        assert untyped(loss.forward) == CALLS[name].replace("(", "(self, ", 1)
 
 
 def test_a_class_has_the_values_and_the_gradients_of_the_original(name):

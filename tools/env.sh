@@ -62,7 +62,7 @@ use_existing() {
     demo) needs="sklearn matplotlib tqdm" ;;
     # tests of lightning, transformers and accelerate are skipped where these are missing
     test*) needs="pytest hypothesis pybind11 sklearn matplotlib tqdm" ;;
-    lint) needs="ruff" ;;
+    lint) needs="ruff basedpyright" ;;
     resolve) needs="uv" ;;
     docs) needs="sphinx furo myst_parser matplotlib" ;;
     *) needs="" ;;

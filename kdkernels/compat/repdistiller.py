@@ -19,6 +19,7 @@ here: keep the original's.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -38,21 +39,21 @@ class DistillKL(nn.Module):
     >>> DistillKL(4)(torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)).backward()
     """
 
-    def __init__(self, T):
+    def __init__(self, T: float):
         super().__init__()
         self.T = T
 
-    def forward(self, y_s, y_t):
+    def forward(self, y_s: torch.Tensor, y_t: torch.Tensor) -> torch.Tensor:
         return kl_div(y_s, y_t, self.T)
 
 
 class Similarity(nn.Module):
     """Similarity-preserving loss: a list of [1] tensors, one a pair of features [B, ...]. `kd.losses.SPLoss`."""
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: Sequence[torch.Tensor], g_t: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [self.similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]  # noqa: B905
 
-    def similarity_loss(self, f_s, f_t):
+    def similarity_loss(self, f_s: torch.Tensor, f_t: torch.Tensor) -> torch.Tensor:
         return mdistiller.similarity_loss(f_s, f_t)
 
 
@@ -63,17 +64,17 @@ class Attention(nn.Module):
     it is NaN there.
     """
 
-    def __init__(self, p=2):
+    def __init__(self, p: float = 2):
         super().__init__()
         self.p = p
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: Sequence[torch.Tensor], g_t: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]  # noqa: B905
 
-    def at_loss(self, f_s, f_t):
+    def at_loss(self, f_s: torch.Tensor, f_t: torch.Tensor) -> torch.Tensor:
         return mdistiller.single_stage_at_loss(f_s, f_t, self.p)
 
-    def at(self, f):
+    def at(self, f: torch.Tensor) -> torch.Tensor:
         """The attention map [B, H W] of f [B, C, H, W], of norm 1."""
         return normalize((f if self.p == 2 else f.abs()).pow(self.p).mean(1).flatten(1))
 
@@ -84,13 +85,13 @@ class NSTLoss(nn.Module):
     Never B x C x C x HW, the tensor with which the original runs out of memory.
     """
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: Sequence[torch.Tensor], g_t: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [self.nst_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t)]  # noqa: B905
 
-    def nst_loss(self, f_s, f_t):
+    def nst_loss(self, f_s: torch.Tensor, f_t: torch.Tensor) -> torch.Tensor:
         return mdistiller.single_stage_nst_loss(f_s, f_t)
 
-    def poly_kernel(self, a, b):
+    def poly_kernel(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return mdistiller.poly_kernel(a, b)
 
 
@@ -100,7 +101,7 @@ class FSP(nn.Module):
     s_shapes, t_shapes: shapes of the maps [B, C, H, W] of both sides; other channels raise ValueError, as there.
     """
 
-    def __init__(self, s_shapes, t_shapes):
+    def __init__(self, s_shapes: Sequence[Sequence[int]], t_shapes: Sequence[Sequence[int]]):
         super().__init__()
         # the original's exceptions
         if len(s_shapes) != len(t_shapes):
@@ -108,7 +109,7 @@ class FSP(nn.Module):
         if [shape[1] for shape in s_shapes] != [shape[1] for shape in t_shapes]:
             raise ValueError("num of channels not equal (error in FSP)")
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: Sequence[torch.Tensor], g_t: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         pairs = zip(_consecutive(g_s), _consecutive(g_t))  # noqa: B905
         return [shared(s[0], "FSPLoss")(s, t) for s, t in pairs]
 
@@ -118,7 +119,7 @@ class FSP(nn.Module):
         return [top.flatten(2) @ bot.flatten(2).mT / bot[0, 0].numel() for bot, top in _consecutive(g)]
 
     @staticmethod
-    def compute_loss(s, t):
+    def compute_loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return (s - t).square().mean()
 
 
@@ -133,16 +134,16 @@ class RKDLoss(nn.Module):
     Identical samples have distance 0 (there 1e-6, which counts in the mean distance that all are divided by).
     """
 
-    def __init__(self, w_d=25, w_a=50):
+    def __init__(self, w_d: float = 25, w_a: float = 50):
         super().__init__()
         self.w_d = w_d
         self.w_a = w_a
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: torch.Tensor, f_t: torch.Tensor) -> torch.Tensor:
         return mdistiller.rkd_loss(f_s, f_t, distance_weight=self.w_d, angle_weight=self.w_a)
 
     @staticmethod
-    def pdist(e, squared=False, eps=1e-12):
+    def pdist(e: torch.Tensor, squared: bool = False, eps: float = 1e-12) -> torch.Tensor:
         """Distances [B, B] of rows e [B, d], their squares at least eps (there those of Gram matrices); diagonal 0."""
         e = e.to(at_least_float32(e))
         distance = torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=eps**0.5)
@@ -156,11 +157,13 @@ class PKT(nn.Module):
     A sample of zeros has the gradient 0 (there NaN); NaN features give NaN (there they are written over with zeros).
     """
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: torch.Tensor, f_t: torch.Tensor) -> torch.Tensor:
         return self.cosine_similarity_loss(f_s, f_t)
 
     @staticmethod
-    def cosine_similarity_loss(output_net, target_net, eps=0.0000001):
+    def cosine_similarity_loss(
+        output_net: torch.Tensor, target_net: torch.Tensor, eps: float = 0.0000001
+    ) -> torch.Tensor:
         return mdistiller.pkt_loss(output_net, target_net, eps)
 
 
@@ -170,6 +173,6 @@ class Correlation(nn.Module):
     A batch of one gives 0 and warns once (there NaN).
     """
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: torch.Tensor, f_t: torch.Tensor) -> torch.Tensor:
         # the original sums over dimension 1 alone, and takes the mean over what follows it
         return shared(f_s, "CCLoss")(f_s.flatten(1), f_t.flatten(1)) / math.prod(f_s.shape[2:])

@@ -26,6 +26,7 @@ import math
 import torch
 
 from .. import checks
+from .._types import Number, Regularization
 from ..autograd import at_least_float32
 from ..differentiable import operator
 from ..rank import op
@@ -34,7 +35,9 @@ from ..rank.checks import broadcasts
 __all__ = ["soft_rank", "soft_sort"]
 
 
-def soft_rank(values, regularization="l2", regularization_strength=1.0):
+def soft_rank(
+    values: torch.Tensor, regularization: Regularization = "l2", regularization_strength: Number = 1.0
+) -> torch.Tensor:
     """Soft ranks [B, n] of each row of values [B, n], in the dtype of `values`.
 
     >>> from kdkernels.compat import torchsort
@@ -57,7 +60,9 @@ def soft_rank(values, regularization="l2", regularization_strength=1.0):
     return rank + torch.where(beyond, math.nan, 0).to(rank.dtype)
 
 
-def soft_sort(values, regularization="l2", regularization_strength=1.0):
+def soft_sort(
+    values: torch.Tensor, regularization: Regularization = "l2", regularization_strength: Number = 1.0
+) -> torch.Tensor:
     """Soft-sorted values [B, n], ascending, of each row of values [B, n], in the dtype of `values`.
 
     >>> from kdkernels.compat import torchsort

@@ -25,14 +25,14 @@ IGNORED = -100
 
 
 def generalized_jsd_loss(
-    student_logits,
-    teacher_logits,
-    labels=None,
-    beta=0.5,
-    temperature=1.0,
-    reduction="batchmean",
-    num_items_in_batch=None,
-):
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
     """beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s, of logits [B, T, V].
 
     beta = 0 is KL(p_t || p_s) and 1 is KL(p_s || p_t): the loss jumps there, as near an end it is beta, or 1 - beta,

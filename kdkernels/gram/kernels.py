@@ -68,7 +68,7 @@ class Kernel:
     """Base of the kernel functions: `code` is the static part, `sigma` the bandwidth rule where there is one."""
 
     name = ""
-    sigma = None
+    sigma: torch.Tensor | tuple[float, ...] | tuple[_Rule, float] | None = None
     domain = "any real features"
     _has_rule = False
     _code = ""  # made once: torch.compile(dynamic=True) takes the numbers of an object for variables, but not its text
@@ -141,6 +141,8 @@ class Polynomial(Kernel):
 class _Bandwidth(Kernel):
     """A kernel with a bandwidth: a number, a tensor, a rule, or a sequence of numbers (the sum of the kernels)."""
 
+    sigma: torch.Tensor | tuple[float, ...] | tuple[_Rule, float]
+
     def __init__(self, sigma: Sigma = "median"):
         self.sigma = _check_sigma(sigma, type(self).__name__)
         numbers = self.sigma if isinstance(self.sigma, tuple) and not isinstance(self.sigma[0], str) else ()
@@ -174,7 +176,7 @@ class Laplacian(_Bandwidth):
     name = "laplacian"
 
 
-def _check_sigma(sigma, owner: str):
+def _check_sigma(sigma: Sigma, owner: str) -> torch.Tensor | tuple[float, ...] | tuple[_Rule, float]:
     if isinstance(sigma, torch.Tensor):
         if not sigma.is_floating_point():
             raise TypeError(f"sigma is a tensor of {sigma.dtype}: {owner} needs a floating-point tensor")

@@ -157,8 +157,8 @@ class FeatureLoss(Loss):
     than one part). Levels are checked before any of them is computed; one too small for the estimator adds 0.
     """
 
-    part = "features"  # the name of a level's part; a list of levels adds _0, _1, ..., a dict its keys
-    least = 1  # rows, or samples, that a level needs
+    part: str = "features"  # the name of a level's part; a list of levels adds _0, _1, ..., a dict its keys
+    least: int = 1  # rows, or samples, that a level needs
     unit = "levels"  # what `weights` counts
 
     def __init__(

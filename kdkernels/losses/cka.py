@@ -48,9 +48,10 @@ class CKALoss(FeatureLoss):
     True
     """
 
+    least: int
     unbiased: bool
     center: bool
-    shown = ("kernel", "unbiased", "center")
+    shown: tuple[str, ...] = ("kernel", "unbiased", "center")
     part = "cka"
 
     def __init__(

@@ -73,10 +73,19 @@ class CMKDLoss(Loss):
     True
     """
 
+    strength: float | Literal["auto"] | tuple[Literal["auto"], float]
     weight_tau: float
     hard_target: bool
     takes_heads = True
-    shown = ("weight_tau", "spearman_share", *TERMS.values(), "regularization", "strength", "hard_target", "reduction")
+    shown: tuple[str, ...] = (
+        "weight_tau",
+        "spearman_share",
+        *TERMS.values(),
+        "regularization",
+        "strength",
+        "hard_target",
+        "reduction",
+    )
 
     def __init__(
         self,
@@ -249,7 +258,7 @@ def check_share(share):
     raise ValueError(f"spearman_share is {share!r}: give 'entropy', a number in [0, 1], or a function of the logits")
 
 
-def check_strength(strength):
+def check_strength(strength) -> float | Literal["auto"] | tuple[Literal["auto"], float]:
     number = strength[1] if isinstance(strength, (tuple, list)) and len(strength) == 2 else strength
     relative = number is not strength and strength[0] == "auto"
     positive = checks.is_number(number) and 0 < number < math.inf

@@ -58,7 +58,7 @@ class DISTLoss(Loss):
     gamma: float
     tau: float
     takes_heads = True
-    shown = ("beta", "gamma", "tau", "reduction")
+    shown: tuple[str, ...] = ("beta", "gamma", "tau", "reduction")
 
     def __init__(
         self,

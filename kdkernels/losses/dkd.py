@@ -53,7 +53,7 @@ class DKDLoss(Loss):
     beta: float
     warmup: int
     takes_heads = True
-    shown = ("alpha", "beta", "tau", "warmup", "reduction")
+    shown: tuple[str, ...] = ("alpha", "beta", "tau", "warmup", "reduction")
 
     def __init__(
         self,

@@ -78,7 +78,7 @@ class KDLoss(Loss):
     beta: float
     skew: float
     takes_topk = takes_heads = True
-    shown = ("tau", "divergence", "beta", "skew", "scale_tau", "reduction")
+    shown: tuple[str, ...] = ("tau", "divergence", "beta", "skew", "scale_tau", "reduction")
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ class MMDLoss(FeatureLoss):
     """
 
     factors: Sequence[float] | None
+    kernel: KernelLike
     unbiased: bool
     part = "mmd"
 

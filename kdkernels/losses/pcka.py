@@ -73,7 +73,7 @@ class PCKALoss(FeatureLoss):
     center: bool
     unbiased: bool
     least_patches: int
-    shown = ("transposed", "row_normalize", "center", "unbiased", "kernel")
+    shown: tuple[str, ...] = ("transposed", "row_normalize", "center", "unbiased", "kernel")
 
     def __init__(
         self,

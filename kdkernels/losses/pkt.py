@@ -42,7 +42,8 @@ class PKTLoss(FeatureLoss):
     True
     """
 
-    part, least = "pkt", MINIMUM["pkt"]
+    part = "pkt"
+    least: int = MINIMUM["pkt"]
 
     def __init__(
         self,

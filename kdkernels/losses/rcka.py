@@ -91,7 +91,7 @@ class RCKALoss(Loss):
     unbiased: bool
     first_stage: int
     needs_features: bool
-    shown = (*TERMS.values(), "first_stage", "row_normalize", "center", "unbiased", "kernel")
+    shown: tuple[str, ...] = (*TERMS.values(), "first_stage", "row_normalize", "center", "unbiased", "kernel")
 
     def __init__(
         self,

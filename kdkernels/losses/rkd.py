@@ -46,7 +46,8 @@ class RKDDistanceLoss(FeatureLoss):
     True
     """
 
-    part, least = "rkd_distance", MINIMUM["rkd_distance"]
+    part = "rkd_distance"
+    least: int = MINIMUM["rkd_distance"]
 
     def __init__(
         self,
@@ -87,7 +88,8 @@ class RKDAngleLoss(FeatureLoss):
     True
     """
 
-    part, least = "rkd_angle", MINIMUM["rkd_angle"]
+    part = "rkd_angle"
+    least: int = MINIMUM["rkd_angle"]
 
     def __init__(
         self,
@@ -128,9 +130,10 @@ class RKDLoss(FeatureLoss):
     ['rkd_angle', 'rkd_distance']
     """
 
+    least: int
     distance: float
     angle: float
-    shown = ("distance", "angle")
+    shown: tuple[str, ...] = ("distance", "angle")
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class STKDLoss(Loss):
     alpha: float
     mix: tuple[float, float, float]
     takes_heads = True
-    shown = ("tau", "alpha", "mix", "reduction")
+    shown: tuple[str, ...] = ("tau", "alpha", "mix", "reduction")
 
     def __init__(
         self,
