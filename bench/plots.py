@@ -16,6 +16,9 @@ THEIRS = {
     "torchsort": ("#000000", "torchsort"),
     "sort": ("#bbbbbb", "torch.sort alone"),
     "reference": ("#999999", "the definition"),
+    "products": ("#bb5566", "its matrix products alone"),
+    "liger": ("#117733", "liger-kernel"),
+    "liger128": ("#44aa99", "liger-kernel, chunks of 128 rows"),
 }
 
 
@@ -42,7 +45,7 @@ def _draw(one: dict, title: str, paths: list[Path]) -> list[Path]:
     for (contender, backend), points in sorted(one["lines"].items()):
         n, ms = zip(*sorted(points), strict=True)
         ours = contender == "kdkernels"
-        colour, said = (OURS[backend], f"kdkernels ({backend})") if ours else THEIRS[contender]
+        colour, said = (OURS[backend], f"kdkernels ({backend})") if ours else THEIRS.get(contender, (None, contender))
         axes.plot(n, ms, "o-" if ours else "s--", label=said, color=colour, linewidth=2 if ours else 1)
     sizes, ms = zip(*sorted(one["roof"].items()), strict=True)
     axes.plot(sizes, ms, "k:", label="roof (measured)")

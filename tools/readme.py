@@ -74,6 +74,14 @@ def time(ms: float) -> str:
     return f"{short(ms)} ms" if ms < 100 else f"{short(ms / 1e3)} s"
 
 
+def label(row: dict) -> str:
+    """The case by what was measured: the op and its sizes, where the name of the case does not say them."""
+    if "groups" not in row["shape"]:
+        return row["case"].removeprefix("ranking ")
+    kernel = f" {row['kernel']}" if row["op"] == "cka" else ""
+    return f"{row['op']}{kernel} {row['shape']['n']} x {row['shape']['p']}"
+
+
 def measured() -> list[tuple[dict, dict, str]]:
     """Our row, the rival's and the rival's name for each of the cases."""
     rows = report.load(sorted((ROOT / "bench" / "results").glob("*-rows.jsonl")))
@@ -93,7 +101,7 @@ def speed_table() -> str:
         peaks = [theirs["peak_bytes"], ours["peak_bytes"]]
         memory = "" if None in peaks else " -> ".join(f"{peak / 2**20:.0f} MiB" for peak in peaks)
         times = time(theirs["ms_p50"]), time(ours["ms_p50"]), f"{short(ours['ratios'][rival][1])} x"
-        lines.append("| " + " | ".join([ours["case"], rival, *times, memory]) + " |")
+        lines.append("| " + " | ".join([label(ours), rival, *times, memory]) + " |")
     return "\n".join(lines)
 
 
@@ -107,7 +115,7 @@ def draw(path: Path):
 
     found = measured()
     speeds = [ours["ratios"][rival][1] for ours, _, rival in found]
-    labels = [f"{ours['case'].removeprefix('ranking ')} vs {rival}" for ours, _, rival in found]
+    labels = [f"{label(ours)} vs {rival}" for ours, _, rival in found]
     figure, axes = plt.subplots(figsize=(8, 4))
     colours = {"eager": "#4477aa", "torchsort": "#ee7733"}
     bars = axes.barh(labels, [s - 1 for s in speeds], left=1, color=[colours[rival] for _, _, rival in found])
