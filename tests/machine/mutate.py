@@ -4,9 +4,13 @@
     python tests/machine/mutate.py distillation_kl soft_rank --architectures 80 90
 
 Prints a line for each that is executed, `sm_80 loss_rows 0a40 BAR.SYNC 0x0: reported | wrong result | harmless`.
-Harmless is what no schedule reports and no result shows: what it orders is in order by other means. In the ranking
-kernels those are the barrier at the end of a reduction, where another stands before its memory is used again; the last
-one of a row, where the block has no further row; and the meeting of a warp before a barrier of its block.
+What no schedule reports and no result shows is harmless. Of a barrier that is a proof, for what these calls execute:
+two warps on a byte, one of which writes, are reported in whatever order they come, unless a barrier is left between
+them (`core/memory.h`), so what the missing one ordered is ordered by others. They stand before the first use of shared
+memory, as Triton puts them; at the end of a reduction, where another comes before its memory is used again; and at the
+end of a block's last row. So is it of a wait: its copies and products are waited for again before they are touched.
+Where lanes of one warp meet (WARPSYNC) it is none, as lanes have an order here that a GPU need not keep: such a line
+ends in `harmless here`. In the ranking kernels they all stand before a barrier of the block.
 """
 
 import argparse
@@ -63,9 +67,9 @@ def waits(launches) -> list:
     return list(found.values())
 
 
-def seen(device, call, right) -> str:
-    """What removing something changes, under every schedule."""
-    worst = "harmless"
+def seen(device, call, right, line) -> str:
+    """What removing a line changes, under every schedule."""
+    worst = "harmless here" if line.opcode == "WARPSYNC" else "harmless"
     for schedule in SCHEDULES:
         device.schedules = (schedule,)
         try:
@@ -103,7 +107,7 @@ def main():
             right = results(device, call)
             for function, line in waits(device.launches):
                 function.program.set_skipped(line.pc, True)
-                outcome = seen(device, call, right)
+                outcome = seen(device, call, right, line)
                 function.program.set_skipped(line.pc, False)
                 print(f"sm_{architecture} {function.name} {line.pc:04x} {line.text}: {outcome}", flush=True)
 
