@@ -32,11 +32,13 @@ def test_every_instruction_of_the_library_is_modelled(python):
         assert f"not modelled on sm_{architecture}: none" in done.stdout
 
 
-def test_a_row_takes_hardly_any_float64_where_that_is_slow(python):
+def test_where_float64_is_slow_and_memory_short_rows_take_hardly_any_and_do_not_share_a_block(python):
     done = python("tests/machine/ranks.py", "float64", "--architectures", "80", "86")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
-    found = dict(re.findall(r"float64 instructions a row on sm_(\d+): (\d+)", done.stdout))
-    assert int(found["86"]) <= 200 < 1000 < int(found["80"]), found
+    line = r"float64 instructions a row on sm_(\d+): (\d+), (\d) to a block"
+    found = {architecture: (int(count), rows) for architecture, count, rows in re.findall(line, done.stdout)}
+    assert found["86"][0] <= 200 < 1000 < found["80"][0], found
+    assert (found["80"][1], found["86"][1]) == ("4", "1")  # 7 blocks of a warp fit 100 KB, or one of four
 
 
 def test_rows_of_every_regime_are_ranked_as_the_oracle_ranks_them_by_warps_blocks_and_workspaces(python):

@@ -226,6 +226,13 @@ class TestRanking:
     def test_one_warp_a_row_of_a_thousand(self, kernels, n, first):
         drive.sweep(kernels, "warp", n, "rs", 1, True, first)
 
+    # of 99 KiB of shared memory a block, as sm_86 has: 1,000 elements have a block of their own, 600 share one of two
+    @pytest.mark.parametrize("n", [600, 1000])
+    def test_fewer_warps_share_a_block_where_memory_is_short(self, kernels, n):
+        short = drive.Kernels(kernels, "warp", 99 * 1024)
+        compare.compare_rank(short, n, "float32", 1.0, True, names=["random", "ties", "masked"])
+        compare.compare_sort(short, n, "float32", 1.0, names=["random", "ties", "masked"])
+
     @pytest.mark.parametrize("n, first", settings(BLOCK_SIZES, 1))
     def test_one_block_a_row(self, kernels, n, first):
         drive.sweep(kernels, "block", n, "rsp", 1, True, first)

@@ -7,6 +7,8 @@
 //   beyond       keys, sort and fit by kernels of their own over a workspace
 #pragma once
 
+#include <algorithm>
+
 #include "backward.cuh"
 #include "long_rank.cuh"
 #include "soft_sort.cuh"
@@ -22,7 +24,7 @@ struct Device {
 };
 
 constexpr int64_t kFewRows = 2112;      // below: 16 warps a multiprocessor of 132 are not reached, threads are free
-constexpr int kWarpRows = 4;            // of a block
+constexpr int kWarpRows = 4;            // the most of a block
 constexpr int64_t kGrid = 1 << 20;      // the most blocks of a launch, each then takes several rows
 constexpr int64_t kOutsideGrid = 148;   // blocks with a workspace of their own: a multiprocessor's each
 constexpr size_t kBatchBytes = size_t(1) << 29;
@@ -51,13 +53,28 @@ constexpr int slots_of() {
   return T == 32 ? kWarpRows : 1;
 }
 
+// rows of a block of warps, of so many bytes each: fewer where that leaves more warps on a multiprocessor, which has
+// the memory of its largest block, one reserved KiB for each, and room for 16 blocks and the registers of 16 warps
+inline int warp_rows(size_t bytes, const Device& device) {
+  auto resident = [&](int rows) {
+    const int blocks = static_cast<int>((device.shared + 1024) / (rows * bytes + 1024));
+    return std::min(16, rows * std::min(16, blocks));
+  };
+  int best = kWarpRows;
+  for (int rows = kWarpRows - 1; rows > 0; --rows) {
+    if (resident(rows) > resident(best)) best = rows;
+  }
+  return best;
+}
+
 template <class Value, int T, int kItems>
 bool launch_ranks(RankCall call, const Device& device, cudaStream_t stream) {
   call.shift = shift_of(call.n, T);
-  const size_t bytes = slots_of<T>() * row_bytes<Value, T, kItems>(call.n, call.shift);
-  if (call.n > T * kItems || bytes > device.shared) return false;
-  KDK_LAUNCH((rank_rows_kernel<Value, T, kItems>), grid_of(blocks_of(call.rows, slots_of<T>())),
-             T * slots_of<T>(), bytes, stream, call);
+  const size_t bytes = row_bytes<Value, T, kItems>(call.n, call.shift);
+  const int slots = T == 32 ? warp_rows(bytes, device) : 1;
+  if (call.n > T * kItems || slots * bytes > device.shared) return false;
+  KDK_LAUNCH((rank_rows_kernel<Value, T, kItems>), grid_of(blocks_of(call.rows, slots)), T * slots, slots * bytes,
+             stream, call);
   return true;
 }
 
@@ -266,10 +283,11 @@ void launch_sorts_of(SortCall call, const Device& device, Allocate allocate, cud
   };
   const bool few = call.rows < kFewRows && call.n > 128;
   if (device.forced == Schedule::kWarp || (device.forced == Schedule::kAuto && !few)) {
-    const size_t shared = bytes(32, kWarpRows, Group<32>::kBytes);
+    const int slots = warp_rows(bytes(32, 1, Group<32>::kBytes), device);
+    const size_t shared = bytes(32, slots, Group<32>::kBytes);
     if (call.n <= 1024 && shared <= device.shared) {
-      KDK_LAUNCH((sort_rows_kernel<Value, 32, false>), grid_of(blocks_of(call.rows, kWarpRows)), 32 * kWarpRows,
-                 shared, stream, call);
+      KDK_LAUNCH((sort_rows_kernel<Value, 32, false>), grid_of(blocks_of(call.rows, slots)), 32 * slots, shared,
+                 stream, call);
       return;
     }
   }

@@ -168,18 +168,21 @@ def unknown(device: cuda_device.Cuda) -> list[str]:
     return sorted(said)
 
 
-def float64_of_a_row(device: cuda_device.Cuda, n: int = 1000) -> float:
-    """Instructions that compute or convert float64, of a warp that ranks a row at strength "auto" and goes back."""
-    device.first_blocks, rows = 2, 8
+def float64_of_a_row(device: cuda_device.Cuda, n: int = 1000) -> str:
+    """Instructions that compute or convert float64, of a warp that ranks a row at strength "auto" and goes back; rows
+    that share a block of the ranks."""
+    device.first_blocks, rows = 8, 4096
     device.launches.clear()
-    x = torch.randn((4096, n), generator=torch.Generator().manual_seed(0))
+    x = torch.randn((rows, n), generator=torch.Generator().manual_seed(0))
     ranks, blocks, eps = torch.ops.kdkernels.rank_rows(x, None, 1.0, True, False, False, True)
+    device.first_blocks = 2  # of four rows, which have ranks
     torch.ops.kdkernels.rank_rows_backward(x, x, ranks, blocks, eps, False, False)
-    found = 0
-    for launch in device.launches:
+    found = 0.0
+    for launch, first_blocks in zip(device.launches, (8, 2), strict=True):
+        executed = first_blocks * rows / launch.grid[0]
         for line, count in zip(launch.function.code, launch.counts, strict=True):
-            found += count * (line.opcode in FLOAT64 or "F64" in line.modifiers)
-    return found / rows
+            found += count / executed * (line.opcode in FLOAT64 or "F64" in line.modifiers)
+    return f"{found:.0f}, {rows // device.launches[0].grid[0]} to a block"
 
 
 def main() -> int:
@@ -194,7 +197,7 @@ def main() -> int:
         left, lacking = kernels(device), unknown(device)
         print(f"not modelled on sm_{architecture}: {'; '.join(lacking) or 'none'}", flush=True)
         if options.which == "float64":
-            print(f"float64 instructions a row on sm_{architecture}: {float64_of_a_row(device):.0f}", flush=True)
+            print(f"float64 instructions a row on sm_{architecture}: {float64_of_a_row(device)}", flush=True)
         compared(device, {"quick": QUICK, "long": QUICK + LONG}.get(options.which, []), left)
         if options.which in ("quick", "long"):
             print(f"never run on sm_{architecture}: {', '.join(sorted(map(readable, left))) or 'none'}")
