@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,7 @@ class CKAMetric(Accumulator):
 
     unbiased: bool
     minimum: int
+    sums: torch.Tensor
 
     def __new__(cls, *arguments: Any, **options: Any) -> CKAMetric:
         collected = _collected() if cls is CKAMetric else None
@@ -102,6 +103,12 @@ class CKAMetric(Accumulator):
         """Adds one batch."""
         self._add(*self._rows(x, y, mask))
 
+    @overload
+    def compute(self, return_error: Literal[False] = False) -> torch.Tensor: ...
+    @overload
+    def compute(self, return_error: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def compute(self, return_error: bool) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def compute(self, return_error: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The CKA of all batches of all processes so far; with return_error also its standard error."""
         state = self.sums

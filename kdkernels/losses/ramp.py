@@ -39,6 +39,8 @@ class Ramp(Unrounded):
     [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
 
+    steps: torch.Tensor
+    weight: torch.Tensor
     loss: nn.Module
     start: int
     end: int

@@ -37,6 +37,10 @@ class StreamingPCA(Accumulator):
     0
     """
 
+    count: torch.Tensor
+    mean: torch.Tensor
+    scatter: torch.Tensor
+
     def __init__(self, num_channels: int):
         super().__init__()
         checks.integer(num_channels, "num_channels")
