@@ -22,7 +22,7 @@ NAME = max(map(len, OPS))  # the column of op names
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kdkernels", description=__doc__.replace("`", ""))
+    parser = argparse.ArgumentParser(prog="python -m kdkernels", description=(__doc__ or "").replace("`", ""))
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, compiled libraries, and the backend of each op on each device")
     validate = commands.add_parser("validate", help="run the contract; the exit code is 1 if anything fails")

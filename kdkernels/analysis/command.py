@@ -32,7 +32,7 @@ Models are put into evaluation mode. Written to the folder: cka.png, cka.svg (wi
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.description, parser.epilog = __doc__.split(":", 1)[1].strip().capitalize(), EXAMPLE
+    parser.description, parser.epilog = (__doc__ or "").partition(":")[2].strip().capitalize(), EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model_a", metavar="module:model_a")
