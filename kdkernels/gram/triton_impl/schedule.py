@@ -14,6 +14,7 @@ from .. import torch_impl
 from ..call import SMALL, Call
 from ..torch_impl import forms
 from . import small, tiles
+from .matrices import width_of
 from .small_kernels import SAVED
 
 
@@ -30,7 +31,7 @@ def kept(call: Call):
     G, n, _ = call.x.features.shape
     if not call.need or n > SMALL or _in_pytorch(call):
         return torch_impl.kept(call)
-    return ((G, SAVED.value, n), (2, G, n, n)), call.dtype
+    return ((G, SAVED.value, n), (2, G, n, width_of(n))), call.dtype
 
 
 def _schedule(call: Call):

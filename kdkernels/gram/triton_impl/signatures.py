@@ -11,16 +11,7 @@ import triton.language as tl
 from ...testing.compiling import ALL, CompileCase, compile_case
 from . import small_kernels, tile_kernels
 from .maps import KINDS, Map
-from .small import (
-    BACKWARD_FLOAT,
-    BACKWARD_HALF,
-    FUSED_ODD,
-    FUSED_ROWS,
-    FUSED_SUMS,
-    SPLIT_CONFIGS,
-    SPLIT_SUMS,
-    SUMS_BLOCK,
-)
+from .small import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
 from .small_gradient import weighted_rows
 from .small_kernels import finish, row_sums, split_gram
 from .tile_kernels import gradient_rows, tile_sums, weight_panel
@@ -85,7 +76,7 @@ def compile_cases():
             given["unit_ptr"] = None
         for block, fused in ((SUMS_BLOCK, False), (64, True), (FUSED_ROWS, True)):
             step, warps = FUSED_SUMS if fused else SPLIT_SUMS
-            stats = {"stats_ptr": None, "odd": {"BN": FUSED_ODD[0]}} if fused else {}
+            stats = {"stats_ptr": None} if fused else {}
             yield _case(
                 f"row_sums-{kind}-{block}", row_sums, "float32", warps, 3, x=side, y=side, BM=block, BN=step, **given,
                 **stats,

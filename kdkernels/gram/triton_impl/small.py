@@ -14,6 +14,7 @@ from ..call import Call, Problem
 from ..torch_impl.forms import sigma_gradient
 from ..torch_impl.prepared import Prepared, bandwidths, prepare, unprepare_gradient
 from .maps import constant, map_of, precision
+from .matrices import width_of
 from .small_gradient import weighted_rows
 from .small_kernels import SAVED, STAT_ROWS, STATS, Asked, Rows, Side, finish, row_sums, split_gram
 
@@ -34,7 +35,6 @@ LARGE_SHARED = 101376  # bytes a block may use on sm_86 and sm_89; the 128 x 128
 FUSED_ROWS = 128  # up to here one program holds all rows of a group
 # row_sums in float64: (columns a step, warps)
 FUSED_SUMS, SPLIT_SUMS = (32, 8), (32, 4)
-FUSED_ODD = (16, 8)  # where n does not divide by 16, as more columns spill 800 bytes a thread
 SUMS_BLOCK = 16  # rows of a program above FUSED_ROWS
 BACKWARD_HALF = (64, 32, 64, 4, 3)  # BM, BN, BP, warps, stages
 BACKWARD_FLOAT = (32, 32, 64, 4, 2)
@@ -101,12 +101,12 @@ def forward(call: Call):
     keep, ref = _mask_arguments(call.mask)
     part, square, splits = _launch_split(a.rows, b.rows, keep, ref)
     new = lambda *shape, dtype=torch.float32: x.new_empty(shape, dtype=dtype)  # noqa: E731
-    value, saved, kept = new(G), new(G, SAVED.value, n) if need else None, new(2, G, n, n) if need else None
+    value, saved, kept = new(G), new(G, SAVED.value, n) if need else None, new(2, G, n, width_of(n)) if need else None
     unit = None if a.prepared is None else torch.stack([a.prepared.unit, b.prepared.unit])
     fused, asked = n <= FUSED_ROWS, _asked(problem)
     stats = None if fused else new(G, STAT_ROWS.value, n, dtype=torch.float64)
     block = max(16, triton.next_power_of_2(n)) if fused else SUMS_BLOCK
-    step, warps = SPLIT_SUMS if not fused else FUSED_SUMS if n % 16 == 0 else FUSED_ODD
+    step, warps = FUSED_SUMS if fused else SPLIT_SUMS
     row_sums[(triton.cdiv(n, block) * G,)](
         a.side, b.side, part, square, keep, kept, stats, value, saved, unit, n, G, splits, asked,
         BM=block, BN=step, num_warps=warps,
@@ -128,7 +128,7 @@ def _launch_split(x: Rows, y: Rows, keep, ref):
     busy = blocks * (blocks + 1) // 2 * 2 * G
     splits = max(1, min(128, steps, 2 * count // busy))
     pers = (triton.cdiv(triton.cdiv(rows.width, config.depth), splits) * config.depth for rows in (x, y))
-    part = x.ptr.new_empty((2, splits, G, n, n), dtype=torch.float32)
+    part = x.ptr.new_empty((2, splits, G, n, width_of(n)), dtype=torch.float32)
     square = x.ptr.new_empty((2, splits, G, n), dtype=torch.float32)
     split_gram[(blocks * blocks * 2 * G, splits)](
         x.ptr, y.ptr, part, square, keep, ref, n, x.width, y.width, G, splits, *x[1:4], *y[1:4], *pers,

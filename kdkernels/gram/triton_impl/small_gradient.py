@@ -18,6 +18,7 @@ from .maps import (
     sigma_slope,
     vector,
 )
+from .matrices import row_step
 from .small_kernels import (
     ROW_MSE,
     SAVED,
@@ -77,7 +78,8 @@ def weighted_rows(
     o_i = row + tl.arange(0, BM)
     o_c = tl.arange(0, BP)
     m_i, m_p = o_i < n, column * BP + o_c < rows.width
-    nn = tl.cast(n, tl.int64) * n
+    width = row_step(n)
+    nn = tl.cast(n, tl.int64) * width
     t_x_ptr, t_y_ptr = kept_ptr + (own * G + g) * nn, kept_ptr + ((1 - own) * G + g) * nn
     saved = saved_ptr + g * SAVED * n
     w_x, u_y_ptr = saved + own * Y_SIDE * n, saved + (1 - own) * Y_SIDE * n + U * n
@@ -106,8 +108,8 @@ def weighted_rows(
     for start in range(0, n, BN):
         o_j = start + tl.arange(0, BN)
         m_j = o_j < n
-        inside = m_i[:, None] & m_j[None, :]
-        o_ij = o_i[:, None] * n + o_j[None, :]
+        inside = m_i[:, None] & (o_j < width)[None, :]
+        o_ij = o_i[:, None] * width + o_j[None, :]
         t_x = tl.load(t_x_ptr + o_ij, mask=inside, other=0)
         t_y = tl.load(t_y_ptr + o_ij, mask=inside, other=0)
         p_j, q_j = p_i, q_i
@@ -143,7 +145,7 @@ def weighted_rows(
         f_i = vector(w_x + F * n, o_i, m_i)
         d = -f_i * f_i * norm
         if x.map.kind == POLYNOMIAL:
-            t_ii = tl.load(t_x_ptr + o_i * n + o_i, mask=m_i, other=0)
+            t_ii = tl.load(t_x_ptr + o_i * width + o_i, mask=m_i, other=0)
             t0, a = parameter(x.map, g, 0), parameter(x.map, g, 1)
             d *= x.map.degree * a * power(t0 + a * t_ii, x.map.degree - 1)
         acc += d[:, None] * z_i

@@ -5,8 +5,9 @@
 2. `row_sums` adds the partials in a fixed order, keeps t, and writes float64 row statistics.
 3. `finish` turns them into the value and the pair weights of the gradient (`combine.py`, in Triton); up to 128 samples
    one program holds a group and launches 2 and 3 are one. Backward: `small_gradient.py`.
-Shapes: x [G, n, p], part [2, splits, G, n, n], square [2, splits, G, n], kept t [2, G, n, n], stats [G, 7, n] float64,
-saved [G, 14, n] float32: the rows named below. A pointer is None where there is nothing to read or to write.
+Shapes: x [G, n, p], part [2, splits, G, n, w], square [2, splits, G, n], kept t [2, G, n, w], stats [G, 7, n] float64,
+saved [G, 14, n] float32: the rows named below; w is n rounded up by `row_step`, and what lies beyond n is finite where
+the rest of its row is. A pointer is None where there is nothing to read or to write.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import triton.language as tl
 from ...triton_tf32 import INTERPRETED, to_tf32
 from ..torch_impl import combine
 from .maps import POLYNOMIAL, RBF, Map, alpha_of, counting, kernel_argument, kernel_value, parameter, power, vector
+from .matrices import row_step
 
 CKA, HSIC, MSE, ROW_MSE, SUM = (tl.constexpr(k) for k in range(5))
 STATS = {"cka": CKA, "hsic": HSIC, "mse": MSE, "row_mse": ROW_MSE, "sum": SUM}
@@ -159,13 +161,14 @@ def split_gram(
             tl.minimum(split * per_y + per_y, q), BM, BK, SHIFT_Y, PRECISION,
         )  # fmt: skip
     slot = (side.to(tl.int64) * splits + split) * G + g
-    out = part_ptr + slot * n * n
-    tl.store(out + o_i[:, None] * n + o_j[None, :], acc, mask=m_i[:, None] & m_j[None, :])
+    width = row_step(n)
+    out = part_ptr + slot * n * width
+    tl.store(out + o_i[:, None] * width + o_j[None, :], acc, mask=m_i[:, None] & (o_j < width)[None, :])
     if i == j:
         square = tl.sum(tl.where(o_i[:, None] == o_j[None, :], acc, 0.0), axis=1)
         tl.store(square_ptr + slot * n + o_i, square, mask=m_i)
     else:
-        tl.store(out + o_j[:, None] * n + o_i[None, :], tl.trans(acc), mask=m_j[:, None] & m_i[None, :])
+        tl.store(out + o_j[:, None] * width + o_i[None, :], tl.trans(acc), mask=m_j[:, None] & (o_i < width)[None, :])
 
 
 @triton.jit
@@ -205,7 +208,7 @@ def _rho(of, g, square):
 def row_sums(
     x, y,  # Side
     part_ptr, square_ptr, keep_ptr,
-    kept_ptr,  # [2, G, n, n] float32
+    kept_ptr,  # [2, G, n, w] float32
     stats_ptr,  # [G, 7, n] float64; None: this program holds its group and finishes it
     value_ptr,  # [G] float32
     saved_ptr,  # [G, 14, n] float32
@@ -227,7 +230,8 @@ def row_sums(
             o_j = start + tl.arange(0, BN)
             count += tl.sum(vector(keep_ptr + g * n, o_j, o_j < n).to(tl.float32))
         count = tl.maximum(count, 1.0)
-    nn = tl.cast(n, tl.int64) * n
+    width = row_step(n)
+    nn = tl.cast(n, tl.int64) * width
     step, step_square = G * nn, tl.cast(G, tl.int64) * n
     part_x, part_y = part_ptr + g * nn, part_ptr + (splits * G + g) * nn
     square_x, square_y = square_ptr + g * n, square_ptr + (splits * G + g) * n
@@ -245,9 +249,9 @@ def row_sums(
     for start in range(0, n, BN):
         o_j = start + tl.arange(0, BN)
         m_j = o_j < n
-        inside = m_i[:, None] & m_j[None, :]
+        inside = m_i[:, None] & (o_j < width)[None, :]
         diagonal = o_i[:, None] == o_j[None, :]
-        o_ij = o_i[:, None] * n + o_j[None, :]  # n <= 1024: one matrix fits 32 bits
+        o_ij = o_i[:, None] * width + o_j[None, :]  # n <= 1024: one matrix fits 32 bits
         sx_j = _sum_splits(square_x, step_square, splits, o_j, m_j)
         sy_j = _sum_splits(square_y, step_square, splits, o_j, m_j)
         t_x = kernel_argument(x.map, _sum_splits(part_x, step, splits, o_ij, inside), sx_i, sx_j, diagonal)
