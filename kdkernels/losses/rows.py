@@ -105,6 +105,8 @@ def hold_tau(loss, tau):
         loss.tau = check_tau(tau)
         return
     check_tau_tensor(tau)
+    if tau.is_meta:
+        raise ValueError("tau is on meta, which has no values: give one that has, outside torch.device('meta')")
     loss.register_buffer("tau", tau.detach(), persistent=False)
 
 
