@@ -111,9 +111,9 @@ __host__ __device__ constexpr size_t sort_bytes() {
   }
 }
 
-// every thread has left `memory` when this returns
+// of keys that are in order where their bits from `low` on are. Every thread has left `memory` when this returns
 template <int T, int kItems, class Key>
-__device__ void sort_keys(Key (&item)[kItems], void* memory) {
+__device__ void sort_keys(Key (&item)[kItems], void* memory, [[maybe_unused]] int low = 0) {
   if constexpr (T * kItems <= kBitonic) {
     bitonic_sort<T>(item, static_cast<Key*>(memory));
   } else {
@@ -126,7 +126,7 @@ __device__ void sort_keys(Key (&item)[kItems], void* memory) {
     for (int j = 0; j < kItems; ++j) item[j] = buffer[Group<T>::rank() * kItems + j];
 #else
     using Sort = cub::BlockRadixSort<Key, T, kItems>;
-    Sort(*static_cast<typename Sort::TempStorage*>(memory)).Sort(item);
+    Sort(*static_cast<typename Sort::TempStorage*>(memory)).Sort(item, low, 8 * sizeof(Key));
 #endif
     Group<T>::sync();
   }

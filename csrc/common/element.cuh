@@ -60,6 +60,9 @@ __device__ __forceinline__ Value decode(typename KeyOf<Value>::Key key) {
   return KeyOf<Value>::value(key ^ (~spread_sign<Value>(key) | sign));
 }
 
+// last bits of a float's key that follow from its sign where it holds a number of this dtype
+__device__ __forceinline__ int constant_bits(int dtype) { return dtype == kBfloat16 ? 16 : dtype == kHalf ? 13 : 0; }
+
 template <class Value>
 __device__ __forceinline__ Value load(const void* p, int dtype, int64_t at) {
   switch (dtype) {

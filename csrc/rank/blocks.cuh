@@ -26,6 +26,9 @@ struct Blocks {
   Range* merged;     // [leaves / 2], what a level of merges found
   int shift;         // log2 of the positions of a leaf
 
+  __device__ __forceinline__ bool starts_at(int p) const {
+    return starts[p >> shift] >> (p & ((1 << shift) - 1)) & 1u;
+  }
   __device__ __forceinline__ Range find(int p) const {
     const int leaf = p >> shift, first = leaf << shift;
     const unsigned word = starts[leaf], upto = (2u << (p - first)) - 1;  // 2u << 31 is 0

@@ -29,81 +29,110 @@ struct DoubleRanks {
   __device__ __forceinline__ static double unpacked(double v) { return v; }
 };
 
-template <class Value, bool kPadded, bool kSort, bool kShort = false>
-struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
-  using Base = Isotonic<Value, kPadded, kSort, kShort>;
-  using Base::apart, Base::blocks, Base::eps, Base::inverse, Base::key, Base::kl, Base::m, Base::sum;
+template <class Value, bool kPadded, bool kSort, bool kShort = false, bool kStaged = false>
+struct Fit : Isotonic<Value, kPadded, kSort, kShort, kStaged> {
+  using Base = Isotonic<Value, kPadded, kSort, kShort, kStaged>;
+  using Base::apart, Base::blocks, Base::eps, Base::inverse, Base::key, Base::kl, Base::m, Base::stage, Base::sum;
 
-  // what an element at p adds to the sum over its block
-  __device__ __forceinline__ double term(int p, Range block) const {
-    return kl ? exp(-apart(p, block.b - 1)) : key.value(p) - key.value(block.a);
-  }
+  static constexpr bool kInStage = kStaged;  // ranks are
 
-  // what the elements of a block share, from the sum of their terms; see `rank_at` and `sorted_at`
+  // what the elements of a block share, from the sum of their terms; see `record` and `sorted_at`
   __device__ __forceinline__ double constant(Range block, double total) const {
-    const double c = block.b - block.a, mean_w = 0.5 * (block.a + block.b + 1);
+    const double c = natural(block.b - block.a), mean_w = 0.5 * natural(block.a + block.b + 1);
     if (kSort) return kl ? log(total) : total / c;
     if (kl) return c * mean_w / total;
-    return eps == 0.0 ? mean_w : mean_w - total * inverse / c;
+    return eps == 0.0 ? mean_w : mean_w - quotient(total * inverse, c);
   }
 
-  // a constant for every block of two or more, over `sum` at its start. terms are summed afresh, relative to the block:
-  // a difference of the long sums has lost digits
+  // of this thread: as many of each, an even number, since two share a place of `shared`, but no multiple of four, so
+  // that few threads meet in one bank
+  template <int T>
+  __device__ __forceinline__ Range own_positions() const {
+    const int chunk = ((m + T - 1) / T + 1) / 4 * 4 + 2, first = min(m, Group<T>::rank() * chunk);
+    return {first, min(m, first + chunk)};
+  }
+
+  // what the elements of a block of two or more share, by its start a: over `sum`; staged, where the ranks of a and of
+  // one beside it will be
+  __device__ __forceinline__ void share(int a, double v) const {
+    if constexpr (kStaged) {
+      auto* words = reinterpret_cast<unsigned*>(stage) + (a & ~1);
+      split_double(v, words[0], words[1]);
+    } else {
+      sum[padded(a)] = v;
+    }
+  }
+  __device__ __forceinline__ double shared(int a) const {
+    if constexpr (kStaged) {
+      const auto* words = reinterpret_cast<const unsigned*>(stage) + (a & ~1);
+      return joined_words(words[0], words[1]);
+    } else {
+      return sum[padded(a)];
+    }
+  }
+
+  // a constant for every block of two or more, to share. terms are summed afresh, relative to the block: a difference
+  // of the long sums has lost digits
   template <int T>
   __device__ void constants(const Group<T>& group) const {
-    const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
-    Segment own = Segment::none();
-    Range early{0, 0};  // the block that came in from below and ends here
-    double early_sum = 0.0;
-    for (int p = first; p < last;) {
-      const Range block = blocks.find(p);
-      const int stop = min(block.b, last);
-      double total = 0.0;
-      if (block.b - block.a > 1) {
+    const auto [first, last] = own_positions<T>();
+    Range block = first < last ? blocks.find(first) : Range{0, 0}, early{0, 0};  // early: from below, ends here
+    double base = first < last ? key.value(kl ? block.b - 1 : block.a) : 0.0, total = 0.0, early_sum = 0.0;
+    bool starts = false;
 #pragma unroll 1
-        for (; p < stop; ++p) total += term(p, block);
+    for (int p = first; p < last; ++p) {
+      const double v = key.value(p);
+      if (starts) {
+        block.a = p;
+        base = v;
+        total = 0.0;
+        if (kl) base = key.value(blocks.find(p).b - 1);
       }
-      p = stop;
-      own = {total, own.started | (block.a >= first)};
-      if (stop < block.b || block.b - block.a == 1) continue;
+      const double d = v - base;
+      total += !kl ? d : exp(kSort || d == 0.0 ? d : d * inverse);
+      starts = p + 1 == m || blocks.starts_at(p + 1);
+      if (!starts || p == block.a) continue;
+      block.b = p + 1;
       if (block.a >= first) {
-        sum[padded(block.a)] = constant(block, total);
+        share(block.a, constant(block, total));
       } else {
         early = block;
         early_sum = total;
       }
     }
+    const Segment own{total, first < last && block.a >= first};
     const double carried = group.before(own, Segment::none()).sum;
-    if (early.b > 0) sum[padded(early.a)] = constant(early, carried + early_sum);
+    if (early.b > 0) share(early.a, constant(early, carried + early_sum));
     group.sync();
   }
 
-  // l2: mean_w + (s - mean_B s) / eps;  kl: R_B exp(s / eps) / Z_B
-  __device__ __forceinline__ double rank_at(int p, Range block, double shared) const {
-    if (block.b - block.a == 1) return block.b;
-    if (kl) return shared * exp(-apart(p, block.b - 1));
-    return eps == 0.0 ? shared : shared + (key.value(p) - key.value(block.a)) * inverse;
-  }
-
   // each position's rank, less `centre`, and block name take the place of `sum`: what is asked of a position later is
-  // one load (of a double the name is left to `blocks`). A block is named by its start; -1: alone, or hard
+  // one load (of a double the name is left to `blocks`; staged, too, and the rank is in the stage). A block is named by
+  // its start; -1: alone, or hard
+  //   l2: mean_w + (s - mean_B s) / eps;  kl: R_B exp(s / eps) / Z_B
   template <int T>
   __device__ void record(const Group<T>& group, double centre) const {
-    const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
+    const auto [first, last] = own_positions<T>();
     Range block{0, 0};
-    double shared = 0.0;
+    double base = 0.0, own = 0.0;
     if (first < last) {
       block = blocks.find(first);
-      shared = sum[padded(block.a)];
+      base = key.value(kl ? block.b - 1 : block.a);
+      own = block.b - block.a > 1 ? shared(block.a) : block.b;
     }
     group.sync();  // the last block of the chunk before may have its constant in this one: all have read theirs
 #pragma unroll 1
     for (int p = first; p < last; ++p) {
-      if (p == block.b) {
-        block = {p, blocks.find(p).b};
-        shared = sum[padded(p)];
+      const double d = key.value(p) - base;
+      double rank = own;
+      if (block.b - block.a > 1 && eps != 0.0) rank = kl ? own * exp(d == 0.0 ? d : d * inverse) : own + d * inverse;
+      const int name = name_of(block);
+      if (p + 1 == block.b && p + 1 < last) {
+        block = {p + 1, blocks.find(p + 1).b};
+        base = key.value(kl ? block.b - 1 : p + 1);
+        own = block.b - block.a > 1 ? shared(p + 1) : block.b;
       }
-      store_record(p, rank_at(p, block, shared) - centre, name_of(block));
+      store_record(p, rank - centre, name);
     }
     group.sync();
   }
@@ -112,7 +141,9 @@ struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
   }
   template <class Number>
   __device__ __forceinline__ void store_record(int p, Number rank, int name) const {
-    if constexpr (sizeof(Value) == 8) {
+    if constexpr (kStaged) {
+      reinterpret_cast<unsigned*>(stage)[p] = __float_as_uint(static_cast<float>(rank));
+    } else if constexpr (sizeof(Value) == 8) {
       sum[padded(p)] = rank;
     } else {
       sum[padded(p)] = joined_words(__float_as_uint(static_cast<float>(rank)), static_cast<unsigned>(name));
@@ -190,12 +221,14 @@ struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
     Value rank;
     int name;
   };
-  // at a position after padding
-  __device__ __forceinline__ Record record_at(int place) const {
-    if constexpr (sizeof(Value) == 8) {
-      return {sum[place], name_of(blocks.find(place - place / 33))};
+  // at a position; of a short row after padding
+  __device__ __forceinline__ Record record_at(int p) const {
+    if constexpr (kStaged) {
+      return {__uint_as_float(reinterpret_cast<const unsigned*>(stage)[p]), name_of(blocks.find(p))};
+    } else if constexpr (sizeof(Value) == 8) {
+      return {sum[padded(p)], name_of(blocks.find(p))};
     } else {
-      const long long bits = __double_as_longlong(sum[place]);
+      const long long bits = __double_as_longlong(sum[kShort ? p : padded(p)]);
       return {__uint_as_float(static_cast<unsigned>(bits)), static_cast<int>(bits >> 32)};
     }
   }
@@ -204,17 +237,16 @@ struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
   __device__ __forceinline__ double sorted_at(int p, Range block) const {
     const int c = block.b - block.a;
     if (c == 1) return key.value(p);
-    const double shared = sum[padded(block.a)];
-    if (!kl) return key.value(block.a) + (shared + (p - 0.5 * (block.a + block.b - 1)) / eps);
+    const double own = shared(block.a);
+    if (!kl) return key.value(block.a) + (own + (p - 0.5 * (block.a + block.b - 1)) / eps);
     const double h = 1.0 / eps;
-    return key.value(block.b - 1) + ((p + 1 - block.b) * h - log(expm1(-c * h) / expm1(-h)) + shared);
+    return key.value(block.b - 1) + ((p + 1 - block.b) * h - log(expm1(-c * h) / expm1(-h)) + own);
   }
 
-  // the first position of a key after padding, m <= 2^kSteps; 0 for that of absent elements. It is looked for by its
-  // bits, so that its padding adds up like them. Keys of a short row are there up to 2^kSteps
+  // the first position of a key, 0 < m <= 2^kSteps; 0 for that of absent elements. It is looked for by its bits, so
+  // that its padding adds up like them. Of a short row it is one after padding, and keys are there up to 2^kSteps
   template <int kSteps>
   __device__ __forceinline__ int place(typename KeyOf<Value>::Key wanted) const {
-    static_assert(kPadded);
     int found = 0;
     if constexpr (kShort) {  // by an index: of a pointer that moves, ptxas 12.0 to 13.5 joins the last two steps' loads
 #pragma unroll
@@ -222,15 +254,12 @@ struct Fit : Isotonic<Value, kPadded, kSort, kShort> {
         if (key.key[found + padded(half - 1)] < wanted) found += padded(half);
       }
     } else {
-      if (wanted == kAbsent<Value>) return 0;
-      const auto* q = key.key;
-      const auto* end = q + padded(m - 1);  // its key is not below `wanted`
+      const int end = key_place(m - 1);  // its key is not below `wanted`
 #pragma unroll
       for (int half = 1 << kSteps >> 1; half > 0; half /= 2) {
-        const auto* tried = q + padded(half - 1);
-        if (*(tried < end ? tried : end) < wanted) q += padded(half);
+        if (key.key[min(found + key_place(half - 1), end)] < wanted) found += key_place(half);
       }
-      found = static_cast<int>(q - key.key);
+      found = key_position(found);
     }
     return wanted == kAbsent<Value> ? 0 : found;
   }

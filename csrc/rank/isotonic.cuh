@@ -10,10 +10,10 @@
 
 #include <type_traits>
 
-#include "../common/element.cuh"
 #include "../common/numbers.cuh"
 #include "blocks.cuh"
 #include "scans.cuh"
+#include "sorted_keys.cuh"
 #include "whole.cuh"
 
 namespace kdkernels {
@@ -24,27 +24,16 @@ constexpr int kShortRow = 1024;  // up to here sums in double have digits enough
 //   rank, l2: mean s / eps - mean w            kl: log sum exp(s / eps) - log sum w
 //   sort, l2: mean w / eps - mean s            kl: log sum exp(w / eps) - log sum exp(s)
 
-// sorted keys of a row; those in global memory lie densely
-template <class Value, bool kPadded>
-struct SortedKeys {
-  using Key = typename KeyOf<Value>::Key;
-  Key* key;
-  __device__ __forceinline__ Key& at(int p) const { return key[kPadded ? padded(p) : p]; }
-  __device__ __forceinline__ double value(int p) const { return static_cast<double>(decode<Value>(at(p))); }
-};
-
-// of a strength; 0 ranks hard. finite where it can be, so that 0 times it is 0
-__device__ __forceinline__ double inverse_of(double eps) {
-  return eps == 0.0 ? static_cast<double>(INFINITY) : fmin(1.0 / eps, 1.7e308);
-}
-
-// kl is an argument: its branch is uniform, and half as many kernels are compiled
-template <class Value, bool kPadded, bool kSort, bool kShort>
+// kl is an argument: its branch is uniform, and half as many kernels are compiled. kStaged: `sum` is in global memory,
+// and leaves are summed and solved in shared memory first
+template <class Value, bool kPadded, bool kSort, bool kShort, bool kStaged>
 struct Isotonic {
   using Element = Value;
 
-  SortedKeys<Value, kPadded> key;  // [m]
+  SortedKeys<Value, kPadded, kShort> key;  // [m]
   double* sum;                     // padded [m + 1]: sums before each position, of l2 a Prefix
+  double* stage;                   // kStaged: [stages, 33], sums of leaves; ranks later
+  int stages;
   Blocks blocks;
   int m;
   bool kl;
@@ -140,39 +129,46 @@ struct Isotonic {
     return power_of_two(60 - exponent_of(most * max(m, 1024)));
   }
 
+  // of y from `first` on, of this thread up to `last`
   template <int T>
-  __device__ void linear_sums(int first, int last, const Group<T>& group) {
+  __device__ Terms terms_of(int first, int last, const Group<T>& group) const {
     const double lowest = m > 0 ? key.value(0) : 0.0, scale = kSort ? eps : inverse;
     const double all = m > 0 ? (key.value(m - 1) - lowest) * scale : 0.0, longest = static_cast<double>(m) * m;
     const double least = max(m, 1);
-    Prefix total = 0;
+    if (all <= longest) return {lowest, scale, unit_of(fmax(all, least)), false, 0.0};
+    Rise own = Rise::none();
+#pragma unroll 1
+    for (int p = first; p < last; ++p) own.value += gap(p);
+    const double u = group.before(own, Rise::none()).value;
+    return {lowest, scale, unit_of(fmax(group.sum(own.value), least)), true, u};
+  }
+  // visit(p, y), with which `terms` goes on to `last`
+  template <class Visit>
+  __device__ __forceinline__ void each_term(Terms& terms, int first, int last, Visit visit) const {
     double at = first;
-    auto add = [&](int p, double u, double unit) {
+    auto add = [&](int p, double u) {
       const double y = kSort ? at - u : u - at;
       if constexpr (kWholeSums) {
-        total += rounded(y, unit);
+        visit(p, rounded(y, terms.unit));
       } else {
-        total += y;
+        visit(p, y);
       }
       at += 1.0;
-      set_prefix(p + 1, total);
     };
-    if (all <= longest) {  // no gap needs to be cut: u is at hand
-      const double unit = unit_of(fmax(all, least));
+    if (!terms.cut) {
 #pragma unroll 4
-      for (int p = first; p < last; ++p) add(p, (key.value(p) - lowest) * scale, unit);
+      for (int p = first; p < last; ++p) add(p, (key.value(p) - terms.lowest) * terms.scale);
     } else {
-      Rise own = Rise::none();
 #pragma unroll 1
-      for (int p = first; p < last; ++p) own.value += gap(p);
-      double u = group.before(own, Rise::none()).value;
-      const double unit = unit_of(fmax(group.sum(own.value), least));
-#pragma unroll 1
-      for (int p = first; p < last; ++p) {
-        u += gap(p);
-        add(p, u, unit);
-      }
+      for (int p = first; p < last; ++p) add(p, terms.u += gap(p));
     }
+  }
+
+  template <int T>
+  __device__ void linear_sums(int first, int last, const Group<T>& group) {
+    Terms terms = terms_of(first, last, group);
+    Prefix total = 0;
+    each_term(terms, first, last, [&](int p, Prefix y) { set_prefix(p + 1, total += y); });
     add_before(first, last, total, group);
   }
 
@@ -200,6 +196,7 @@ struct Isotonic {
   // blocks of one leaf by their starts, bits from `first` on: those before the last block, and its own
   struct Leaf {
     int first, size;
+    const double* staged;  // kStaged: its sums
     unsigned rest = 0;
     int top = 0, end = 1;  // of the last block
   };
@@ -221,13 +218,21 @@ struct Isotonic {
     }
   }
 
+  __device__ __forceinline__ Prefix prefix(const Leaf& leaf, int i) const {
+    if constexpr (kStaged) {
+      return unpacked(leaf.staged[i]);
+    } else {
+      return prefix(leaf.first + i);
+    }
+  }
+
   // the first positions of runs that do not rise, bits: the positions of a run always share a block
   __device__ __forceinline__ unsigned runs_of(const Leaf& leaf) const {
     unsigned starts = 1u;
-    Prefix at = prefix(leaf.first + 1), last = at - prefix(leaf.first);
+    Prefix at = prefix(leaf, 1), last = at - prefix(leaf, 0);
 #pragma unroll 4
     for (int i = 1; i < leaf.size; ++i) {
-      const Prefix next = prefix(leaf.first + i + 1), y = next - at;
+      const Prefix next = prefix(leaf, i + 1), y = next - at;
       starts |= y > last ? 1u << i : 0u;
       last = y;
       at = next;
@@ -241,15 +246,15 @@ struct Isotonic {
     auto first_of = [&](unsigned runs) { return runs ? __ffs(static_cast<int>(runs)) - 1 : leaf.size; };
     unsigned rest = 0;
     int top = 0, end = first_of(pending);
-    Prefix middle = prefix(leaf.first), high = prefix(leaf.first + end);
+    Prefix middle = prefix(leaf, 0), high = prefix(leaf, end);
     bool more = true;
 #pragma unroll 1
     while (more) {
       const int a = max(31 - __clz(static_cast<int>(rest)), 0);
-      const Prefix low = prefix(leaf.first + a);
+      const Prefix low = prefix(leaf, a);
       const unsigned later = pending & (pending - 1);
       const int next = first_of(later);
-      const Prefix above = prefix(leaf.first + next);
+      const Prefix above = prefix(leaf, next);
       const bool pool = rest != 0 && falls(low, middle, high, top - a, end - top);
       const bool enter = !pool && pending != 0;
       more = pool || enter;
@@ -264,8 +269,8 @@ struct Isotonic {
     leaf.top = top;
   }
 
-  __device__ __forceinline__ void solve_leaf(int index) const {
-    Leaf leaf{index << blocks.shift, min(m - (index << blocks.shift), 1 << blocks.shift)};
+  __device__ __forceinline__ void solve_leaf(int index, const double* staged = nullptr) const {
+    Leaf leaf{index << blocks.shift, min(m - (index << blocks.shift), 1 << blocks.shift), staged};
     if (kl) {
       solve_exponential(leaf);
     } else {
@@ -274,6 +279,35 @@ struct Isotonic {
     blocks.starts[index] = leaf.rest | 1u << leaf.top;
     blocks.before[index] = leaf.first;
     blocks.after[index] = leaf.first + leaf.size;
+  }
+
+  // the sums, and all leaves solved: a thread sums and solves one leaf after the other in its part of the stage, from
+  // where the sums go to global memory side by side
+  template <int T>
+  __device__ void staged_leaves(const Group<T>& group, int leaves) {
+    const int share = (leaves + stages - 1) / stages;
+    const int first = min(m, group.rank() * share * kLeaf), last = min(m, first + share * kLeaf);
+    Terms terms = terms_of(first, last, group), again = terms;
+    Prefix total = 0;
+    each_term(again, first, last, [&](int, Prefix y) { total += y; });
+    total = group.before(PrefixScan{total}, PrefixScan::none()).value;
+    double* own = stage + group.rank() * padded(kLeaf);
+#pragma unroll 1
+    for (int round = 0; round < share; ++round) {
+      const int a = first + round * kLeaf, b = min(last, a + kLeaf);
+      if (a < b) {
+        own[0] = packed(total);
+        each_term(terms, a, b, [&](int p, Prefix y) { own[p + 1 - a] = packed(total += y); });
+        solve_leaf(a / kLeaf, own);
+        if (b == m) sum[padded(m)] = packed(total);
+      }
+      group.sync();
+      for (int i = group.rank(); i < stages * padded(kLeaf); i += T) {
+        const int slot = i / padded(kLeaf), at = i + (slot * (share - 1) + round) * padded(kLeaf);
+        if (at < padded(m)) sum[at] = stage[i];
+      }
+      group.sync();
+    }
   }
 
   // the block that solved halves [first, middle) and [middle, last) make, [middle, middle) if none. Its best end is
@@ -324,11 +358,15 @@ struct Isotonic {
 
   template <int T>
   __device__ void solve(const Group<T>& group) {
-    sums(group);
-    group.sync();
     const int leaves = (m + (1 << blocks.shift) - 1) >> blocks.shift;
-    for (int leaf = group.rank(); leaf < leaves; leaf += T) solve_leaf(leaf);
-    group.sync();
+    if (kStaged && !kl) {
+      staged_leaves(group, leaves);
+    } else {
+      sums(group);
+      group.sync();
+      for (int leaf = group.rank(); leaf < leaves; leaf += T) solve_leaf(leaf);
+      group.sync();
+    }
     for (int level = 0; 1 << level < leaves; ++level) {
       const int half = 1 << level, pairs = (leaves + half - 1) >> (level + 1);
       const Team team = Team::of(T, pairs);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Soft ranks of rows too long for the registers or shared memory of one block. Up to 24,576 floats a block still sorts
+// Soft ranks of rows too long for the registers or shared memory of one block. Up to 23,552 floats a block still sorts
 // its row, in two runs that it merges, and only the sums lie in global memory (cached). Longer rows go through
 // workspace: keys and strength (`prepare_keys_kernel`), sorted keys, then fit and ranks (`finish_ranks_kernel`). A row
 // of half values is sorted by counting its at most 65,536 distinct ones (`count_keys_kernel`), any other by a segmented
@@ -49,7 +49,7 @@ __device__ void merge_runs(const Group<T>& group, const Key* a, const Key* b, in
 }
 
 template <class Value, int T, int kItems>
-__host__ __device__ inline size_t big_sort_bytes() {
+__host__ __device__ constexpr size_t big_sort_bytes() {
   using Key = typename KeyOf<Value>::Key;
   constexpr size_t kSort = sort_bytes<Key, T, kItems>(), kRun = T * kItems * sizeof(Key);
   return ((kSort > kRun ? kSort : kRun) + 15) / 16 * 16;
@@ -64,6 +64,7 @@ template <class Value, int T, int kItems>
 __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
   using Key = typename KeyOf<Value>::Key;
   constexpr int kRun = T * kItems;
+  constexpr int kStages = (big_sort_bytes<Value, T, kItems>() + kRun * sizeof(Key)) / (padded(kLeaf) * sizeof(double));
   KDK_DYNAMIC_SHARED(memory);
   const RankCall& rank = call.rank;
   const Group<T> group{memory};
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
       const RowFacts part = load_row<Value>(group, rank.x, rank.partner, row, run * kRun, rank.n, rank.descending,
                                             sorting, item);
       facts.m += part.m, facts.poisoned |= part.poisoned;
-      sort_keys<T>(item, sorting);
+      sort_keys<T>(item, sorting, constant_bits(rank.x.dtype));
 #pragma unroll
       for (int j = 0; j < kItems; ++j) (run ? later : early)[group.rank() * kItems + j] = item[j];
       group.sync();
@@ -91,8 +92,9 @@ __global__ void __launch_bounds__(T, 1) rank_big_kernel(LongCall call) {
       emit_poison<Value>(group, rank, row);
       continue;
     }
-    Fit<Value, true, false> fit;
+    Fit<Value, true, false, false, true> fit;
     fit.key.key = reinterpret_cast<Key*>(base + at.key), fit.sum = sum, fit.blocks = blocks_at(base, at, rank.shift);
+    fit.stage = reinterpret_cast<double*>(sorting), fit.stages = kStages < T ? kStages : T;
     fit.m = facts.m, fit.kl = rank.kl;
     merge_runs(group, early, later, kRun, facts.m, [&](int p, Key key) { fit.key.at(p) = key; });
     group.sync();
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
     emit_ranks(group, fit, rank, call.first + row, [&](Key key) {
       if (key == kAbsent<Value>) return 0;
       if constexpr (sizeof(Key) == 4) {
-        if (table) return padded(table[code_of(key, format)]);
+        if (table) return table[code_of(key, format)];
       }
       // the first part whose last key is not below
       int low = 0, high = parts - 1;
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(T, 1) finish_ranks_kernel(LongCall call) {
           high = part;
         }
       }
-      return padded(fit.position(key, low << part_shift, min(fit.m, (low + 1) << part_shift) - 1));
+      return fit.position(key, low << part_shift, min(fit.m, (low + 1) << part_shift) - 1);
     });
     group.sync();
   }

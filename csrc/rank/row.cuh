@@ -52,7 +52,8 @@ __host__ __device__ inline Layout layout_of(int n, int shift, bool sum_here, int
   Layout at;
   at.sum = 0;
   at.key = at.sum + (sum_here ? 8 * static_cast<size_t>(padded(n) + 1) : 0);
-  at.merged = at.key + (keys_here > 0 ? (sizeof(Value) * static_cast<size_t>(padded(keys_here) + 1) + 7) / 8 * 8 : 0);
+  const size_t keys = sizeof(Value) * (static_cast<size_t>(key_place(keys_here)) + 1);
+  at.merged = at.key + (keys_here > 0 ? (keys + 7) / 8 * 8 : 0);
   at.before = at.merged + 8 * ((leaves + 1) / 2);
   at.after = at.before + 4 * leaves;
   at.starts = at.after + 4 * leaves;

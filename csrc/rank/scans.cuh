@@ -40,4 +40,11 @@ struct Segment {  // of the block that holds the last position
   }
 };
 
+// where a scan of l2's terms y stands: u is y but for the position's number
+struct Terms {
+  double lowest, scale, unit;
+  bool cut;  // gaps are, and u is their sum so far; else it is at hand
+  double u;
+};
+
 }  // namespace kdkernels

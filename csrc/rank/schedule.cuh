@@ -3,7 +3,8 @@
 // host emulation runs the same choices. COST.md says what each schedule costs.
 //   n <= 1,024   one warp a row, several rows to a block; few rows of n > 128: 128 threads a row
 //   n <= 12,288  one block a row, all in shared memory (float64: 8,192)
-//   n <= 24,576  one block a row, sums in global memory, where a block may have 208 KiB (not on sm_80; not float64)
+//   n <= 23,552  one block a row, sums in global memory, where a block may have 200 KiB (sm_80: n <= 15,500; not
+//                float64)
 //   beyond       keys, sort and fit by kernels of their own over a workspace
 #pragma once
 
@@ -29,6 +30,7 @@ constexpr int64_t kGrid = 1 << 20;      // the most blocks of a launch, each the
 constexpr int64_t kOutsideGrid = 148;   // blocks with a workspace of their own: a multiprocessor's each
 constexpr size_t kBatchBytes = size_t(1) << 29;
 constexpr int kFewItems = 8, kBlockItems = 16, kLargeItems = 24;
+constexpr int kRunItems = 23;  // of a run of two: odd, so that threads do not meet in one bank
 constexpr int kFewThreads = 128, kBlockThreads = 256, kLargeThreads = 512;
 #ifdef KDK_SIMT
 constexpr int kLongThreads = 64, kCountThreads = 64;  // each is a thread of the operating system
@@ -108,12 +110,12 @@ bool launch_block_ranks(const RankCall& call, const Device& device, cudaStream_t
 template <class Value, class Allocate>
 bool launch_big_ranks(LongCall call, const Device& device, Allocate allocate, cudaStream_t stream) {
   RankCall& rank = call.rank;
-  rank.shift = shift_of(rank.n, kLargeThreads);
-  const size_t bytes = big_row_bytes<Value, kLargeThreads, kLargeItems>(rank.n, rank.shift);
-  if (rank.n > 2 * kLargeThreads * kLargeItems || bytes > device.shared) return false;
+  rank.shift = 5;
+  const size_t bytes = big_row_bytes<Value, kLargeThreads, kRunItems>(rank.n, rank.shift);
+  if (rank.n > 2 * kLargeThreads * kRunItems || bytes > device.shared) return false;
   const unsigned grid = grid_of(rank.rows, kOutsideGrid);
   call.memory = static_cast<unsigned char*>(allocate(grid * sizeof(double) * (padded(rank.n) + 1)));
-  KDK_LAUNCH((rank_big_kernel<Value, kLargeThreads, kLargeItems>), grid, kLargeThreads, bytes, stream, call);
+  KDK_LAUNCH((rank_big_kernel<Value, kLargeThreads, kRunItems>), grid, kLargeThreads, bytes, stream, call);
   return true;
 }
 

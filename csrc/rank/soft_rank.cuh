@@ -24,13 +24,12 @@ struct RankCall {
   __device__ double centre(int m) const { return centred ? 0.5 * (m + 1) : 0.0; }
 };
 
-// of a key. An absent element has rank 0 and no block
-template <class Fit, class Key, class Place>
-__device__ __forceinline__ typename Fit::Record record_of(const Fit& fit, Key key, Place place) {
+// of a key that was found at `place`. An absent element has rank 0 and no block
+template <class Fit, class Key>
+__device__ __forceinline__ typename Fit::Record record_of(const Fit& fit, Key key, int place) {
   using Value = typename Fit::Element;
   const bool there = key != kAbsent<Value>;
-  if (sizeof(Value) == 8 && !there) return {0, -1};  // blocks are looked up: an empty row has none
-  const auto found = fit.record_at(place(key));
+  const auto found = fit.record_at(place);
   return {there ? found.rank : 0, there ? found.name : -1};
 }
 
@@ -47,21 +46,28 @@ struct Destination {
 };
 
 // every thread looks up its own elements in a recorded fit, kBatch at a time: their searches do not wait for each
-// other. place(key) finds one among the sorted, after padding; anywhere for an absent one
+// other. place(key) finds one among the sorted, for `record_at`; anywhere for an absent one
 template <class Fit, int T, class Place>
 __device__ void emit_ranks(const Group<T>& group, const Fit& fit, const Rows& x, const Rows& partner, int64_t row,
                            int n, bool descending, Destination<typename Fit::Element> to, Place place) {
   using Value = typename Fit::Element;
-  constexpr int kBatch = T == 32 ? 8 : T > 256 ? 2 : 4;
+  constexpr int kBatch = T == 32 ? 8 : T > 256 && !Fit::kInStage ? 8 / sizeof(Value) : 4;  // as registers allow
   bool ignored = false;
+  if (fit.m == 0) {
+    for (int i = group.rank(); i < n; i += T) to.put(i, typename Fit::Record{0, -1});
+    return;
+  }
   if (is_plain<Value>(x, partner)) {
 #pragma unroll 1
     for (int first = 0; first < n; first += kBatch * T) {
       typename KeyOf<Value>::Key key[kBatch];
       own_keys<Value>(group, x, partner, row, first, n, descending, ignored, key);
+      int at[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) at[j] = place(key[j]);
       typename Fit::Record found[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) found[j] = record_of(fit, key[j], place);
+      for (int j = 0; j < kBatch; ++j) found[j] = record_of(fit, key[j], at[j]);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int i = first + group.rank() + j * T;
@@ -71,7 +77,8 @@ __device__ void emit_ranks(const Group<T>& group, const Fit& fit, const Rows& x,
   } else {
 #pragma unroll 1
     for (int i = group.rank(); i < n; i += T) {
-      to.put(i, record_of(fit, key_of<Value>(x, partner, row, i, descending, ignored), place));
+      const auto key = key_of<Value>(x, partner, row, i, descending, ignored);
+      to.put(i, record_of(fit, key, place(key)));
     }
   }
 }

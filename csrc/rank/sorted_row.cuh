@@ -26,7 +26,7 @@ __device__ RowFacts load_row(const Group<T>& group, const Rows& x, const Rows& p
                              bool descending, unsigned char* memory, typename KeyOf<Value>::Key (&item)[kItems]) {
   bool poisoned = false;
   int count = 0;
-  if (T <= 256 && is_plain<Value>(x, partner)) {  // of 512 threads registers are short
+  if ((T <= 256 || sizeof(Value) == 4) && is_plain<Value>(x, partner)) {  // of 512 threads registers are short
     own_keys<Value>(group, x, partner, row, first, n, descending, poisoned, item);
 #pragma unroll
     for (int j = 0; j < kItems; ++j) count += item[j] != kAbsent<Value>;
