@@ -130,6 +130,7 @@ LONG = [
     ("long again", 9, "rs", 1, True, 0),
     ("auto", 12289, "rs", 2, True, 0),
     ("auto", 21841, "r", 1, True, 3),
+    ("auto", 23552, "r", 1, True, 0),  # the longest of a block, in three rounds of leaves
     ("auto", 24577, "r", 4, True, 0),
 ]
 
