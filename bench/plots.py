@@ -27,7 +27,6 @@ def plots(rows: list[dict], folder: Path, suffixes=(".svg", ".png")) -> list[Pat
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kdkernels"
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for (device, op, kernel, rest, dtype, method), one in sorted(series(rows).items()):
@@ -39,6 +38,7 @@ def plots(rows: list[dict], folder: Path, suffixes=(".svg", ".png")) -> list[Pat
 
 
 def _draw(one: dict, title: str, paths: list[Path]) -> list[Path]:
+    import matplotlib
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4))
@@ -57,8 +57,9 @@ def _draw(one: dict, title: str, paths: list[Path]) -> list[Path]:
     # beside the lines, of which it then hides none
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
-    for path in paths:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else {})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdkernels"}):  # text stays text
+        for path in paths:
+            figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else {})
     plt.close(figure)
     return paths
 
