@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("cpu", "cuda")
 MODES = ("auto", "cpu", "cuda", "none")
-FLOOR = (2, 10)  # the torch whose stable ABI the sources use
+# the torch whose stable ABI the sources use is the oldest that the package takes
+FLOOR = tuple(map(int, re.search(r'"torch>=(\d+)\.(\d+)', (ROOT / "pyproject.toml").read_text()).groups()))
 
 
 class Unavailable(Exception):
@@ -167,7 +168,7 @@ def build(mode: str, output: Path, work: Path) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     # whatever set-up was recorded here (tools/env.sh) described the libraries that are replaced now
     (output / "stamp").unlink(missing_ok=True)
-    record: dict = {"mode": mode}
+    record: dict = {"mode": mode, "torch": ".".join(map(str, FLOOR))}  # the oldest that loads what is built
     for library in LIBRARIES:
         if library not in wanted:
             record[library] = {"built": False, "reason": f"not asked for: KDK_BUILD={mode}"}

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-FLOOR = (2, 10)  # the stable ABI that csrc/ is compiled for
 CAPABILITY = (8, 0)  # the least compute capability whose instructions the CUDA kernels can do with
 _FOLDER = Path(__file__).resolve().parent / "_lib"
 
@@ -120,8 +119,9 @@ def _load(library: str, build: dict[str, Any]) -> str:
         entry = build.get(library)
         why = entry.get("reason") if isinstance(entry, dict) else None
         return f"compiled {name} library not built: {why or 'no build was run (python csrc/build.py)'}"
-    if _version(torch.__version__) < FLOOR:
-        return f"the compiled libraries need torch >= {'.'.join(map(str, FLOOR))}, this is {torch.__version__}"
+    floor = build.get("torch", "0.0")
+    if _version(torch.__version__) < _version(floor):
+        return f"the compiled libraries need torch >= {floor}, this is {torch.__version__}"
     # without this test the loader would only say that libtorch_cuda.so cannot be opened
     if library == "cuda" and torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA: install a CUDA build of torch"

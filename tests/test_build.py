@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ TREE += ("constraints.txt", "LICENSE")
 
 
 native_build = load_by_path(ROOT / "csrc" / "build.py")
+FLOOR = ".".join(map(str, native_build.FLOOR))
 
 
 @pytest.fixture
@@ -68,8 +70,6 @@ class TestLibrary:
             pytest.skip("the compiled library was not asked for: KDK_BUILD=none or KDK_NATIVE=0")
         if native_build.find_compiler() is None or native_build.find_program("cmake") is None:
             pytest.skip("no C++ compiler or no cmake")
-        if native._version(torch.__version__) < native.FLOOR:
-            pytest.skip("this torch has no stable ABI")
         assert native.has("cpu"), native.status().cpu_reason
 
     @pytest.mark.native
@@ -124,7 +124,7 @@ class TestModes:
             "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n#define TORCH_VERSION_PATCH 1\n"
         )
         monkeypatch.setenv("KDK_TORCH_INCLUDE", str(tmp_path))
-        return "the headers of torch 2.9.1 are too old: torch >= 2.10 is needed"
+        return f"the headers of torch 2.9.1 are too old: torch >= {FLOOR} is needed"
 
     @pytest.mark.parametrize("case", ["compiler", "broken compiler", "no headers", "old headers"])
     def test_auto_records_a_failure_and_cpu_ends_with_it(self, monkeypatch, tmp_path, case):
@@ -253,6 +253,14 @@ class TestCommands:
         result = run(["bash", ".ci/run"], tree, PATH=f"{make.parent}:{os.environ['PATH']}")
         assert (result.returncode != 0) == bool(failing)
         assert (tmp_path / "called").read_text().split() == ["lint", "resolve", "docs", "test"][:called]
+
+    def test_the_oldest_torch_is_said_in_one_place_which_the_build_and_what_it_builds_read(self, tmp_path):
+        """Where a page says it, that is asked; the build and the libraries have it from pyproject.toml."""
+        assert f'dependencies = ["torch>={FLOOR}", "numpy"]' in (ROOT / "pyproject.toml").read_text()
+        assert native_build.build("none", tmp_path, tmp_path)["torch"] == FLOOR
+        pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "howto").glob("*.md")]
+        said = [found for page in pages for found in re.findall(r"torch`? \(?>= ?(\d+\.\d+)", page.read_text())]
+        assert said and set(said) == {FLOOR}
 
     def test_torch_is_pinned_in_one_place(self):
         pins = [

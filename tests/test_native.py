@@ -230,7 +230,8 @@ class TestLoader:
         (tmp_path / "libkdkernels_cpu.so").write_bytes(b"")
         monkeypatch.setattr(native, "_FOLDER", tmp_path)
         monkeypatch.setattr(native.torch, "__version__", "2.9.1+cpu")
-        assert native._load("cpu", {}) == "the compiled libraries need torch >= 2.10, this is 2.9.1+cpu"
+        found = native._load("cpu", {"torch": "2.10"})
+        assert found == "the compiled libraries need torch >= 2.10, this is 2.9.1+cpu"
 
     def test_a_cpu_torch_does_not_try_the_cuda_library(self, monkeypatch, tmp_path):
         (tmp_path / "libkdkernels_cuda.so").write_bytes(b"")

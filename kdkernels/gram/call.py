@@ -38,11 +38,10 @@ class Question(NamedTuple):
     row_normalize: bool
     mean: bool  # mse and row_mse: divide by n^2
 
-    @property
+    # methods, no properties: Dynamo of torch 2.10 looks those up only where all of a record are constants
     def op(self) -> str:
         return OPS.get(self.stat, self.stat)
 
-    @property
     def least(self) -> int:
         return minimum_rows(self.unbiased, self.center, self.stat)
 
@@ -77,7 +76,7 @@ class Rows(NamedTuple):
     def checked(self, question: Question, kernels) -> Rows:
         """Enough of them for the question; groups with too few are left empty."""
         x, y, mask = self
-        least = question.least
+        least = question.least()
         if x.shape[-2] < least:
             raise ValueError(
                 f"x and y have {x.shape[-2]} rows: {question.stat} with unbiased={question.unbiased}, "

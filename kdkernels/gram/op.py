@@ -180,7 +180,7 @@ def _answer(question: Question, rows: Rows, group, backend: str):
     check_features(rows.x, rows.y)
     kernels = question.kernels()
     rows = rows.checked(question, kernels)
-    chosen = resolve(question.op, backend, device_type(rows.x), (rows.x.dtype, rows.y.dtype))
+    chosen = resolve(question.op(), backend, device_type(rows.x), (rows.x.dtype, rows.y.dtype))
     if chosen == "reference":
         return _reference(question, kernels, rows)
     return statistic(question, kernels, rows, chosen)
@@ -197,4 +197,4 @@ def _reference(question: Question, kernels, rows: Rows):
         return one(x, y, *how) if one is reference.gram_mse_one else one(x, y, pair, *how)
 
     with without_autocast(device_type(rows.x)):
-        return reference.over_groups(of_group, rows.x, rows.y, kernels, rows.mask, question.least)
+        return reference.over_groups(of_group, rows.x, rows.y, kernels, rows.mask, question.least())

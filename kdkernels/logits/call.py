@@ -47,10 +47,9 @@ class Problem(NamedTuple):
         """Labels and lambda are read."""
         return self.mixed and (self.hard or self.k1 < 1)
 
-    @property
-    def cleaned(self) -> bool:
+    def cleaned(self) -> bool:  # no property: Dynamo of torch 2.10 takes none of numbers that a graph holds open
         """The clean rows are read."""
-        return self.mixed and self.soft and self.k2 > 0
+        return self.mixed and self.alpha > 0 and self.k2 > 0
 
     @property
     def plain_target(self) -> bool:
@@ -59,7 +58,7 @@ class Problem(NamedTuple):
 
     @property
     def statistics(self) -> int:
-        return 10 if self.cleaned else 6 if self.mixed else 5
+        return 10 if self.cleaned() else 6 if self.mixed else 5
 
 
 def rows_of(logits) -> int:

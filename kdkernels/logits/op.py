@@ -291,7 +291,7 @@ def mixed_distillation(
         extras = extras._replace(lam=lam)
     else:
         problem = problem._replace(lam=lam)
-    if problem.cleaned:
+    if problem.cleaned():
         extras = extras._replace(clean=teacher_clean.detach(), permutation=permutation.long())
     teacher = teacher.detach()
     dtypes = (

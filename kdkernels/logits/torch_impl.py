@@ -165,7 +165,7 @@ def forward(student, teacher, problem: Problem, extras: Extras, need: int):
         if problem.soft:
             _, ys, q, m_t, l_t = _shifted(part(teacher, rows), tau, work)
             q, clean = softmax(q, l_t), None
-            if problem.cleaned:
+            if problem.cleaned():
                 clean = []
                 for logits in _clean_rows(extras, rows):
                     _, _, of_clean, m, l = _shifted(logits, tau, work)
@@ -226,7 +226,7 @@ def backward(grad, factor: float, student, teacher, statistics, problem: Problem
                     continue
             if not problem.plain_target:
                 clean = None
-                if problem.cleaned:
+                if problem.cleaned():
                     pairs = zip(_clean_rows(extras, rows), ((M_A, L_A), (M_B, L_B)), strict=True)
                     clean = [((t.to(dtype) - of[m]) / tau - of[l]).exp_() for t, (m, l) in pairs]
                 q = _target(problem, extras, rows, q, lam, clean)

@@ -43,7 +43,7 @@ def _constants(problem: Problem, extras: Extras) -> dict:
         "HARD": problem.mixed and problem.hard,
         "LABELLED": problem.labelled,
         "PLAIN": problem.plain_target,
-        "CLEAN": problem.cleaned,
+        "CLEAN": problem.cleaned(),
         "HAS_LAM": extras.lam is not None,
     }
 

@@ -250,10 +250,16 @@ def zero_of(student) -> torch.Tensor:
     return sum(zero_of(level) for level in student)
 
 
+# the Dynamo of torch 2.10 does not trace the question
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def full_precision(tensor):
     """Inside, autocast does not round: losses are computed in at least float32."""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -134,7 +134,7 @@ class KDLoss(Loss):
         scale = 1.0 if self.scale_tau else tau**-2
         # `divergence` treats its second argument as the fixed side, and differentiates in both
         pair = {"forward": (student, teacher), "reverse": (teacher, student)}.get(self.divergence)
-        if pair and rows.plain and taus is None and not of_heads(student, teacher):
+        if pair and rows.plain() and taus is None and not of_heads(student, teacher):
             checks.flags(return_parts=return_parts)
             weight = self.weight if self.scale_tau else self.weight.double() * scale
             value = divergence(*pair, tau, self.reduction, self.backend, weight)

@@ -118,7 +118,6 @@ class Rows(NamedTuple):
     weights: torch.Tensor | None = None  # float [...], 0 where they do not; None: 1 each
     normalizer: object = None  # divides their sum, in the place of their weights'
 
-    @property
     def plain(self) -> bool:
         return self.mask is None and self.normalizer is None
 
@@ -153,13 +152,13 @@ class Rows(NamedTuple):
             total = group.sum(total)
         if self.normalizer is None and self.reduction == "sum":
             return total
-        if self.plain:
+        if self.plain():
             return total / (values.numel() if group is None else group.total)
         return total / self._divisor(total, group)
 
     def of_op(self, like, factors=None):
         """`mean` of a value for each row of `like` times factors [R], as (reduction, weights [R] or None) of its op."""
-        if self.plain and factors is None:
+        if self.plain() and factors is None:
             return self.reduction, None
         dtype = at_least_float32(like)
         weights = tensor_of(like).new_ones(like.shape[:-1], dtype=dtype)
@@ -168,7 +167,7 @@ class Rows(NamedTuple):
         if factors is not None:
             factors = factors.to(dtype).reshape(weights.shape)
             weights = weights * factors if self.mask is None else torch.where(self.mask, weights * factors, 0)
-        if self.plain:
+        if self.plain():
             return self.reduction, weights.reshape(-1)
         if self.normalizer is not None or self.reduction == "mean":
             weights = weights / self._divisor(weights)

@@ -27,17 +27,15 @@ class Question(NamedTuple):
     normalize: bool = False
     backend: str = "auto"
 
-    @property
+    # methods, no properties: see gram/call.py
     def op(self) -> str:
         return f"nystrom_{self.stat}"
 
-    @property
     def names(self) -> tuple[str, str, str, str]:
         """What the caller knows `Rows` by."""
         x, y = "st" if self.stat == "transfer" else "xy"
         return x, y, f"{x}_landmarks", f"{y}_landmarks"
 
-    @property
     def least(self) -> int:
         """The fewest rows for which the statistic is defined."""
         return 1 if self.stat == "transfer" else 4 if self.unbiased else 2
@@ -49,16 +47,17 @@ class Question(NamedTuple):
         return Question(self.stat, kernels, self.whiten, jitter, *self[4:])  # `_replace` takes a microsecond
 
     def check_number(self, n: int, where: str = ""):
-        if n < self.least:
-            x, y, *_ = self.names
+        least = self.least()
+        if n < least:
+            x, y, *_ = self.names()
             raise ValueError(
-                f"{x} and {y} have {n} rows{where}: {self.op} with unbiased={self.unbiased} needs at least {self.least}"
+                f"{x} and {y} have {n} rows{where}: {self.op()} with unbiased={self.unbiased} needs at least {least}"
             )
 
     def resolved(self, *tensors) -> Question:
         """With the backend that runs it."""
         dtypes = tuple([t.dtype for t in tensors])
-        return Question(*self[:-1], backends.resolve(self.op, self.backend, device_type(tensors[0]), dtypes))
+        return Question(*self[:-1], backends.resolve(self.op(), self.backend, device_type(tensors[0]), dtypes))
 
 
 class Side(NamedTuple):
@@ -88,7 +87,7 @@ class Rows(NamedTuple):
 
     def check(self, question: Question, empty: bool = False):
         """empty: whether no rows at all are fine, those of one rank."""
-        x, y, x_landmarks, y_landmarks = question.names
+        x, y, x_landmarks, y_landmarks = question.names()
         check_side(self.x, self.x_landmarks, x, x_landmarks, empty)
         check_side(self.y, self.y_landmarks, y, y_landmarks, empty)
         check_same_rows(self.x, self.y, x, y)
@@ -99,7 +98,7 @@ class Rows(NamedTuple):
         x, y, zx, zy, mask = self
         if mask is not None:
             # too few kept rows are none: what they hold, even NaN, reaches no gradient
-            mask = mask & (total(mask.sum()) >= question.least)
+            mask = mask & (total(mask.sum()) >= question.least())
         kx, ky = question.kernel
         wide = torch.float64 in (x.dtype, y.dtype, zx.dtype, zy.dtype)
         sigmas = (sigma_of(k, t.double() if wide else t, mask, rule) for k, t in ((kx, x), (ky, y)))

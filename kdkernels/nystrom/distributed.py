@@ -27,12 +27,12 @@ def answer(question: Question, rows: Rows, group):
         rows.check(question, empty=True)
         question.resolved(*rows[:4])
 
-    held = dict(zip((*question.names, "mask"), rows, strict=True))
-    x, y, *landmarks = question.names
+    held = dict(zip((*question.names(), "mask"), rows, strict=True))
+    x, y, *landmarks = question.names()
     options = question._asdict()
     del options["stat"]
     sides, landmarks = ({name: held[name] for name in names} for names in ((x, y, "mask"), landmarks))
-    group = agreed(question.op, sides, landmarks, group, check, options)
+    group = agreed(question.op(), sides, landmarks, group, check, options)
     question = question.checked()
     question.check_number(group.total, " on all ranks")
     question = question.resolved(*rows[:4])

@@ -40,13 +40,13 @@ def answer(question: Question, rows: Rows, group, backend: str):
     x, y, mask = rows
     _, kernel, unbiased, center, row_normalize, _ = question
     options = {"kernel": kernel, "unbiased": unbiased, "center": center, "row_normalize": row_normalize}
-    group = agreed(question.op, rows, group, {**options, "backend": backend})
+    group = agreed(question.op(), rows, group, {**options, "backend": backend})
     kernels = question.kernels()
     # what came from moments or the ring runs on no backend: an unknown one is refused all the same
-    backends.resolve(question.op, backend, device_type(x), (x.dtype, y.dtype))
-    if group.total < question.least:
+    backends.resolve(question.op(), backend, device_type(x), (x.dtype, y.dtype))
+    if group.total < question.least():
         raise ValueError(
-            f"x and y have {group.total} rows on all ranks: {question.stat} needs at least {question.least}"
+            f"x and y have {group.total} rows on all ranks: {question.stat} needs at least {question.least()}"
         )
     if backend != "reference":
         if moments.serve(question, kernels) and moments.are_fewer(question, rows, group.total):
