@@ -8,6 +8,7 @@ concatenated batch would give them. Without either, divide by it yourself.
 `group` is None for this process alone, "world" for all ranks, or a `torch.distributed.ProcessGroup`. It is an argument
 of every op and loss in which the rows of a batch meet. Losses that are means over single samples (KD, DKD, STKD, AT,
 FSP, NST, ICKD) have none: the average that DDP takes over the ranks is theirs, as long as each rank has as many rows.
+(`group=` of a call of KD and DKD, and of `kd.LinearLogits`, names ranks that share a vocabulary, not a batch.)
 
 What a call sends, beside 224 bytes a rank to agree on shapes (56 more for each tensor after the third): CKA, HSIC and
 Gram-MSE with linear kernels p x p moments, whatever the batch, with others what `gram/distributed` takes; DIST and CMKD
@@ -65,16 +66,16 @@ def gather(x: torch.Tensor, group: GroupLike = None) -> torch.Tensor:
 
 
 # compiled ranks could order their collectives each in its own way, and wait for each other
-_eager = torch.compiler.disable(reason="ranks compare shapes on the host and send in one order")
+eager = torch.compiler.disable(reason="ranks compare shapes on the host and send in one order")
 
 
-@_eager
+@eager
 def gather_rows(tensors, rows, handle) -> list[torch.Tensor | None]:
     """`gather` of several tensors, `rows` of them on each rank; None stays None."""
     return [None if t is None else _Gather.apply(t, rows, handle) for t in tensors]
 
 
-@_eager
+@eager
 def sum_over(x: torch.Tensor, handle) -> torch.Tensor:
     """The sum of x over the ranks, on every rank; differentiable."""
     return _Sum.apply(x, handle)
@@ -189,7 +190,7 @@ def rows_first(t):
     return t.transpose(0, 1) if grouped else t
 
 
-@_eager
+@eager
 def compare(prepare, handle, call: str = "", options=None):
     """What `prepare` makes, and {name: rows on each rank} of the tensors it names; the ranks compare them all at once.
 

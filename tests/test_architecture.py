@@ -36,6 +36,7 @@ ARROWS = {
     "teachers": {*FOUNDATIONS, "logits"},
     "analysis": {*FOUNDATIONS, "distributed", "gram", "losses"},
     **{family: FOUNDATIONS for family in FAMILIES},
+    "logits": {*FOUNDATIONS, "distributed"},
     "nystrom": {*FOUNDATIONS, "gram", "distributed"},
     "projection": {*FOUNDATIONS, "distributed"},
     "gram": {*FOUNDATIONS, "distributed"},

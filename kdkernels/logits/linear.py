@@ -9,6 +9,7 @@ import torch
 
 from .. import checks
 from ..autograd import at_least_float32
+from ..distributed import GroupLike, check_group
 from .linear_driver import Side
 
 
@@ -28,6 +29,9 @@ class LinearLogits:
         softcap: a positive number (30 in Gemma 2), or None.
         vocab: how many classes there are: the first of weight and bias. For heads that are padded to different sizes;
             the rest gets gradient 0.
+        group: "world" or the process group whose ranks hold the vocabulary in slices, one after another: weight and
+            bias are then this rank's, hidden is the same on all of them, and vocab= goes to the loss, which is
+            `kd.losses.KDLoss` (see its call) or `DKDLoss`. None: they are whole.
 
     Accepted by `kd.losses.KDLoss`, `DKDLoss`, `STKDLoss`, and the row terms of `CMKDLoss` and `DISTLoss`, as student,
     teacher or both; the other side may be a tensor of logits [..., V].
@@ -51,6 +55,7 @@ class LinearLogits:
     scale: float
     softcap: float | None
     vocab: int
+    group: GroupLike
 
     def __init__(
         self,
@@ -61,19 +66,23 @@ class LinearLogits:
         scale: float = 1.0,
         softcap: float | None = None,
         vocab: int | None = None,
+        group: GroupLike = None,
     ):
         _check_tensors(hidden, weight, bias)
+        check_group(group)
         if not (checks.is_number(scale) and scale and math.isfinite(scale)):
             raise ValueError(f"scale is {scale!r}: give a number other than 0, which multiplies the logits")
         if softcap is not None and not (checks.is_number(softcap) and 0 < softcap < math.inf):
             raise ValueError(f"softcap is {softcap!r}: give a positive number, or None")
         if vocab is not None:
+            if group is not None:
+                raise ValueError("vocab counts classes of this rank, and group= is given: give the loss vocab=, of all")
             checks.integer(vocab, "vocab")
             if vocab > weight.shape[0]:
                 raise ValueError(f"vocab is {vocab}, weight has {weight.shape[0]} classes: give at most as many")
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.scale, self.softcap = float(scale), None if softcap is None else float(softcap)
-        self.vocab = weight.shape[0] if vocab is None else vocab
+        self.vocab, self.group = weight.shape[0] if vocab is None else vocab, group
 
     @property
     def shape(self) -> torch.Size:
@@ -104,13 +113,15 @@ class LinearLogits:
     def of(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, vocab: int | None = None
     ) -> LinearLogits:
-        """The same of other tensors, or with fewer classes."""
+        """The same of other tensors, or with fewer classes; no slice."""
         vocab = self.vocab if vocab is None else vocab
         return LinearLogits(hidden, weight, bias, scale=self.scale, softcap=self.softcap, vocab=vocab)
 
     def detach(self) -> LinearLogits:
         """The same, constant."""
-        return self.of(*(t.detach() for t in self.tensors))
+        same = self.of(*(t.detach() for t in self.tensors))
+        same.group = self.group
+        return same
 
     def logits(self) -> torch.Tensor:
         """All of them, [..., V] in `dtype`, by PyTorch and with its derivatives: what the losses do without."""
@@ -128,6 +139,11 @@ def _check_tensors(hidden, weight, bias):
     given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in given.items():
         checks.floating(tensor, name)
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor: in the forward pass of what FSDP wraps it is a tensor; elsewhere give {name}"
+                f".full_tensor(grad_placements=[Partial()]), or, of a vocabulary in slices, .to_local() and group="
+            )
         checks.same_device(hidden, tensor, "hidden", name)
     if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

@@ -45,28 +45,32 @@ class Side(NamedTuple):
         return self.rows.new_empty((rows, classes), dtype=self.dtype) if self.lazy else None
 
 
-def values_and_gradients(student: Side, teacher: Side, classes: int, per_row, loss, rows: int, need: int):
+def values_and_gradients(student: Side, teacher: Side, classes: int, per_row, loss, rows: int, need: int, slices=None):
     """Values [R] of the rows, and the gradients of the student's rows, weight and bias, [0] where not asked for.
 
     loss(z, y, *per_row, need) -> (values [r], slopes [r, C] of the sum of the values) of logits in either's dtype.
     per_row: tensors [R] or None, the last of them weights: a row of weight 0 is left out, whatever it holds. rows: of a
-    chunk, 0 for what its bytes allow.
+    chunk, 0 for what its bytes allow. slices: of the classes, where other ranks have the rest of them (`Slices`).
     """
     counted = _counted(per_row[-1])
     left = len(student.rows) if counted is None else len(counted)
-    chunks = _chunks(left, rows or _rows_of_budget(student, teacher, classes, need))
+    chunks = _chunks(left, rows or _rows_of_budget(student, teacher, classes, need, slices))
     values = student.rows.new_zeros(len(student.rows), dtype=at_least_float32(*student[:3], *teacher[:3]))
-    gradients = Gradients(student, classes, need, left, len(chunks))
+    wide = slices is not None and student.lazy  # of rows to be summed over the ranks
+    gradients = Gradients(student, classes, need, left, len(chunks), wide)
     # made once: the C library's heap may keep as much again as is given back and taken anew
     buffers = [side.buffer(chunks[0].stop if chunks else 0, classes) for side in (student, teacher)]
     for part in chunks:
         at = part if counted is None else counted[part]
         z, y = (_logits(side, at, classes, to) for side, to in zip((student, teacher), buffers, strict=True))
         own = [t if t is None else t[at] for t in per_row]
-        values[at], slopes = loss(z, y, *own, need)
+        found, slopes = loss(z, y, *own, need)
+        values[at] = found.to(values.dtype)  # temperatures of rows may be wider
         if need:
             gradients.add(at, z, slopes, own[-1])
         del slopes  # before the next chunk's
+    if wide and need & HIDDEN:
+        slices.sum(gradients.rows)
     return values, *gradients.found()
 
 
@@ -78,8 +82,10 @@ def _counted(weights):
     return None if len(counted) == len(weights) else counted
 
 
-def _rows_of_budget(student: Side, teacher: Side, classes: int, need: int) -> int:
+def _rows_of_budget(student: Side, teacher: Side, classes: int, need: int, slices=None) -> int:
     arrays = student.lazy + teacher.lazy + (need > 0)
+    if slices is not None:  # rows as on the other ranks, and temporaries of PyTorch's
+        classes, arrays = slices.most, arrays + 6
     budget = CPU_BYTES if student.rows.is_cpu else GPU_BYTES
     return max(LEAST, budget // (arrays * classes * student.dtype.itemsize))
 
@@ -93,7 +99,7 @@ def _chunks(R: int, rows: int) -> list[slice]:
 def _logits(side: Side, at, classes: int, to):
     """Those of the rows, in the buffer."""
     if not side.lazy:
-        return side.rows[at, :classes]
+        return side.rows[at]
     h = side.rows[at]
     z = to[: len(h)]
     if not _compiled_product(h, side.weight[:classes], z):
@@ -152,11 +158,11 @@ def held(dtype: torch.dtype) -> torch.dtype:
 class Gradients:
     """Those of the student's rows, weight and bias, summed chunk by chunk in the dtype of the logits."""
 
-    def __init__(self, side: Side, classes: int, need: int, counted: int, chunks: int):
+    def __init__(self, side: Side, classes: int, need: int, counted: int, chunks: int, wide: bool):
         self.side, self.classes, self.need = side, classes, need
         whole = counted == len(side.rows)
         rows = side.rows.new_empty if whole else side.rows.new_zeros
-        self.rows = rows(side.rows.shape if need & HIDDEN else 0, dtype=held(side.rows.dtype))
+        self.rows = rows(side.rows.shape if need & HIDDEN else 0, dtype=side.dtype if wide else held(side.rows.dtype))
         self.weight = self.bias = None
         if need & WEIGHT:
             dtype = side.dtype if chunks > 1 else held(side.weight.dtype)  # of one chunk: written once, as it is kept
@@ -170,8 +176,7 @@ class Gradients:
         """Of a chunk; slopes [r, C] and, under a softcap, the logits z are overwritten."""
         side, need = self.side, self.need
         if not side.lazy:
-            self.rows[at, : self.classes] = slopes
-            self.rows[at, self.classes :] = 0
+            self.rows[at] = slopes
             return
         if side.softcap:  # 1 - tanh^2
             slopes.mul_(z.div_(side.softcap).square_().neg_().add_(1))

@@ -7,6 +7,8 @@ where it would copy a saved one. A second backward pass computes them again.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..autograd import (
@@ -20,6 +22,7 @@ from ..autograd import (
     without_autocast,
 )
 from ..differentiable import operator
+from ..distributed import eager
 from .linear_driver import BIAS, HIDDEN, WEIGHT, Side, held, values_and_gradients
 from .linear_kinds import Asked, kind_of
 
@@ -28,16 +31,18 @@ TENSORS = "hidden weight? bias? teacher teacher_weight? teacher_bias? first? sec
 COUNT = len(TENSORS.split())
 
 
-def _forward(*a):
+def _forward(*a, slices=None):
     scales, (classes, rows, kind, numbers, factor, mean, backend, need) = a[COUNT : COUNT + 4], a[COUNT + 4 :]
     student, teacher = Side(*a[:3], *scales[:2]), Side(*a[3:6], *scales[2:])
-    run, factor = kind_of(kind), factor / len(student.rows) if mean else factor
+    run, factor = kind_of(kind, slices), factor / len(student.rows) if mean else factor
+    backend = slices or backend
 
     def loss(z, y, *own):
         *own, weights, need = own
         return run(z, y, own, factor if weights is None else weights * factor, numbers, backend, need > 0)
 
-    values, *found = values_and_gradients(student, teacher, classes, a[6:COUNT], loss, rows, need)
+    with without_autocast(device_type(a[0])):
+        values, *found = values_and_gradients(student, teacher, classes, a[6:COUNT], loss, rows, need, slices)
     return values.sum(), *found
 
 
@@ -74,8 +79,8 @@ _linear = operator(
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *a):
-        with without_autocast(device_type(a[0])):
-            value, *ctx.found = _forward(*a)
+        *a, ctx.slices = a
+        value, *ctx.found = _forward(*a, slices=ctx.slices)
         ctx.how = a[COUNT:]
         ctx.save_for_backward(*a[:COUNT])
         return value
@@ -84,7 +89,8 @@ class _Once(torch.autograd.Function):
     def backward(ctx, grad):
         found, ctx.found = ctx.found, None
         if found is None:
-            _, *found = _linear.forward(*ctx.saved_tensors, *ctx.how)
+            again = _linear.forward if ctx.slices is None else functools.partial(_forward, slices=ctx.slices)
+            _, *found = again(*ctx.saved_tensors, *ctx.how)
         learning = ctx.saved_tensors[:3]
         if is_batched(grad) or not plain(grad):
             made = _linear.backward(grad, *learning, *found, *ctx.how)
@@ -92,7 +98,7 @@ class _Once(torch.autograd.Function):
             run = _Gradient.apply if torch.is_grad_enabled() else _handed_over
             made = run(grad, found, *learning)
         wanted = [made[k] if ctx.how[-1] & bit else None for k, bit in enumerate((HIDDEN, WEIGHT, BIAS))]
-        return *wanted, *[None] * (COUNT - 3 + len(ctx.how))
+        return *wanted, *[None] * (COUNT - 2 + len(ctx.how))
 
 
 class _Gradient(NoSecondDerivative):
@@ -116,6 +122,8 @@ def _handed_over(grad, found, *learning):
 
 
 _once = applied(_Once)
+# no operator could carry a group
+_over_ranks = eager(lambda *a: _once(*a) if a[-2] else _forward(*a[:-1], slices=a[-1])[0])
 
 
 def rows_of_heads(student: Side, teacher: Side, classes: int, per_row, asked: Asked):
@@ -123,11 +131,13 @@ def rows_of_heads(student: Side, teacher: Side, classes: int, per_row, asked: As
     tensors = (*student[:3], *teacher[:3], *per_row)
     how = asked.kind, list(map(float, asked.numbers)), asked.factor, asked.reduction == "mean", asked.backend
     numbers = (*student[3:], *teacher[3:], classes, asked.chunk or 0, *how)
-    if not plain(*tensors):
+    if asked.slices is None and not plain(*tensors):
         return _linear.value(*tensors, *numbers)
     need = 0
     for bit, t in zip((HIDDEN, WEIGHT, BIAS), student[:3], strict=True):
         need |= bit * (t is not None and t.requires_grad and torch.is_grad_enabled())
+    if asked.slices is not None:
+        return _over_ranks(*ordinary(tensors), *numbers, need, asked.slices)
     if need:
-        return _once(*ordinary(tensors), *numbers, need)
+        return _once(*ordinary(tensors), *numbers, need, None)
     return _linear.forward(*tensors, *numbers, 0)[0]

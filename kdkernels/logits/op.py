@@ -30,8 +30,9 @@ from .checks import (
     check_taus,
 )
 from .linear import LinearLogits, side_of
-from .linear_kinds import Asked, kind  # noqa: F401
+from .linear_kinds import Asked, kind, kind_of_slices  # noqa: F401
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
+from .slices import Slices, total  # noqa: F401
 from .topk import TAILS, check_count, ignoring, outcomes, outcomes_of  # noqa: F401  for the losses
 from .torch_impl import kl  # noqa: F401
 

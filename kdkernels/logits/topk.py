@@ -86,13 +86,14 @@ class TopKLogits:
 
     def __getitem__(self, rows: Any) -> TopKLogits:
         """Those rows, as by the same index into logits [..., C] along the leading dimensions."""
-        return self._of(self.values[rows], self.indices[rows])
+        return self.of(self.values[rows], self.indices[rows])
 
     def to(self, device: Device) -> TopKLogits:
         """The same on another device."""
-        return self._of(self.values.to(device), self.indices.to(device))
+        return self.of(self.values.to(device), self.indices.to(device))
 
-    def _of(self, values: torch.Tensor, indices: torch.Tensor) -> TopKLogits:
+    def of(self, values: torch.Tensor, indices: torch.Tensor) -> TopKLogits:
+        """The same of other tensors."""
         return TopKLogits(values, indices, kind=self.kind, tail=self.tail, vocab=self.vocab, tau=self.tau)
 
     def __repr__(self) -> str:
@@ -143,12 +144,13 @@ def checked(teacher: TopKLogits, classes: int, mask, dtype):
     return torch.where(wrong[..., None], torch.nan, values), index.clamp(0, classes - 1)
 
 
-def outcomes(student, teacher: TopKLogits, mask, tau: float, taus):
+def outcomes(student, teacher: TopKLogits, classes: int, mask, temperatures):
     """The teacher as logits of few outcomes [..., n], and the classes of all but the last, or of all: [..., k].
 
-    The k classes with tail="renormalize", for the loss's temperature; else the k and the rest, for 1.
+    The k classes with tail="renormalize", for the loss's temperature, (tau, taus); else the k and the rest, for 1.
     """
-    values, index = checked(teacher, student.shape[-1], mask, at_least_float32(student, teacher.values))
+    tau, taus = temperatures
+    values, index = checked(teacher, classes, mask, at_least_float32(student, teacher.values))
     if teacher.tail == "renormalize":
         return values * teacher.tau if teacher.kind == "logprobs" else values, index
     if taus is not None or tau != teacher.tau:
@@ -156,7 +158,7 @@ def outcomes(student, teacher: TopKLogits, mask, tau: float, taus):
             f"tau is {'a tensor' if taus is not None else f'{tau:g}'}, the teacher's log-probabilities are of "
             f"{teacher.tau:g}: only there it is known what the other classes have (tail='renormalize' takes any)"
         )
-    if index.shape[-1] == student.shape[-1]:
+    if index.shape[-1] == classes:
         return values, index
     rest = values.logsumexp(-1, keepdim=True)
     # never 1 - sum, whose digits are gone

@@ -275,12 +275,23 @@ def _classes_of(how: Measure, p, q, w):
     return term, apart, slope
 
 
-def _side(logits, tau, dtype):
-    """Logits, their maximum [r, 1], exp((x - max) / tau) and the sum of it."""
-    x = logits.to(dtype)
-    top = x.amax(-1, keepdim=True)
-    e = ((x - top) / tau).exp_()
-    return x, top, e, e.sum(-1, keepdim=True)
+class Whole:
+    """Whose rows have all classes here: of nothing that is added up does another rank have a part."""
+
+    parts = staticmethod(chunks)
+
+    @staticmethod
+    def sum(x):
+        return x
+
+    max = sum
+
+
+def _exponentials(pair, tau, over):
+    """Of both sides: maximum [r, 1], exp((x - max) / tau), and the sum of it."""
+    tops = over.max(torch.stack([x.amax(-1, keepdim=True) for x in pair])).unbind()
+    e = [((x - top) / tau).exp_() for x, top in zip(pair, tops, strict=True)]
+    return tops, e, over.sum(torch.stack([t.sum(-1, keepdim=True) for t in e])).unbind()
 
 
 def _log_ratio(z, y, top_z, top_y, tau, ratio):
@@ -291,23 +302,26 @@ def _log_ratio(z, y, top_z, top_y, tau, ratio):
     return w.nan_to_num_(0.0, math.inf, -math.inf)
 
 
-def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need: bool, made: bool):
+def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need: bool, made: bool, over=Whole):
     """Values [R] times tau^2 and their weights, statistics (`call.KEPT` a row) if `need`, and, if `made`, the student's
     gradient of their sum; rows_of_each: temperatures and weights, None or [R], in the place of how.tau and of `factor`.
+    over: `slices.Slices` where the ranks of a group have a part of the classes each.
     """
     dtype, (taus, weights) = at_least_float32(student, teacher), rows_of_each
     R = rows_of(student)
     values = student.new_empty(R, dtype=dtype)
     statistics = values.new_empty((KEPT, R) if need else (0,))
     gradient = student.new_empty((R, student.shape[-1]) if made else (0,))
-    for rows in chunks(student):
+    for rows in over.parts(student):
         tau = how.tau if taus is None else taus[rows, None].to(dtype)
-        (z, top_z, p, sum_z), (y, top_y, q, sum_y) = (_side(part(t, rows), tau, dtype) for t in (student, teacher))
+        z, y = (part(t, rows).to(dtype) for t in (student, teacher))
+        (top_z, top_y), (p, q), (sum_z, sum_y) = _exponentials((z, y), tau, over)
         ratio = (sum_y / sum_z).log_()
         p, q = p.div_(sum_z), q.div_(sum_y)
         finite = 0 * ratio  # NaN for a row that is poisoned
         terms, apart, slope = _classes_of(how, p, q, _log_ratio(z, y, top_z, top_y, tau, ratio))
-        value, off, mean = ((t.sum(-1, keepdim=True) + finite) for t in (terms, apart, slope))
+        sums = torch.stack([t.sum(-1, keepdim=True) for t in (terms, apart, slope)])
+        value, off, mean = over.sum(sums).add_(finite).unbind()
         # normalisers are rounded, which moves w alike for all classes: by sum_c (p - q), which is 0
         off = torch.where((off.abs() < 1e-3) & mean.isfinite(), off, 0)
         value = value - torch.where(off == 0, 0, off * mean) + off * off * (how.curvature / 2)

@@ -11,10 +11,13 @@ from torch.nn.functional import softplus
 from .. import checks
 from .._types import Backend, Mask, Number, Reduction, Result
 from ..autograd import at_least_float32
+from ..distributed import GroupLike
 from ..logits.checks import check_taus
-from ..logits.op import Asked, distillation_kl, kind, kl
+from ..logits.op import Asked, distillation_kl, kind, kind_of_slices, kl
 from .base import Loss, constant, full_precision
-from .rows import NAMES, Logits, hold_tau, of_heads, over_heads, rows_of, sides, stored
+from .mesh import over_mesh
+from .rows import NAMES, Logits, hold_tau, of_heads, on_mesh, over_heads, rows_of, sides, stored
+from .slices import sliced
 
 
 class DKDLoss(Loss):
@@ -37,10 +40,10 @@ class DKDLoss(Loss):
         backend: as in `kd.distillation_kl`.
 
     Call: `(student_logits, teacher_logits, labels, *, mask, ignore_index=-100, token_weights, normalizer, vocab, chunk,
-    return_parts)`: logits [..., C] with C >= 2, or `kd.LinearLogits`, labels int [...], below vocab; rows whose label
-    is ignore_index do not count. Masks, weights, vocabularies, chunk, dtypes, the empty batch and NaN as in `KDLoss`. A
-    row in which a side leaves no class but the label open (-inf) gives NaN. A label out of range raises for CPU
-    tensors. Gradient to the student only. parts: "tckd", "nckd". Buffers: weight, warm.
+    group, return_parts)`: logits [..., C] with C >= 2, or `kd.LinearLogits`, labels int [...], below vocab; rows whose
+    label is ignore_index do not count. Masks, weights, vocabularies, chunk, group, DTensors, dtypes, the empty batch
+    and NaN as in `KDLoss`. A row in which a side leaves no class but the label open (-inf) gives NaN. A label out of
+    range raises for CPU tensors. Gradient to the student only. parts: "tckd", "nckd". Buffers: weight, warm.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> labels = torch.randint(10, (8,))
@@ -95,17 +98,23 @@ class DKDLoss(Loss):
         normalizer: Number | None = None,
         vocab: int | None = None,
         chunk: int | None = None,
+        group: GroupLike = None,
         return_parts: bool = False,
     ) -> Result:
-        student, teacher = sides(self, student_logits, teacher_logits, vocab)
-        if len(student.shape) < 2 or student.shape[-1] < 2:
+        given, marks = (student_logits, teacher_logits), {"mask": mask, "labels": labels, "ignore_index": ignore_index}
+        marks.update(token_weights=token_weights, normalizer=normalizer)
+        if on_mesh(*given):
+            call = {"vocab": vocab, "chunk": chunk, "return_parts": return_parts}
+            return over_mesh(self, given, marks, call)
+        *given, vocab, slices = sliced(self, given, vocab, group, marks)
+        student, teacher = sides(self, *given, vocab)
+        C = student.shape[-1] if slices is None else sum(slices.sizes)
+        if len(student.shape) < 2 or C < 2:
             raise ValueError(f"student_logits has shape {tuple(student.shape)}: give [..., C] with C >= 2 classes")
-        how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
-        rows = rows_of(student, self.reduction, mask=mask, labels=labels, **how)
+        rows = rows_of(student, self.reduction, **marks)
         names = [name for name, factor in (("tckd", self.alpha), ("nckd", self.beta)) if factor]
         if self._too_small(math.prod(student.shape[:-1]), 1):
             return self._nothing(names, getattr(student_logits, "tensors", student_logits), return_parts)
-        C = student.shape[-1]
         tau, taus = check_taus(self.tau, student, NAMES[0])
         tau = tau if taus is None else taus.reshape(student.shape[:-1])
         label = torch.where(labels == ignore_index, 0, labels).long()
@@ -116,15 +125,16 @@ class DKDLoss(Loss):
         ):
             raise ValueError(f"labels holds a value outside 0 to {C - 1}, which are the classes")
         teacher = teacher.detach()
-        if of_heads(student, teacher) and self.backend != "reference":
-            return self._of_heads((student, teacher), rows, (label.reshape(-1), taus), chunk, return_parts)
+        if slices is not None or of_heads(student, teacher) and self.backend != "reference":
+            asked = Asked("decoupled", (), self.backend, chunk=chunk, slices=slices)
+            return self._of_heads((student, teacher), rows, (label.reshape(-1), taus), asked, return_parts)
         with full_precision(label):
             x, y = stored(*(rows.hidden(side, "reference") for side in (student, teacher)))
-            values = part_rows(x, constant(y), label, tau, (self.alpha, self.beta), self.backend)
+            values = part_rows((x, constant(y)), label, tau, (self.alpha, self.beta), Whole(self.backend))
             parts = {name: rows.mean(value) * self.warm.to(value.dtype) for name, value in values.items()}
             return self._total(parts, return_parts)
 
-    def _of_heads(self, pair, rows, of_rows, chunk, return_parts):
+    def _of_heads(self, pair, rows, of_rows, asked, return_parts):
         """One pass over the heads; parts that are asked for take one each."""
         tau = 0.0 if of_rows[1] is not None else self.tau
         factors = (
@@ -133,37 +143,59 @@ class DKDLoss(Loss):
         parts = {}
         for name, both in factors.items():
             if any(both):
-                asked = Asked("decoupled", (*both, tau), self.backend, chunk=chunk)
-                value = over_heads(pair, rows, asked, *of_rows)
+                value = over_heads(pair, rows, asked._replace(numbers=(*both, tau)), *of_rows)
                 parts[name] = value * self.warm.to(value.dtype)
         return self._total(parts, return_parts)
 
 
-def part_rows(student, teacher, label, tau, factors, backend):
+class Whole:
+    """Rows [..., C] with all their classes; `Slices` has the same of rows whose classes other ranks have, too."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def chosen(self, x, classes):
+        return x.gather(-1, classes)
+
+    def without(self, x, classes):
+        return x.scatter(-1, classes, -math.inf)
+
+    def logsumexp(self, x):
+        return x.logsumexp(-1)
+
+    def forward_kl(self, student, teacher, tau):
+        return distillation_kl(student, teacher, tau=tau, reduction="none", backend=self.backend)
+
+
+def part_rows(pair, label, tau, factors, over):
     """The terms of each row times their factors, those that are not 0."""
-    alpha, beta = factors
-    dtype, label = at_least_float32(student, teacher), label[..., None]
-    pair = student.to(dtype), teacher.to(dtype)
-    others = [side.scatter(-1, label, -math.inf) for side in pair]
+    (alpha, beta), dtype, label = factors, at_least_float32(*pair), label[..., None]
+    pair = tuple(side.to(dtype) for side in pair)
+    others = [over.without(side, label) for side in pair]
     values = {}
     if alpha:
-        values["tckd"] = alpha * target_rows(pair, others, label, tau)
+        values["tckd"] = alpha * target_rows(pair, others, label, tau, over)
     if beta:
-        values["nckd"] = beta * distillation_kl(*others, tau=tau, reduction="none", backend=backend)
+        values["nckd"] = beta * over.forward_kl(*others, tau)
     return values
 
 
 @kind("decoupled")
 def _decoupled(z, y, label, taus, _, numbers, backend):
+    return _of_slices(z, y, label, taus, _, numbers, Whole(backend))
+
+
+@kind_of_slices("decoupled")
+def _of_slices(z, y, label, taus, _, numbers, over):
     *factors, tau = numbers
-    return sum(part_rows(z, y, label, tau if taus is None else taus, factors, backend).values())
+    return sum(part_rows((z, y), label, tau if taus is None else taus, factors, over).values())
 
 
-def target_rows(sides, others, label, tau):
+def target_rows(sides, others, label, tau, over):
     """tau^2 KL of (p_y, 1 - p_y), from the log odds of the label; tau a number, or [...]."""
     of_class = tau[..., None] if isinstance(tau, torch.Tensor) else tau
     odds_s, odds_t = (
-        (side.gather(-1, label)[..., 0] / tau) - (other / of_class).logsumexp(-1)
+        (over.chosen(side, label)[..., 0] / tau) - over.logsumexp(other / of_class)
         for side, other in zip(sides, others, strict=True)
     )
     p, q = (torch.stack([odds, -odds], -1).sigmoid() for odds in (odds_s, odds_t))

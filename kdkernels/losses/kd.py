@@ -10,6 +10,8 @@ import torch
 
 from .. import checks
 from .._types import Backend, Mask, Number, Reduction, Result
+from ..autograd import at_least_float32
+from ..distributed import GroupLike
 from ..logits import TopKLogits
 from ..logits.call import Measure
 from ..logits.checks import check_inside, check_rows, check_taus
@@ -21,12 +23,15 @@ from ..logits.op import (
     divergence,
     ignoring,
     kind,
+    kind_of_slices,
     measure_of,
     outcomes,
     outcomes_of,
 )
 from .base import Loss, full_precision, zero_where_masked
-from .rows import NAMES, Logits, TeacherLogits, hold_tau, of_heads, over_heads, rows_of, sides, stored
+from .mesh import over_mesh
+from .rows import NAMES, Logits, TeacherLogits, hold_tau, of_heads, on_mesh, over_heads, rows_of, sides, stored
+from .slices import sliced
 
 
 class KDLoss(Loss):
@@ -54,7 +59,7 @@ class KDLoss(Loss):
         backend: as in `kd.distillation_kl`.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab, chunk,
-    return_parts)`. Logits [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass
+    group, return_parts)`. Logits [..., C], each leading index a row, classes last (of maps [B, C, H, W] pass
     `logits.movedim(1, -1)`); float16 to float64, each side its own dtype, computed in at least float32; or, of either
     side, `kd.LinearLogits`, hidden states and a head, whose logits are never stored: chunk rows of them exist at a time
     (by default as many as take 48 MiB, on a GPU 1 GiB, and at least 128). mask: bool [...], False rows do not count;
@@ -67,6 +72,12 @@ class KDLoss(Loss):
     student has it "forward", and where only the teacher has it "reverse", is inf (the latter's gradient NaN); the
     others are finite. NaN in a row that counts gives NaN. Gradient to the student only; second derivatives with
     backend="reference".
+
+    group: "world" or a process group whose ranks hold the vocabulary in slices, one after another: tensors of logits
+    are this rank's slice, kd.LinearLogits has a group of its own, and a side without is whole on every rank; rows and
+    marks are the same on all. Each rank gets the loss, the gradient of its slice, and those of hidden states and of
+    what is whole, added up over the ranks; a few sums a row travel. DTensors do the same by where they are cut, and
+    their rows may be cut, too: the loss is that of all rows, on every rank, the gradient that of a rank's own.
 
     >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
     >>> loss = kd.losses.KDLoss(tau=4.0)
@@ -116,40 +127,51 @@ class KDLoss(Loss):
         normalizer: Number | None = None,
         vocab: int | None = None,
         chunk: int | None = None,
+        group: GroupLike = None,
         return_parts: bool = False,
     ) -> Result:
         if chunk is not None:
             checks.integer(chunk, "chunk", hint=" of rows at a time")
-        student, teacher = sides(self, student_logits, teacher_logits, vocab)
-        how = {"ignore_index": ignore_index, "token_weights": token_weights, "normalizer": normalizer}
-        rows = rows_of(student, self.reduction, mask=mask, labels=labels, **how)
+        given, marks = (student_logits, teacher_logits), {"mask": mask, "labels": labels, "ignore_index": ignore_index}
+        marks.update(token_weights=token_weights, normalizer=normalizer)
+        if on_mesh(*given):
+            return over_mesh(self, given, marks, {"vocab": vocab, "chunk": chunk, "return_parts": return_parts})
+        *given, vocab, slices = sliced(self, given, vocab, group, marks)
+        student, teacher = sides(self, *given, vocab, slices)
+        rows = rows_of(student, self.reduction, **marks)
         if student.numel() == 0 and self._too_small(math.prod(student.shape[:-1]), 1):
             return self._nothing(["kd"], getattr(student_logits, "tensors", student_logits), return_parts)
         if isinstance(teacher, TopKLogits):
             check_rows(student, teacher.values, *NAMES)
-            return self._total({"kd": self._beside_topk(student, teacher, rows, chunk)}, return_parts)
+            return self._total({"kd": self._beside_topk(student, teacher, rows, (chunk, slices))}, return_parts)
         teacher = teacher.detach() if teacher.requires_grad else teacher
         check_rows(student, teacher, *NAMES)
         tau, taus = check_taus(self.tau, student, NAMES[0])
         scale = 1.0 if self.scale_tau else tau**-2
         # `divergence` treats its second argument as the fixed side, and differentiates in both
         pair = {"forward": (student, teacher), "reverse": (teacher, student)}.get(self.divergence)
-        if pair and rows.plain() and taus is None and not of_heads(student, teacher):
+        if pair and rows.plain() and taus is None and slices is None and not of_heads(student, teacher):
             checks.flags(return_parts=return_parts)
             weight = self.weight if self.scale_tau else self.weight.double() * scale
             value = divergence(*pair, tau, self.reduction, self.backend, weight)
             return (value, {"kd": value}) if return_parts else value
-        value = self._of_pair(student, teacher, rows, (tau, taus), scale, chunk)
+        value = self._of_pair((student, teacher), rows, (tau, taus), scale, (chunk, slices))
         return self._total({"kd": value}, return_parts)
 
-    def _of_pair(self, student, teacher, rows, temperatures, scale: float, chunk=None):
-        tau, taus = temperatures
-        reduction, weights = rows.of_op(student, None if self.scale_tau or taus is None else taus**-2)
-        how = measure_of(self.divergence, tau, self.beta, self.skew), taus, reduction, self.backend
-        pair = (rows.hidden(side, self.backend) for side in (student, teacher))
+    def _of_pair(self, pair, rows, temperatures, scale: float, driver=(None, None)):
+        """driver: rows at a time, and slices of the vocabulary."""
+        (tau, taus), (chunk, slices) = temperatures, driver
+        factors = None if self.scale_tau or taus is None else taus**-2
+        how = measure_of(self.divergence, tau, self.beta, self.skew)
+        if slices is not None:
+            asked = Asked("divergence", how, self.backend, factor=scale, chunk=chunk, slices=slices)
+            return over_heads(pair, rows, asked, taus, factors=factors)
+        reduction, weights = rows.of_op(pair[0], factors)
+        pair = (rows.hidden(side, self.backend) for side in pair)
+        how = how, taus, reduction, self.backend
         return any_divergence(*pair, *how, weights=weights, factor=scale, chunk=chunk)
 
-    def _beside_topk(self, student, teacher, rows, chunk):
+    def _beside_topk(self, student, teacher, rows, driver):
         """Of the outcomes that the teacher knows: the student's are one pass over its logits."""
         tail = teacher.tail
         if tail == "ignore" and self.divergence != "forward":
@@ -157,22 +179,23 @@ class KDLoss(Loss):
                 f"divergence is {self.divergence!r}, and tail='ignore' leaves out what it says of the other classes: "
                 "give tail='bucket' or 'renormalize'"
             )
-        tau, taus = check_taus(self.tau, student, NAMES[0])
-        values, index = outcomes(student, teacher, rows.mask, tau, taus)
+        (chunk, slices), (tau, taus) = driver, check_taus(self.tau, student, NAMES[0])
+        classes = student.shape[-1] if slices is None else sum(slices.sizes)
+        values, index = outcomes(student, teacher, classes, rows.mask, (tau, taus))
         scale = 1.0 if self.scale_tau else tau**-2
         at = (tau, taus) if tail == "renormalize" else (1.0, None)
         if tail != "renormalize":
             scale = scale * tau**2  # the outcomes are those of tau already
-        if of_heads(student) and self.backend != "reference":
+        if of_heads(student) and self.backend != "reference" or slices is not None:
             pair = (rows.hidden(student, "reference"), zero_where_masked(values, rows.mask))
             factors = None if self.scale_tau or at[1] is None else taus**-2
             numbers = TAILS.index(tail), tau, *measure_of(self.divergence, at[0], self.beta, self.skew)
-            asked = Asked("outcomes", numbers, self.backend, factor=scale, chunk=chunk)
+            asked = Asked("outcomes", numbers, self.backend, factor=scale, chunk=chunk, slices=slices)
             return over_heads(pair, rows, asked, index.flatten(0, -2), at[1], factors=factors)
         (student,) = stored(rows.hidden(student, self.backend))
         student = outcomes_of(student, index, tail, tau, self.backend)
         if tail != "ignore":
-            return self._of_pair(student, values, rows, at, scale)
+            return self._of_pair((student, values), rows, at, scale)
         with full_precision(student):
             pair = (zero_where_masked(side, rows.mask) for side in (student, values))
             return rows.mean(ignoring(*pair, index.shape[-1])) * scale
@@ -180,8 +203,26 @@ class KDLoss(Loss):
 
 @kind("outcomes")
 def _outcomes(z, y, index, taus, _, numbers, backend):
-    tail, tau, *how = numbers
-    found = outcomes_of(z, index, TAILS[int(tail)], tau, backend)
+    tail, tau, *_ = numbers
+    return _of_outcomes(outcomes_of(z, index, TAILS[int(tail)], tau, backend), y, index, taus, numbers, backend)
+
+
+@kind_of_slices("outcomes")
+def _outcomes_of_slices(z, y, index, taus, _, numbers, slices):
+    tail, tau, *_ = numbers
+    z = z.to(at_least_float32(z, y))
+    found = slices.chosen(z, index)
+    if TAILS[int(tail)] != "renormalize":
+        others = slices.without(z, index)
+        top = torch.maximum(found.amax(-1), slices.max(others.amax(-1))).detach()[:, None]
+        found = (found - top) / tau
+        if y.shape[-1] > index.shape[-1]:
+            found = torch.cat([found, slices.logsumexp((others - top) / tau)[:, None]], -1)
+    return _of_outcomes(found, y, index, taus, numbers, "auto")
+
+
+def _of_outcomes(found, y, index, taus, numbers, backend):
+    tail, _, *how = numbers
     if TAILS[int(tail)] == "ignore":
         return ignoring(found, y, index.shape[-1])
     return any_divergence(found, y, Measure(*how), taus, "none", backend)

@@ -22,11 +22,22 @@ TeacherLogits: TypeAlias = Logits | TopKLogits
 NAMES = "student_logits", "teacher_logits"
 
 
-def sides(loss, student_logits, teacher_logits, vocab=None):
-    """Logits of both sides, which are of the same rows and classes; of each the first `vocab` classes, if given."""
+def sides(loss, student_logits, teacher_logits, vocab=None, slices=None):
+    """Logits of both sides, which are of the same rows and classes; of each the first `vocab` classes, if given, or the
+    slice that is here."""
     if isinstance(teacher_logits, TopKLogits):
-        return beside_topk(loss, student_logits, teacher_logits, vocab)
+        return beside_topk(loss, student_logits, teacher_logits, vocab, slices)
     given = student_logits, teacher_logits
+    name = type(loss).__name__
+    if on_mesh(*given):
+        raise TypeError(
+            f"logits are a DTensor, and {name} takes tensors: give logits.full_tensor(), or, where the rows are cut, "
+            "logits.to_local() to the loss with group="
+        )
+    if any(getattr(side, "group", None) is not None for side in given):
+        raise ValueError(
+            f"kd.LinearLogits has a group, and {name} takes no slices of a vocabulary: KDLoss and DKDLoss do"
+        )
     check_pair(loss, *(map(tensor_of, given) if loss.takes_heads else given), "logits")
     shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if vocab is not None:
@@ -44,7 +55,18 @@ def sides(loss, student_logits, teacher_logits, vocab=None):
     return cut(student_logits, vocab), cut(teacher_logits, vocab)
 
 
-def beside_topk(loss, student_logits, teacher: TopKLogits, vocab):
+def on_mesh(*tensors) -> bool:
+    """Whether one is a DTensor."""
+    if all(type(t) in (torch.Tensor, torch.nn.Parameter, type(None)) for t in tensors):
+        return False  # without an import that takes long
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(t, DTensor) for t in tensors)
+
+
+def beside_topk(loss, student_logits, teacher: TopKLogits, vocab, slices):
     """`sides`, of a teacher that knows k classes, which are left as they are."""
     name = type(loss).__name__
     if not loss.takes_topk:
@@ -52,6 +74,9 @@ def beside_topk(loss, student_logits, teacher: TopKLogits, vocab):
     check_pair(loss, tensor_of(student_logits) if loss.takes_heads else student_logits, teacher.values, "logits")
     if tuple(student_logits.shape[:-1]) != teacher.rows:
         raise ValueError(f"{NAMES[1]} has rows {teacher.rows}, {NAMES[0]} {tuple(student_logits.shape[:-1])}")
+    if slices is not None:  # cut already
+        check_count(teacher.values, sum(slices.sizes), f"{NAMES[0]} has")
+        return student_logits, teacher
     vocab = teacher.vocab if vocab is None else vocab
     if vocab is not None:
         checks.integer(vocab, "vocab")

@@ -13,7 +13,8 @@ from ..logits import MixupBatch
 from ..logits.checks import check_fraction, check_labels, check_lam, check_mix, check_tau
 from ..logits.op import Asked, kind, mixed_distillation
 from .base import Loss, constant
-from .rows import NAMES, Logits, cut, of_heads, over_heads, rows_of, sides, stored
+from .mesh import over_mesh
+from .rows import NAMES, Logits, cut, of_heads, on_mesh, over_heads, rows_of, sides, stored
 
 
 class STKDLoss(Loss):
@@ -38,8 +39,9 @@ class STKDLoss(Loss):
     dtype, computed in at least float32, or, with k2 = 0, `kd.LinearLogits` (chunk as in `KDLoss`); mixup_batch from
     `kd.mixup` (labels, permuted_labels, lam and permutation are used). mask: bool [B], False rows do not count, nor do
     rows one of whose labels is ignore_index. token_weights [B] weigh both terms of their rows, and normalizer and vocab
-    are as in `KDLoss`. An empty batch, or all masked, gives 0 with zero gradient. NaN in a row that counts gives NaN.
-    Gradient to the student only. parts: "hard" and "soft", two more passes.
+    are as in `KDLoss`, and so are DTensors with k2 = 0 and a vocabulary that is not cut. An empty batch, or all
+    masked, gives 0 with zero gradient. NaN in a row that counts gives NaN. Gradient to the student only. parts: "hard"
+    and "soft", two more passes.
 
     >>> student, teacher = torch.nn.Linear(5, 10), torch.nn.Linear(5, 10)
     >>> batch = kd.mixup(torch.randn(8, 5), torch.randint(10, (8,)))
@@ -84,6 +86,11 @@ class STKDLoss(Loss):
         chunk: int | None = None,
         return_parts: bool = False,
     ) -> Result:
+        if on_mesh(student_logits, teacher_logits):
+            marks = {"mask": mask, "labels": None, "ignore_index": ignore_index, "token_weights": token_weights}
+            call = {"vocab": vocab, "chunk": chunk, "return_parts": return_parts}
+            marks["normalizer"] = normalizer
+            return self._over_mesh((student_logits, teacher_logits), mixup_batch, marks, call)
         student, teacher = sides(self, student_logits, teacher_logits, vocab)
         if not isinstance(mixup_batch, MixupBatch):
             raise TypeError(f"mixup_batch is a {type(mixup_batch).__name__}: give what kd.mixup returns")
@@ -125,6 +132,19 @@ class STKDLoss(Loss):
             return total
         parts = {name: value(float(name == "soft")) * share for name, share in self._shares()}
         return total, {name: part * self.weight.to(part.dtype) for name, part in parts.items()}
+
+    def _over_mesh(self, pair, batch, marks, call):
+        if self.mix[1]:
+            raise ValueError(f"mix is {self.mix}, logits are a DTensor: its second weight reads rows of other ranks")
+        mask, labelled = marks["mask"], self._labels(batch, pair[0], marks["ignore_index"])[2]
+        if mask is not None:
+            labelled = labelled & (mask.full_tensor() if on_mesh(mask) else mask)
+
+        def local(of_rows):
+            labels = {name: of_rows(getattr(batch, name)) for name in ("labels", "permuted_labels", "lam")}
+            return (batch._replace(**labels),)
+
+        return over_mesh(self, pair, {**marks, "mask": labelled}, call, more=local, vocabulary=False)
 
     def _shares(self):
         """Names of the terms that are computed, with their weights."""
