@@ -17,6 +17,7 @@ from ..gram import both_ways
 from ..gram.both_ways import cka_both_ways
 from ..gram.call import minimum_rows
 from ..gram.kernels import KernelLike, spec_of
+from ..logits import LinearLogits
 from .base import (
     Loss,
     check_rows,
@@ -30,6 +31,8 @@ from .base import (
 from .cka import check_estimator, cka_of
 from .levels import at, by_key, levels
 from .maps import unit
+from .moments import alignment, factors, pays
+from .rows import Logits, of_heads, stored
 from .weights import term_weight
 
 PRESETS = {
@@ -78,6 +81,10 @@ class RCKALoss(Loss):
     gives NaN. FCKA holds n x n matrices. So do the logit terms (C x C where C < n) on the backends torch and cpp, six
     for backward, unless both sizes are above 512 and within a factor of two. Any float dtypes; computed in at least
     float32. Gradient to the student only.
+
+    Logits may be `kd.LinearLogits`, hidden states [n, H] or tokens. Of both sides, with a linear kernel, without
+    unbiased=True, softcap and group=, and with more rows than the heads are wide, moments of hidden states and heads
+    take the place of logits, which are never made; elsewhere they are.
 
     >>> student, teacher = torch.randn(32, 10, requires_grad=True), torch.randn(32, 10)
     >>> loss = kd.losses.RCKALoss()
@@ -134,8 +141,8 @@ class RCKALoss(Loss):
 
     def forward(
         self,
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
+        student_logits: Logits,
+        teacher_logits: Logits,
         student_features: Features | None = None,
         teacher_features: Features | None = None,
         *,
@@ -147,10 +154,14 @@ class RCKALoss(Loss):
         rows = self.rows if rows is None else rows
         feature_rows = self.feature_rows if feature_rows is None else feature_rows
 
+        heads = None
+
         def prepare():
-            x, y, kept = rows_of_pair(self, student_logits, teacher_logits, check_rows(rows), mask, "logits")
+            nonlocal heads
+            pair, heads = self._without_logits(student_logits, teacher_logits, check_rows(rows))
+            x, y, kept = rows_of_pair(self, *pair, rows, mask, "logits")
             if self.class_weight is not None:
-                self._check_classes(x, y)
+                self._check_classes(*(side.shape[-1] for side in heads or (x, y)))
             ready = {"logits": (x, y, kept)}
             for key, s, t in self._stages(student_features, teacher_features):
                 compared = rows_of_pair(self, s, t, check_rows(feature_rows, "feature_rows"), mask, "features", key)
@@ -163,10 +174,10 @@ class RCKALoss(Loss):
         least = minimum_rows(self.unbiased, self.center)
         if any(self._level_too_small(level[0], least, group) for level, group in zip(ready, groups, strict=True)):
             stages = [] if student_features is None else by_key(student_features, "student_features").values()
-            return self._nothing(names, [student_logits, *stages], return_parts)
+            return self._nothing(names, [*getattr(student_logits, "tensors", [student_logits]), *stages], return_parts)
         with full_precision(ready[0][0]):
             levels_of_all = [self._gathered(*level, group) for level, group in zip(ready, groups, strict=True)]
-            parts = self._logits(*levels_of_all[0], names, least)
+            parts = self._logits(*levels_of_all[0], names, least, heads)
             parts = {name: value * -getattr(self, TERMS[name]).to(value.dtype) for name, value in parts.items()}
             if "features" in names:
                 parts["features"] = self._features(levels_of_all[1:], least)
@@ -178,12 +189,27 @@ class RCKALoss(Loss):
             return x, y, kept, group
         return *group.gather(x, y, kept), None
 
-    def _logits(self, x, y, kept, group, names, least):
+    def _without_logits(self, student, teacher, rows):
+        """What makes rows, and both heads where their moments are less than the logits."""
+        if not of_heads(student, teacher):
+            return (student, teacher), None
+        if any(getattr(side, "group", None) is not None for side in (student, teacher)):
+            raise ValueError(
+                "group of kd.LinearLogits: RCKALoss takes no slices of a vocabulary: KDLoss and DKDLoss do"
+            )
+        linear = all(spec.name == "linear" for spec in spec_of(self.kernel)) and not self.unbiased
+        heads = student, teacher
+        fits = all(isinstance(side, LinearLogits) for side in heads) and (rows == "tokens" or student.hidden.dim() == 2)
+        if self.group is None and linear and self.row_normalize != self.center and fits and pays(*heads):
+            return (student.hidden, teacher.hidden), (student, teacher.detach())
+        return stored(student, teacher), None
+
+    def _logits(self, x, y, kept, group, names, least, heads):
         """CKA between samples and between classes, those of `names`."""
         if not has_samples(x, group, least):
             aligned = {name: nothing_of(x, y) for name in names if name != "features"}
             return {name: mean_of_groups(value, None, 0, group) for name, value in aligned.items()}
-        aligned = self._aligned(x, y, kept, names)
+        aligned = self._aligned(x, y, kept, names) if heads is None else self._by_moments(heads, (x, y), kept, names)
         return {name: mean_of_groups(value, kept, least, group) for name, value in aligned.items()}
 
     def _aligned(self, x, y, kept, names):
@@ -202,6 +228,15 @@ class RCKALoss(Loss):
             # a masked sample is a zero feature of each class: it enters no product, norm, distance or mean over classes
             x, y = zero_where_masked(x, kept), zero_where_masked(y, kept)
             aligned["classes"] = cka_of(self, x.mT, y.mT, None, row_normalize=self.row_normalize)
+        return aligned
+
+    def _by_moments(self, heads, rows, kept, names):
+        sides = [factors(head, side, kept) for head, side in zip(heads, rows, strict=True)]
+        aligned = {}
+        if "rows" in names:
+            aligned["rows"] = alignment(*sides, self.center, kept)
+        if "classes" in names:
+            aligned["classes"] = alignment(*(side[::-1] for side in sides), self.center)
         return aligned
 
     @property
@@ -239,16 +274,16 @@ class RCKALoss(Loss):
             raise ValueError(f"feature_weight has {len(self.feature_weight)} numbers for {len(pairs)} stages")
         return pairs
 
-    def _check_classes(self, x, y):
-        if x.shape[-1] != y.shape[-1]:
+    def _check_classes(self, student: int, teacher: int):
+        if student != teacher:
             raise ValueError(
-                f"teacher_logits has {y.shape[-1]} classes, student_logits {x.shape[-1]}: the class term compares the "
+                f"teacher_logits has {teacher} classes, student_logits {student}: the class term compares the "
                 "same classes; class_weight=0 drops it"
             )
         least = minimum_rows(self.unbiased, self.center)
-        if x.shape[-1] < least:
+        if student < least:
             raise ValueError(
-                f"student_logits has {x.shape[-1]} classes: the class term with unbiased={self.unbiased}, "
+                f"student_logits has {student} classes: the class term with unbiased={self.unbiased}, "
                 f"center={self.center} needs {least}; class_weight=0 drops it"
             )
 
