@@ -3,7 +3,8 @@
 
 `python examples/hf_trainer.py` trains a small Llama on sequences of a Markov chain, then distils it into a smaller one.
 Both are randomly initialised and nothing is downloaded; it needs transformers and accelerate and runs in seconds on a
-CPU. `DistillationTrainer` is all that a real model needs.
+CPU. `DistillationTrainer` is all that a real model needs. `--fused` takes both losses from the last hidden states:
+`FusedDistillationTrainer` never makes logits [batch, tokens, vocabulary].
 """
 
 from __future__ import annotations
@@ -55,6 +56,36 @@ class DistillationTrainer(Trainer):
             soft = soft * self.accelerator.num_processes  # as the Trainer does: the gradients will be averaged
         loss = (1 - self.alpha) * hard + self.alpha * soft
         return (loss, outputs) if return_outputs else loss
+
+
+class FusedDistillationTrainer(DistillationTrainer):
+    """The same loss from the last hidden states and the heads, in one process: no logits, no gradient of their size."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                "the heads are called outside of the model's forward pass, where DDP and FSDP do not see it"
+            )
+        self.cross_entropy = kd.losses.KDLoss(tau=1.0).to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        student = linear_logits(model, inputs)
+        with torch.no_grad():
+            teacher = linear_logits(self.teacher, inputs)
+        labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        counted = {"labels": labels, "ignore_index": IGNORED, "normalizer": num_items_in_batch}
+        # cross-entropy is the divergence from a teacher that is sure of the label: of one class kept, log 1
+        sure = kd.TopKLogits(torch.zeros(*labels.shape, 1, device=labels.device), labels[..., None])
+        hard, soft = self.cross_entropy(student, sure, **counted), self.distillation(student, teacher, **counted)
+        loss = (1 - self.alpha) * hard + self.alpha * soft
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def linear_logits(model, inputs) -> kd.LinearLogits:
+    """The logits of a causal language model as what makes them."""
+    hidden = model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    return kd.LinearLogits(hidden, model.get_output_embeddings().weight)
 
 
 def language_model(width: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
@@ -114,7 +145,7 @@ def divergence(student, teacher, samples) -> float:
     return kd.losses.KDLoss(tau=1.0)(*pair, labels=batch["labels"][:, 1:]).item()
 
 
-def main(steps: int = 60, seed: int = 0) -> dict[str, float]:
+def main(steps: int = 60, seed: int = 0, fused: bool = False) -> dict[str, float]:
     torch.manual_seed(seed)
     vocabulary = 48
     train, held_out = sequences(512, vocabulary), sequences(64, vocabulary)
@@ -123,7 +154,8 @@ def main(steps: int = 60, seed: int = 0) -> dict[str, float]:
         Trainer(teacher, arguments(folder, max_steps=2 * steps), train_dataset=train).train()
         before = divergence(student, teacher, held_out)
         settings = arguments(folder, max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2)
-        DistillationTrainer(student, settings, train_dataset=train, teacher=teacher).train()
+        made = FusedDistillationTrainer if fused else DistillationTrainer
+        made(student, settings, train_dataset=train, teacher=teacher).train()
     return {"before": before, "after": divergence(student, teacher, held_out)}
 
 
@@ -131,5 +163,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="of the student; the teacher gets twice as many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fused", action="store_true", help="from hidden states, without logits")
     nats = main(**vars(parser.parse_args()))
     print(f"KL(teacher || student): {nats['before']:.3f} nats a token before, {nats['after']:.3f} after")

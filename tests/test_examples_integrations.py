@@ -116,13 +116,13 @@ def test_the_trainer_example_brings_the_student_towards_the_teacher(hf_trainer):
 def trained(hf_trainer, tmp_path):
     """A student after two steps of plain gradient descent, in the order that the seed gives the samples."""
 
-    def run(samples, **settings):
+    def run(samples, made="DistillationTrainer", **settings):
         torch.manual_seed(0)
         teacher, student = (hf_trainer.language_model(width, 1, VOCABULARY) for width in (32, 16))
         arguments = hf_trainer.arguments(
             str(tmp_path), max_steps=2, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, seed=0, **settings
         )
-        trainer = hf_trainer.DistillationTrainer(student, arguments, train_dataset=samples, teacher=teacher)
+        trainer = getattr(hf_trainer, made)(student, arguments, train_dataset=samples, teacher=teacher)
         trainer.train()
         return trainer, student
 
@@ -148,6 +148,20 @@ def test_in_the_trainer_one_batch_of_eight_is_four_micro_batches_of_two_whatever
     # the distance is one that steps of this size could show
     _, other = trained(samples, per_device_train_batch_size=4)
     assert apart(whole, other) > 1e-3
+
+
+def test_in_the_trainer_that_makes_no_logits_the_steps_are_the_same(trained, samples, monkeypatch):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    _, stored = trained(samples, **settings)
+    trainer, student = trained(samples, "FusedDistillationTrainer", **settings)
+    assert apart(stored, student) < 1e-6
+    # no head is called
+    heads = [model.get_output_embeddings() for model in (trainer.model, trainer.teacher)]
+    for head in heads:
+        monkeypatch.setattr(head, "forward", None)
+    batch = {name: torch.stack([s[name] for s in samples[:4]]) for name in samples[0]}
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert heads[0].weight.grad.norm() > 0
 
 
 def test_in_the_trainer_padding_has_no_influence_and_the_teacher_no_gradient(trained, samples):
