@@ -27,6 +27,7 @@ from .nystrom.kda import ClassCenters, landmark_similarity_loss
 from .projection import StreamingPCA, autoencoder_basis, projected_mse, random_basis
 from .rank import RankDiagnostics, pearson, rank_diagnostics, soft_rank, soft_sort, spearman, spearman_corr
 from .relation import pkt, rkd_angle, rkd_distance
+from .warm import warmup
 
 __version__ = "0.1.0"
 
@@ -79,4 +80,5 @@ __all__ = [
     "spearman_corr",
     "teachers",
     "transfer_quality",
+    "warmup",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -40,3 +40,17 @@ LayerNames: TypeAlias = str | Sequence[str] | None
 """Of `kd.compare_models`: names and patterns; None is every module without children."""
 MaskOf: TypeAlias = torch.Tensor | str | Callable[[Any], Mask] | Literal[False] | None
 """Of `kd.compare_models`: a mask for every batch, a key of the batch, a function of it, or False for no mask."""
+
+
+class Plan(Protocol):
+    """A call of which its shapes have settled all but the tensors: nothing in it depends on autocast."""
+
+    how: tuple  # the last arguments of the operator, `need` included
+
+    def forward(self, *tensors: torch.Tensor | None) -> tuple:
+        """(value, *kept)"""
+        ...
+
+    def backward(self, grad: torch.Tensor, *read_and_kept: torch.Tensor | None) -> Sequence:
+        """A gradient for each of `wanted`."""
+        ...

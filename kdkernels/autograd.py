@@ -162,36 +162,6 @@ def at_least_float32(*tensors: torch.Tensor | None) -> torch.dtype:
     return dtype
 
 
-class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a, b):
-        return a @ b
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b = ctx.saved_tensors
-        with without_autocast(device_type(grad)):
-            return grad @ b.mT, a.mT @ grad
-
-    @staticmethod
-    def jvp(ctx, da, db):
-        a, b = ctx.saved_tensors
-        return (0 if da is None else da @ b) + (0 if db is None else a @ db)
-
-
-def product(a, b):
-    """a @ b of matrices, or batches of them, whose backward pass autocast does not round: PyTorch's own runs under
-    whatever holds where it is called. A compiler traces both passes where the product stands."""
-    return a @ b if torch.compiler.is_compiling() else apply(_Product, *ordinary((a, b)))
-
-
 def without_autocast(device: str):
     """Products inside keep the dtype they are given: autocast would round centred float32 rows to bfloat16."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 
@@ -39,6 +41,32 @@ def may_read(tensor) -> bool:
 
 def debugging() -> bool:
     return _debug and not torch.compiler.is_compiling()
+
+
+def settles(*tensors: torch.Tensor) -> bool:
+    """Whether all that is checked of such `plain` tensors follows from their layouts: no value is looked at."""
+    for tensor in tensors:
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            return False
+    return not _debug
+
+
+class Recent:
+    """What was found for the last `size` keys that were new. A key, and what was found, hold no tensor."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.found: dict[Hashable, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Any:
+        return self.found.get(key)
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        with self._lock:
+            self.found[key] = value
+            while len(self.found) > self.size:
+                del self.found[next(iter(self.found))]
 
 
 def outside(sizes, least: float, most: float) -> bool:
@@ -139,3 +167,28 @@ def finite(tensor, name: str):
     """Only under `debug_checks()`: elsewhere a NaN travels into the value, as in any PyTorch function."""
     if debugging() and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or infinity (a check of debug_checks)")
+
+
+def explained(name: str, function: Callable) -> Callable:
+    """The same, where an error of capturing says what to do."""
+
+    def run(*a):
+        try:
+            return function(*a)
+        except RuntimeError as error:
+            told = _of_capture(name, error)
+            if told is None:
+                raise
+            raise told from error
+
+    return run
+
+
+def _of_capture(name: str, error: RuntimeError) -> RuntimeError | None:
+    """What to do about an error inside the capture of a CUDA graph, where nothing can be compiled or loaded."""
+    if "stream is capturing" not in str(error):
+        return None
+    return RuntimeError(
+        f"{name} ran for the first time inside the capture of a CUDA graph, where its kernels cannot be compiled and "
+        "loaded: run the step once before the capture, its backward pass included, as kd.warmup does"
+    )

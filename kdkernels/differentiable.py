@@ -30,6 +30,7 @@ from .autograd import (
     register,
     without_autocast,
 )
+from .checks import explained
 
 
 class Operator(NamedTuple):
@@ -37,9 +38,11 @@ class Operator(NamedTuple):
 
     value(*tensors, *how): with gradients and tangents. forward(*tensors, *how, need) -> (value, *kept).
     backward(grad, *read, *kept, *how, need) -> gradients. over_ranks(forward) -> value(*tensors, *how, group).
+    settled(plan, *tensors) -> value, of tensors that are `plain`: see `_types.Plan`.
     """
 
     value: Callable
+    settled: Callable
     forward: Callable
     backward: Callable
     over_ranks: Callable
@@ -79,8 +82,7 @@ def operator(
     words = _words(tensors, how, kept, wanted, tensors if read is None else read)
     halves = _registered(name, words, forward, backward, fake)
     Function, Dual, Eager = _functions(name, words, halves, tangent or of_rows())
-    count, places, forward_here, run_forward = words.count, words.places, halves.forward_here, halves.run_forward
-    eager = applied(Eager)
+    count, places, run_forward, eager = words.count, words.places, halves.run_forward, applied(Eager)
 
     def asked(a):
         need = 0
@@ -90,12 +92,14 @@ def operator(
                 need |= (t is not None and t.requires_grad) << bit
         return need
 
+    def by_plan(plan, *tensors):
+        return eager(plan, *ordinary(tensors))[0] if plan.how[-1] else plan.forward(*tensors)[0]
+
+    settled = explained(name, by_plan)
+
     def value(*a):
         if plain(*a[:count]):
-            need = asked(a)
-            if not need:
-                return forward_here(*a, 0)[0]
-            return eager(*ordinary(a[:count]), *a[count:], need)[0]
+            return settled(_Unsettled(halves, (*a[count:], asked(a))), *a[:count])
         if in_traced_gradient():
             torch._dynamo.graph_break(msg=f"torch.func.grad of {name}")
         if not in_forward_mode():
@@ -124,7 +128,7 @@ def operator(
 
         return value
 
-    return Operator(value, run_forward, halves.run_backward, over_ranks)
+    return Operator(value, settled, run_forward, halves.run_backward, over_ranks)
 
 
 def of_rows(*bits: int) -> Callable:
@@ -198,8 +202,21 @@ class _Halves(NamedTuple):
 
     forward_here: Callable
     run_forward: Callable
+    backward_here: Callable
     run_backward: Callable
-    run_backward_of_plain: Callable  # for tensors that were `plain` in the forward pass
+
+
+class _Unsettled(NamedTuple):
+    """The plan of a call that knows its implementation alone."""
+
+    halves: _Halves
+    how: tuple
+
+    def forward(self, *tensors):
+        return self.halves.forward_here(*tensors, *self.how)
+
+    def backward(self, *a):
+        return self.halves.backward_here(*a, *self.how)
 
 
 def _registered(name: str, words: _Words, forward, backward, fake) -> _Halves:
@@ -237,11 +254,7 @@ def _registered(name: str, words: _Words, forward, backward, fake) -> _Halves:
         direct = plain(*a[:held]) and not is_batched(a[0])
         return (backward_here if direct else backward_watched)(*a)
 
-    def run_backward_of_plain(*a):
-        direct = plain(a[0]) and not is_batched(a[0])
-        return (backward_here if direct else backward_watched)(*a)
-
-    return _Halves(forward_here, run_forward, run_backward, run_backward_of_plain)
+    return _Halves(forward_here, run_forward, backward_here, run_backward)
 
 
 def _registered_one(name: str, schema: str, function, fake):
@@ -256,7 +269,7 @@ def _registered_one(name: str, schema: str, function, fake):
 def _functions(name: str, words: _Words, halves: _Halves, tangent):
     """Three faces of one Function: what transforms and compilers see, that of forward mode, that of a plain call."""
     names, count, places, reads, first_kept = words.names, words.count, words.places, words.reads, words.first_kept
-    forward_here, run_forward, run_backward, run_backward_of_plain = halves
+    run_forward, run_backward = halves.run_forward, halves.run_backward
     conditional = any(bit >= 0 for _, bit in reads)
     all_read = [place for place, _ in reads] == list(range(count))
     learns = {place for _, place in places}
@@ -336,22 +349,22 @@ def _functions(name: str, words: _Words, halves: _Halves, tangent):
             # zeros: what is kept moves with the inputs, and a derivative of the gradient in forward mode has to know
             return found, *(torch.zeros_like(k) if k.is_floating_point() else None for k in made)
 
+    def gradients(ctx, grad, *_):
+        plan = ctx.plan
+        if grad is None or torch.is_grad_enabled() or not plain(grad) or is_batched(grad):
+            ctx.how = plan.how
+            return None, *Function.backward(ctx, grad)[:count]
+        return None, *spread(plan.backward(grad, *ctx.saved_tensors), plan.how[-1], count)
+
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *a):
-            made = forward_here(*a)
-            ctx.how = a[count:]
+        def forward(ctx, plan, *tensors):
+            made, ctx.plan = plan.forward(*tensors), plan
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*to_read(a, a[-1]), *made[first_kept:])
+            ctx.save_for_backward(*to_read(tensors, plan.how[-1]), *made[first_kept:])
             return (made[0], made[-1]) if kept_shown else (made[0],)
 
-        @staticmethod
-        def backward(ctx, grad, *_):
-            how, size = ctx.how, count + len(ctx.how)
-            if grad is None:
-                return (None,) * size
-            run = Gradient.apply if torch.is_grad_enabled() else run_backward_of_plain
-            return spread(run(grad, *ctx.saved_tensors, *how), how[-1], size)
+        backward = staticmethod(explained(name, gradients))
 
     for one in (Gradient, DualGradient, Function, Dual, Eager):
         one.__name__ = one.__qualname__ = f"{name}_{one.__name__}"

@@ -16,16 +16,19 @@ from kdkernels.registry import OPS
 
 PACKAGE = ROOT / "kdkernels"
 FAMILIES = sorted({op.family for op in OPS.values()})
-FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "native", "triton_tf32", "_types"}
+FOUNDATIONS = {"accumulator", "autograd", "checks", "backend", "differentiable", "native", "_types"}
+FOUNDATIONS |= {"triton_launch", "triton_tf32"}
 # what each part may import from the rest of the package; a family's own modules are free to import each other
 ARROWS = {
     "accumulator": {"autograd", "distributed"},
     "autograd": set(),
     "checks": set(),
-    "differentiable": {"autograd"},
+    "differentiable": {"autograd", "checks"},
     "registry": set(),
     "native": set(),
+    "triton_launch": set(),
     "triton_tf32": {"backend"},
+    "warm": set(),
     "_types": set(),
     "types": {"_types", "distributed", "gram", "losses"},
     "backend": {"_types", "checks", "native", "registry"},

@@ -45,6 +45,14 @@ class Question(NamedTuple):
     def least(self) -> int:
         return minimum_rows(self.unbiased, self.center, self.stat)
 
+    def settles(self) -> bool:
+        """Whether this can be part of a key: no bandwidth is a tensor, no flag a number that equals True."""
+        flags = type(self.unbiased) is type(self.center) is type(self.row_normalize) is bool
+        kernel = self.kernel
+        return flags and (
+            type(kernel) is str or isinstance(kernel, Kernel) and not isinstance(kernel.sigma, torch.Tensor)
+        )
+
     def kernels(self) -> tuple[Kernel, Kernel]:
         """The kernel functions, if they are any and the estimator is one that exists."""
         kernels = spec_of(self.kernel)
@@ -114,6 +122,11 @@ class Problem(NamedTuple):
     def stable(self) -> bool:
         """The value does not change under K_ij -> K_ij + u_i + u_j, which `prepare` then uses against cancellation."""
         return self.center and not self.row_normalize
+
+    @property
+    def prepared(self) -> bool:
+        """A side needs norms, or its mean, before any product."""
+        return any(spec.name in ("cosine", "polynomial") for spec in self.specs)
 
     def as_given(self, n: int) -> bool:
         """Rows are neither centred nor scaled: sums of K and L are finished in float64, row_mse scales the kept K."""

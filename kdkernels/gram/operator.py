@@ -49,7 +49,7 @@ def statistic(question: Question, kernels, rows: Rows, backend: str):
         x, y = x.double(), y.double()
     sigma_x = None if kernel_x.sigma is None or (ruled and kernel_x.has_rule) else sigma_of(kernel_x, x, mask)
     sigma_y = None if kernel_y.sigma is None or (ruled and kernel_y.has_rule) else sigma_of(kernel_y, y, mask)
-    return _gram.value(x, y, mask, sigma_x, sigma_y, encode(question, kernels, backend, ruled))
+    return gram.value(x, y, mask, sigma_x, sigma_y, encode(question, kernels, backend, ruled))
 
 
 def _ruled(question: Question, kernels, rows: Rows, backend: str) -> bool:
@@ -93,7 +93,7 @@ def _fake(x, y, *rest):
     return value, *(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-_gram = operator(
+gram = operator(
     "gram",
     "x y mask? sigma_x? sigma_y?",
     "str problem",

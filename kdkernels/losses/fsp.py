@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Literal
 
 from .._types import RowsOf, Weights
-from ..autograd import product
 from .base import check_pair, constant, mean_of_groups, zero_of
 from .maps import MapLoss, channels_at_positions, check_map, mask_of_positions, pooled, same_channels
+from .product import product
 
 POOLS = ("avg", "max")
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import checks
 from .._types import Backend, Features, Mask, Result, RowsOf
-from ..autograd import at_least_float32, device_type, product
+from ..autograd import at_least_float32, device_type
 from ..backend import resolve
 from ..distributed import GroupLike
 from ..gram import both_ways
@@ -32,6 +32,7 @@ from .cka import check_estimator, cka_of
 from .levels import at, by_key, levels
 from .maps import unit
 from .moments import alignment, factors, pays
+from .product import product
 from .rows import Logits, of_heads, stored
 from .weights import term_weight
 

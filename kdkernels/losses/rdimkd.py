@@ -11,7 +11,7 @@ from torch import nn
 from .. import checks, distributed
 from .._types import Backend, Mask, Result, RowsOf
 from ..accumulator import summed
-from ..autograd import at_least_float32, product
+from ..autograd import at_least_float32
 from ..distributed import GroupLike
 from ..projection import StreamingPCA, autoencoder_basis, random_basis
 from ..projection.checks import check_mask, mask_of_positions
@@ -25,6 +25,7 @@ from .base import (
     full_precision,
     zero_where_masked,
 )
+from .product import product
 
 VARIANTS = ("P", "A", "R")
 NORMALIZERS = ("mean", "variance")

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...backend import matmul_precision
+
 LINEAR, POLYNOMIAL, RBF, LAPLACIAN = (tl.constexpr(k) for k in range(4))
 KINDS = {"linear": LINEAR, "cosine": LINEAR, "polynomial": POLYNOMIAL, "rbf": RBF, "laplacian": LAPLACIAN}
 # in units of |z_i|^2 + |z_j|^2: 16 eps, the rounding of a zero distance
@@ -47,7 +49,7 @@ def map_of(spec, par=None, numbers=()) -> Map:
 
 def precision(*tensors) -> str:
     """float32 products as the user set them for matmul: "ieee" (default) or "tf32"."""
-    if any(t.dtype == torch.float32 for t in tensors) and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if matmul_precision() == "tf32" and any(t.dtype == torch.float32 for t in tensors):
         return "tf32"
     return "ieee"
 

@@ -4,12 +4,14 @@
 import triton
 import triton.language as tl
 
+from ...triton_launch import cdiv
+
 ALIGNED = tl.constexpr(16)
 
 
 def width_of(n: int) -> int:
     """From one row to the next, of what is allocated."""
-    return triton.cdiv(n, ALIGNED.value) * ALIGNED.value
+    return cdiv(n, ALIGNED.value) * ALIGNED.value
 
 
 @triton.jit
