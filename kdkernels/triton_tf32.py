@@ -23,3 +23,32 @@ def to_tf32(x, PRECISION: tl.constexpr):
         return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
     else:
         return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b; under "tf32x3" as `three_products`."""
+    if PRECISION == "tf32x3":
+        return acc + three_products(a, b)
+    else:
+        return tl.dot(to_tf32(a, PRECISION), to_tf32(b, PRECISION), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def three_products(a, b):
+    """a b of float32 factors split at 11 bits, smallest first; to be added up in float32, which rounds to nearest.
+
+    Not as `tl.dot` splits, which costs twice the instructions to keep an infinite sum from becoming NaN: here a factor
+    that is not finite makes its sums NaN.
+    """
+    high_a, high_b = _eleven_bits(a), _eleven_bits(b)
+    part = tl.dot(a - high_a, high_b, input_precision="tf32")
+    part = tl.dot(high_a, b - high_b, part, input_precision="tf32")
+    return tl.dot(high_a, high_b, part, input_precision="tf32")
+
+
+@triton.jit
+def _eleven_bits(x):
+    """As `to_tf32`, but of NaN anything: x minus that is NaN."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return bits.to(tl.float32, bitcast=True)

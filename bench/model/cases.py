@@ -104,13 +104,15 @@ def _project(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 
     def call(_):
         s, t = _draw(*maps, dtype=dtype).requires_grad_(), _draw(*maps, dtype=dtype)
-        kd.projected_mse(s, t, _draw(channels, k, dtype="float32") / channels**0.5, backend="triton")
+        kd.projected_mse(s, t, _draw(channels, k, dtype="float32") / channels**0.5, backend="triton").backward()
 
     terms = 3 if dtype == "float32" else 1  # float32 factors are split in two
-    moved = 2 * rows * channels * _size(dtype) + rows * k * 4
-    return Case(
-        name, "x".join(map(str, shape)), dtype, call, {"project": Work(moved, terms * rows * channels * k, "tf32")}
-    )
+    products, side = terms * rows * channels * k, rows * channels * _size(dtype)
+    kernels = {
+        "project": Work(2 * side + rows * k * 4, products, "tf32"),
+        "spread": Work(side + rows * k * 4, products, "tf32"),
+    }
+    return Case(name, "x".join(map(str, shape)), dtype, call, kernels)
 
 
 def _cka(name: str, shape: tuple[int, ...], dtype: str) -> Case:

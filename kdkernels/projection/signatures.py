@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from ..testing.compiling import compile_case
-from .triton_impl import PROJECT, SPREAD
+from .triton_impl import NARROW_PROJECT, NARROW_SPREAD, PROJECT, SPREAD
 from .triton_kernels import Planes, project, spread
 
 # strides of 1, which a launch turns into constants: positions are neighbours (NCHW), or channels (channels_last)
@@ -20,18 +20,24 @@ def compile_cases():
         def type_of(argument):
             return "float32" if argument.endswith("_ptr") else "i32"
 
-        precision = "tf32x3" if half else "tf32"
         for layout, steps in LAYOUTS.items():
-            side = Planes(dtype, *steps)
+            side, shared = Planes(dtype, *steps), {"EVEN": True, "PRECISION": "tf32x3" if half else "tf32"}
             for limit, *pair in PROJECT:
-                tile = pair[half]
                 yield compile_case(
-                    f"project-{layout}-k{min(limit, tile.directions)}-{dtype}", project, type_of, ("c", "k"),
-                    tile.warps, tile.stages, s=side, t=side, mask_ptr=None, BR=tile.rows, BC=tile.channels,
-                    BK=tile.directions, PRECISION=precision,
+                    f"project-{layout}-k{min(limit, pair[half].directions)}-{dtype}", project, type_of, ("c", "k"),
+                    s=side, t=side, mask_ptr=None, **shared, **_tile(pair[half], NARROW_PROJECT),
                 )  # fmt: skip
-            tile = SPREAD[half]
-            yield compile_case(
-                f"spread-{layout}-{dtype}", spread, type_of, ("c", "k"), tile.warps, tile.stages, ds=side, dt=None,
-                BR=tile.rows, BC=tile.channels, BK=tile.directions, WEIGHTS=False, PRECISION=precision,
-            )  # fmt: skip
+            for limit, *pair in SPREAD:
+                one = limit <= pair[half].directions
+                yield compile_case(
+                    f"spread-{layout}-{'' if one else 'wide-'}{dtype}", spread, type_of, ("c", "k"), ds=side, dt=None,
+                    ONE=one, WEIGHTS=False, **shared, **_tile(pair[half], NARROW_SPREAD),
+                )  # fmt: skip
+
+
+def _tile(tile, narrow: dict) -> dict:
+    odd = tile._replace(**narrow)
+    return {
+        "warps": tile.warps, "stages": tile.stages, "BR": tile.rows, "BC": tile.channels, "BK": tile.directions,
+        "odd": {"EVEN": False, "BR": odd.rows, "BC": odd.channels},
+    }  # fmt: skip

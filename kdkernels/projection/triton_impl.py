@@ -23,15 +23,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (most directions, half inputs, float32 inputs); unmeasured: the largest that spill 64 bytes at most
+# (most directions, half inputs, float32 inputs), by the model of bench/model, [32, 256, 32, 32]
 PROJECT = (
-    (16, Tile(128, 32, 16, 4, 3), Tile(64, 32, 16, 4, 2)),
-    (32, Tile(128, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2)),
-    (64, Tile(128, 32, 64, 8, 3), Tile(64, 16, 64, 4, 2)),
-    (1 << 30, Tile(64, 32, 128, 8, 3), Tile(64, 16, 128, 8, 2)),
+    (16, Tile(64, 32, 16, 2, 3), Tile(64, 16, 16, 2, 3)),
+    (32, Tile(64, 32, 32, 2, 3), Tile(64, 16, 32, 2, 3)),
+    (1 << 30, Tile(64, 32, 64, 2, 3), Tile(64, 16, 64, 2, 3)),
 )
-# the reduction runs over `directions` at a time
-SPREAD = (Tile(64, 64, 32, 4, 2), Tile(64, 64, 16, 8, 2))
+SPREAD = (
+    (64, Tile(64, 64, 64, 2, 2), Tile(64, 32, 64, 2, 2)),
+    (1 << 30, Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 2, 2)),
+)
+# where sizes do not divide by 16: loads are narrow and many, and larger tiles spill
+NARROW_PROJECT, NARROW_SPREAD = {"rows": 32, "channels": 16}, {"rows": 32, "channels": 32}
+PROGRAMS = 512  # enough for each multiprocessor of the largest GPUs to have a few
 
 
 def _half(s, t) -> bool:
@@ -43,8 +47,13 @@ def _precision(half: bool) -> str:
     return "tf32" if half else "tf32x3"
 
 
-def _pick(k: int, half: bool) -> Tile:
-    return next(pair[0 if half else 1] for limit, *pair in PROJECT if k <= limit)
+def _pick(table, narrow: dict, k: int, half: bool, even: bool) -> Tile:
+    tile = next(pair[0 if half else 1] for limit, *pair in table if k <= limit)
+    return tile if even else tile._replace(**narrow)
+
+
+def _even(*sizes: int) -> bool:
+    return all(size % 16 == 0 for size in sizes)
 
 
 def _merge(*sides):
@@ -60,16 +69,17 @@ def forward(s, t, basis, mask, channel_dim: int, reduction: str, keep: bool):
         S, T = planes(s, channel_dim), planes(t, channel_dim)
         (samples, c, per), k = S.shape, basis.shape[1]
         *sides, B, p = _merge(S, T)
-        tile = _pick(k, _half(s, t))
+        even = _even(p, c, k)
+        tile = _pick(PROJECT, NARROW_PROJECT, k, _half(s, t), even)
         blocks = triton.cdiv(k, tile.directions)
         squares = torch.empty((blocks, samples, per), dtype=torch.float32, device=s.device)
         projected = torch.empty(samples * per * k if keep else 0, dtype=torch.float32, device=s.device)
         counted = None if mask is None else mask.contiguous().view(torch.uint8)
         if squares.numel():
-            project[(B * triton.cdiv(p, tile.rows), blocks)](
+            project[(B * triton.cdiv(p, tile.rows) * blocks,)](
                 *sides, basis.float().contiguous(), counted, squares, projected if keep else None, B, p, c, k,
-                BR=tile.rows, BC=tile.channels, BK=tile.directions, PRECISION=_precision(_half(s, t)),
-                num_warps=tile.warps, num_stages=tile.stages,
+                BR=tile.rows, BC=tile.channels, BK=tile.directions, EVEN=even,
+                PRECISION=_precision(_half(s, t)), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         total = squares.sum((0, 2) if reduction == "none" else None, dtype=torch.float64)
         return (total / divisors(mask, S, k, reduction)).to(at_least_float32(s, t)), projected
@@ -98,11 +108,13 @@ def _spread(projected, basis, weight, gradients, channel_dim):
     (_, c, per), k = given[0].shape, basis.shape[1]
     *sides, B, p = _merge(*outs)
     half = all(x.dtype != torch.float32 for x in given)
-    tile = SPREAD[0 if half else 1]
-    spread[(B * triton.cdiv(p, tile.rows), triton.cdiv(c, tile.channels))](
+    even = _even(p, c, k)
+    tile = _pick(SPREAD, NARROW_SPREAD, k, half, even)
+    tiles = B * triton.cdiv(p, tile.rows)
+    spread[(tiles, min(triton.cdiv(c, tile.channels), triton.cdiv(PROGRAMS, tiles)))](
         *sides, projected, basis.float().contiguous(), weight.contiguous(), p, per, c, k,
-        BR=tile.rows, BC=tile.channels, BK=tile.directions, WEIGHTS=weight.dim() == 1, PRECISION=_precision(half),
-        num_warps=tile.warps, num_stages=tile.stages,
+        BR=tile.rows, BC=tile.channels, BK=tile.directions, ONE=k <= tile.directions, WEIGHTS=weight.dim() == 1,
+        EVEN=even, PRECISION=_precision(half), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     for finish in finishes:
         if finish is not None:

@@ -2,7 +2,9 @@
 """Projected MSE on a GPU: s and t are read once in the layout they have, the projection is summed where it is computed.
 
 A program owns BR positions of one sample (of all samples, where strides let them merge) and BK directions. Strides are
-arguments: a stride of 1 is known at compile time, and loads run along it. Sums go to one slot a row: no atomics.
+arguments: a stride of 1 is known at compile time, and loads run along it; EVEN, that 16 divides p, makes them wide. Two
+warps a program: products then are those of registers on every architecture, where a warp takes its factors from shared
+memory as they were copied; those of warpgroups want the basis transposed there. Sums go to one slot a row: no atomics.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_tf32 import to_tf32
+from ..triton_tf32 import product
 
 
 class Planes(NamedTuple):
@@ -38,12 +40,14 @@ def project(
     mask_ptr,  # [B, p] uint8, or None
     squares_ptr,  # [k blocks, B, p] float32: square sums of Q
     q_ptr,  # [B, p, k] float32: Q = (s - t) P, or None
-    B, p, c, k, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    B, p, c, k, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(p, BR)
-    tile = tl.program_id(0) % tiles
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    k_block = tl.program_id(1)
+    if EVEN:
+        p = p // 16 * 16
+    tiles, blocks = tl.cdiv(p, BR), tl.cdiv(k, BK)
+    k_block = tl.program_id(0) % blocks  # of the same rows one after the other: DRAM is read once
+    tile = tl.program_id(0) // blocks % tiles
+    b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
     start = tl.cast(tile, tl.int64) * BR
     inner = tl.arange(0, BR)
     o_r, m_r = _rows(tile * BR, p, BR)
@@ -62,9 +66,9 @@ def project(
         m = counted[:, None] & m_c[None, :]
         b_s = tl.load(at_s, mask=m, other=0).to(tl.float32)
         b_t = tl.load(at_t, mask=m, other=0).to(tl.float32)
-        b_d = to_tf32(b_s - b_t, PRECISION)  # before P is read: the other way round spills on sm_100
+        b_d = b_s - b_t
         P = tl.load(at_basis, mask=m_c[:, None] & m_k[None, :], other=0)
-        acc = tl.dot(b_d, to_tf32(P, PRECISION), acc, input_precision=PRECISION)
+        acc = product(b_d, P, acc, PRECISION)
         at_s += tl.cast(BC * s.step_c, tl.int64)
         at_t += tl.cast(BC * t.step_c, tl.int64)
         at_basis += BC * k
@@ -77,9 +81,8 @@ def project(
 
 
 @triton.jit
-def _write(planes, tile, b, start, m, BR: tl.constexpr, BC: tl.constexpr):
-    at = planes.ptr + b * planes.step_b + start * planes.step_p
-    at += tl.program_id(1).to(tl.int64) * BC * planes.step_c
+def _write(planes, tile, b, start, first, m, BR: tl.constexpr, BC: tl.constexpr):
+    at = planes.ptr + b * planes.step_b + start * planes.step_p + tl.cast(first, tl.int64) * planes.step_c
     at += tl.arange(0, BR)[:, None] * planes.step_p + tl.arange(0, BC)[None, :] * planes.step_c
     tl.store(at, tile.to(planes.ptr.dtype.element_ty), mask=m)
 
@@ -92,35 +95,44 @@ def spread(
     weight_ptr,  # [samples] float32, or one number: 2 grad / norm
     p, per,  # positions of one sample: row r of program row b belongs to sample b + r // per
     c, k,
-    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, ONE: tl.constexpr, WEIGHTS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Each num_programs(1)-th block of channels; Q is read once where BK holds all directions."""
+    if EVEN:
+        p = p // 16 * 16
     tiles = tl.cdiv(p, BR)
     tile = tl.program_id(0) % tiles
     b = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.cast(tile, tl.int64) * BR
     inner = tl.arange(0, BR)
     o_r, m_r = _rows(tile * BR, p, BR)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     o_k = tl.arange(0, BK)
-    m_c = o_c < c
     at_q = q_ptr + (b * p + start) * k + (inner[:, None] * k + o_k[None, :])
-    at_basis = basis_ptr + o_c[None, :] * k + o_k[:, None]
-    acc = tl.zeros([BR, BC], tl.float32)
-    for first in range(0, k, BK):
-        m_k = o_k < k - first
-        P = to_tf32(tl.load(at_basis, mask=m_k[:, None] & m_c[None, :], other=0), PRECISION)
-        Q = to_tf32(tl.load(at_q, mask=m_r[:, None] & m_k[None, :], other=0), PRECISION)
-        acc = tl.dot(Q, P, acc, input_precision=PRECISION)
-        at_q += BK
-        at_basis += BK
     if WEIGHTS:
-        w = tl.load(weight_ptr + b + o_r // per, mask=m_r, other=0)
-        acc *= w[:, None]
+        w = tl.load(weight_ptr + b + o_r // per, mask=m_r, other=0)[:, None]
     else:
-        acc *= tl.load(weight_ptr)
-    m = m_r[:, None] & m_c[None, :]
-    # ds = 2 grad / norm Q P', dt = - ds
-    if ds is not None:
-        _write(ds, acc, b, start, m, BR, BC)
-    if dt is not None:
-        _write(dt, -acc, b, start, m, BR, BC)
+        w = tl.load(weight_ptr)
+    if ONE:
+        Q = tl.load(at_q, mask=m_r[:, None] & (o_k < k)[None, :], other=0)
+    for first in range(tl.program_id(1) * BC, c, tl.num_programs(1) * BC):
+        o_c = first + tl.arange(0, BC)
+        m_c = o_c < c
+        at_basis = basis_ptr + o_c[None, :] * k + o_k[:, None]
+        if ONE:
+            P = tl.load(at_basis, mask=(o_k < k)[:, None] & m_c[None, :], other=0)
+            acc = product(Q, P, tl.zeros([BR, BC], tl.float32), PRECISION)
+        else:
+            acc = tl.zeros([BR, BC], tl.float32)
+            for done in range(0, k, BK):
+                m_k = o_k < k - done
+                P = tl.load(at_basis + done, mask=m_k[:, None] & m_c[None, :], other=0)
+                Q = tl.load(at_q + done, mask=m_r[:, None] & m_k[None, :], other=0)
+                acc = product(Q, P, acc, PRECISION)
+        acc *= w
+        m = m_r[:, None] & m_c[None, :]
+        # ds = 2 grad / norm Q P', dt = - ds
+        if ds is not None:
+            _write(ds, acc, b, start, first, m, BR, BC)
+        if dt is not None:
+            _write(dt, -acc, b, start, first, m, BR, BC)
