@@ -4,6 +4,7 @@
 python -m bench run        time, launches, memory and percent of roof of every case      -> JSON lines
 python -m bench accuracy   error of CKA and of soft ranks against float64                -> JSON lines
 python -m bench model      predicted times of kernels: executed on the CPU, played on a model of a GPU
+python -m bench held       measured times of the same kernels beside the predicted ones
 python -m bench report     Markdown from rows, and plots with the roof drawn in
 python -m bench list       the cases of a device
 """
@@ -22,7 +23,9 @@ FAMILIES = ("gram", "rank", "nystrom", "projection", "logits", "heads", "analysi
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=raw)
-    commands = top.add_subparsers(dest="command", required=True, metavar="run | accuracy | model | report | list")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="run | accuracy | model | held | report | list"
+    )
     run = commands.add_parser("run", help="time the cases", description=_doc("drive"), formatter_class=raw)
     accuracy = commands.add_parser(
         "accuracy", help="error against float64", description=_doc("accuracy"), formatter_class=raw
@@ -57,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--lines", type=int, default=0, metavar="N", help="print the N largest phases of each kernel")
     model.add_argument("--against", metavar="CHECKOUT", help="predict the package of another checkout too")
     model.add_argument("--out", help="append the rows to this file")
+    held = commands.add_parser("held", help="measured beside predicted", formatter_class=raw)
+    held.add_argument("rows", nargs="*", help="files of predicted rows; default bench/results/model-*.jsonl")
+    held.add_argument("--out", help="append the rows to this file")
     report.add_argument("rows", nargs="+", help="files written by run and accuracy")
     report.add_argument("--plots", metavar="DIR", help="also write SVG and PNG plots there (needs matplotlib)")
     return top
@@ -75,6 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
         from .model import rows
 
         return rows.run(options)
+    if options.command == "held":
+        if find_spec("triton") is None or not torch.cuda.is_available():
+            top.error("held: it measures Triton's kernels on a CUDA device, and there is none, or no package triton")
+        from .model import held
+
+        return held.run(options)
     if options.command == "report":
         from . import report
 

@@ -71,10 +71,21 @@ class Case(NamedTuple):
 RCKA = {"unbiased": False, "center": False, "row_normalize": True}
 
 
-def kd_batches(widths, batches=(64, 256, 512), targets=()):
+def kd_batches(widths, batches=(64, 256, 512), targets=(), dtype="float32"):
     """Knowledge-distillation batches: launch-bound on a GPU, dispatch-bound on a CPU."""
+    full = dtype == "float32"
     return [
-        Case(f"cka {kernel} batch {n} width {p}", "cka", n, p, p, kernel, targets=targets, quick=n == 64 and p == 512)
+        Case(
+            f"cka {kernel} batch {n} width {p}" + ("" if full else f" {dtype}"),
+            "cka",
+            n,
+            p,
+            p,
+            kernel,
+            dtype=dtype,
+            targets=targets,
+            quick=full and n == 64 and p == 512,
+        )  # fmt: skip
         for kernel in ("linear", "rbf")
         for p in widths
         for n in batches
@@ -116,19 +127,31 @@ def cpu_cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    kd_targets = (Target("speed", "eager", 5.0), Target("speed", "compiled", 2.0))
+    triton = {"backend": "triton"}
+    kd_targets = (
+        Target("speed", "eager", 5.0),
+        Target("speed", "compiled", 2.0),
+        Target("launches", "launches", 4, **triton),
+    )
     half = {"dtype": "bfloat16"}
+    roofs = Target("roof", "the ceiling", 50.0, "fwd", **triton), Target("roof", "the ceiling", 45.0, **triton)
+    in_space = (Target("roof", "the ceiling", 60.0, "fwd", **triton),)
     large = [
-        Case("cka rbf 16384 bf16", "cka", 16384, 512, 512, "rbf", targets=(Target("memory", "eager", 0.1),), **half),
+        *(
+            Case(name, "cka", 16384, 512, 512, "rbf", targets=(Target("memory", "eager", 0.1), *roofs), **dtype)
+            for name, dtype in (("cka rbf 16384 bf16", half), ("cka rbf 16384", {}))
+        ),
         Case("cka linear long", "cka", 8192, 512, 512),
         Case("cka rbf long", "cka", 8192, 256, 256, "rbf"),
-        Case("cka linear 131072", "cka", 131072, 512, 512),
-        Case("cka linear 131072 bf16", "cka", 131072, 512, 512, **half),
+        Case("cka linear 131072", "cka", 131072, 512, 512, targets=in_space),
+        Case("cka linear 131072 bf16", "cka", 131072, 512, 512, targets=in_space, **half),
         Case("cka rbf 131072 bf16", "cka", 131072, 512, 512, "rbf", **half),
         Case("mmd rbf 8192", "mmd", 8192, 256, 256, "rbf", regime="randn"),
     ]
     series = [Case(f"cka {k} n {n}", "cka", n, 256, 256, k) for k in ("linear", "rbf") for n in (1024, 2048, 4096)]
-    return kd_batches((512, 2048, 50176), targets=kd_targets) + large + shared() + series
+    batches = kd_batches((512, 2048, 50176), targets=kd_targets)
+    batches += kd_batches((512, 50176), (64, 512), kd_targets, **half)
+    return batches + large + shared() + series
 
 
 def cases(device: str) -> list:

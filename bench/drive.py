@@ -259,6 +259,7 @@ def _extras(index, case, contender, inputs, options) -> dict:
         x, y = measure.leaves([inputs])[0]
         return {
             "launches": measure.launches(contender.function, x, y),
+            "launches_forward": measure.launches(contender.function, x, y, forward=True),
             "peak_bytes": measure.cuda_peak(contender.function, x, y),
         }
     peak = None
@@ -266,7 +267,7 @@ def _extras(index, case, contender, inputs, options) -> dict:
     if contender.name != "compiled" and (case.rows >= 2048 or wanted or options.memory):
         threads = torch.get_num_threads()
         peak = memory.cpu_peak(index, options.quick, contender.name, contender.backend, threads, limit=300)
-    return {"launches": None, "peak_bytes": peak}
+    return {"launches": None, "launches_forward": None, "peak_bytes": peak}
 
 
 def _write_times(case, runners, results, extras, ceilings, write, device) -> None:
@@ -322,7 +323,7 @@ def _targets(case, runner, phase, ms, against, extras, ceilings, limit) -> list[
             theirs = extras.get((target.against, None), {}).get("peak_bytes")
             value = own["peak_bytes"] / theirs if own["peak_bytes"] is not None and theirs else None
         elif target.figure == "launches":
-            value = own["launches"]
+            value = own["launches_forward" if phase == "fwd" else "launches"]
         elif target.figure == "bytes":
             value = own["peak_bytes"]
         elif target.figure == "ms":

@@ -8,7 +8,8 @@ test      the tests marked gpu, then the contract of every op on the device
 sanitize  compute-sanitizer memcheck and racecheck over a short contract run of the Gram ops, and over every schedule of
           the ranking kernels
 bench     the benchmark of the Gram and the ranking family, and the report
-losses    the benchmark of Nystrom features, projections, KDA, logits and heads, and the report of all rows so far
+losses    the benchmark of Nystrom features, projections, KDA, logits and heads, the kernels that the model predicts
+          beside its times, and the report of all rows so far
 
 OUT gets at most ten files: <stage>.json (status, commit, machine, steps), gpu.log, bench.jsonl, ranking.jsonl,
 losses.jsonl and report.md. A step that passed is not run again while the sources are the same; --force (FORCE=1) runs
@@ -36,7 +37,7 @@ STAGES = ("build", "test", "sanitize", "bench", "losses")
 # (name of the step and of its rows, families, seconds) of the stages that measure
 MEASURED = {
     "bench": (("bench", ("gram",), 270), ("ranking", ("rank",), 200)),
-    "losses": (("losses", ("nystrom", "projection", "logits", "heads", "losses"), 470),),
+    "losses": (("losses", ("nystrom", "projection", "logits", "heads", "losses"), 420),),
 }
 GRAM = ("cka", "hsic", "mmd", "gram_mse")
 STAGE_SECONDS = 570  # a stage ends inside ten minutes
@@ -90,6 +91,9 @@ def steps(stage: str, out: Path) -> list[Step]:
     own = {name for name, *_ in MEASURED[stage]}
     rows = [out / f"{name}.jsonl" for parts in MEASURED.values() for name, *_ in parts]
     rows = [str(path) for path in rows if path.stem in own or path.exists()]
+    if stage == "losses":  # the calls that the model predicts, among the last rows
+        held = [python, "-m", "bench", "held", "--out", str(out / "losses.jsonl")]
+        runs.append(Step("predicted", held, 60 / STAGE_SECONDS))
     return [*runs, Step("report", [python, "-m", "bench", "report", *rows], 1.0, "report.md")]
 
 

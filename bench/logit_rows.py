@@ -198,4 +198,8 @@ def cuda_cases() -> list[LogitCase]:
         _case("generalized_jsd", 4096, 131072, least=2.0, dtype="bfloat16", beside=1 / 1.3),
         _case("mixup", 256, 3, 224, 224, least=1.0),
     ]
-    return [c._replace(targets=tuple(t._replace(backend="triton") for t in c.targets)) for c in cases]
+    roof = Target("roof", "the ceiling", 80.0), Target("launches", "launches", 1)
+    asked = [
+        c._replace(targets=c.targets + roof) if c.dims == (8192, 1000) and c.kernel == "plain" else c for c in cases
+    ]
+    return [c._replace(targets=tuple(t._replace(backend="triton") for t in c.targets)) for c in asked]

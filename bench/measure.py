@@ -167,14 +167,14 @@ def pair_ratios(against: list[float], ours: list[float]) -> tuple[float, float, 
     return percentiles([a / max(b, 1e-12) for a, b in zip(against, ours, strict=True)])
 
 
-def launches(function, x, y) -> int:
-    """Kernels that one step puts on the device, from the profiler."""
+def launches(function, x, y, forward: bool = False) -> int:
+    """Kernels that one step, or its forward pass alone, puts on the device, from the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     step(function, x, y)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-        step(function, x, y)
+        function(x, y) if forward else step(function, x, y)
         torch.cuda.synchronize()
     on_device = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return sum(not e.name.startswith(("Memcpy", "Memset")) and not e.is_user_annotation for e in on_device)

@@ -197,7 +197,7 @@ def cuda_cases() -> list[NystromCase]:
     return [
         _case(FEATURES, 65536, 512, 512, compiled, roof),
         _case(FEATURES, 65536, 512, 256, compiled),
-        _case(FEATURES, 65536, 512, 512, compiled, dtype="bfloat16"),
+        _case(FEATURES, 65536, 512, 512, compiled, roof, dtype="bfloat16"),
         _case("nystrom_transfer", 8192, 512, 256, Target("speed", "eager", 1.0), quick=True),
         _case("nystrom_transfer", 256, 512, 64, Target("speed", "eager", 1.0)),
         _case("nystrom_cka", 1_000_000, 64, 256, Target("speed", "algebra", 1.0)),

@@ -185,16 +185,17 @@ def cpu_cases() -> list[FeatureCase]:
 
 
 def cuda_cases() -> list[FeatureCase]:
-    speed = (Target("speed", "eager", 3.0),)
+    kda = (Target("speed", "eager", 3.0), Target("launches", "launches", 3, "fwd", "triton"))
+    roof = (Target("roof", "the ceiling", 80.0, backend="triton"),)
+    both, half = ({}, {"dtype": "bfloat16"}), {"dtype": "bfloat16"}
+    maps = [
+        *(_maps((32, 256, 28, 28), 64, 2.0, **dtype, quick=not dtype) for dtype in both),
+        _maps((32, 256, 28, 28), 64, 2.0, "channels_last", **half),
+        *(_maps((128, 512, 28, 28), 128, 2.0, **dtype) for dtype in both),
+    ]
     return [
-        *(
-            _maps((32, 256, 28, 28), 64, 2.0, dtype=dtype, quick=dtype == "float32")
-            for dtype in ("float32", "bfloat16")
-        ),
-        _maps((32, 256, 28, 28), 64, 2.0, "channels_last", dtype="bfloat16"),
-        _maps((128, 512, 28, 28), 128, 2.0, dtype="bfloat16"),
-        _maps((64, 197, 768), 64, 1.0, "tokens", dtype="bfloat16"),
-        _landmarks(256, 100, 512, 512, speed, quick=True),
-        _landmarks(1024, 1000, 2048, 2048, speed),
-        _landmarks(1024, 1000, 2048, 2048, (), dtype="bfloat16"),
+        *(case._replace(targets=case.targets + roof) for case in maps),
+        _maps((64, 197, 768), 64, 1.0, "tokens", **half),
+        _landmarks(256, 100, 512, 512, kda, quick=True),
+        *(_landmarks(1024, 1000, 2048, 2048, kda, **dtype) for dtype in both),
     ]

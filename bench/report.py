@@ -70,6 +70,7 @@ def markdown(rows: list[dict]) -> str:
             _rank_accuracy(group),
             _roofs(group),
             _predicted(group),
+            _held(group),
         ]
     return "\n\n".join(part for part in parts if part)
 
@@ -293,6 +294,18 @@ def _predicted(rows) -> str:
     ]
     caption = "Predicted, **not measured**, a launch: by a model (version {version}) of {modelled}"
     return _table(head, body, caption.format_map(defaultdict(str, rows[0])))
+
+
+def _held(rows) -> str:
+    body = []
+    for row in rows:
+        if row["kind"] == "held":
+            predicted, seen = row["predicted_us"], row["measured_us"]
+            times = ["" if t is None else f"{t:.1f}" for t in (predicted, seen)]
+            ratio = f"{seen / predicted:.2f} x" if predicted and seen else ""
+            body.append([f"{row['case']} {row['shape']} {row['dtype']}", row["kernel"], *times, ratio])
+    head = ["case", "kernel", "predicted us", "measured us", "measured / predicted"]
+    return _table(head, body, "The model of an H200 held against this GPU, a launch")
 
 
 def _roofs(rows) -> str:

@@ -110,6 +110,9 @@ def test_every_family_is_measured_within_the_time_of_its_stage_and_reported(tmp_
     for name in ("bench", "losses"):
         *runs, report = gpu.steps(name, tmp_path)
         options = [parser().parse_args(step.command[3:]) for step in runs]
+        if name == "losses":
+            *options, held = options
+            assert (held.command, held.out) == ("held", options[-1].out)
         families += [family for run in options for family in run.family]
         assert sum(run.seconds for run in options) < gpu.STAGE_SECONDS - 60
         assert sum(step.share for step in runs) < 1
@@ -119,6 +122,41 @@ def test_every_family_is_measured_within_the_time_of_its_stage_and_reported(tmp_
     assert sorted(families) == sorted({case.family for case in cases.cases("cuda")})
     # the last report is one of all rows there are
     assert {path.name for path in tmp_path.iterdir()} == {word.rpartition("/")[2] for word in report.command[4:]}
+
+
+def test_predicted_kernels_are_held_against_those_that_ran(monkeypatch, tmp_path, capsys):
+    """The path of a GPU, with a profiler of its own in the place of the device."""
+    from types import SimpleNamespace
+
+    from bench import machine, measure, report
+    from bench.model import cases, held
+
+    ran = []
+    works = cases.Case("kl", "2x8", "float32", ran.append, {"loss_rows": cases.Work(1)})
+    lacks = works._replace(name="none", call=lambda _: (_ for _ in ()).throw(RuntimeError("no library")))
+    times = iter([3.0, 5.0, 4.0] * held.REPS)
+    shared = {
+        **dict.fromkeys(report.HEADING | {"driver", "clocks", "cuda"}),
+        "run": "now",
+        "commit": "c",
+        "gpu": "mock",
+    }
+    monkeypatch.setattr(machine, "provenance", lambda device: shared)
+    monkeypatch.setattr(measure, "flush_buffer", lambda: None)
+    monkeypatch.setattr(held, "cases", lambda: [works, lacks, works._replace(backend="nvcc")])
+    monkeypatch.setattr(held, "DEVICE", "cpu")
+    monkeypatch.setattr(held, "launched", lambda case, flush: [("void kdk::loss_rows<float>(float*)", next(times))])
+    rows = tmp_path / "model-rows.jsonl"
+    key = {"case": "kl", "shape": "2x8", "dtype": "float32"}
+    rows.write_text(
+        "".join(json.dumps({**key, "kernel": k, "microseconds": 8.0}) + "\n" for k in ("loss_rows", "gone"))
+    )
+    out = tmp_path / "held.jsonl"
+    assert held.run(SimpleNamespace(rows=[rows], out=out)) == 1  # one of the calls did not run
+    said = capsys.readouterr()
+    assert "0.50 x" in said.out and "none 2x8 float32: not measured: no library" in said.err and ran == [None]
+    text = report.markdown(report.load([out]))
+    assert "| kl 2x8 float32 | loss_rows | 8.0 | 4.0 | 0.50 x |" in text and "| gone | 8.0 |  |  |" in text
 
 
 def test_changed_sources_are_another_run(monkeypatch, tmp_path):

@@ -75,7 +75,8 @@ def plausible_memory():
 
 
 def _draw(*shape: int, dtype: str) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(getattr(torch, dtype))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), device="cpu")
+    return drawn.to(torch.get_default_device(), getattr(torch, dtype))
 
 
 def _size(dtype: str) -> int:
