@@ -63,7 +63,7 @@ def compiled_for(case, architecture: int):
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constants, attrs=case.attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -38,7 +38,7 @@ def test_planted_faults_are_seen_and_products_are_right(architecture, multiplies
     assert len(products) == 6 and set(products.values()) == {f"{multiplies} nothing"}
 
 
-@pytest.mark.parametrize("op, architecture", [("distillation_kl", 80), ("projected_mse", 90)])
+@pytest.mark.parametrize("op, architecture", [("generalized_jsd", 80), ("projected_mse", 90)])
 def test_a_barrier_or_wait_that_is_taken_out_is_seen(op, architecture, python):
     done = python("tests/machine/mutate.py", op, "--architectures", str(architecture))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -48,6 +48,22 @@ def test_the_extreme_of_a_sum_may_end_at_zero():
     assert np.array_equal(got[:, 1].numpy(), np.maximum(least, 0))
 
 
+def test_the_extreme_of_pairs_takes_the_halves_that_are_named_and_leaves_nan_out():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(32, 8, generator=generator).bfloat16()
+    pairs[torch.rand(32, 8, generator=generator) < 0.2] = torch.nan
+    got = of_each_lane(
+        "HMNMX2.BF16_V2 R8, R4, -R5, PT; VHMNMX.BF16_V2 R9, R4.H0_H0, R5.H1_H1, R6, !PT", pairs.view(torch.int32)
+    )
+    low, high = pairs.view(32, 4, 2).unbind(-1)
+    least = torch.fmin(pairs[:, :2], -pairs[:, 2:4])
+    most = torch.stack([torch.fmax(torch.fmax(low[:, 0], high[:, 1]), part[:, 2]) for part in (low, high)], 1)
+    assert least.isnan().any() and not most.isnan().all()
+    for column, want in enumerate((least, most)):
+        found = got[:, column].contiguous().view(torch.bfloat16).view(32, 2)
+        assert torch.equal(found.nan_to_num(7), want.nan_to_num(7))
+
+
 def test_a_double_becomes_a_half_in_one_rounding():
     halves = np.random.default_rng(0).standard_normal(32).astype(np.float16)
     middles = (halves.astype(np.float64) + np.nextafter(halves, np.float16(9)).astype(np.float64)) / 2

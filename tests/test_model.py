@@ -306,7 +306,7 @@ def test_an_opcode_without_a_cost_is_named():
 @pytest.mark.parametrize(
     "path, functions",
     [
-        ("kdkernels/logits/triton_kernels.py", {"loss_rows", "load_row"}),
+        ("kdkernels/logits/triton_kl.py", {"kl_rows", "whole_rows", "terms"}),
         ("csrc/rank/isotonic.cuh", {"solve", "merge"}),
         ("csrc/rank/soft_rank.cuh", {"rank_rows_kernel", "emit_ranks"}),
     ],
@@ -352,15 +352,15 @@ def test_a_row_says_what_it_is_and_repeats(python, tmp_path):
     head = f"MODEL {multiprocessor.VERSION}, not measured: H200, 132 multiprocessors at 1.75 GHz, code for sm_80, 20"
     assert done.stdout.startswith(head)
     assert done.stdout.count("now 1.00 x its time, 1.00 x its instructions") == 2
-    assert "    loss_rows " in done.stdout
+    assert "    kl_rows > whole_rows " in done.stdout
     row, again, *_ = map(json.loads, out.read_text().splitlines())
     assert (row["kind"], row["version"]) == ("model", multiprocessor.VERSION)
-    assert (row["kernel"], row["blocks"], row["launches"]) == ("loss_rows", 63, 1)
+    assert (row["kernel"], row["blocks"], row["launches"]) == ("kl_rows", 63, 1)
     assert row["cycles"] == again["cycles"] and row["triton"] and row["run"]
-    assert row["memory_floor"] == pytest.approx(2 * 8192 * 1000 * 2 / 4.3e12 * 1e6)
+    assert row["memory_floor"] == pytest.approx(3 * 8192 * 1000 * 2 / 4.3e12 * 1e6)
     assert row["microseconds"] > row["memory_floor"] and 0 < row["issue_rate"] <= 4
     assert sum(row["idle"].values()) + row["issue_rate"] / 4 == pytest.approx(1, abs=1e-3)
     report = markdown([row, again])
     assert f"**not measured**, a launch: by a model (version {row['version']}) of H200, 132 multiproc" in report
-    assert report.count("| kl 8192x1000 bfloat16 | loss_rows (sm_80) | ") == 2
-    assert row["dram_bytes"] * 132 == pytest.approx(2 * 8192 * 1000 * 2, rel=0.02)  # it reads each byte once
+    assert report.count("| kl 8192x1000 bfloat16 | kl_rows (sm_80) | ") == 2
+    assert row["dram_bytes"] * 132 == pytest.approx(3 * 8192 * 1000 * 2, rel=0.02)  # each byte is read or written once

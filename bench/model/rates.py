@@ -39,7 +39,7 @@ COSTS = (
     # 16 lanes [guide: 64]
     Cost("IADD3 LEA SHF SEL ISETP IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX IABS PRMT", "alu", 2),
     Cost("SGXT BMSK LOP3 PLOP3 MOV P2R R2P", "alu", 2),
-    Cost("FSETP FSEL FMNMX FCHK F2FP I2FP VOTE CS2R", "alu", 2),
+    Cost("FSETP FSEL FMNMX HMNMX2 VHMNMX FCHK F2FP I2FP VOTE CS2R", "alu", 2),
     Cost("DADD DMUL DFMA DSETP", "fp64", 2, 16),  # [sheet: 64; latency: none]
     # 4 lanes [guide: 16 conversions; guide?: 16 functions]; latency [none], between what papers say of its functions
     Cost("MUFU F2I I2F F2F FRND FLO POPC BREV", "xu", 8, 22),

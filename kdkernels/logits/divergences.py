@@ -83,4 +83,4 @@ divergence = operator(
     backward=_backward,
     fake=_fake,
     tangent=of_rows(STUDENT.bit_length() - 1, TEACHER.bit_length() - 1),
-).value
+)

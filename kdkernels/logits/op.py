@@ -15,7 +15,7 @@ from .. import backend as backends
 from .. import checks
 from .._types import Backend, Number, ReductionOrNone
 from ..autograd import at_least_float32, device_type, in_pytorch
-from . import divergences, lerp, linear_operator, operator, reference
+from . import lerp, linear_operator, once, operator, reference
 from .call import DIVERGENCES, Extras, Measure, Problem, measure_of  # noqa: F401
 from .checks import (
     check_fraction,
@@ -146,6 +146,8 @@ def distillation_kl(
 def divergence(student, teacher, tau: float, reduction: str, backend: str, weight=None):
     """`distillation_kl` of checked arguments, times a weight (a tensor of one number, a constant)."""
     chosen = backends.resolve("distillation_kl", backend, device_type(student), (student.dtype, teacher.dtype))
+    if chosen != "reference" and once.has_forward_kl(chosen):
+        return once.forward_kl(student, teacher, tau, reduction, chosen, weight)
     if chosen != "reference":
         return operator.divergence(student, teacher, tau, reduction, chosen, weight)
     value = in_pytorch(_reference_kl, (student, teacher), tau, reduction)
@@ -214,7 +216,7 @@ def any_divergence(
     if heads:
         student, teacher = (s.logits() if isinstance(s, LinearLogits) else s for s in (student, teacher))
     if chosen != "reference":
-        return divergences.divergence(student, teacher, taus, weights, *how, factor, reduction, chosen)
+        return once.divergence(student, teacher, taus, weights, how, factor, reduction, chosen)
     return in_pytorch(_reference_divergence, (student, teacher, taus, weights), how, factor, reduction)
 
 

@@ -38,6 +38,7 @@ def small_chunks(backend: str):
         from . import triton_impl  # here, as importing it needs triton
 
         places.append((triton_impl, "ROWS", ((1 << 31, triton_impl.Config(16, 1)),)))
+        places.append((triton_impl, "KL", ((1 << 31, triton_impl.Pieces(2, 16, 0, 1)),)))
     return instead(*places)
 
 

@@ -3,7 +3,7 @@
 
 `divergence_rows`: one program a row, both rows read twice, the second time from cache, seven numbers kept.
 `divergence_gradient_rows`: one program a block of a row, each logit read once and each gradient written once. All
-arithmetic in float32; the roof is memory. Formulas: MATH.md, section 8.
+arithmetic in float32; the roof is memory. The forward divergence is in `triton_kl.py`. Formulas: MATH.md, section 8.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .triton_kernels import NEGATIVE, difference, finite_maximum, load_row
 
-MIXTURE, FORWARD, REVERSE, VARIATION = (tl.constexpr(k) for k in range(4))
+MIXTURE, REVERSE, VARIATION = (tl.constexpr(k) for k in range(3))
 NEAR = tl.constexpr(0.25)  # of |w|
 TINY = tl.constexpr(1.1754944e-38)
 
@@ -36,9 +36,6 @@ def class_of(b_p, b_q, b_w, b, u, v, log_b, log_c, FORM: tl.constexpr):
     if FORM == VARIATION:
         b_slope = tl.where(b_w == 0, 0.0, tl.where(b_w < 0, -0.5 * b_p, 0.5 * b_p))
         return 0.5 * tl.abs(b_apart), b_apart, b_slope
-    elif FORM == FORWARD:
-        b_term, _ = difference(b_p, b_q, b_w)
-        return b_term, b_apart, b_apart
     elif FORM == REVERSE:
         b_term, _ = difference(b_q, b_p, -b_w)
         return b_term, b_apart, tl.where(b_p == 0, 0.0, b_p * b_w)

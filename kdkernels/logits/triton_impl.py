@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .call import KEPT, STUDENT, TEACHER, Extras, Measure, Problem, rows_of
-from .triton_divergence import FORWARD, MIXTURE, REVERSE, VARIATION, divergence_gradient_rows, divergence_rows
+from .call import KEPT, Extras, Measure, Problem, rows_of
+from .triton_divergence import MIXTURE, REVERSE, VARIATION, divergence_gradient_rows, divergence_rows
 from .triton_kernels import gradient_rows, loss_rows, mix_rows
+from .triton_kl import kl_again, kl_rows
 
 
 class Config(NamedTuple):
@@ -29,8 +30,27 @@ ROWS = (
 MIX = Config(1024, 4)
 
 
-def row_config(C: int) -> Config:
-    return next(config for limit, config in ROWS if C <= limit)
+class Pieces(NamedTuple):
+    """Of rows in `kl_rows`."""
+
+    rows: int  # of a program
+    columns: int  # of a piece
+    held: int  # pieces of a row in registers, all that it has; 0: they are read again
+    warps: int
+    registers: int | None = None  # of a thread, at most: with 128, 16 warps are on a multiprocessor
+
+
+# by the model of an H200. one warp has a row, 32 logits of each side a lane, as long as it can: no barrier
+KL = (
+    *((columns, Pieces(512 // columns, columns, 1, 1)) for columns in (16, 64, 128, 256)),
+    (512, Pieces(1, 256, 2, 1)),
+    *((1024 * warps, Pieces(1, 256 * warps, 4, warps, 128)) for warps in (1, 2, 4, 8)),
+    (1 << 31, Pieces(1, 1024, 0, 4)),
+)
+
+
+def row_config(C: int, table=None):
+    return next(config for limit, config in table or ROWS if C <= limit)
 
 
 def _dense(t):
@@ -40,7 +60,7 @@ def _dense(t):
 def _constants(problem: Problem, extras: Extras) -> dict:
     return {
         "SOFT": problem.soft,
-        "HARD": problem.mixed and problem.hard,
+        "HARD": problem.hard,
         "LABELLED": problem.labelled,
         "PLAIN": problem.plain_target,
         "CLEAN": problem.cleaned(),
@@ -59,7 +79,8 @@ def _arguments(student, teacher, problem: Problem, extras: Extras):
     fill = lambda t: student if t is None else t  # noqa: E731
     pointers = (fill(extras.labels), fill(extras.permuted), fill(lam), fill(clean), fill(extras.permutation))
     strides = (
-        *_strides(student, teacher),
+        student.stride(0),
+        teacher.stride(0),
         0 if clean is None else clean.stride(0),
         lam.stride(0) if lam is not None and lam.dim() else 0,
     )
@@ -69,16 +90,15 @@ def _arguments(student, teacher, problem: Problem, extras: Extras):
 
 def forward(student, teacher, problem: Problem, extras: Extras, need: int):
     student, teacher, extras = _dense(student), _dense(teacher), extras._replace(clean=_dense(extras.clean))
-    R, T, C = rows_of(student), *student.shape[-2:]
+    R, C = student.shape
     value = student.new_empty(R, dtype=torch.float32)
     statistics = student.new_empty((problem.statistics, R) if need else (0,), dtype=torch.float32)
     pointers, strides, numbers = _arguments(student, teacher, problem, extras)
     config = row_config(C)
     with torch.cuda.device_of(student):  # a launch goes to the current device, wherever its tensors are
         loss_rows[(R,)](
-            student, teacher, *pointers, value, statistics, R, T, C, *strides, *numbers,
-            BLOCK=config.block, MIXED=problem.mixed, KEEP=need > 0, num_warps=config.warps,
-            **_constants(problem, extras),
+            student, teacher, *pointers, value, statistics, R, C, *strides, *numbers,
+            BLOCK=config.block, KEEP=need > 0, num_warps=config.warps, **_constants(problem, extras),
         )  # fmt: skip
     return value, statistics
 
@@ -86,25 +106,23 @@ def forward(student, teacher, problem: Problem, extras: Extras, need: int):
 def backward(grad, factor: float, student, teacher, statistics, problem: Problem, extras: Extras, need: int):
     """A row with grad 0 gets exactly 0, as in `torch_impl.backward`."""
     student, teacher, extras = _dense(student), _dense(teacher), extras._replace(clean=_dense(extras.clean))
-    R, T, C = rows_of(student), *student.shape[-2:]
-    d_student = student.new_empty((R, C) if need & STUDENT else (0,))
-    d_teacher = teacher.new_empty((R, C)) if need & TEACHER else student.new_empty(0)
+    R, C = student.shape
+    out = student.new_empty((R, C))
     pointers, strides, numbers = _arguments(student, teacher, problem, extras)
     config = row_config(C)
     with torch.cuda.device_of(student):
         gradient_rows[(R * triton.cdiv(C, config.block),)](
-            grad, student, teacher, *pointers, statistics, d_student, d_teacher, R, T, C, grad.stride(0), *strides,
-            factor, *numbers, BLOCK=config.block, STUDENT=need & STUDENT > 0, TEACHER=need & TEACHER > 0,
-            num_warps=config.warps, **_constants(problem, extras),
+            grad, student, teacher, *pointers, statistics, out, R, C, grad.stride(0), *strides, factor, *numbers,
+            BLOCK=config.block, num_warps=config.warps, **_constants(problem, extras),
         )  # fmt: skip
-    return d_student, d_teacher
+    return out, student.new_empty(0)
 
 
 def _form(how: Measure) -> int:
     """Which code of `class_of` runs."""
     if how.variation:
         return VARIATION.value
-    return {0: FORWARD.value, 1: REVERSE.value}.get(how.b, MIXTURE.value)
+    return REVERSE.value if how.b == 1 else MIXTURE.value
 
 
 def _numbers(how: Measure):
@@ -112,8 +130,77 @@ def _numbers(how: Measure):
     return (*how[1:], math.log(b), math.log1p(-b))
 
 
+def _kl_arguments(student, teacher, taus, weights, tau: float, factor: float):
+    """(tensors, numbers, constants) of both kernels; sizes and strides are so many times UNIT, which divides all."""
+    R, T, C = rows_of(student), *student.shape[-2:]
+    sizes = (C, *_strides(student, teacher))
+    unit = math.gcd(8, *sizes)
+    C, s_b, t_b, s_r, t_r = (size // unit for size in sizes)
+    if student.dim() == 2:
+        s_b = t_b = None
+    of_rows = (0 if t is None else t.stride(0) for t in (taus, weights))
+    numbers = (*of_rows, tau if taus is None else 1.0, factor)
+    config = row_config(C * unit, KL)
+    constants = {"ROWS": config.rows, "CHUNK": config.columns, "CHUNKS": config.held, "UNIT": unit}
+    launch = (triton.cdiv(R, config.rows),), constants | {"num_warps": config.warps, "maxnreg": config.registers}
+    return (R, T, C, s_b, t_b, s_r, t_r), numbers, launch
+
+
+def _kl(student, teacher, taus, weights, tau: float, factor: float, keep: bool, made: bool):
+    """Values [R]; statistics and the gradient of their sum, or None."""
+    R, C = rows_of(student), student.shape[-1]
+    value = student.new_empty(R, dtype=torch.float32)
+    statistics = student.new_empty((KEPT, R), dtype=torch.float32) if keep else None
+    gradient = student.new_empty((R, C)) if made else None
+    sizes, numbers, (grid, constants) = _kl_arguments(student, teacher, taus, weights, tau, factor)
+    with torch.cuda.device_of(student):
+        kl_rows[grid](student, teacher, taus, weights, value, statistics, gradient, *sizes, *numbers, **constants)
+    return value, statistics, gradient
+
+
+def _kl_gradient(grad, student, teacher, taus, weights, tau: float, factor: float, made=None):
+    """The gradient of sum_r grad_r factor weights_r KL_r, in the place of that for grad 1, if there is one."""
+    gradient = student.new_empty((rows_of(student), student.shape[-1])) if made is None else made
+    sizes, numbers, (grid, constants) = _kl_arguments(student, teacher, taus, weights, tau, factor)
+    stride = grad.stride(0) if grad.dim() else 0
+    with torch.cuda.device_of(student):
+        kl_again[grid](
+            grad,
+            student,
+            teacher,
+            taus,
+            weights,
+            gradient,
+            *sizes,
+            stride,
+            *numbers,
+            MADE=made is not None,
+            **constants,
+        )
+    return gradient
+
+
+def makes_gradient(how: Measure) -> bool:
+    """Whether there is `sum_and_gradient` of this divergence: of the forward one, which has kernels of its own."""
+    return how.b == 0 and not how.variation
+
+
+def sum_and_gradient(student, teacher, taus, weights, how: Measure, factor: float):
+    """The sum of the divergences times factor and weights, and its gradient."""
+    value, _, gradient = _kl(_dense(student), _dense(teacher), taus, weights, how.tau, factor, False, True)
+    return value.sum(), gradient
+
+
+def gradient_again(grad, student, teacher, taus, weights, how: Measure, factor: float, made):
+    """The gradient for an upstream of one number; made: that of `sum_and_gradient`, which is overwritten, or None."""
+    return _kl_gradient(grad, _dense(student), _dense(teacher), taus, weights, how.tau, factor, made)
+
+
 def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need: bool, made: bool):
     """As `torch_impl.divergence`."""
+    if makes_gradient(how):
+        found = _kl(_dense(student), _dense(teacher), *rows_of_each, how.tau, factor, need, made)
+        return tuple(student.new_empty(0) if t is None else t for t in found)
     student, teacher, (taus, weights) = _dense(student), _dense(teacher), rows_of_each
     R, T, C = rows_of(student), *student.shape[-2:]
     value = student.new_empty(R, dtype=torch.float32)
@@ -135,6 +222,8 @@ def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need
 def divergence_gradient(grad, student, teacher, taus, statistics, how: Measure):
     """As `torch_impl.divergence_gradient`."""
     student, teacher = _dense(student), _dense(teacher)
+    if makes_gradient(how):
+        return _kl_gradient(grad, student, teacher, taus, None, how.tau, 1.0)
     R, T, C = rows_of(student), *student.shape[-2:]
     out, config = student.new_empty((R, C)), row_config(C)
     with torch.cuda.device_of(student):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three row kernels: the loss with what its gradient needs, the gradient, and the mixing of rows.
+"""Three row kernels: the mixed loss with what its gradient needs, the gradient, and the mixing of rows.
 
 `loss_rows`: one program a row, each logit read once (twice where the target is a mixture), running maxima, so any C.
 `gradient_rows`: one program a block of a row, probabilities from the saved maxima and logs, each logit read once and
@@ -78,21 +78,21 @@ def difference(b_p, b_q, b_w):
     return tl.where(near, b_series * b_w * b_w * b_q, b_p - b_q - b_q * b_w), b_q * b_w
 
 
-@triton.jit(do_not_specialize=["R", "T"])
+@triton.jit(do_not_specialize=["R"])
 def loss_rows(
-    s_ptr, t_ptr,  # [R / T, T, C], any float dtype, dense rows
+    s_ptr, t_ptr,  # [R, C], any float dtype, dense rows
     labels_ptr, permuted_ptr,  # [R] int64
     lam_ptr,  # [R] float, any stride
     clean_ptr,  # [R, C]
     order_ptr,  # [R] int64
     value_ptr,  # [R] float32
-    stat_ptr,  # [5, 6 or 10, R] float32: the rows of call.py
-    R, T, C, s_b, t_b, s_r, t_r, clean_r, lam_r, tau, inverse_tau, alpha, k1, k2, k3, number,
-    BLOCK: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, MIXED: tl.constexpr, LABELLED: tl.constexpr,
-    PLAIN: tl.constexpr, CLEAN: tl.constexpr, HAS_LAM: tl.constexpr, KEEP: tl.constexpr,
+    stat_ptr,  # [6 or 10, R] float32: the rows of call.py
+    R, C, s_r, t_r, clean_r, lam_r, tau, inverse_tau, alpha, k1, k2, k3, number,
+    BLOCK: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, LABELLED: tl.constexpr, PLAIN: tl.constexpr,
+    CLEAN: tl.constexpr, HAS_LAM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
-    s_row, t_row = s_ptr + r // T * s_b + r % T * s_r, t_ptr + r // T * t_b + r % T * t_r
+    s_row, t_row = s_ptr + r * s_r, t_ptr + r * t_r
     m_s = C * 0.0 + NEGATIVE
     m_t = m_s
     sum_s = C * 0.0
@@ -179,8 +179,7 @@ def loss_rows(
         tl.store(stat + 2 * step, m_t)
         tl.store(stat + 3 * step, l_t)
         tl.store(stat + 4 * step, divergence)
-        if MIXED:
-            tl.store(stat + 5 * step, l_1)
+        tl.store(stat + 5 * step, l_1)
         if CLEAN:
             tl.store(stat + 6 * step, m_a)
             tl.store(stat + 7 * step, l_a)
@@ -188,15 +187,15 @@ def loss_rows(
             tl.store(stat + 9 * step, l_b)
 
 
-@triton.jit(do_not_specialize=["R", "T"])
+@triton.jit(do_not_specialize=["R"])
 def gradient_rows(
     grad_ptr,  # [R] float32, any stride
     s_ptr, t_ptr, labels_ptr, permuted_ptr, lam_ptr, clean_ptr, order_ptr,
     stat_ptr,  # as `loss_rows` left them
-    ds_ptr, dt_ptr,  # [R, C] in the dtype of their side
-    R, T, C, grad_r, s_b, t_b, s_r, t_r, clean_r, lam_r, factor, tau, inverse_tau, alpha, k1, k2, k3, number,
+    out_ptr,  # [R, C] in the dtype of the student
+    R, C, grad_r, s_r, t_r, clean_r, lam_r, factor, tau, inverse_tau, alpha, k1, k2, k3, number,
     BLOCK: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, LABELLED: tl.constexpr, PLAIN: tl.constexpr,
-    CLEAN: tl.constexpr, HAS_LAM: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    CLEAN: tl.constexpr, HAS_LAM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(C, BLOCK)
     r = (tl.program_id(0) // blocks).to(tl.int64)
@@ -206,7 +205,7 @@ def gradient_rows(
     g = tl.load(grad_ptr + r * grad_r).to(tl.float32) * factor
     stat, step = stat_ptr + r, tl.cast(R, tl.int64)
     m_s, l_s = tl.load(stat), tl.load(stat + step)
-    b_z = load_row(s_ptr + r // T * s_b + r % T * s_r, start, C, BLOCK) - m_s
+    b_z = load_row(s_ptr + r * s_r, start, C, BLOCK) - m_s
     lam = g * 0
     first, second = r * 0, r * 0
     if LABELLED:
@@ -217,14 +216,9 @@ def gradient_rows(
     b_d = b_z * 0
     if SOFT:
         m_t, l_t = tl.load(stat + 2 * step), tl.load(stat + 3 * step)
-        b_log_q = (load_row(t_ptr + r // T * t_b + r % T * t_r, start, C, BLOCK) - m_t) * inverse_tau - l_t
+        b_log_q = (load_row(t_ptr + r * t_r, start, C, BLOCK) - m_t) * inverse_tau - l_t
         b_log_p = b_z * inverse_tau - l_s
         b_q = tl.exp(b_log_q)
-        if TEACHER:
-            divergence = tl.load(stat + 4 * step) * inverse_tau * inverse_tau
-            # tau g q_c (log q_c - log p_c - KL)
-            b_t = tl.where(b_q == 0, 0.0, b_q * (b_log_q - b_log_p - divergence)) * (tau * g)
-            tl.store(dt_ptr + r * C + o_c, tl.where(g == 0, 0.0, b_t), mask=m_c)
         if not PLAIN:
             a_row, b_row = clean_ptr, clean_ptr
             m_a, l_a, m_b, l_b = g, g, g, g
@@ -238,15 +232,14 @@ def gradient_rows(
                 BLOCK, CLEAN,
             )  # fmt: skip
         b_d = (tl.exp(b_log_p) - b_q) * (alpha * tau)
-    if STUDENT:
-        if HARD:
-            l_1 = tl.load(stat + 5 * step)
-            b_hard = lam * (o_c == first).to(tl.float32) + (1 - lam) * (o_c == second).to(tl.float32)
-            b_d += (tl.exp(b_z - l_1) - b_hard) * (1 - alpha)
-        if LABELLED:
-            b_d += 0 * lam
-        # g [alpha tau (p_c - q_c) + (1 - alpha) (p_c^1 - y_c)]
-        tl.store(ds_ptr + r * C + o_c, tl.where(g == 0, 0.0, b_d * g), mask=m_c)
+    if HARD:
+        l_1 = tl.load(stat + 5 * step)
+        b_hard = lam * (o_c == first).to(tl.float32) + (1 - lam) * (o_c == second).to(tl.float32)
+        b_d += (tl.exp(b_z - l_1) - b_hard) * (1 - alpha)
+    if LABELLED:
+        b_d += 0 * lam
+    # g [alpha tau (p_c - q_c) + (1 - alpha) (p_c^1 - y_c)]
+    tl.store(out_ptr + r * C + o_c, tl.where(g == 0, 0.0, b_d * g), mask=m_c)
 
 
 @triton.jit

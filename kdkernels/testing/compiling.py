@@ -23,6 +23,7 @@ class CompileCase(NamedTuple):
     stages: int
     tensor_cores: bool  # half-precision products: on sm_90 they must become wgmma
     architectures: tuple[int, ...]  # compute capabilities this configuration is chosen on
+    registers: int | None = None  # at most so many a thread, as the launch asks
 
     def unaligned(self) -> CompileCase:
         """The same for sizes and strides that do not divide by 16."""
@@ -39,6 +40,7 @@ def compile_case(
     tensor_cores: bool = False,
     architectures: tuple[int, ...] = ALL,
     odd: dict | None = None,
+    registers: int | None = None,
     **given,
 ) -> CompileCase:
     """type_of(argument) is a dtype's name for a pointer, else a Triton type; pointers and `aligned` divide by 16.
@@ -74,5 +76,5 @@ def compile_case(
     odd = {(kernel.arg_names.index(argument),): value for argument, value in (odd or {}).items()}
     name += "" if architectures == ALL else f"-sm{architectures[0]}"
     return CompileCase(
-        name, kernel, types, attributes, always, constants, odd, warps, stages, tensor_cores, architectures
+        name, kernel, types, attributes, always, constants, odd, warps, stages, tensor_cores, architectures, registers
     )

@@ -27,7 +27,7 @@ SPECIAL = ("SR_TID.X", "SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z", "SR_LANEID", "S
 PARTS = {"H0": 1, "H0_H0": 1, "H1": 2, "H1_H1": 2, "B0": 4, "B1": 5, "B2": 6, "B3": 7}
 JUMPS = ("BRA", "BRX", "CALL", "BSSY", "RET")  # their last number is an address in the function, or a distance
 NO_SCOREBOARD = 7
-PACKED = ("HADD2", "HMUL2", "HFMA2")  # pairs of halves
+PACKED = ("HADD2", "HMUL2", "HFMA2", "HMNMX2", "VHMNMX")  # pairs of halves
 
 
 class Operand(NamedTuple):

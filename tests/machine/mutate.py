@@ -27,7 +27,7 @@ import kdkernels as kd
 def calls() -> dict:
     """Forward and backward of an op, at a size whose tiles are not full."""
     torch.manual_seed(0)
-    s, t = torch.randn(2, 1000, requires_grad=True), torch.randn(2, 1000)
+    s, t = torch.randn(2, 1500, requires_grad=True), torch.randn(2, 1500)
     x, y = torch.randn(70, 96, requires_grad=True), torch.randn(70, 64)
     half, other = x.detach().bfloat16().requires_grad_(), y.bfloat16()
     # a block for each row, and a warp, of values with ties
@@ -36,6 +36,7 @@ def calls() -> dict:
     z.requires_grad_()
     return {
         "distillation_kl": lambda: both(kd.distillation_kl(s, t, backend="triton"), s),
+        "generalized_jsd": lambda: both(kd.generalized_jsd(s, t, backend="triton"), s),
         "cka": lambda: both(kd.cka(half, other, backend="triton"), half),
         "projected_mse": lambda: both(kd.projected_mse(z, w, basis, backend="triton"), z),
         "soft_rank": lambda: both(kd.soft_rank(wide, "kl", 0.1, backend="cuda"), wide),

@@ -105,6 +105,21 @@ void packed(Lane& x, F exact) {  // exact(half): a double that holds the unround
   x.set(0, out);
 }
 
+double extreme_of(bool least, double a, double b) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
+  return (a == b ? std::signbit(a) == least : (a < b) == least) ? a : b;
+}
+
+// of two pairs, or of three
+void packed_extreme(Lane& x) {
+  const int last = x.count() - 1;
+  packed(x, [&](auto operand) {
+    double out = operand(1);
+    for (int k = 2; k < last; ++k) out = extreme_of(x.p(last), out, operand(k));
+    return out;
+  });
+}
+
 }  // namespace
 
 void add_floats(Table& table) {
@@ -158,6 +173,7 @@ void add_floats(Table& table) {
   table.lanes("HFMA2", "MMA BF16_V2 BF16", [](Lane& x) {
     packed(x, [](auto operand) { return std::fma(operand(1), operand(2), operand(3)); });
   });
+  table.lanes("HMNMX2 VHMNMX", "BF16_V2", packed_extreme);
 }
 
 }  // namespace machine
