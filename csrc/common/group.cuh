@@ -10,6 +10,12 @@ namespace kdkernels {
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kScratchBytes = 32 * 24;  // of a group of more than one warp: one item of up to 24 bytes for each warp
 
+// what the lane `step` away has, of what a lane holds in one register or two; others have their own
+template <class V>
+__device__ __forceinline__ V from_partner(V value, int step) {
+  return __shfl_xor_sync(kAllLanes, value, step);
+}
+
 template <int T>
 struct Group {
   static constexpr int kWarps = T / 32;
@@ -33,7 +39,12 @@ struct Group {
   template <class V, class Merge>
   __device__ V reduce(V value, Merge merge) const {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) value = merge(value, __shfl_xor_sync(kAllLanes, value, step));
+    for (int step = 16; step > 0; step /= 2) value = merge(value, from_partner(value, step));
+    return of_warps(value, merge);
+  }
+  // the same of what is the same in all lanes of a warp
+  template <class V, class Merge>
+  __device__ V of_warps(V value, Merge merge) const {
     if constexpr (T > 32) {
       V* part = reinterpret_cast<V*>(scratch);
       if (lane() == 0) part[warp()] = value;
@@ -48,8 +59,12 @@ struct Group {
   __device__ V sum(V value) const {
     return reduce(value, [](V a, V b) { return a + b; });
   }
+  __device__ int sum(int value) const {
+    const int all = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(value)));
+    return of_warps(all, [](int a, int b) { return a + b; });
+  }
   __device__ bool any(bool value) const {
-    return reduce(static_cast<int>(value), [](int a, int b) { return a | b; }) != 0;
+    return of_warps(__any_sync(kAllLanes, value), [](int a, int b) { return a | b; }) != 0;
   }
 
   // what the threads before this one make together, `none` for the first. State: static from_lane(state, delta)

@@ -14,6 +14,10 @@ __host__ __device__ __forceinline__ constexpr int padded(int p) { return p + (p 
 struct Range {
   int a, b;
 };
+// the place of the last bit that is set, 32 if none is: sooner than by __ffs, which turns the word around first
+__device__ __forceinline__ int lowest_bit(unsigned word) { return __popc(~word & (word - 1)); }
+
+using Place = unsigned short;  // a position of a short row
 
 // the least b with 2^b >= count
 __host__ __device__ constexpr int bits_of(int count) { return count > 1 ? 1 + bits_of((count + 1) / 2) : 0; }
@@ -24,17 +28,22 @@ struct Blocks {
   int* before;       // start of the block that holds the leaf's first position
   int* after;        // end of the block that holds its last one
   Range* merged;     // [leaves / 2], what a level of merges found
+  Place* list;       // lists.cuh, over `merged`: first positions of blocks, [m + 1], then their counts
   int shift;         // log2 of the positions of a leaf
 
   __device__ __forceinline__ bool starts_at(int p) const {
     return starts[p >> shift] >> (p & ((1 << shift) - 1)) & 1u;
   }
+  // kTogether: what is seldom needed is loaded with the rest, not after it
+  template <bool kTogether = false>
   __device__ __forceinline__ Range find(int p) const {
     const int leaf = p >> shift, first = leaf << shift;
+    int outer_a = 0, outer_b = 0;
+    if constexpr (kTogether) outer_a = before[leaf], outer_b = after[leaf];
     const unsigned word = starts[leaf], upto = (2u << (p - first)) - 1;  // 2u << 31 is 0
     const unsigned low = word & upto, high = word & ~upto;
-    return {low ? first + 31 - __clz(static_cast<int>(low)) : before[leaf],
-            high ? first + __ffs(static_cast<int>(high)) - 1 : after[leaf]};
+    return {low ? first + 31 - __clz(static_cast<int>(low)) : kTogether ? outer_a : before[leaf],
+            high ? first + lowest_bit(high) : kTogether ? outer_b : after[leaf]};
   }
 };
 
@@ -44,14 +53,13 @@ struct Team {
 
   // as many as `pairs`, one or more, leave for each of a power of two of threads
   __device__ static Team of(int threads, int pairs) {
-    const int shift = max(0, min(5, __clz(pairs - 1) - 1 - __clz(threads)));
-    return {1 << shift, shift, Group<32>::lane() & ((1 << shift) - 1)};
+    return of(max(0, min(5, __clz(pairs - 1) - 1 - __clz(threads))));
   }
+  __device__ static Team of(int shift) { return {1 << shift, shift, Group<32>::lane() & ((1 << shift) - 1)}; }
   __device__ __forceinline__ int first() const { return Group<32>::lane() - lane; }
   // lanes of the team before the first that says no
   __device__ __forceinline__ int joined(bool yes) const {
-    const unsigned no = ~__ballot_sync(kAllLanes, yes) >> first();
-    return no ? min(__ffs(static_cast<int>(no)) - 1, size) : size;
+    return min(lowest_bit(~__ballot_sync(kAllLanes, yes) >> first()), size);
   }
   // what lane `which` of the team holds; anything for one that does not exist
   __device__ __forceinline__ int from(int value, int which) const {

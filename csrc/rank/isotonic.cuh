@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "../common/numbers.cuh"
-#include "blocks.cuh"
+#include "lists.cuh"
 #include "scans.cuh"
 #include "sorted_keys.cuh"
 #include "whole.cuh"
@@ -107,23 +107,6 @@ struct Isotonic {
     }
   }
 
-  template <int T>
-  __device__ void exponential_sums(int first, int last, const Group<T>& group) {
-    Exponential own = Exponential::none();
-#pragma unroll 1
-    for (int p = first; p < last; ++p) {
-      const double rise = p > 0 ? apart(p - 1, p) : 0.0;
-      own = {own.rise + rise, own.sum * exp(-rise) + 1.0};
-    }
-    double total = group.before(own, Exponential::none()).sum;
-#pragma unroll 1
-    for (int p = first; p < last; ++p) {
-      if (p > 0) total *= exp(-apart(p - 1, p));
-      total += 1.0;
-      sum[padded(p + 1)] = total;
-    }
-  }
-
   // a power of two with which m sums of up to `most` stay under 2^61, and each of them under 2^51
   __device__ __forceinline__ double unit_of(double most) const {
     return power_of_two(60 - exponent_of(most * max(m, 1024)));
@@ -184,7 +167,7 @@ struct Isotonic {
   __device__ void sums(const Group<T>& group) {
     const int chunk = (m + T - 1) / T, first = min(m, group.rank() * chunk), last = min(m, first + chunk);
     if (kl) {
-      exponential_sums(first, last, group);
+      exponential_sums(group, *this, first, last);
     } else if constexpr (kNoDouble) {
       whole_sums(group, *this, first, last);
     } else {
@@ -199,6 +182,8 @@ struct Isotonic {
     const double* staged;  // kStaged: its sums
     unsigned rest = 0;
     int top = 0, end = 1;  // of the last block
+
+    __device__ unsigned starts() const { return rest | 1u << top; }
   };
 
   // positions enter one by one and the last two blocks pool while they must; one loop, so that lanes stay together
@@ -243,7 +228,7 @@ struct Isotonic {
   // the same by runs, and free of branches
   __device__ __forceinline__ void solve_linear(Leaf& leaf) const {
     unsigned pending = runs_of(leaf) & ~1u;  // runs that have not entered
-    auto first_of = [&](unsigned runs) { return runs ? __ffs(static_cast<int>(runs)) - 1 : leaf.size; };
+    auto first_of = [&](unsigned runs) { return runs ? lowest_bit(runs) : leaf.size; };
     unsigned rest = 0;
     int top = 0, end = first_of(pending);
     Prefix middle = prefix(leaf, 0), high = prefix(leaf, end);
@@ -269,14 +254,18 @@ struct Isotonic {
     leaf.top = top;
   }
 
-  __device__ __forceinline__ void solve_leaf(int index, const double* staged = nullptr) const {
-    Leaf leaf{index << blocks.shift, min(m - (index << blocks.shift), 1 << blocks.shift), staged};
+  __device__ __forceinline__ Leaf solved_leaf(int index, int shift, const double* staged = nullptr) const {
+    Leaf leaf{index << shift, min(m - (index << shift), 1 << shift), staged};
     if (kl) {
       solve_exponential(leaf);
     } else {
       solve_linear(leaf);
     }
-    blocks.starts[index] = leaf.rest | 1u << leaf.top;
+    return leaf;
+  }
+  __device__ __forceinline__ void solve_leaf(int index, const double* staged = nullptr) const {
+    const Leaf leaf = solved_leaf(index, blocks.shift, staged);
+    blocks.starts[index] = leaf.starts();
     blocks.before[index] = leaf.first;
     blocks.after[index] = leaf.first + leaf.size;
   }
@@ -337,7 +326,7 @@ struct Isotonic {
         int away = share > 0 ? share * team.lane + share / 2 : team.lane;
         if (reach >= 0) away = (1 << min(reach + team.lane, 29)) - 1;
         away = min(away, high - low - 1);
-        tried = blocks.find(right ? low + away : high - 1 - away);
+        tried = blocks.find<kStaged || kShort>(right ? low + away : high - 1 - away);
         pooled = pools(right ? block.a : tried.a, right ? tried.a : tried.b, right ? tried.b : block.b);
       }
       const int joined = team.joined(pooled);  // of the lanes' candidates
@@ -364,6 +353,10 @@ struct Isotonic {
     } else {
       sums(group);
       group.sync();
+      if constexpr (kShort && T > 32) {
+        solve_in_lists(group, *this);
+        return;
+      }
       for (int leaf = group.rank(); leaf < leaves; leaf += T) solve_leaf(leaf);
       group.sync();
     }

@@ -20,11 +20,11 @@ struct Rows {
   template <class Value>
   __device__ __forceinline__ Value entry(int64_t row, int i) const {
     const Value v = at<Value>(row, i);
-    const double least = dtype == kHalf       ? least_of(__half())
-                         : dtype == kBfloat16 ? least_of(__nv_bfloat16())
-                         : dtype == kFloat    ? least_of(0.0f)
-                                              : least_of(0.0);
-    return v == static_cast<Value>(least) ? -static_cast<Value>(INFINITY) : v;
+    const Value least = dtype == kHalf       ? static_cast<Value>(least_of(__half()))
+                        : dtype == kBfloat16 ? static_cast<Value>(least_of(__nv_bfloat16()))
+                        : dtype == kFloat    ? static_cast<Value>(least_of(0.0f))
+                                             : static_cast<Value>(least_of(0.0));
+    return v == least ? -static_cast<Value>(INFINITY) : v;
   }
 };
 
@@ -47,14 +47,14 @@ struct Layout {
 __host__ __device__ inline int leaves_of(int n, int shift) { return (n + (1 << shift) - 1) >> shift; }
 
 template <class Value>
-__host__ __device__ inline Layout layout_of(int n, int shift, bool sum_here, int keys_here) {
+__host__ __device__ inline Layout layout_of(int n, int shift, bool sum_here, int keys_here, bool lists = false) {
   const size_t leaves = leaves_of(n, shift);
   Layout at;
   at.sum = 0;
   at.key = at.sum + (sum_here ? 8 * static_cast<size_t>(padded(n) + 1) : 0);
   const size_t keys = sizeof(Value) * (static_cast<size_t>(key_place(keys_here)) + 1);
   at.merged = at.key + (keys_here > 0 ? (keys + 7) / 8 * 8 : 0);
-  at.before = at.merged + 8 * ((leaves + 1) / 2);
+  at.before = at.merged + (lists ? 4 * ((n + 2 * leaves) / 2 + 1) : 8 * ((leaves + 1) / 2));
   at.after = at.before + 4 * leaves;
   at.starts = at.after + 4 * leaves;
   at.total = (at.starts + 4 * leaves + 15) / 16 * 16;
@@ -63,7 +63,8 @@ __host__ __device__ inline Layout layout_of(int n, int shift, bool sum_here, int
 
 __device__ inline Blocks blocks_at(unsigned char* base, const Layout& at, int shift) {
   return {reinterpret_cast<unsigned*>(base + at.starts), reinterpret_cast<int*>(base + at.before),
-          reinterpret_cast<int*>(base + at.after), reinterpret_cast<Range*>(base + at.merged), shift};
+          reinterpret_cast<int*>(base + at.after), reinterpret_cast<Range*>(base + at.merged),
+          reinterpret_cast<Place*>(base + at.merged), shift};
 }
 
 // what is known of a row beside its keys
@@ -178,13 +179,14 @@ __device__ __forceinline__ void each_key(const Group<T>& group, const Rows& x, c
 // of the m elements of a row, of what each(visit) visits in all threads
 template <int T, class Each>
 __device__ Moments moments_of(const Group<T>& group, int m, Each each) {
-  double total = 0.0, squares = 0.0;
+  Moments own{0.0, 0.0};
   each([&](double d) {
-    total += d;
-    squares = fma(d, d, squares);
+    own.mean += d;
+    own.square = fma(d, d, own.square);
   });
+  own = group.reduce(own, [](const Moments& a, const Moments& b) { return a.plus(b); });
   const double part = 1.0 / m;
-  return {group.sum(total) * part, group.sum(squares) * part};
+  return {own.mean * part, own.square * part};
 }
 
 // squares of doubles neither overflow nor vanish in the units of their range

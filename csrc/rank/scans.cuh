@@ -2,7 +2,7 @@
 // What scans of a sorted row carry from thread to thread (Group::before), joined from left to right.
 #pragma once
 
-#include "../common/group.cuh"
+#include "blocks.cuh"
 
 namespace kdkernels {
 
@@ -28,6 +28,23 @@ struct Exponential {  // of exp(s - the last s)
     return {rise + next.rise, sum * exp(-next.rise) + next.sum};
   }
 };
+// kl: of a fit's row, those of this thread [first, last), each relative to its last element
+template <class Fit, int T>
+__device__ void exponential_sums(const Group<T>& group, const Fit& fit, int first, int last) {
+  Exponential own = Exponential::none();
+#pragma unroll 1
+  for (int p = first; p < last; ++p) {
+    const double rise = p > 0 ? fit.apart(p - 1, p) : 0.0;
+    own = {own.rise + rise, own.sum * exp(-rise) + 1.0};
+  }
+  double total = group.before(own, Exponential::none()).sum;
+#pragma unroll 1
+  for (int p = first; p < last; ++p) {
+    if (p > 0) total *= exp(-fit.apart(p - 1, p));
+    total += 1.0;
+    fit.sum[padded(p + 1)] = total;
+  }
+}
 struct Segment {  // of the block that holds the last position
   double sum;
   int started;  // whether it starts within

@@ -17,7 +17,8 @@ using RowFit = Fit<Value, true, false, kIsShort<Value, T, kItems>>;
 // a short row has keys up to the end of what it may hold, those of no element as if absent
 template <class Value, int T, int kItems>
 __host__ __device__ inline Layout row_layout(int n, int shift) {
-  return layout_of<Value>(n, shift, true, kIsShort<Value, T, kItems> ? T * kItems : n);
+  constexpr bool kShort = kIsShort<Value, T, kItems>;
+  return layout_of<Value>(n, shift, true, kShort ? T * kItems : n, kShort && T > 32);
 }
 
 // keys of the elements of row `row` from `first` on into registers, in any order; n: the end of the row

@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "../common/pairs.cuh"
 #include "rank_gradient.cuh"
 #include "soft_rank.cuh"
 
@@ -134,6 +135,45 @@ __global__ void __launch_bounds__(T == 32 ? 128 : T, 3) spearman_rows_kernel(Spe
   }
 }
 
+// what every element of a pair of rows needs of their correlation; in pairs of floats where float64 is slow, unless one
+// is so large or small that these overflow or lose digits
+template <class Value>
+struct Slopes {
+  static constexpr bool kPairs = kSlowDouble && sizeof(Value) == 4;
+  using Factor = std::conditional_t<kPairs, Pair, double>;
+  Correlation of;
+  Factor mixed, of_r, of_t;
+  bool paired;
+
+  __device__ static Slopes from(const Correlation& c) {
+    if constexpr (kPairs) {
+      const double most = fmax(c.mixed, fmax(fabs(c.of_r), fabs(c.of_t)));
+      return {c, pair_of(c.mixed), pair_of(c.of_r), pair_of(c.of_t), most < 0x1p60 && c.mixed > 0x1p-60};
+    } else {
+      return {c, c.mixed, c.of_r, c.of_t, false};
+    }
+  }
+  // d rho / dr of an element, d rho / dt where not `of_x`
+  __device__ __forceinline__ Value along(Value other, Value own, bool of_x) const {
+    if constexpr (kPairs) {
+      if (paired) {
+        const Pair q = product_of(own, of_x ? of_r : of_t);
+        return rounded_sum(product_of(other, mixed), {-q.high, -q.low});
+      }
+    }
+    return static_cast<Value>(of.mixed * other - (of_x ? of.of_r : of.of_t) * own);
+  }
+};
+
+// sums of squares and products, joined by warps
+struct Products {
+  double rr, tt, rt;
+  __device__ __forceinline__ Products plus(const Products& o) const { return {rr + o.rr, tt + o.tt, rt + o.rt}; }
+};
+__device__ __forceinline__ Products from_partner(const Products& p, int step) {
+  return {from_partner(p.rr, step), from_partner(p.tt, step), from_partner(p.rt, step)};
+}
+
 struct TailCall {
   void* r;            // Value [R, n], ranks of x where y is there less mu, 0 elsewhere; mu is put back
   void* t;
@@ -159,22 +199,33 @@ __global__ void __launch_bounds__(T, 1) spearman_tail_kernel(TailCall call) {
     int count = 0;
     for (int i = group.rank(); i < call.n; i += T) count += there(i);
     const double mu = 0.5 * (group.sum(count) + 1);
-    double rr = 0.0, tt = 0.0, rt = 0.0;
+    Products own{0.0, 0.0, 0.0};
     for (int i = group.rank(); i < call.n; i += T) {
       const double a = r[i], b = t[i];
-      rr += a * a;
-      tt += b * b;
-      rt += a * b;
+      own = own.plus({a * a, b * b, a * b});
     }
-    const Correlation c = correlate(group.sum(rr), group.sum(tt), group.sum(rt));
-    const bool poisoned = call.eps[row] != call.eps[row];
-    if (group.rank() == 0) static_cast<Value*>(call.value)[row] = static_cast<Value>(poisoned ? NAN : c.rho);
+    // one thread joins the warps' sums and divides: the others would take as long
+    own = Group<32>{nullptr}.reduce(own, [](const Products& a, const Products& b) { return a.plus(b); });
+    auto* const part = reinterpret_cast<Products*>(group.scratch);
+    auto* const shared = reinterpret_cast<Slopes<Value>*>(part + Group<T>::kWarps);
+    static_assert(Group<T>::kWarps * sizeof(Products) + sizeof(Slopes<Value>) <= kScratchBytes);
+    if (group.lane() == 0) part[group.warp()] = own;
+    group.sync();
+    if (group.rank() == 0) {
+      for (int w = 1; w < Group<T>::kWarps; ++w) own = own.plus(part[w]);
+      const Slopes<Value> made = Slopes<Value>::from(correlate(own.rr, own.tt, own.rt));
+      *shared = made;
+      const bool poisoned = call.eps[row] != call.eps[row];
+      static_cast<Value*>(call.value)[row] = static_cast<Value>(poisoned ? NAN : made.of.rho);
+    }
+    group.sync();
+    const Slopes<Value> slopes = *shared;
     for (int i = group.rank(); i < call.n; i += T) {
-      const double a = r[i], b = t[i];
-      r[i] = static_cast<Value>(a + mu);
-      t[i] = static_cast<Value>(b + mu);
-      if (call.u) static_cast<Value*>(call.u)[row * call.n + i] = static_cast<Value>(c.mixed * b - c.of_r * a);
-      if (call.v) static_cast<Value*>(call.v)[row * call.n + i] = static_cast<Value>(c.mixed * a - c.of_t * b);
+      const Value a = r[i], b = t[i];
+      r[i] = a + static_cast<Value>(mu);
+      t[i] = b + static_cast<Value>(mu);
+      if (call.u) static_cast<Value*>(call.u)[row * call.n + i] = slopes.along(b, a, true);
+      if (call.v) static_cast<Value*>(call.v)[row * call.n + i] = slopes.along(a, b, false);
     }
   }
 }

@@ -31,7 +31,11 @@ constexpr double kSmallestSpread = 0x1p-1022;  // 1 / eps stays finite, as in st
 // of the elements of a row
 struct Moments {
   double mean, square;
+  __device__ __forceinline__ Moments plus(const Moments& o) const { return {mean + o.mean, square + o.square}; }
 };
+__device__ __forceinline__ Moments from_partner(const Moments& d, int step) {
+  return {from_partner(d.mean, step), from_partner(d.square, step)};
+}
 // sqrt(12) std / m, from the moments of what is `scale` times as far from any pivot
 __device__ __forceinline__ double spread_from(const Moments& d, int m, double scale) {
   return fmax(sqrt(12.0 * fmax(d.square - d.mean * d.mean, 0.0)) / (m * scale), kSmallestSpread);

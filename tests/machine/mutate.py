@@ -10,7 +10,8 @@ them (`core/memory.h`), so what the missing one ordered is ordered by others. Th
 memory, as Triton puts them; at the end of a reduction, where another comes before its memory is used again; and at the
 end of a block's last row. So is it of a wait: its copies and products are waited for again before they are touched.
 Where lanes of one warp meet (WARPSYNC) it is none, as lanes have an order here that a GPU need not keep: such a line
-ends in `harmless here`. In the ranking kernels they all stand before a barrier of the block.
+ends in `harmless here`. In the ranking kernels they stand before a barrier of the block or, of rows and of merges that
+a warp does alone, before its lanes read what others of them wrote.
 """
 
 import argparse
