@@ -5,7 +5,7 @@
 #   ARGS=...       passed on: make demo ARGS="--epochs 5", make test ARGS="-k cka -x"
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-quick fuzz machine lint resolve bench gpu clean
+.PHONY: help demo demo-embeddings docs test test-quick fuzz machine lint resolve bench gpu clean
 
 export PYTHON KDK_BUILD
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -22,6 +22,7 @@ PYTEST = $(ENV) && jobs="$$("$$python" -c 'import xdist' 2>/dev/null && echo "-n
 
 help:
 	@echo "make demo         train a student on real digits through these losses; prints a table, saves a plot"
+	@echo "make demo-embeddings   a sentence-embedding model in 8 or 16 numbers a sentence, without labels; six minutes"
 	@echo "make test         the whole test suite      make test-quick   the faster part of it"
 	@echo "make docs         the site, into $(OUT)/docs, without network; a warning is an error"
 	@echo "make fuzz         ops against formulas of the fuzzer's own, two minutes: ARGS=\"--seconds 3600\""
@@ -33,6 +34,9 @@ help:
 
 demo:
 	@$(ENV) && exec "$$python" examples/distill.py $(ARGS)
+
+demo-embeddings:
+	@$(ENV) && exec "$$python" examples/distill_embeddings.py $(ARGS)
 
 test:
 	@$(PYTEST) $(ARGS)

