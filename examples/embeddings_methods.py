@@ -97,13 +97,13 @@ class Method(NamedTuple):
     baseline: bool = False
 
 
-RATES = (0.005, 0.01, 0.02)
+RATES = (0.005, 0.01, 0.02, 0.04)
 # Adam sees no factor of a loss that stands alone but for its epsilon, which gradients are to be far above: so what is
 # tuned is the rate
 METHODS = {
-    "projection-mse": Method("projection + MSE", projected(squared), 0.02, baseline=True),
+    "projection-mse": Method("projection + MSE", projected(squared), 0.04, baseline=True),
     "projection-cosine": Method("projection + cosine", projected(cosine), 0.01, baseline=True),
-    "pca": Method("MSE to the teacher's PCA", Principal, 0.01, baseline=True),
+    "pca": Method("MSE to the teacher's PCA", Principal, 0.02, baseline=True),
     "kl-05": Method("KL of similarities, tau 0.05", lambda w, t: neighbours(0.05, 400.0), 0.01),
     "kl-10": Method("KL of similarities, tau 0.1", lambda w, t: neighbours(0.1, 100.0), 0.01),
     "cmkd": Method("CMKD of similarities", of_ranks(0.5), 0.01),
@@ -114,8 +114,8 @@ METHODS = {
     "cka-linear": Method("CKA, linear", lambda w, t: losses.CKALoss(), 0.01),
     "cka-rbf": Method("CKA of unit rows, rbf", on_unit("CKALoss", kernel="rbf"), 0.01),
     "cc": Method("CC", lambda w, t: losses.CCLoss("taylor", gamma=0.4, order=2, weight=1000.0), 0.01),
-    "rkd": Method("RKD distance, unit rows", on_unit("RKDDistanceLoss", weight=25.0), 0.01),
-    "gram": Method("MSE of cosines", on_unit("GramMSELoss", weight=100.0), 0.01),
+    "rkd": Method("RKD distance, unit rows", on_unit("RKDDistanceLoss", weight=25.0), 0.04),
+    "gram": Method("MSE of cosines", on_unit("GramMSELoss", weight=100.0), 0.02),
     "cosine-kl": Method(
         "projection + cosine + 0.3 KL",
         lambda w, t: Both(Projected((w, t.shape[1]), cosine), neighbours(0.1, 100.0), 0.3),

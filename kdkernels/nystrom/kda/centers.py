@@ -49,6 +49,8 @@ class ClassCenters(Accumulator):
     teacher_dim: int
     momentum: float | None
     ignore_index: int
+    student_centers: torch.Tensor
+    teacher_centers: torch.Tensor
 
     def __init__(
         self,
