@@ -139,13 +139,17 @@ def test_an_odd_last_batch_specialises_no_kernel_more_than_twice(loss, monkeypat
 
     from kdkernels import backend
 
+    class Elsewhere(Driver):
+        def get_current_device(self):
+            return -2  # where no other test has compiled anything
+
     seen = {}
 
     def compiled(self, key, *_):
         seen.setdefault(self.__name__, set()).add(key)
 
     monkeypatch.setattr(jit.JITFunction, "_do_compile", compiled)
-    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(driver, "_active", Elsewhere())
     monkeypatch.setattr(backend, "_triton_obstacle", lambda *_: None)
     for n in (256, 255, 240, 137, 130):
         x, y = torch.randn(n, 512, requires_grad=True), torch.randn(n, 512)

@@ -141,6 +141,20 @@ def test_classes_that_a_side_excludes_leave_value_and_gradients_finite(name, bac
     assert all(g.isfinite().all() for g in torch.autograd.grad(rows.sum(), pair))
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["forward", "reverse"])
+def test_a_side_that_excludes_what_the_other_has_makes_infinity_of_a_finite_gradient(name, dtype, backend):
+    pair = [side.detach().to(dtype) for side in sides(4, 9)]
+    less = name == "reverse"  # the side beside the one whose probabilities weigh
+    pair[less][:, 2] = -math.inf
+    pair[less].requires_grad_()
+    rows = of_rows(*pair, name, backend, 2.0)
+    assert rows.isinf().all()
+    p, q = ((side.detach() / 2).softmax(-1) for side in (pair[less], pair[not less]))
+    torch.testing.assert_close(torch.autograd.grad(rows.sum(), pair[less])[0], 2 * (p - q), rtol=2e-5, atol=1e-6)
+
+
 # ---- the gradient of a sum is made in the forward pass
 
 

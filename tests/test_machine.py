@@ -38,7 +38,7 @@ def test_planted_faults_are_seen_and_products_are_right(architecture, multiplies
     assert len(products) == 6 and set(products.values()) == {f"{multiplies} nothing"}
 
 
-@pytest.mark.parametrize("op, architecture", [("generalized_jsd", 80), ("projected_mse", 90)])
+@pytest.mark.parametrize("op, architecture", [("generalized_jsd", 80), ("projected_mse", 80), ("cka", 90)])
 def test_a_barrier_or_wait_that_is_taken_out_is_seen(op, architecture, python):
     done = python("tests/machine/mutate.py", op, "--architectures", str(architecture))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -46,6 +46,8 @@ def test_a_barrier_or_wait_that_is_taken_out_is_seen(op, architecture, python):
     assert len(seen) > 5 and set(seen.values()) <= {"reported", "wrong result", "harmless", "harmless here"}
     barriers = [outcome for line, outcome in seen.items() if " BAR." in line]
     assert barriers.count("reported") > 3 * barriers.count("harmless")
-    waits = {line: outcome for line, outcome in seen.items() if "DEPBAR" in line}
-    if op == "projected_mse":
-        assert any("WARPGROUP" in line for line in waits) and "harmless" not in waits.values()
+    waits = [(line, outcome) for line, outcome in seen.items() if "DEPBAR" in line]
+    assert op != "projected_mse" or [outcome for _, outcome in waits].count("harmless") <= 1 < len(waits)
+    if op == "cka":
+        products = [outcome for line, outcome in waits if "WARPGROUP" in line]
+        assert products.count("wrong result") > products.count("harmless")

@@ -144,12 +144,13 @@ KDK_INLINE void row_of(const Call& c, int64_t r, Scratch& s, const Forward& to) 
   const Sums sums = sums_of<W, form>(c, r, pass, s, to.gradient ? s.slopes.data() : nullptr);
   // normalisers are rounded, which moves w alike for all classes: by sum_c (p - q), which is 0
   const double off = std::abs(sums.apart) < 1e-3 && std::isfinite(sums.slope) ? sums.apart : 0;
-  const double value = sums.term - off * sums.slope + off * off / 2 * c.of.curvature;
+  const double value = sums.term - (off == 0 ? 0 : off * sums.slope) + off * off / 2 * c.of.curvature;
   const float mean = static_cast<float>(value == value ? sums.slope : value);
   to.value[r] = weight == 0 ? 0.f : static_cast<float>(value * tau * tau) * weight;
   if (to.statistics) {
-    const float kept[kStatistics] = {z.top, pass.of_p, y.top, pass.of_q, pass.ratio, mean,
-                                     static_cast<float>(value - sums.slope)};
+    // infinite both: KL(p || q), whose teacher's slopes are q - p
+    const double others = std::isinf(value) && value == sums.slope ? 0 : value - sums.slope;
+    const float kept[kStatistics] = {z.top, pass.of_p, y.top, pass.of_q, pass.ratio, mean, static_cast<float>(others)};
     for (int k = 0; k < kStatistics; ++k) to.statistics[k * c.R + r] = kept[k];
   }
   if (!to.gradient) return;

@@ -87,6 +87,11 @@ class Measure(NamedTuple):
         return self.u == self.v == 0
 
     @property
+    def forward(self) -> bool:
+        """Whether this is u KL(q || p)."""
+        return self.b == 0 and not self.variation
+
+    @property
     def tilt(self) -> float:
         return self.u * (1 - self.b) - self.v * self.b
 

@@ -254,7 +254,7 @@ def _classes_of(how: Measure, p, q, w):
     apart = (q * w.clamp(-NEAR, NEAR).expm1_()).mul_(near).add_((p - q).mul_(~near))
     if how.variation:
         return apart.abs() / 2, apart, p * w.sign() / 2
-    if how.b == 0:
+    if how.forward:
         return how.u * _excess(p, q, w)[0], apart, how.u * apart
     if how.b == 1:
         return how.v * _excess(q, p, -w)[0], apart, how.v * torch.where(p == 0, 0, p * w)
@@ -329,7 +329,9 @@ def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need
         counts = torch.ones_like(value, dtype=torch.bool) if weights is None else weight != 0
         values[rows] = torch.where(counts, value * tau**2 * weight, 0)[:, 0]
         if need:
-            statistics[:, rows] = torch.cat([top_z, 1 / sum_z, top_y, 1 / sum_y, ratio, mean, value - mean], -1).mT
+            # infinite both: KL(p || q), whose teacher's slopes are q - p
+            others = torch.where(value.isinf() & (value == mean), 0, value - mean)
+            statistics[:, rows] = torch.cat([top_z, 1 / sum_z, top_y, 1 / sum_y, ratio, mean, others], -1).mT
         if made:
             found = slope.sub_(mean * p).mul_(weight * tau)
             gradient[rows] = torch.where(counts, found, 0).to(student.dtype)

@@ -142,7 +142,8 @@ def _kl_arguments(student, teacher, taus, weights, tau: float, factor: float):
     numbers = (*of_rows, tau if taus is None else 1.0, factor)
     config = row_config(C * unit, KL)
     constants = {"ROWS": config.rows, "CHUNK": config.columns, "CHUNKS": config.held, "UNIT": unit}
-    launch = (triton.cdiv(R, config.rows),), constants | {"num_warps": config.warps, "maxnreg": config.registers}
+    most = config.registers if unit > 1 else None  # narrow loads are many, and would spill
+    launch = (triton.cdiv(R, config.rows),), constants | {"num_warps": config.warps, "maxnreg": most}
     return (R, T, C, s_b, t_b, s_r, t_r), numbers, launch
 
 
@@ -182,7 +183,7 @@ def _kl_gradient(grad, student, teacher, taus, weights, tau: float, factor: floa
 
 def makes_gradient(how: Measure) -> bool:
     """Whether there is `sum_and_gradient` of this divergence: of the forward one, which has kernels of its own."""
-    return how.b == 0 and not how.variation
+    return how.forward
 
 
 def sum_and_gradient(student, teacher, taus, weights, how: Measure, factor: float):

@@ -23,11 +23,11 @@ class CompileCase(NamedTuple):
     stages: int
     tensor_cores: bool  # half-precision products: on sm_90 they must become wgmma
     architectures: tuple[int, ...]  # compute capabilities this configuration is chosen on
-    registers: int | None = None  # at most so many a thread, as the launch asks
+    registers: int | None = None  # at most so many a thread, as a launch asks whose loads are wide
 
     def unaligned(self) -> CompileCase:
         """The same for sizes and strides that do not divide by 16."""
-        return self._replace(attributes=self.always, constants=self.constants | self.odd)
+        return self._replace(attributes=self.always, constants=self.constants | self.odd, registers=None)
 
 
 def compile_case(

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from ...triton_launch import Layout, layout, on_device_of
-from ..call import SMALL, Problem
+from ..call import Problem
 from ..torch_impl.forms import sigma_gradient
 from .maps import KINDS, Map, constant, precision
+from .schedule import few
 from .small import fits, plan_of, side_of
 from .small_kernels import Side
 
@@ -56,7 +57,7 @@ class _Direct:
 def direct(problem: Problem, text: str, need: int, x, y) -> _Direct | None:
     """The way of such calls, where they have one: without a mask."""
     steps = *x.stride()[-2:], *y.stride()[-2:]
-    if x.shape[-2] > SMALL or problem.prepared or (problem.row_normalize and problem.center) or not fits(*steps):
+    if not few(x.shape[-2]) or problem.prepared or (problem.row_normalize and problem.center) or not fits(*steps):
         return None
     if any(len(spec.params) > 1 for spec in problem.specs):  # bandwidths that are added up lie in a tensor
         return None

@@ -18,18 +18,23 @@ from .matrices import width_of
 from .small_kernels import SAVED
 
 
+def few(n: int) -> bool:
+    """Whether the launches of `small` take so many rows."""
+    return n <= SMALL
+
+
 def _in_pytorch(call: Call) -> bool:
     """Forms whose kernel is cuBLAS: feature space, and centred row-normalised statistics, which need float64."""
     n, p, q = call.sizes
     if call.problem.row_normalize and call.problem.center:
         return True
-    return n > SMALL and forms.in_feature_space(call.problem, n, p, q)
+    return not few(n) and forms.in_feature_space(call.problem, n, p, q)
 
 
 def kept(call: Call):
     """As `torch_impl.kept`: up to `SMALL` a launch is dearer than arithmetic: always Gram space."""
     G, n, _ = call.x.features.shape
-    if not call.need or n > SMALL or _in_pytorch(call):
+    if not call.need or not few(n) or _in_pytorch(call):
         return torch_impl.kept(call)
     return ((G, SAVED.value, n), (2, G, n, width_of(n))), call.dtype
 
@@ -37,7 +42,7 @@ def kept(call: Call):
 def _schedule(call: Call):
     if _in_pytorch(call):
         return torch_impl
-    return small if call.sizes[0] <= SMALL else tiles
+    return small if few(call.sizes[0]) else tiles
 
 
 def forward(call: Call):
