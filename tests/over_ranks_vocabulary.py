@@ -45,6 +45,17 @@ def marks():
     return {"labels": labels.to(device()), "token_weights": weights.to(device())}
 
 
+class EachRow(KDLoss):
+    """Whose rows have an upstream of their own."""
+
+    def __init__(self):
+        super().__init__(2.0, divergence="jsd", reduction="none")
+
+    def forward(self, *sides, **call):
+        values = super().forward(*sides, **call)
+        return (values * torch.linspace(-1, 1, N).to(values)).sum()
+
+
 def topk(teacher, **how):
     z = teacher[0] @ teacher[1].T + teacher[2]
     return kd.TopKLogits(*z.log_softmax(-1).topk(7), **how)
@@ -53,6 +64,7 @@ def topk(teacher, **how):
 CASES = {
     **{name: (lambda name=name: KDLoss(2.0, divergence=name)) for name in EVERY},
     "a temperature a row": lambda: KDLoss(torch.linspace(0.5, 3, N), divergence="jsd", scale_tau=False),
+    "each row": lambda: EachRow(),
     "sum": lambda: KDLoss(reduction="sum", weight=3.0),
     "dkd": lambda: DKDLoss(tau=2.0),
     "dkd a temperature a row": lambda: DKDLoss(tau=torch.linspace(0.5, 3, N).double()),

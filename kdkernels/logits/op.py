@@ -30,6 +30,7 @@ from .checks import (
     check_taus,
 )
 from .linear import LinearLogits, side_of
+from .linear_each import each_row_of_heads
 from .linear_kinds import Asked, kind, kind_of_slices  # noqa: F401
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation
 from .slices import Slices, total  # noqa: F401
@@ -222,8 +223,11 @@ def any_divergence(
 
 def rows_of_heads(student, teacher, of_rows, weights, asked: Asked):
     """The value of rows of LinearLogits, or logits; of_rows: three tensors at most, [R, ...] or None."""
-    per_row = (*of_rows, *[None] * (3 - len(of_rows)), weights)
-    return linear_operator.rows_of_heads(side_of(student), side_of(teacher), student.shape[-1], per_row, asked)
+    per_row, classes = (*of_rows, *[None] * (3 - len(of_rows)), weights), student.shape[-1]
+    if asked.reduction == "none":
+        values = each_row_of_heads(side_of(student), side_of(teacher), classes, per_row, asked)
+        return values.reshape(student.shape[:-1])
+    return linear_operator.rows_of_heads(side_of(student), side_of(teacher), classes, per_row, asked)
 
 
 def mixed_distillation(

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 
 from .. import checks
-from .._types import Backend, Mask, Number, Reduction, Result
+from .._types import Backend, Mask, Number, ReductionOrNone, Result
 from ..autograd import at_least_float32
 from ..distributed import GroupLike
 from ..logits import TopKLogits
 from ..logits.call import Measure
-from ..logits.checks import check_inside, check_rows, check_taus
+from ..logits.checks import check_inside, check_reduction, check_rows, check_taus
 from ..logits.op import (
     DIVERGENCES,
     TAILS,
@@ -28,7 +28,7 @@ from ..logits.op import (
     outcomes,
     outcomes_of,
 )
-from .base import Loss, full_precision, zero_where_masked
+from .base import Loss, full_precision, zero_of, zero_where_masked
 from .mesh import over_mesh
 from .rows import NAMES, Logits, TeacherLogits, hold_tau, of_heads, on_mesh, over_heads, rows_of, sides, stored
 from .slices import sliced
@@ -55,7 +55,9 @@ class KDLoss(Loss):
         beta: of "jsd", in (0, 1); 0.5 is the Jensen-Shannon divergence. skew: of the skew ones, in (0, 1).
         scale_tau: False leaves tau^2 out.
         weight: factor of the loss, a buffer; 1 gives the formula.
-        reduction: "mean" over the rows that count, weighed by token_weights; or "sum".
+        reduction: "mean" over the rows that count, weighed by token_weights; "sum"; or "none": [...], of each row its
+            weight times its value, 0 where it does not count (of kd.LinearLogits backward then makes the logits again,
+            and a compiled graph breaks).
         backend: as in `kd.distillation_kl`.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab, chunk,
@@ -100,14 +102,13 @@ class KDLoss(Loss):
         skew: float = 0.1,
         scale_tau: bool = True,
         weight: float = 1.0,
-        reduction: Reduction = "mean",
+        reduction: ReductionOrNone = "mean",
         backend: Backend = "auto",
     ):
         super().__init__(weight)
         if divergence not in tuple(DIVERGENCES):
             raise ValueError(f"divergence is {divergence!r}: give one of {tuple(DIVERGENCES)}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
+        check_reduction(reduction)
         checks.flags(scale_tau=scale_tau)
         hold_tau(self, tau)
         self.divergence, self.reduction, self.backend = divergence, reduction, backend
@@ -140,7 +141,9 @@ class KDLoss(Loss):
         student, teacher = sides(self, *given, vocab, slices)
         rows = rows_of(student, self.reduction, **marks)
         if student.numel() == 0 and self._too_small(math.prod(student.shape[:-1]), 1):
-            return self._nothing(["kd"], getattr(student_logits, "tensors", student_logits), return_parts)
+            zero = zero_of(getattr(student_logits, "tensors", student_logits))
+            zero = zero.expand(student.shape[:-1]) if self.reduction == "none" else zero
+            return self._total({"kd": zero}, return_parts)
         if isinstance(teacher, TopKLogits):
             check_rows(student, teacher.values, *NAMES)
             return self._total({"kd": self._beside_topk(student, teacher, rows, (chunk, slices))}, return_parts)
@@ -150,7 +153,8 @@ class KDLoss(Loss):
         scale = 1.0 if self.scale_tau else tau**-2
         # `divergence` treats its second argument as the fixed side, and differentiates in both
         pair = {"forward": (student, teacher), "reverse": (teacher, student)}.get(self.divergence)
-        if pair and rows.plain() and taus is None and slices is None and not of_heads(student, teacher):
+        direct = pair and rows.plain() and taus is None and slices is None and self.reduction != "none"
+        if direct and not of_heads(student, teacher):
             checks.flags(return_parts=return_parts)
             weight = self.weight if self.scale_tau else self.weight.double() * scale
             value = divergence(*pair, tau, self.reduction, self.backend, weight)

@@ -74,6 +74,8 @@ def over_mesh(loss, pair, marks, call, *, more=lambda of_rows: (), vocabulary: b
     marks: the rows that count, as `rows_of` takes them. more(of_rows): what else the loss takes by position.
     """
     laid = _Laid(loss, pair, vocabulary)
+    if laid.spread and loss.reduction == "none":
+        raise ValueError("reduction is 'none', and ranks hold other rows of the DTensors: give logits.to_local()")
     sides, marks = [laid.of_side(side) for side in pair], {name: laid.of_rows(value) for name, value in marks.items()}
     if laid.spread and loss.reduction == "mean" and marks["normalizer"] is None:
         marks["normalizer"] = _counted(laid, pair[0], sides[0], marks)

@@ -172,7 +172,10 @@ class Rows(NamedTuple):
         """
         if self.weights is not None:
             values = values * self.weights.to(values.dtype)
-        total = (values if self.mask is None else torch.where(self.mask, values, 0)).sum()
+        values = values if self.mask is None else torch.where(self.mask, values, 0)
+        if self.reduction == "none":
+            return values
+        total = values.sum()
         if group is not None:
             total = group.sum(total)
         if self.normalizer is None and self.reduction == "sum":
@@ -196,7 +199,7 @@ class Rows(NamedTuple):
             return self.reduction, weights.reshape(-1)
         if self.normalizer is not None or self.reduction == "mean":
             weights = weights / self._divisor(weights)
-        return "sum", weights.reshape(-1)
+        return "none" if self.reduction == "none" else "sum", weights.reshape(-1)
 
     def _divisor(self, like, group=None):
         """`normalizer`, or the weight of the rows that count; the least number for 0: of nothing the mean is 0."""
