@@ -90,39 +90,38 @@ QUALITIES = ("validation", "test", "projected")
 
 
 def save_plot(path: Path, runs: list[Run], ceilings: dict[int, Quality]):
-    """A panel a measure: each method's mean at each width, baselines in grey, the teacher's own PCA as a line."""
+    """A panel a measure, a colour a width: each method's mean and seeds, the best baseline, the teacher's own PCA."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    widths = sorted(ceilings)
     names = [name for name in METHODS if any(run.method == name for run in runs)]
-    figure, panels = plt.subplots(1, 2, figsize=(13, 0.36 * len(names) + 2), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 0.36 * len(names) + 2), sharey=True)
     for axes, (key, title) in zip(panels, TITLES.items(), strict=True):
-        for i, width in enumerate(widths):
-            colour, methods = f"C{i}", grouped(runs, width)
-            axes.axvline(getattr(ceilings[width], key), color=colour, linestyle=":", linewidth=1.2)
+        for i, width in enumerate(sorted(ceilings)):
+            colour, best, methods = f"C{i}", [], grouped(runs, width)
             for row, name in enumerate(names):
                 values = [getattr(run.test, key) for run in methods.get(name, [])]
                 if values:
-                    label = f"width {width} (dotted: the teacher's PCA)" if row == 0 else None
                     axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.3, markersize=4)
-                    axes.plot(statistics.mean(values), row, "D", color=colour, markersize=6, label=label)
-            baselines = [
-                statistics.mean(getattr(r.test, key) for r in methods[n]) for n in methods if METHODS[n].baseline
-            ]
-            if baselines:
-                axes.axvspan(0, max(baselines), color=colour, alpha=0.05)
-        axes.set_xlabel(f"{title} (diamond: mean, dots: seeds; shaded: up to the best baseline)")
-        axes.set_xlim(left=0)
+                    axes.plot(statistics.mean(values), row, "D", color=colour, markersize=6, label=f"width {width}")
+                    best += [statistics.mean(values)] * METHODS[name].baseline
+            if best:
+                axes.axvline(max(best), color=colour, linestyle="--", linewidth=1, label="best baseline (grey names)")
+            axes.axvline(
+                getattr(ceilings[width], key), color=colour, linestyle=":", linewidth=1.5, label="teacher's PCA"
+            )
+        axes.set_title(title, fontsize=11)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), [METHODS[name].title for name in names])
     for label, name in zip(panels[0].get_yticklabels(), names, strict=True):
         label.set_color("0.5" if METHODS[name].baseline else "black")
     panels[0].invert_yaxis()
-    panels[1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))  # of each label the last
+    figure.legend(shown.values(), shown, fontsize=9, loc="lower center", ncols=len(shown), frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
