@@ -5,7 +5,7 @@
 #   ARGS=...       passed on: make demo ARGS="--epochs 5", make test ARGS="-k cka -x"
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embeddings docs test test-quick fuzz machine lint resolve bench gpu clean
+.PHONY: help demo demo-embeddings docs test test-quick fuzz machine lint resolve bench gpu wheel clean
 
 export PYTHON KDK_BUILD
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -30,6 +30,7 @@ help:
 	@echo "make lint         ruff, house, types        make bench        measure this machine"
 	@echo "make resolve      whether what make installs exists for every Python; needs the network, installs nothing"
 	@echo "make gpu          certify and measure an NVIDIA GPU: OUT=dir STAGE=build|test|sanitize|bench|losses|all"
+	@echo "make wheel        what a release uploads: the sdist and one wheel with both libraries, into dist/, checked"
 	@echo "make clean        remove build products and .venv"
 
 demo:
@@ -71,6 +72,10 @@ bench:
 gpu:
 	@python="$(PYTHON)"; [ -n "$$python" ] || python="$$(sh tools/env.sh $@)"; \
 	exec "$$python" bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" $(if $(FORCE),--force)
+
+# PYTHON is taken as it is here, too: a release builds where there is no torch but its headers
+wheel:
+	@python="$(PYTHON)"; [ -n "$$python" ] || python="$$(sh tools/env.sh $@)"; exec "$$python" tools/wheel.py build $(ARGS)
 
 clean:
 	rm -rf .venv build dist kdkernels/_lib *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -14,11 +14,15 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("cpu", "cuda")
@@ -27,8 +31,30 @@ MODES = ("auto", "cpu", "cuda", "none")
 FLOOR = tuple(map(int, re.search(r'"torch>=(\d+)\.(\d+)', (ROOT / "pyproject.toml").read_text()).groups()))
 
 
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc", "buildcache")  # may stand before a compiler
+
+
 class Unavailable(Exception):
     """Why a library cannot be built here."""
+
+
+class Tool(NamedTuple):
+    """A compiler as its variable names it: CXX="ccache g++ -m64"."""
+
+    launchers: list[str]
+    program: str
+    flags: list[str]
+
+    def options(self, language: str) -> list[str]:
+        """CMake's, of which a compiler is one program and the rest has variables of its own."""
+        said = [f"-DCMAKE_{language}_COMPILER={self.program}"]
+        if self.launchers:
+            said.append(f"-DCMAKE_{language}_COMPILER_LAUNCHER={';'.join(self.launchers)}")
+        if self.flags:
+            # what CMake would take from CXXFLAGS or CUDAFLAGS where it is told nothing
+            own = os.environ.get(f"{language}FLAGS", "").split()
+            said.append(f"-DCMAKE_{language}_FLAGS={' '.join([*own, *map(shlex.quote, self.flags)])}")
+        return said
 
 
 def find_program(name: str, *more: str) -> str | None:
@@ -41,43 +67,85 @@ def find_program(name: str, *more: str) -> str | None:
     return None
 
 
+def find_tool(variable: str, *names: str) -> Tool | None:
+    """The compiler that an environment variable names, with what stands before and after it, or the first found."""
+    said = os.environ.get(variable, "")
+    try:
+        words = shlex.split(said)
+    except ValueError as error:
+        raise Unavailable(f"{variable} is {said!r}: {error}") from None
+    if not words:
+        program = find_program(*names)
+        return program and Tool([], program, [])
+    ahead = 0
+    while ahead < len(words) - 1 and Path(words[ahead]).name in LAUNCHERS:
+        ahead += 1
+    missing = [word for word in words[: ahead + 1] if shutil.which(word) is None]
+    if missing:
+        raise Unavailable(f"{variable} is {said!r}: {missing[0]} is not found")
+    return Tool(words[:ahead], shutil.which(words[ahead]), words[ahead + 1 :])
+
+
 def find_compiler() -> str | None:
-    chosen = os.environ.get("CXX")
-    return shutil.which(chosen.split()[0]) if chosen else find_program("c++", "g++", "clang++")
+    return _program("CXX", "c++", "g++", "clang++")
 
 
 def find_nvcc() -> str | None:
-    chosen = os.environ.get("CUDACXX")
-    return shutil.which(chosen) if chosen else find_program("nvcc", "/usr/local/cuda/bin/nvcc")
+    return _program("CUDACXX", "nvcc", "/usr/local/cuda/bin/nvcc")
+
+
+def _program(variable: str, *names: str) -> str | None:
+    try:
+        tool = find_tool(variable, *names)
+    except Unavailable:
+        return None
+    return tool and tool.program
+
+
+def site_folders() -> Iterator[Path]:
+    """Where a torch may lie, nearest first. A build that pip or uv isolates has another path than the environment it is
+    for, and any headers from `FLOOR` on will do, as what is built does not depend on which."""
+    yield from (Path(entry) for entry in sys.path if entry)
+    yield Path(sysconfig.get_path("purelib"))  # under pip's isolation: the environment that gets the package
+    # under uv's that is a temporary one: the activated environment, that of a program on the PATH, the folder's .venv
+    activated = [Path(os.environ[name]) for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(name)]
+    programs = [Path(entry).parent for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
+    here = Path(os.environ.get("PWD") or os.getcwd())
+    beside = [folder / ".venv" for folder in (here, *here.parents, ROOT)]
+    for prefix in [*activated, *(p for p in [*programs, *beside] if (p / "pyvenv.cfg").is_file())]:
+        yield from sorted(prefix.glob("lib/python3.*/site-packages"))
+    yield Path(site.getusersitepackages())
+    yield from map(Path, site.getsitepackages([sys.prefix, sys.base_prefix]))
 
 
 def torch_include() -> tuple[Path, str]:
-    """The folder of torch's headers and their version, without importing torch.
-
-    The order is an explicit variable, this interpreter's path, and its site-packages: the last is the target
-    environment even under pip's build isolation.
-    """
+    """The folder of torch's headers and their version, without importing torch."""
     explicit = os.environ.get("KDK_TORCH_INCLUDE")
-    folders = [Path(explicit)] if explicit else []
-    if not explicit:
-        folders += [Path(entry) / "torch" / "include" for entry in sys.path if entry]
-        folders.append(Path(sysconfig.get_path("purelib")) / "torch" / "include")
-    for folder in folders:
-        version_header = folder / "torch" / "headeronly" / "version.h"
-        if not version_header.is_file():
-            version_header = folder / "torch" / "csrc" / "api" / "include" / "torch" / "version.h"
-        if not version_header.is_file():
+    old = None
+    for folder in [Path(explicit)] if explicit else (folder / "torch" / "include" for folder in site_folders()):
+        version = headers_version(folder)
+        if version[:2] >= FLOOR:
+            return folder, ".".join(map(str, version))
+        old = old or version
+    floor = f"torch >= {'.'.join(map(str, FLOOR))}"
+    if old:
+        raise Unavailable(f"the headers of torch {'.'.join(map(str, old))} are too old: {floor} is needed")
+    where = f"KDK_TORCH_INCLUDE={explicit}" if explicit else "this environment"
+    raise Unavailable(
+        f"no torch headers found in {where}: install {floor} first and kdkernels with pip's --no-build-isolation, "
+        "or set KDK_TORCH_INCLUDE to torch/include"
+    )
+
+
+def headers_version(folder: Path) -> tuple[int, ...]:
+    """(2, 13, 0), or nothing where there are none."""
+    for header in ("torch/headeronly/version.h", "torch/csrc/api/include/torch/version.h"):
+        try:
+            found = dict(re.findall(r"#define TORCH_VERSION_(MAJOR|MINOR|PATCH) (\d+)", (folder / header).read_text()))
+        except OSError:
             continue
-        found = dict(re.findall(r"#define TORCH_VERSION_(MAJOR|MINOR|PATCH) (\d+)", version_header.read_text()))
-        version = tuple(int(found.get(part, 0)) for part in ("MAJOR", "MINOR", "PATCH"))
-        text = ".".join(map(str, version))
-        if version[:2] < FLOOR:
-            raise Unavailable(
-                f"the headers of torch {text} are too old: torch >= {'.'.join(map(str, FLOOR))} is needed"
-            )
-        return folder, text
-    where = "KDK_TORCH_INCLUDE" if explicit else "this environment"
-    raise Unavailable(f"no torch headers found in {where}: install torch first, or set KDK_TORCH_INCLUDE")
+        return tuple(int(found.get(part, 0)) for part in ("MAJOR", "MINOR", "PATCH"))
+    return ()
 
 
 def sources(library: str) -> list[Path]:
@@ -90,15 +158,17 @@ def compile_library(library: str, work: Path, target: str = "all", source: Path 
         raise Unavailable(f"no sources: csrc holds no {'*_cuda.cu' if library == 'cuda' else '*_cpu.cpp'}")
     if sys.platform == "win32":
         raise Unavailable("the native libraries are not built on Windows yet")
-    compiler, cmake = find_compiler(), find_program("cmake")
+    compiler, cmake = find_tool("CXX", "c++", "g++", "clang++"), find_program("cmake")
     if compiler is None:
         raise Unavailable("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
-    options = [f"-DCMAKE_CXX_COMPILER={compiler}"]
+    options = compiler.options("CXX")
     if library == "cuda":
-        nvcc = find_nvcc()
+        nvcc = find_tool("CUDACXX", "nvcc", "/usr/local/cuda/bin/nvcc")
         if nvcc is None:
             raise Unavailable("nvcc not found (looked for $CUDACXX and nvcc)")
-        options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_HOST_COMPILER={compiler}"]
+        # nvcc calls the host's compiler with the flags that are said for it
+        hosts = nvcc._replace(flags=[*nvcc.flags, *(f"-Xcompiler={flag}" for flag in compiler.flags)])
+        options += [*hosts.options("CUDA"), f"-DCMAKE_CUDA_HOST_COMPILER={compiler.program}"]
     if cmake is None:
         raise Unavailable("cmake not found: pip install cmake ninja")
     ninja = find_program("ninja")
@@ -124,7 +194,7 @@ def compile_library(library: str, work: Path, target: str = "all", source: Path 
             if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode:
                 stream.flush()
                 raise Unavailable(f"{first_error(log.read_text(errors='replace'))} (log: {log})")
-    return made, {"torch_headers": torch_version, "compiler": compiler}
+    return made, {"torch_headers": torch_version, "compiler": compiler.program}
 
 
 def build_library(library: str, work: Path, output: Path) -> dict:
@@ -161,10 +231,21 @@ def first_error(log: str) -> str:
 
 def build(mode: str, output: Path, work: Path) -> dict:
     """Builds what `mode` asks for, writes output/build.json and returns its content."""
+    check_mode(mode)
+    try:
+        return _build(mode, Path(output), Path(work))
+    except OSError as error:
+        place = error.filename or output
+        raise SystemExit(f"kdkernels: nothing was built, {place} cannot be written: {error.strerror}") from None
+
+
+def check_mode(mode: str):
     if mode not in MODES:
         raise SystemExit(f"KDK_BUILD is {mode!r}: give one of {', '.join(MODES)}")
+
+
+def _build(mode: str, output: Path, work: Path) -> dict:
     wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}[mode]
-    output, work = Path(output), Path(work)
     output.mkdir(parents=True, exist_ok=True)
     # whatever set-up was recorded here (tools/env.sh) described the libraries that are replaced now
     (output / "stamp").unlink(missing_ok=True)
@@ -176,7 +257,9 @@ def build(mode: str, output: Path, work: Path) -> dict:
             try:
                 record[library] = build_library(library, work, output)
             except Unavailable as error:
-                record[library] = {"built": False, "reason": str(error)}
+                # with a compiler it could have been: the package says so when it is first used (kdkernels/native.py)
+                could = find_compiler() is not None and (library == "cpu" or find_nvcc() is not None)
+                record[library] = {"built": False, "reason": str(error), "could": could}
         if not record[library]["built"]:
             # a library of an earlier build must not pass for one of this build
             (output / f"libkdkernels_{library}.so").unlink(missing_ok=True)

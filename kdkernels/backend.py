@@ -86,16 +86,18 @@ def choose(op: str, requested: str, device: str, dtypes) -> tuple[str, str]:
 @cache
 def _choose_cached(op, requested, device, dtypes, _interpreting) -> str:
     chosen, _ = choose(op, requested, device, dtypes)
-    refusal = native.refusal(device) if requested == "auto" and "cuda" in OPS[op].backends else None
-    if refusal:
-        _warn(refusal)
+    kind = device.partition(":")[0]
+    if requested == "auto" and {"cpu": "cpp", "cuda": "cuda"}.get(kind) in OPS[op].backends:
+        why = native.missed(kind) or native.refusal(device)
+        if why:
+            _warn(why)
     return chosen
 
 
 @cache
-def _warn(refusal: str):
-    """Once, not for each op: the library was built to run here and does not."""
-    checks.warn(f"{refusal}. The next backend in line runs instead: kdkernels.explain names it")
+def _warn(why: str):
+    """Once, not for each op: the library was to run here and does not."""
+    checks.warn(f"{why}. The next backend in line runs instead: kdkernels.explain names it")
 
 
 @torch.compiler.assume_constant_result

@@ -45,6 +45,19 @@ def lack(library: str, operators: tuple[str, ...] = ()) -> str | None:
     return f"the compiled {library.upper()} library has no {', '.join(missing)}: build it again" if missing else None
 
 
+def missed(library: str) -> str | None:
+    """Why a library that could be here is not, and what to do: a build that chose for itself had a compiler and built
+    nothing, which pip does not show, or what was built does not load."""
+    unused = os.environ.get("KDK_NATIVE") == "0" or (library == "cuda" and not torch.cuda.is_available())
+    if unused or has(library):
+        return None
+    entry, reason = status().build.get(library), getattr(status(), f"{library}_reason")
+    if not isinstance(entry, dict) or not (entry.get("built") or entry.get("could")):
+        return None
+    found = f" (here {Path(torch.__file__).parent / 'include'})" if "KDK_TORCH_INCLUDE" in reason else ""
+    return reason + found
+
+
 def _implements(library: str, operator: str) -> bool:
     try:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{operator}", library.upper())
@@ -130,7 +143,13 @@ def _load(library: str, build: dict[str, Any]) -> str:
     except Exception as error:
         # a broken library must not break the pure-Python backends. torch wraps the loader's OSError and drops its text:
         # the cause has it
-        return f"compiled {name} library did not load: {error.__cause__ or error}"
+        why = str(error.__cause__ or error)
+        old = re.search(r"version `(GLIBC|GLIBCXX|CXXABI)_([\d.]+)' not found", why)
+        if old:
+            part = "glibc" if old[1] == "GLIBC" else f"libstdc++ ({old[1]})"
+            fix = "build it here (pip install --no-binary kdkernels kdkernels)"
+            why = f"it needs {part} {old[2]}, this system's is older: {fix}"
+        return f"compiled {name} library did not load: {why}"
     return ""
 
 

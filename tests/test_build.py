@@ -108,7 +108,7 @@ class TestModes:
     def failing(self, monkeypatch, tmp_path, case):
         if case == "compiler":
             monkeypatch.setenv("CXX", "no-such-compiler")
-            return "no C++ compiler found"
+            return "CXX is 'no-such-compiler': no-such-compiler is not found"
         if case == "broken compiler":
             compiler = tmp_path / "c++"
             compiler.write_text("#!/bin/sh\nexit 1\n")
@@ -117,12 +117,8 @@ class TestModes:
             return "log: "
         if case == "no headers":
             monkeypatch.setenv("KDK_TORCH_INCLUDE", str(tmp_path))
-            return "no torch headers found in KDK_TORCH_INCLUDE"
-        header = tmp_path / "torch" / "headeronly" / "version.h"
-        header.parent.mkdir(parents=True)
-        header.write_text(
-            "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n#define TORCH_VERSION_PATCH 1\n"
-        )
+            return f"no torch headers found in KDK_TORCH_INCLUDE={tmp_path}: install torch >= {FLOOR} first and"
+        write_headers(tmp_path, "2.9.1")
         monkeypatch.setenv("KDK_TORCH_INCLUDE", str(tmp_path))
         return f"the headers of torch 2.9.1 are too old: torch >= {FLOOR} is needed"
 
@@ -135,6 +131,7 @@ class TestModes:
         reason = self.failing(monkeypatch, tmp_path, case)
         record = self.build("auto", tmp_path)
         assert not record["cpu"]["built"] and reason in record["cpu"]["reason"]
+        assert record["cpu"]["could"] == (case != "compiler")
         assert "pure Python" in native_build.sentence(record)
         with pytest.raises(SystemExit, match="KDK_BUILD=cpu: cpu library not built"):
             self.build("cpu", tmp_path)
@@ -161,33 +158,156 @@ class TestModes:
         if native_build.find_compiler() is None:
             pytest.skip("no C++ compiler")
         monkeypatch.setenv("CUDACXX", "no-such-nvcc")
-        with pytest.raises(native_build.Unavailable, match=r"^nvcc not found"):
+        with pytest.raises(native_build.Unavailable, match=r"^CUDACXX is 'no-such-nvcc': no-such-nvcc is not found$"):
             native_build.build_library("cuda", tmp_path, tmp_path)
+
+    def test_a_place_that_cannot_be_written_is_one_line(self, tmp_path):
+        (tmp_path / "lib").write_text("")
+        place = tmp_path / "lib" / "deeper"
+        with pytest.raises(SystemExit) as error:
+            native_build.build("none", place, tmp_path)
+        assert str(error.value) == f"kdkernels: nothing was built, {place} cannot be written: Not a directory"
+
+
+def write_headers(include, version):
+    header = include / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    header.write_text("".join(f"#define TORCH_VERSION_{part} {number}\n" for part, number in parts))
+
+
+class TestHeaders:
+    """Where torch's headers are found by a build whose own path has no torch, as an isolated one's has not."""
+
+    @pytest.fixture
+    def prefix(self, monkeypatch, tmp_path):
+        """A folder that holds an environment with torch 2.99, and nothing that points to it yet."""
+        folder = tmp_path / "elsewhere" / ".venv"
+        write_headers(folder / "lib" / "python3.12" / "site-packages" / "torch" / "include", "2.99.0")
+        (folder / "pyvenv.cfg").write_text("")
+        for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "PATH", "PWD", "KDK_TORCH_INCLUDE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [""])
+        monkeypatch.setattr(native_build, "ROOT", tmp_path)
+        monkeypatch.setattr(native_build.sysconfig, "get_path", lambda name: str(tmp_path / name))
+        monkeypatch.setattr(native_build.site, "getusersitepackages", lambda: str(tmp_path / "user"))
+        monkeypatch.setattr(native_build.site, "getsitepackages", lambda prefixes: [f"{p}/site" for p in prefixes])
+        with pytest.raises(native_build.Unavailable, match="^no torch headers found in this environment: install "):
+            native_build.torch_include()
+        return folder
+
+    @pytest.mark.parametrize("way", ["target", "VIRTUAL_ENV", "CONDA_PREFIX", "PATH", "PWD", "source", "user", "base"])
+    def test_they_are_found(self, monkeypatch, prefix, way):
+        packages = prefix / "lib" / "python3.12" / "site-packages"
+        if way in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+            monkeypatch.setenv(way, str(prefix))
+        elif way == "PATH":
+            monkeypatch.setenv("PATH", f"/usr/bin{os.pathsep}{prefix / 'bin'}")
+        elif way == "PWD":  # uv builds in the sources' folder, and takes the .venv of the caller's or one above
+            monkeypatch.setenv("PWD", str(prefix.parent / "project" / "deeper"))
+        elif way == "source":
+            monkeypatch.setattr(native_build, "ROOT", prefix.parent)
+        elif way == "target":
+            monkeypatch.setattr(native_build.sysconfig, "get_path", lambda name: str(packages))
+        elif way == "user":
+            monkeypatch.setattr(native_build.site, "getusersitepackages", lambda: str(packages))
+        else:
+            monkeypatch.setattr(native_build.site, "getsitepackages", lambda prefixes: [str(packages)])
+        assert native_build.torch_include() == (packages / "torch" / "include", "2.99.0")
+
+    def test_older_ones_are_passed_over_and_named_only_where_there_are_no_others(self, monkeypatch, prefix, tmp_path):
+        write_headers(tmp_path / "purelib" / "torch" / "include", "2.9.1")
+        with pytest.raises(native_build.Unavailable, match="headers of torch 2.9.1 are too old"):
+            native_build.torch_include()
+        monkeypatch.setenv("VIRTUAL_ENV", str(prefix))
+        assert native_build.torch_include()[1] == "2.99.0"
+
+
+class TestCompilers:
+    @pytest.fixture
+    def programs(self, monkeypatch, tmp_path):
+        for name in ("ccache", "g++", "nvcc"):
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXXFLAGS", raising=False)
+        return tmp_path
+
+    def test_a_compiler_may_have_launchers_before_it_and_flags_after_it(self, monkeypatch, programs):
+        monkeypatch.setenv("CXX", "ccache g++ -m64 -DA='b c'")
+        monkeypatch.setenv("CXXFLAGS", "-g")
+        found = native_build.find_tool("CXX", "c++")
+        assert found == (["ccache"], str(programs / "g++"), ["-m64", "-DA=b c"])
+        assert found.options("CXX") == [
+            f"-DCMAKE_CXX_COMPILER={programs / 'g++'}",
+            "-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",
+            "-DCMAKE_CXX_FLAGS=-g -m64 '-DA=b c'",
+        ]
+        assert native_build.find_compiler() == str(programs / "g++")
+
+    def test_ccache_alone_is_the_compiler_that_it_stands_for(self, monkeypatch, programs):
+        monkeypatch.setenv("CUDACXX", "ccache")
+        assert native_build.find_nvcc() == str(programs / "ccache")
+
+    @pytest.mark.parametrize(
+        ("said", "why"),
+        [("icecc g++", "icecc is not found"), ("ccache clang++ -O2", "clang++ is not found"), ("'", "No closing")],
+    )
+    def test_what_is_missing_is_named(self, monkeypatch, programs, said, why):
+        monkeypatch.setenv("CXX", said)
+        with pytest.raises(native_build.Unavailable, match=re.escape(f"CXX is {said!r}: {why}")):
+            native_build.find_tool("CXX", "c++")
+        assert native_build.find_compiler() is None
 
 
 class TestWheel:
-    def wheel(self, tree, mode):
+    def wheel(self, tree, mode, **environment):
         pytest.importorskip("setuptools", minversion="77")
-        include = Path(torch.__file__).parent / "include"
-        result = run([sys.executable, "setup.py", "-q", "bdist_wheel"], tree, KDK_BUILD=mode, KDK_TORCH_INCLUDE=include)
+        result = run([sys.executable, "setup.py", "-q", "bdist_wheel"], tree, KDK_BUILD=mode, **environment)
         assert result.returncode == 0, result.stderr
         (made,) = (tree / "dist").glob("*.whl")
-        return made.name, zipfile.ZipFile(made).namelist()
+        return made.name, zipfile.ZipFile(made)
 
-    def test_a_pure_wheel_is_for_any_platform_holds_every_package_and_says_why_it_is_pure(self, tree):
-        name, content = self.wheel(tree, "none")
+    def test_a_pure_wheel_is_for_any_platform_where_it_was_asked_for_and_holds_every_package(self, tree):
+        stale = tree / "build" / "lib" / "kdkernels" / "gone.py"  # of an earlier build
+        stale.parent.mkdir(parents=True)
+        stale.write_text("")
+        name, wheel = self.wheel(tree, "none", GITHUB_SERVER_URL="https://example.org", GITHUB_REPOSITORY="a/b")
+        content = set(wheel.namelist())
         assert name.endswith("-py3-none-any.whl")
-        assert {"kdkernels/py.typed", "kdkernels/native.py", "kdkernels/_lib/build.json"} <= set(content)
+        assert {"kdkernels/py.typed", "kdkernels/native.py", "kdkernels/_lib/build.json"} <= content
         assert not [entry for entry in content if entry.endswith(".so") or entry.startswith("tests")]
-        assert {str(path.relative_to(tree)) for path in (tree / "kdkernels").rglob("*.py")} <= set(content)
+        sources = {str(path.relative_to(tree)) for path in (tree / "kdkernels").rglob("*.py")}
+        assert sources == {entry for entry in content if entry.endswith(".py")}
+        (metadata,) = (entry for entry in content if entry.endswith("/METADATA"))
+        assert "Project-URL: Source, https://example.org/a/b\n" in wheel.read(metadata).decode()
 
-    @pytest.mark.slow
+    def test_a_wheel_that_fell_back_to_pure_python_says_so_and_is_for_no_other_machine(self, tree):
+        """What an index takes is none of it: linux_x86_64, not any."""
+        name, wheel = self.wheel(tree, "auto", CXX="no-such-compiler")
+        assert "-py3-none-" in name and not name.endswith("-any.whl") and "manylinux" not in name
+        reason = json.loads(wheel.read("kdkernels/_lib/build.json"))["cpu"]["reason"]
+        assert reason == "CXX is 'no-such-compiler': no-such-compiler is not found"
+
     @pytest.mark.native
     @pytest.mark.skipif(not native.has("cpu"), reason="the library cannot be built here")
     def test_a_compiled_wheel_is_for_one_platform_and_every_python(self, tree):
-        name, content = self.wheel(tree, "cpu")
+        """With the library that the environment has: how it is compiled is asked by every make."""
+        with open(tree / "csrc" / "build.py", "r+") as script:
+            head, main = script.read().split("if __name__ ==")
+            script.seek(0)
+            made = (native._FOLDER, {"compiler": "of the environment"})
+            instead = f"compile_library = lambda *_: (Path({str(made[0])!r}), {made[1]})"
+            script.write(f"{head}{instead}\n\nif __name__ =={main}")
+        name, wheel = self.wheel(tree, "cpu")
         assert "-py3-none-" in name and not name.endswith("-any.whl")
-        assert "kdkernels/_lib/libkdkernels_cpu.so" in content
+        held = wheel.read("kdkernels/_lib/libkdkernels_cpu.so")
+        assert held == (native._FOLDER / "libkdkernels_cpu.so").read_bytes()
+
+    def test_an_unknown_mode_ends_it_with_one_line(self, tree):
+        result = run([sys.executable, "setup.py", "-q", "bdist_wheel"], tree, KDK_BUILD="gpu")
+        assert result.returncode and result.stderr == "KDK_BUILD is 'gpu': give one of auto, cpu, cuda, none\n"
 
 
 class TestEnvironment:
@@ -224,7 +344,7 @@ class TestEnvironment:
         result = self.env(tree, KDK_BUILD="auto", PATH=tools, CXX="no-such-compiler")
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("\n") == 1
-        assert "running in pure Python, which is slower on the CPU: no C++ compiler found" in result.stderr
+        assert "running in pure Python, which is slower on the CPU: CXX is 'no-such-compiler': no-" in result.stderr
 
     def test_a_python_that_does_not_run_is_refused(self, tree, tmp_path):
         shim = tmp_path / "python3"
@@ -239,7 +359,7 @@ class TestEnvironment:
 
 
 class TestCommands:
-    @pytest.mark.parametrize("target", "help demo docs test test-quick fuzz lint resolve bench gpu clean".split())
+    @pytest.mark.parametrize("target", "help demo docs test test-quick fuzz lint resolve bench gpu wheel clean".split())
     def test_every_target_parses(self, tree, target):
         result = run(["make", "-n", target], tree)
         assert result.returncode == 0 and result.stdout, result.stderr

@@ -4,15 +4,18 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, needs_native
 
 import kdkernels as kd
-from kdkernels import native
+from kdkernels import backend, native
 from kdkernels.backend import implementation
 from kdkernels.registry import OPS
 from kdkernels.testing.case import evaluate, rounded
@@ -233,6 +236,23 @@ class TestLoader:
         found = native._load("cpu", {"torch": "2.10"})
         assert found == "the compiled libraries need torch >= 2.10, this is 2.9.1+cpu"
 
+    @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to make a library with")
+    def test_a_system_that_is_older_than_the_one_it_was_built_on_is_named_with_the_remedy(self, monkeypatch, tmp_path):
+        (tmp_path / "later").mkdir()
+        (tmp_path / "map").write_text("GLIBC_9.9 { global: of_later; };")
+        make = ["gcc", "-shared", "-fPIC", "-x", "c", "-"]
+        later = tmp_path / "later" / "libc.so.6"
+        options = [f"-Wl,--version-script={tmp_path / 'map'}", "-Wl,-soname,libc.so.6", "-o", str(later)]
+        subprocess.run([*make, "-nostdlib", *options], input=b"void of_later(void) {}", check=True)
+        calls = b"void of_later(void); void calls(void) { of_later(); }"
+        made = [str(later), "-o", str(tmp_path / "libkdkernels_cpu.so")]
+        subprocess.run([*make, "-x", "none", *made], input=calls, check=True)
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        assert native._load("cpu", {}) == (
+            "compiled CPU library did not load: it needs glibc 9.9, this system's is older: build it here "
+            "(pip install --no-binary kdkernels kdkernels)"
+        )
+
     def test_a_cpu_torch_does_not_try_the_cuda_library(self, monkeypatch, tmp_path):
         (tmp_path / "libkdkernels_cuda.so").write_bytes(b"")
         monkeypatch.setattr(native, "_FOLDER", tmp_path)
@@ -258,3 +278,42 @@ class TestLoader:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )
         assert result.returncode == 0, result.stderr
+
+
+class TestMissed:
+    """A build that fell back says so when the package is first used: pip shows nothing of what a build prints."""
+
+    REASON = "no torch headers found in this environment: ... or set KDK_TORCH_INCLUDE to torch/include"
+
+    def warned(self, monkeypatch, entry, op="cka"):
+        build = {"mode": "auto", "cpu": entry}
+        reason = f"compiled CPU library not built: {entry['reason']}"
+        status = native.Status(False, reason, False, "", build)
+        monkeypatch.setattr(native, "status", lambda: status)
+        caches = (backend._choose_cached, backend._warn)
+        for cached in caches:
+            cached.cache_clear()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                assert backend.resolve(op, "auto", "cpu", (torch.float32,)) == "torch"
+                assert backend.resolve(op, "torch", "cpu", (torch.float32,)) == "torch"
+        for cached in caches:
+            cached.cache_clear()
+        return [str(warning.message) for warning in seen]
+
+    def test_where_there_is_a_compiler_one_warning_says_why_and_what_to_do(self, monkeypatch):
+        monkeypatch.delenv("KDK_NATIVE", raising=False)
+        (seen,) = self.warned(monkeypatch, {"built": False, "reason": self.REASON, "could": True})
+        assert seen == (
+            f"compiled CPU library not built: {self.REASON} (here {Path(torch.__file__).parent / 'include'}). "
+            "The next backend in line runs instead: kdkernels.explain names it"
+        )
+
+    def test_where_nothing_can_compile_or_it_was_not_asked_for_or_switched_off_none_does(self, monkeypatch):
+        could = {"built": False, "reason": self.REASON, "could": True}
+        assert not self.warned(monkeypatch, could | {"could": False})
+        assert not self.warned(monkeypatch, {"built": False, "reason": "not asked for: KDK_BUILD=none"})
+        assert not self.warned(monkeypatch, could, op="nystrom_cka")  # has no compiled code on the CPU
+        monkeypatch.setenv("KDK_NATIVE", "0")
+        assert not self.warned(monkeypatch, could)

