@@ -30,6 +30,8 @@ CASES = {
     "stkd": (lambda **how: STKDLoss(mix=(0.7, 0.0, 0.3), **how), mixed),
     "stkd hard": (lambda **how: STKDLoss(alpha=0.0, **how), mixed),
     "dist": (lambda **how: DISTLoss(beta=2.0, gamma=0.0, tau=3.0, **how), tuple),
+    "dist, columns too": (lambda **how: DISTLoss(beta=2.0, gamma=0.5, tau=3.0, **how), tuple),
+    "dist, columns alone": (lambda **how: DISTLoss(beta=0.0, gamma=2.0, **how), tuple),
     "cmkd": (lambda **how: CMKDLoss(spearman_weight=0.5, **how), tuple),
     "cmkd kl": (lambda **how: CMKDLoss(spearman_share=0.3, regularization="kl", strength=0.2, **how), tuple),
     "cmkd hard": (lambda **how: CMKDLoss(pearson_weight=0.0, hard_target=True, strength=("auto", 2.0), **how), tuple),
@@ -45,6 +47,7 @@ def test_values_and_gradients_are_those_of_stored_logits(name):
     sides = kd.LinearLogits(*student, softcap=20.0), kd.LinearLogits(*teacher)
     logits = stored(*student, softcap=20.0), stored(*teacher)
     mask, weights = torch.arange(N) % 4 != 0, torch.linspace(0, 2, N).double()
+    weights = None if "columns" in name else weights  # which weigh rows
     for how, call in (
         ({}, {}),
         (
@@ -136,10 +139,9 @@ def test_what_needs_all_logits_says_so():
     student, teacher = heads()
     sides = kd.LinearLogits(*student), kd.LinearLogits(*teacher)
     for loss, words in (
-        (DISTLoss(), "gamma=0"),
         (CMKDLoss(class_weight=1.0), "class_weight=0"),
         (CMKDLoss(spearman_share=lambda y: y[..., 0]), "spearman_share is a function"),
-        (DISTLoss(gamma=0.0, group="world"), "group="),
+        (DISTLoss(group="world"), "group="),
     ):
         with pytest.raises(ValueError, match=words):
             loss(*sides)

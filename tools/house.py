@@ -149,7 +149,7 @@ class House:
         package = [path for path, _ in self.of_package() if path.parts[1] != "testing"]
         places = [f"{path}, {self.lines(path)}" for path in files]
         return [
-            Figure("lines of operator files", self.lines(*files), 1886, 1200, 2165, places),
+            Figure("lines of operator files", self.lines(*files), 1886, 1200, 2270, places),
             Figure("lines of the package", self.lines(*package), 22511, 20500, None, []),
             Figure("lines of tests", self.lines(*tests), 18897, 18297, None, []),
         ]

@@ -33,7 +33,7 @@ class LinearLogits:
             bias are then this rank's, hidden is the same on all of them, and vocab= goes to the loss, which is
             `kd.losses.KDLoss` (see its call) or `DKDLoss`. None: they are whole.
 
-    Accepted by `kd.losses.KDLoss`, `DKDLoss`, `STKDLoss`, and the row terms of `CMKDLoss` and `DISTLoss`, as student,
+    Accepted by `kd.losses.KDLoss`, `DKDLoss`, `STKDLoss`, `DISTLoss` and the row terms of `CMKDLoss`, as student,
     teacher or both; the other side may be a tensor of logits [..., V].
     Gradients go to hidden, weight and bias of the student. `shape` is that of the logits; `logits()` makes them.
 

@@ -30,6 +30,7 @@ from .checks import (
     check_taus,
 )
 from .linear import LinearLogits, side_of
+from .linear_columns import columns_of_heads  # noqa: F401
 from .linear_each import each_row_of_heads
 from .linear_kinds import Asked, kind, kind_of_slices  # noqa: F401
 from .mixup import MixupBatch, check_alpha, draw_lam, draw_permutation

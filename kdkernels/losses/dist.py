@@ -12,7 +12,7 @@ from .._types import Mask, Number, Reduction, Result
 from ..autograd import at_least_float32
 from ..distributed import GroupLike
 from ..logits.checks import check_tau
-from ..logits.op import Asked, kind
+from ..logits.op import Asked, columns_of_heads, kind
 from .base import Loss, full_precision, zero_where_masked
 from .means import number_of_rows
 from .rows import Logits, of_heads, only_rows, options_of, over_heads, row_terms_alone, rows_of, sides
@@ -40,7 +40,7 @@ class DISTLoss(Loss):
             columns travel, no logits. normalizer is then of all ranks too.
 
     Call: `(student_logits, teacher_logits, *, mask, labels, ignore_index=-100, token_weights, normalizer, vocab, chunk,
-    return_parts)`, as in `KDLoss`: logits [..., C], each leading index a row, or, with gamma=0 and without group,
+    return_parts)`, as in `KDLoss`: logits [..., C], each leading index a row, or, without group,
     `kd.LinearLogits`; masked rows enter no mean. normalizer replaces the number of rows in the row term; token_weights,
     which weigh that term, need gamma=0. The column term needs 2 rows: it is 0 in a batch of one, which warns once, and
     where a mask leaves fewer. A batch without rows gives 0 with zero gradient. A row or column of equal probabilities
@@ -131,15 +131,25 @@ class DISTLoss(Loss):
             return self._total(parts, return_parts)
 
     def _of_heads(self, student, teacher, vocab, chunk, return_parts, **marks):
-        """The row term alone: sums of columns are one statistic of all rows."""
-        row_terms_alone(self, "gamma=0", not self.gamma)
+        """Each term by itself, from the hidden states."""
+        row_terms_alone(self, "gamma=0", True)
+        only_rows(marks["token_weights"], self.gamma > 0, "the column term is", "gamma=0")
         student, teacher = sides(self, student, teacher, vocab)
-        rows = rows_of(student, self.reduction, **marks)
-        if self._too_small(math.prod(student.shape[:-1]), 1):
-            return self._nothing(["rows"], getattr(student, "tensors", student), return_parts)
-        asked = Asked("dist", (self.tau,), "auto", chunk=chunk)
-        value = over_heads((student, teacher.detach()), rows, asked)
-        return self._total({"rows": self.beta * value}, return_parts)
+        rows, number = rows_of(student, self.reduction, **marks), math.prod(student.shape[:-1])
+        terms = [name for name, factor in (("rows", self.beta), ("columns", self.gamma)) if factor]
+        if self._too_small(number, 1 if self.beta else 2):
+            return self._nothing(terms, getattr(student, "tensors", student), return_parts)
+        if self.gamma:  # to say so: its columns are 0 then
+            self._too_small(number, 2, "rows for its column term")
+        pair, parts = (student, teacher.detach()), {}
+        if self.beta:
+            asked = Asked("dist", (self.tau,), "auto", chunk=chunk)
+            parts["rows"] = self.beta * over_heads(pair, rows, asked)
+        if self.gamma:
+            counted = None if rows.mask is None else rows.mask.reshape(-1).to(at_least_float32(student))
+            apart = columns_of_heads(*pair, counted, self.tau, EPS, chunk)
+            parts["columns"] = self.gamma * self.tau**2 * apart
+        return self._total(parts, return_parts)
 
 
 def rows_apart(s, t):
