@@ -158,7 +158,7 @@ def test_an_odd_last_batch_specialises_no_kernel_more_than_twice(loss, monkeypat
 
 
 MACHINE = """
-import contract, device, torch
+import contract, device, itertools, torch
 import kdkernels as kd
 from kdkernels import autograd
 from kdkernels.gram.triton_impl import direct
@@ -227,6 +227,28 @@ value = kd.cka(groups, torch.randn(3, 20, 18), backend="triton")
 (whole,) = torch.autograd.grad(value, groups, torch.ones(3))
 torch.testing.assert_close(rows.sum(0), whole)
 assert rows[0, 1:].abs().max() == 0
+
+# the forward divergence: other numbers and upstreams by the same launches
+def kl(s, t, upstream, **how):
+    s = s.detach().requires_grad_()
+    value = kd.distillation_kl(s, t, **how)
+    return value.detach(), *torch.autograd.grad(value, s, upstream.expand_as(value))
+
+sides = torch.randn(2, 5, 48)
+for s, t in (sides, sides[:, :, 1:41], sides.reshape(2, 5, 2, 24)[:, :, 1]):
+    for reduction in ("mean", "none"):
+        one = torch.ones(())
+        # of each row its own, or the same for all, which has a stride of 0
+        others = [torch.linspace(-1, 2, 5), torch.tensor(-2.0)] if reduction == "none" else [torch.tensor(0.75)]
+        for upstream in (one, *others):
+            kl(s, t, upstream, tau=1.0, reduction=reduction, backend="triton")
+        before = len(through_triton)
+        for tau, upstream in itertools.product((1.0, 3.0), (*others, one)):
+            how = {"tau": tau, "reduction": reduction}
+            got, want = (kl(s, t, upstream, backend=b, **how) for b in ("triton", "torch"))
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+        moved = len(through_triton) - before
+        assert moved == 0 or s.data_ptr() % 16 or t.data_ptr() % 16, (s.shape, s.stride(), moved)
 
 # where the driver is another one, nothing is launched by the old one
 old, seen = on, len(on.launches)

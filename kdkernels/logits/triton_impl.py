@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..checks import Recent
+from ..triton_launch import PLANS, Launch, cdiv, layout, on_device_of
 from .call import KEPT, Extras, Measure, Problem, rows_of
 from .triton_divergence import MIXTURE, REVERSE, VARIATION, divergence_gradient_rows, divergence_rows
 from .triton_kernels import gradient_rows, loss_rows, mix_rows
@@ -130,55 +132,69 @@ def _numbers(how: Measure):
     return (*how[1:], math.log(b), math.log1p(-b))
 
 
-def _kl_arguments(student, teacher, taus, weights, tau: float, factor: float):
-    """(tensors, numbers, constants) of both kernels; sizes and strides are so many times UNIT, which divides all."""
-    R, T, C = rows_of(student), *student.shape[-2:]
-    sizes = (C, *_strides(student, teacher))
-    unit = math.gcd(8, *sizes)
-    C, s_b, t_b, s_r, t_r = (size // unit for size in sizes)
-    if student.dim() == 2:
-        s_b = t_b = None
-    of_rows = (0 if t is None else t.stride(0) for t in (taus, weights))
-    numbers = (*of_rows, tau if taus is None else 1.0, factor)
-    config = row_config(C * unit, KL)
-    constants = {"ROWS": config.rows, "CHUNK": config.columns, "CHUNKS": config.held, "UNIT": unit}
-    most = config.registers if unit > 1 else None  # narrow loads are many, and would spill
-    launch = (triton.cdiv(R, config.rows),), constants | {"num_warps": config.warps, "maxnreg": most}
-    return (R, T, C, s_b, t_b, s_r, t_r), numbers, launch
+class _KLRows:
+    """Both launches of the forward divergence, for sides of these layouts: all but tensors and numbers is settled."""
+
+    def __init__(self, student, teacher, taus, weights):
+        R, T, C = rows_of(student), *student.shape[-2:]
+        sizes = C, *_strides(student, teacher)
+        unit = math.gcd(8, *sizes)  # which divides them all
+        C, s_b, t_b, s_r, t_r = (size // unit for size in sizes)
+        if student.dim() == 2:
+            s_b = t_b = None
+        self.sizes = R, T, C, s_b, t_b, s_r, t_r
+        self.steps = [0 if t is None else t.stride(0) for t in (taus, weights)]
+        config = row_config(C * unit, KL)
+        most = config.registers if unit > 1 else None  # narrow loads are many, and would spill
+        self.grid = (cdiv(R, config.rows),)
+        self.constants = {"ROWS": config.rows, "CHUNK": config.columns, "CHUNKS": config.held, "UNIT": unit}
+        self.constants |= {"num_warps": config.warps, "maxnreg": most}
+        self.launches = {}
+
+    def _launch(self, kernel, *what, **more) -> Launch:
+        """That of other tensors of the same kinds: `what` says which."""
+        if what not in self.launches:
+            self.launches[what] = Launch(kernel, self.grid, **self.constants, **more)
+        return self.launches[what]
+
+    @on_device_of
+    def forward(self, student, teacher, taus, weights, tau: float, factor: float, keep: bool, made: bool):
+        """Values [R]; statistics and the gradient of their sum, or None."""
+        R = self.sizes[0]
+        value = student.new_empty(R, dtype=torch.float32)
+        statistics = student.new_empty((KEPT, R), dtype=torch.float32) if keep else None
+        gradient = student.new_empty((R, student.shape[-1])) if made else None
+        tensors = student, teacher, taus, weights, value, statistics, gradient
+        self._launch(kl_rows, keep, made)(*tensors, *self.sizes, *self.steps, tau, factor)
+        return value, statistics, gradient
+
+    @on_device_of
+    def gradient(self, student, teacher, taus, weights, tau: float, factor: float, grad, made):
+        """Of sum_r grad_r factor weights_r KL_r, in the place of that for grad 1, if there is one."""
+        gradient = student.new_empty((self.sizes[0], student.shape[-1])) if made is None else made
+        step = grad.stride(0) if grad.dim() else 0
+        launch = self._launch(kl_again, grad.dtype, step, made is not None, MADE=made is not None)
+        launch(grad, student, teacher, taus, weights, gradient, *self.sizes, step, *self.steps, tau, factor)
+        return gradient
 
 
-def _kl(student, teacher, taus, weights, tau: float, factor: float, keep: bool, made: bool):
-    """Values [R]; statistics and the gradient of their sum, or None."""
-    R, C = rows_of(student), student.shape[-1]
-    value = student.new_empty(R, dtype=torch.float32)
-    statistics = student.new_empty((KEPT, R), dtype=torch.float32) if keep else None
-    gradient = student.new_empty((R, C)) if made else None
-    sizes, numbers, (grid, constants) = _kl_arguments(student, teacher, taus, weights, tau, factor)
-    with torch.cuda.device_of(student):
-        kl_rows[grid](student, teacher, taus, weights, value, statistics, gradient, *sizes, *numbers, **constants)
-    return value, statistics, gradient
+_KL_ROWS = Recent(PLANS)
 
 
-def _kl_gradient(grad, student, teacher, taus, weights, tau: float, factor: float, made=None):
-    """The gradient of sum_r grad_r factor weights_r KL_r, in the place of that for grad 1, if there is one."""
-    gradient = student.new_empty((rows_of(student), student.shape[-1])) if made is None else made
-    sizes, numbers, (grid, constants) = _kl_arguments(student, teacher, taus, weights, tau, factor)
-    stride = grad.stride(0) if grad.dim() else 0
-    with torch.cuda.device_of(student):
-        kl_again[grid](
-            grad,
-            student,
-            teacher,
-            taus,
-            weights,
-            gradient,
-            *sizes,
-            stride,
-            *numbers,
-            MADE=made is not None,
-            **constants,
-        )
-    return gradient
+def _kl_rows(*tensors) -> tuple:
+    """The settled launches of the student, the teacher, temperatures and weights; and these, rows made dense."""
+    tensors = *map(_dense, tensors[:2]), *tensors[2:]
+    key = tuple(t if t is None else layout(t) for t in tensors)
+    rows = _KL_ROWS.get(key)
+    if rows is None:
+        rows = _KLRows(*tensors)
+        _KL_ROWS.keep(key, rows)
+    return rows, tensors
+
+
+def _tau(how: Measure, taus) -> float:
+    """What is multiplied into the rows' own."""
+    return how.tau if taus is None else 1.0
 
 
 def makes_gradient(how: Measure) -> bool:
@@ -188,19 +204,22 @@ def makes_gradient(how: Measure) -> bool:
 
 def sum_and_gradient(student, teacher, taus, weights, how: Measure, factor: float):
     """The sum of the divergences times factor and weights, and its gradient."""
-    value, _, gradient = _kl(_dense(student), _dense(teacher), taus, weights, how.tau, factor, False, True)
+    rows, tensors = _kl_rows(student, teacher, taus, weights)
+    value, _, gradient = rows.forward(*tensors, _tau(how, taus), factor, False, True)
     return value.sum(), gradient
 
 
 def gradient_again(grad, student, teacher, taus, weights, how: Measure, factor: float, made):
     """The gradient for an upstream of one number; made: that of `sum_and_gradient`, which is overwritten, or None."""
-    return _kl_gradient(grad, _dense(student), _dense(teacher), taus, weights, how.tau, factor, made)
+    rows, tensors = _kl_rows(student, teacher, taus, weights)
+    return rows.gradient(*tensors, _tau(how, taus), factor, grad, made)
 
 
 def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need: bool, made: bool):
     """As `torch_impl.divergence`."""
     if makes_gradient(how):
-        found = _kl(_dense(student), _dense(teacher), *rows_of_each, how.tau, factor, need, made)
+        rows, tensors = _kl_rows(student, teacher, *rows_of_each)
+        found = rows.forward(*tensors, _tau(how, rows_of_each[0]), factor, need, made)
         return tuple(student.new_empty(0) if t is None else t for t in found)
     student, teacher, (taus, weights) = _dense(student), _dense(teacher), rows_of_each
     R, T, C = rows_of(student), *student.shape[-2:]
@@ -222,9 +241,9 @@ def divergence(student, teacher, rows_of_each, how: Measure, factor: float, need
 
 def divergence_gradient(grad, student, teacher, taus, statistics, how: Measure):
     """As `torch_impl.divergence_gradient`."""
-    student, teacher = _dense(student), _dense(teacher)
     if makes_gradient(how):
-        return _kl_gradient(grad, student, teacher, taus, None, how.tau, 1.0)
+        return gradient_again(grad, student, teacher, taus, None, how, 1.0, None)
+    student, teacher = _dense(student), _dense(teacher)
     R, T, C = rows_of(student), *student.shape[-2:]
     out, config = student.new_empty((R, C)), row_config(C)
     with torch.cuda.device_of(student):
