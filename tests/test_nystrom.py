@@ -87,6 +87,32 @@ def test_the_gradient_of_repeated_eigenvalues_is_the_derivative():
     assert torch.autograd.gradcheck(run, z.requires_grad_())
 
 
+BLOCKS = """
+import torch
+import kdkernels as kd
+# W of rank 20 and of quickly falling eigenvalues: diagonal blocks of its factor are as badly conditioned as it is
+for kernel, d, m in (("linear", 20, 256), ("linear", 20, 203), (kd.RBF(10.0), 4, 256)):
+    torch.manual_seed(0)
+    x, upstream, seen = torch.randn(m, d), torch.randn(m, m), []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        rows = x.to(dtype, copy=True).requires_grad_()
+        phi = kd.nystrom_features(rows, x.to(dtype), kernel=kernel, backend=backend)
+        K = phi @ phi.mT
+        (K * upstream).sum().backward()
+        seen.append((K.detach().double(), rows.grad.double()))
+    print(*(float((b - a).abs().max() / a.abs().max()) for a, b in zip(*seen, strict=True)))
+"""
+
+
+@pytest.mark.interpret
+def test_blocks_of_a_nearly_singular_factor_keep_the_digits_in_the_interpreter(python):
+    """One product with a block's inverse: 1.5e-5 and 3.6e-6 at rank 20, 7.1e-6 of the wide rbf kernel."""
+    done = python("-c", BLOCKS, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    (K, dx), (odd, odd_dx), (wide, _) = ([float(word) for word in line.split()] for line in done.stdout.splitlines())
+    assert max(K, odd) <= 1e-6 and max(dx, odd_dx) <= 1e-6 and wide <= 4e-6
+
+
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian", ("rbf", "linear")], ids=str)
 def test_cka_with_all_points_as_landmarks_is_the_exact_one(kernel, unbiased):

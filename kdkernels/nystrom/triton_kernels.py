@@ -3,7 +3,9 @@
 
 Reads X and Z, writes Phi once; C is never stored (m <= 256). A triangular whitener is applied by block substitution,
 which keeps float32's digits where the product with an explicit inverse loses three: earlier column blocks of a row tile
-are read back from Phi, which the same program has just written. `pull_rows` is the same for the gradient, backwards.
+are read back from Phi, which the same program has just written; a diagonal block is solved by its inverse, twice, as
+one product loses the condition of a block in which the rank of W runs out. `pull_rows` is the same for the gradient,
+backwards.
 
 Shapes: those of `Operands`; R [M, M] padded to whole blocks by the identity, inverse [M, BN] its inverted diagonal
 blocks; all float32 and contiguous.
@@ -82,6 +84,16 @@ def _values(
 
 
 @triton.jit
+def _solved(c, factor, inverse, PRECISION: tl.constexpr):
+    """c factor^-1: by the rounded inverse, and once more for what that leaves over."""
+    total, left = tl.zeros_like(c), c
+    for _ in range(0, 2):  # one code: one set of registers
+        total += tl.dot(left, tl.load(inverse), input_precision=PRECISION)
+        left = c - tl.dot(total, tl.load(factor), input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def feature_rows(
     of,  # Operands
     r_ptr, inverse_ptr,
@@ -107,8 +119,9 @@ def feature_rows(
                 b_phi = tl.load(at, mask=m_i[:, None], other=0)
                 b_r = tl.load(r_ptr + o_j[:, None] * width + (before + o_n)[None, :])
                 c -= tl.dot(b_phi, tl.trans(b_r), input_precision=PRECISION)
-            b_inverse = tl.load(inverse_ptr + o_j[:, None] * BN + o_n[None, :])
-            c = tl.dot(c, tl.trans(b_inverse), input_precision=PRECISION)
+            factor = r_ptr + o_j[None, :] * width + o_j[:, None]
+            inverse = inverse_ptr + o_j[None, :] * BN + o_n[:, None]
+            c = _solved(c, factor, inverse, PRECISION)
         tl.store(rows_phi + local[:, None] * m + o_j[None, :], c, mask=m_i[:, None] & m_j[None, :])
         if MODE == TRIANGLE:
             tl.debug_barrier()  # the next block reads what other threads of this program have written
@@ -186,8 +199,9 @@ def pull_rows(
                 )
                 b_r = tl.load(r_ptr + o_a[:, None] * width + o_j[None, :])
                 dc -= tl.dot(b_dc, b_r, input_precision=PRECISION)
-            b_inverse = tl.load(inverse_ptr + o_j[:, None] * BN + o_n[None, :])
-            dc = tl.dot(dc, b_inverse, input_precision=PRECISION)
+            factor = r_ptr + o_j[:, None] * width + o_j[None, :]
+            inverse = inverse_ptr + o_j[:, None] * BN + o_n[None, :]
+            dc = _solved(dc, factor, inverse, PRECISION)
             tl.store(rows_dc + at_j, dc, mask=inside)
             tl.debug_barrier()
         v = dc
