@@ -41,13 +41,19 @@ def _triton_obstacle(device: str, dtypes) -> str | None:
     return None
 
 
-def obstacle(backend: str, device: str, dtypes=(), op: str | None = None) -> str | None:
-    """Why `backend` cannot run (an op) for tensors on this device ("cuda": the current one), or None if it can."""
+def obstacle(backend: str, device: str, dtypes=(), op: str | None = None, long: bool = False) -> str | None:
+    """Why `backend` cannot run (an op) for tensors on this device ("cuda": the current one), or None if it can.
+
+    long: the rows have more entries than the Triton kernels of the op take.
+    """
     kind = device.partition(":")[0]
     if backend in ("reference", "torch"):
         return None
     if backend == "triton":
-        return _triton_obstacle(kind, dtypes)
+        why = _triton_obstacle(kind, dtypes)
+        if why is None and op and long:
+            why = f"the rows have more than the {OPS[op].longest:,} entries that a Triton program holds"
+        return why
     if backend == "cpp":
         if kind != "cpu":
             return f"the tensors are on {kind} (cpp runs on the CPU)"
@@ -63,12 +69,12 @@ def check_name(requested) -> str:
     return requested
 
 
-def choose(op: str, requested: str, device: str, dtypes) -> tuple[str, str]:
+def choose(op: str, requested: str, device: str, dtypes, long: bool = False) -> tuple[str, str]:
     backends = OPS[op].backends
     if check_name(requested) != "auto":
         if requested not in backends:
             raise ValueError(f"backend is {requested!r}: {op} has {('auto', *backends)}")
-        why = obstacle(requested, device, dtypes, op)
+        why = obstacle(requested, device, dtypes, op, long)
         if why is not None:
             raise RuntimeError(f"backend={requested!r} cannot run {op} here: {why}")
         return requested, "requested"
@@ -76,7 +82,7 @@ def choose(op: str, requested: str, device: str, dtypes) -> tuple[str, str]:
     for backend in backends:
         # the interpreter is for tests: it is never what a caller who asked for nothing wants
         why = "only on request under TRITON_INTERPRET=1" if backend == "triton" and device == "cpu" else None
-        why = obstacle(backend, device, dtypes, op) or why
+        why = obstacle(backend, device, dtypes, op, long) or why
         if why is None:
             return backend, "; ".join(passed) or "the first choice"
         passed.append(f"not {backend}: {why}")
@@ -84,8 +90,8 @@ def choose(op: str, requested: str, device: str, dtypes) -> tuple[str, str]:
 
 
 @cache
-def _choose_cached(op, requested, device, dtypes, _interpreting) -> str:
-    chosen, _ = choose(op, requested, device, dtypes)
+def _choose_cached(op, requested, device, dtypes, long, _interpreting) -> str:
+    chosen, _ = choose(op, requested, device, dtypes, long)
     kind = device.partition(":")[0]
     if requested == "auto" and {"cpu": "cpp", "cuda": "cuda"}.get(kind) in OPS[op].backends:
         why = native.missed(kind) or native.refusal(device)
@@ -101,10 +107,10 @@ def _warn(why: str):
 
 
 @torch.compiler.assume_constant_result
-def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def resolve(op: str, requested: str, device: str, dtypes: tuple[torch.dtype, ...], long: bool = False) -> str:
     """The backend that runs `op` on tensors of these dtypes on this device; an op without cuda may give its type."""
     requested = requested if isinstance(requested, str) else check_name(requested)
-    return _choose_cached(op, requested, device, dtypes, interpreting())
+    return _choose_cached(op, requested, device, dtypes, long, interpreting())
 
 
 @torch.compiler.assume_constant_result
@@ -133,6 +139,12 @@ def matmul_precision() -> str:
     return _fp32_precision("cuda", "matmul")
 
 
+def is_long(op: str, requested: str, kind: str, length: int) -> bool:
+    """Whether rows have more entries than the Triton kernels of the op take, where that matters: lengths are compared
+    there alone, so that an exported program is not held to one side of the bound."""
+    return (kind == "cuda" or requested == "triton") and 0 < OPS[op].longest < length
+
+
 class Explanation(NamedTuple):
     op: str
     backend: str
@@ -152,7 +164,9 @@ def explain(op: str, *tensors: torch.Tensor, backend: Backend = "auto") -> Expla
         raise ValueError(f"op is {op!r}: the ops are {sorted(OPS)}")
     if not tensors:
         raise ValueError("explain needs the tensors of the call: kd.explain('cka', x, y)")
-    return Explanation(op, *choose(op, backend, str(tensors[0].device), tuple(t.dtype for t in tensors)))
+    x, dtypes = tensors[0], tuple(t.dtype for t in tensors)
+    long = bool(x.dim()) and 0 < OPS[op].longest < x.shape[-1]
+    return Explanation(op, *choose(op, backend, str(x.device), dtypes, long))
 
 
 def available_backends(device: str | None = None) -> dict[str, str]:

@@ -13,6 +13,7 @@ class Op(NamedTuple):
     backends: tuple[str, ...]
     native: tuple[str, ...] = ()  # operators that a compiled library must implement to be its backend
     native_cpu: tuple[str, ...] = ()  # the CPU library's, where they are others
+    longest: int = 0  # entries of a row that its Triton kernels take; 0: any number
 
     def operators(self, library: str) -> tuple[str, ...]:
         """What the compiled "cpu" or "cuda" library must implement."""
@@ -24,7 +25,9 @@ _TILES = ("centre_rows", "panel_moments")
 _PAIRS = (*_TILES, "weigh_rows", "pair_statistic", "pair_gradient")
 _NYSTROM = ("triton", "torch", "reference")
 _PROJECTION = ("triton", "cpp", "torch", "reference")
-_RANK = ("cuda", "cpp", "torch", "reference")
+_SORT = ("cuda", "cpp", "torch", "reference")
+_RANK = ("cuda", "triton", "cpp", "torch", "reference")
+LONGEST_ROW = 2048  # that is ranked in Triton: a program holds it in registers
 _LOGITS = ("triton", "cpp", "torch", "reference")
 _LOGIT_ROWS = ("logits_rows", "logits_rows_backward")
 _RELATIONS = ("relate_pairs", "scale_pairs")
@@ -46,12 +49,12 @@ OPS = {
         Op("transfer_quality", "nystrom", ("torch", "reference")),
         Op("landmark_similarity_loss", "nystrom.kda", _PROJECTION, ("landmark_rows", "landmark_rows_backward")),
         Op("projected_mse", "projection", _PROJECTION, ("project_rows", "spread_rows")),
-        Op("soft_rank", "rank", _RANK, _RANKS),
-        Op("soft_sort", "rank", _RANK, ("sort_rows", "sort_rows_backward"), _SORTS),
-        Op("rank_diagnostics", "rank", _RANK, _RANKS[:1]),
-        Op("spearman", "rank", _RANK, (*_RANKS, "spearman_rows")),
+        Op("soft_rank", "rank", _RANK, _RANKS, longest=LONGEST_ROW),
+        Op("soft_sort", "rank", _SORT, ("sort_rows", "sort_rows_backward"), _SORTS),
+        Op("rank_diagnostics", "rank", _SORT, _RANKS[:1]),
+        Op("spearman", "rank", _SORT, (*_RANKS, "spearman_rows")),
         Op("pearson", "rank", ("torch", "reference")),
-        Op("spearman_corr", "rank", _RANK, _RANKS[:1]),
+        Op("spearman_corr", "rank", _SORT, _RANKS[:1]),
         Op("mixup", "logits", _LOGITS, ("mix_rows",)),
         Op("distillation_kl", "logits", _LOGITS, (*_LOGIT_ROWS, "kl_rows", "kl_rows_backward")),
         Op("generalized_jsd", "logits", _LOGITS, ("divergence_rows", "divergence_rows_backward")),

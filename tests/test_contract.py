@@ -153,7 +153,9 @@ def test_an_op_keeps_the_contract_in_every_combination_of_options(op):
 @pytest.mark.parametrize(
     "op",
     [
-        pytest.param(op.name, marks=[pytest.mark.slow] if op.name in ("cka", "hsic", "mmd", "rkd_angle") else [])
+        pytest.param(
+            op.name, marks=[pytest.mark.slow] if op.name in ("cka", "hsic", "mmd", "rkd_angle", "soft_rank") else []
+        )
         for op in OPS.values()
         if "triton" in op.backends
     ],

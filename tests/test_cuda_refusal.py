@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 import kdkernels as kd
 from kdkernels import __main__ as command
 from kdkernels import backend, native
-from kdkernels.registry import OPS
+from kdkernels.registry import LONGEST_ROW, OPS
 
 NO_IMAGE = "no kernel image is available (its runtime is CUDA 13.0, the driver serves 12.4)"
 FLOAT = (torch.float32,)
@@ -64,7 +64,7 @@ def machine(monkeypatch):
         cached.cache_clear()
 
 
-def resolved(*devices, op="soft_rank"):
+def resolved(*devices, op="soft_sort"):
     """The backends that run, and what was warned of on the way."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -93,21 +93,35 @@ def test_a_driver_that_is_too_old_is_to_be_updated(machine):
 def test_a_request_raises_with_the_reason_or_runs_and_nothing_is_warned_of(machine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(RuntimeError, match="cannot run soft_rank here: " + OLD):
-            backend.resolve("soft_rank", "cuda", "cuda:0", FLOAT)
-        assert backend.resolve("soft_rank", "cuda", "cuda:1", FLOAT) == "cuda"
-        assert backend.resolve("soft_rank", "torch", "cuda:0", FLOAT) == "torch"
+        with pytest.raises(RuntimeError, match="cannot run soft_sort here: " + OLD):
+            backend.resolve("soft_sort", "cuda", "cuda:0", FLOAT)
+        assert backend.resolve("soft_sort", "cuda", "cuda:1", FLOAT) == "cuda"
+        assert backend.resolve("soft_sort", "torch", "cuda:0", FLOAT) == "torch"
 
 
 def test_explain_and_info_give_the_reason_without_a_warning(machine):
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("error")
         here, there = (torch.empty(2, 3, device=f"cuda:{k}") for k in range(2))
-        assert str(kd.explain("soft_rank", here)).startswith(f"soft_rank runs on torch: not cuda: {OLD}{NO_IMAGE}. ")
-        assert str(kd.explain("soft_rank", there)) == "soft_rank runs on cuda: the first choice"
+        assert str(kd.explain("soft_sort", here)).startswith(f"soft_sort runs on torch: not cuda: {OLD}{NO_IMAGE}. ")
+        assert str(kd.explain("soft_sort", there)) == "soft_sort runs on cuda: the first choice"
         assert kd.available_backends("cuda")["cuda"].startswith(OLD)  # the current device
         told = " ".join(command.info().split())
     assert f"cuda loaded, sm_80, sm_90a, compute_90 cuda:0: {OLD}" in told and "cuda:1: " not in told
+
+
+def test_without_the_library_rows_that_a_program_holds_are_ranked_in_triton_and_explain_says_why_not_longer_ones(
+    machine, monkeypatch
+):
+    monkeypatch.setattr(backend, "_triton_found", lambda: True)
+    with FakeTensorMode():
+        rows, long = (torch.empty(2, n, device="cuda:0") for n in (LONGEST_ROW, LONGEST_ROW + 1))
+        assert str(kd.explain("soft_rank", rows)).startswith(f"soft_rank runs on triton: not cuda: {OLD}{NO_IMAGE}. ")
+        said = str(kd.explain("soft_rank", long))
+    assert said.startswith("soft_rank runs on torch: not cuda: ")
+    assert "; not triton: the rows have more than the 2,048 entries that a Triton program holds; " in said
+    with pytest.raises(RuntimeError, match="cannot run soft_rank here: the rows have more than the 2,048 entries"):
+        backend.resolve("soft_rank", "triton", "cuda:0", FLOAT, True)
 
 
 @pytest.mark.parametrize("op", [op.name for op in OPS.values() if "cuda" in op.backends])
@@ -127,7 +141,7 @@ def test_a_compiled_step_takes_the_answer_as_a_constant(machine, monkeypatch):
     monkeypatch.setattr(native, "refusal", lambda device: OLD)
 
     def step(x):
-        return x * len(backend.resolve("soft_rank", "auto", "cuda:0", (x.dtype,)))
+        return x * len(backend.resolve("soft_sort", "auto", "cuda:0", (x.dtype,)))
 
     with pytest.warns(UserWarning, match=OLD):
         assert torch.compile(step, fullgraph=True, backend="eager")(torch.ones(2)).tolist() == [5.0, 5.0]

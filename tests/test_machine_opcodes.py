@@ -40,6 +40,13 @@ def test_the_extreme_of_three():
     assert np.array_equal(got[:, 1].numpy().view("u4"), words[:, :3].max(1))
 
 
+def test_a_packed_sum_carries_nothing_from_one_half_to_the_other():
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, (32, 4), np.int64).astype(np.int32)
+    got = of_each_lane("VIADD.16x2 R8, R4, R5", torch.from_numpy(words))[:, 0].contiguous().numpy()
+    halves = words.view("i2").reshape(32, 4, 2)
+    assert np.array_equal(got.view("i2").reshape(32, 2), halves[:, 0] + halves[:, 1])
+
+
 def test_the_extreme_of_a_sum_may_end_at_zero():
     words = np.random.default_rng(0).integers(-(2**30), 2**30, (32, 4), np.int32)
     got = of_each_lane("VIADDMNMX R8, R4, R5, R6, PT; VIADDMNMX.RELU R9, R4, R5, R6, PT", torch.from_numpy(words))
@@ -62,6 +69,16 @@ def test_the_extreme_of_pairs_takes_the_halves_that_are_named_and_leaves_nan_out
     for column, want in enumerate((least, most)):
         found = got[:, column].contiguous().view(torch.bfloat16).view(32, 2)
         assert torch.equal(found.nan_to_num(7), want.nan_to_num(7))
+
+
+def test_a_half_becomes_a_double_as_it_is():
+    halves = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float16)
+    for k, (place, sign) in enumerate((("R4.H0_H0", 1), ("-R4.H1_H1", -1))):
+        got = of_each_lane(f"F2F.F64.F16 R8, {place}", torch.from_numpy(halves.view("i4"))).view(torch.float64)
+        assert np.array_equal(got[:, 0].numpy(), sign * halves[:, k].astype(np.float64))
+    values = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = of_each_lane("F2F.F64.BF16 R8, R4", values.view(torch.int32)).view(torch.float64)
+    assert torch.equal(got[:, 0], values[:, 0].double())
 
 
 def test_a_double_becomes_a_half_in_one_rounding():

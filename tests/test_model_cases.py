@@ -45,10 +45,11 @@ def test_every_case_launches_the_kernels_that_it_predicts(python):
     done = python("-c", NAMES, KDK_NATIVE="0")
     assert done.returncode == 0, done.stderr[-3000:]
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 18 and {name for name, *_ in cases} >= {
+    assert len(cases) == 20 and {name for name, *_ in cases} >= {
         "kl",
         "cka",
         "soft_rank",
+        "soft_rank in triton",
         "spearman",
         "torch.sort",
         "torchsort",

@@ -44,6 +44,7 @@ def cases() -> list[Case]:
             (_rank, "soft_rank", (8192, 1000)),
             (_rank, "soft_rank", (256, 1000)),
             (_rank, "soft_rank", (64, 21841)),
+            (_rank_in_triton, "soft_rank in triton", (8192, 1000)),
             (_spearman, "spearman", (8192, 1000)),
         )
         for dtype in ("float32", "bfloat16")
@@ -144,6 +145,21 @@ def _rank(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         "rank_rows_backward_kernel": Work(elements * (4 + 4 + _size(dtype))),
     }
     return Case(name, "x".join(map(str, shape)), dtype, call, kernels, "cuda")
+
+
+def _rank_in_triton(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """What a GPU without the CUDA library launches beside torch.sort, which comes first."""
+    elements = shape[0] * shape[1]
+
+    def call(_):
+        kd.soft_rank(_draw(*shape, dtype=dtype).requires_grad_(), "l2", "auto", backend="triton").sum().backward()
+
+    # of what torch.sort left, int64 places too; sums of blocks are made where there were zeros
+    kernels = {
+        "fit_rows": Work(elements * (_size(dtype) + 8 + 4 + 4)),
+        "spread_rows": Work(elements * (4 + 4 + 8 + _size(dtype))),
+    }
+    return Case(name, "x".join(map(str, shape)), dtype, call, kernels)
 
 
 def _spearman(name: str, shape: tuple[int, ...], dtype: str) -> Case:

@@ -51,7 +51,8 @@ def soft_rank(
         descending: the largest gets rank 1 (x is negated; what is absent stays so).
         mask: bool, of the shape of x or one that broadcasts to it, True for what is there: False is absent, like -inf,
             whatever x holds.
-        backend: "auto", "cuda", "cpp", "torch" or "reference" (the last one also gives higher derivatives).
+        backend: "auto", "cuda", "triton" (`soft_rank` alone, rows of up to 2,048), "cpp", "torch" or "reference" (the
+            last one also gives higher derivatives).
 
     Returns:
         Ranks from 1 (smallest) to n, float32 for half inputs (float16 has no rank 2049), else x's dtype, like x. Blocks
@@ -102,7 +103,8 @@ def _along(run, op, x, regularization, strength, dim, descending, mask, backend)
     dim, kl = check_rows(x, dim), check_regularization(regularization)
     checks.flags(descending=descending)
     rows = _last(present(x, mask), dim)
-    chosen = backends.resolve(op, backend, device_name(x), (x.dtype,))
+    long = backends.is_long(op, backend, device_type(x), rows.shape[-1])
+    chosen = backends.resolve(op, backend, device_name(x), (x.dtype,), long)
     out = run(rows, parse(strength, rows), kl, descending, chosen)
     return out if dim == x.dim() - 1 else out.movedim(-1, dim)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 ALL = (80, 90, 100)
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64", "uint8": "*u8"}
-POINTERS |= {"int64": "*i64"}
+POINTERS |= {"int64": "*i64", "int32": "*i32"}
 
 
 class CompileCase(NamedTuple):

@@ -32,19 +32,19 @@ def allow_cpu_tensors():
     backend._triton_obstacle = obstacle
 
 
-def kind_of(op: str) -> str:
-    """The backend whose kernels are executed."""
-    return "cuda" if "cuda" in OPS[op].backends else "triton"
+def kinds_of(op: str, asked=("cuda", "triton")) -> list[str]:
+    """The backends whose kernels are executed."""
+    return [kind for kind in asked if kind in OPS[op].backends]
 
 
 def install(kind: str, architecture: int) -> Device:
     return (cuda_device if kind == "cuda" else triton_device).install(architecture)
 
 
-def ran(device: Device, op: str, checks: list[str], quick: bool) -> bool:
+def ran(device: Device, kind: str, op: str, checks: list[str], quick: bool) -> bool:
     start, done, failed = time.monotonic(), 0, []
     device.launches.clear()
-    for result in testing.measure(op, kind_of(op), "cpu", quick=quick, checks=checks):
+    for result in testing.measure(op, kind, "cpu", quick=quick, checks=checks):
         done += 1
         if not result.ok:
             failed.append(result)
@@ -52,8 +52,9 @@ def ran(device: Device, op: str, checks: list[str], quick: bool) -> bool:
     names = sorted({launch.function.name for launch in device.launches})
     steps = sum(launch.steps for launch in device.launches)
     print(
-        f"{op} on sm_{device.architecture}: {done} measurements, {len(failed)} failed; {len(device.launches)} launches"
-        f" of {', '.join(names)}; {steps} instructions; {time.monotonic() - start:.0f} s",
+        f"{op} on sm_{device.architecture}: {kind}, {done} measurements, {len(failed)} failed;"
+        f" {len(device.launches)} launches of {', '.join(names)}; {steps} instructions;"
+        f" {time.monotonic() - start:.0f} s",
         flush=True,
     )
     return bool(done and device.launches and not failed)
@@ -66,6 +67,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
     parser.add_argument("--checks", default="accuracy")
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], choices=["cuda", "triton"])
     parser.add_argument("--all", action="store_true", help="every combination of options, not the quick ones")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -74,12 +76,14 @@ def main(arguments: list[str]) -> int:
     allow_cpu_tensors()
     kept = True
     for architecture in options.architectures:
-        devices = {kind: install(kind, architecture) for kind in sorted({*map(kind_of, options.ops)})}
+        kinds = {op: kinds_of(op, options.backends) for op in options.ops}
+        devices = {kind: install(kind, architecture) for kind in sorted(set(sum(kinds.values(), [])))}
         for device in devices.values():
             if checks != ["accuracy"]:  # they compare two calls: the rounding of products must not change between them
                 device.schedules = tuple(s for s in SCHEDULES if not s.truncated_sums)
         for op in options.ops:
-            kept &= ran(devices[kind_of(op)], op, checks, not options.all)
+            for kind in kinds[op]:
+                kept &= ran(devices[kind], kind, op, checks, not options.all)
     return int(not kept)
 
 

@@ -72,9 +72,11 @@ void between_floats(Lane& x) {
   if (pair == "F32 F32") return x.set_float(0, static_cast<float>(to_integral(x, x.f(1))));
   if (pair == "BF16 F32" || pair == "F16 F32") return x.set(0, to_half(x.f(1), formats[0] == "BF16"));
   if (pair == "BF16 F64" || pair == "F16 F64") return x.set(0, to_half(x.d(1), formats[0] == "BF16"));
-  if (pair != "F32 F16") throw Fault("a conversion that is not modelled");
-  const float value = from_half(x.raw(1) >> (x.operand(1).part == 2 ? 16 : 0), false);
-  x.set_float(0, x.operand(1).negated ? -value : value);
+  const bool bfloat = pair == "F64 BF16";
+  if (pair != "F32 F16" && pair != "F64 F16" && !bfloat) throw Fault("a conversion that is not modelled");
+  const float value = from_half(x.raw(1) >> (x.operand(1).part == 2 ? 16 : 0), bfloat);
+  const float out = x.operand(1).negated ? -value : value;
+  formats[0] == "F64" ? x.set_double(0, out) : x.set_float(0, out);
 }
 
 void pack(Lane& x) {

@@ -53,6 +53,10 @@ void add_three(Lane& x) {
     if (first != 1 || x.has("X")) throw Fault("64-bit addition with a carry");
     return x.set_wide(0, x.wide(1) + x.wide(2) + x.wide(3));
   }
+  if (x.has("16x2")) {
+    if (x.operand(1).negated || x.operand(2).negated) throw Fault("a packed difference");
+    return x.set(0, ((x.u(1) + x.u(2)) & 0xFFFF) | (((x.u(1) >> 16) + (x.u(2) >> 16)) << 16));
+  }
   std::uint64_t sum = 0;
   for (int k = first; k < x.count(); ++k) sum += x.operand(k).is_predicate() ? x.p(k) : addend(x, k);
   x.set(0, static_cast<std::uint32_t>(sum));
@@ -158,7 +162,8 @@ void leading_one(Lane& x) {
 void add_integers(Table& table) {
   table.lanes("MOV UMOV", "", [](Lane& x) { x.set(0, x.u(1)); });
   table.lanes("IMAD UIMAD", "WIDE U32 S32 HI MOV IADD SHL X", multiply_add);
-  table.lanes("IADD3 UIADD3 VIADD", "X 64", add_three);
+  table.lanes("IADD3 UIADD3", "X 64", add_three);
+  table.lanes("VIADD", "16x2", add_three);
   table.lanes("LEA ULEA", "HI X SX32", shift_add);
   table.lanes("SHF USHF", "L R HI U32 S32 U64 S64 W", funnel_shift);
   table.lanes("SEL USEL", "", [](Lane& x) { x.set(0, x.p(3) ? x.u(1) : x.u(2)); });
