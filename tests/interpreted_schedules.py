@@ -108,8 +108,9 @@ def broken_weights(K, L, p_i, q_i, e_i, p_j, q_j, e_j, ROWWISE: tl.constexpr):
 
 
 def shrink_small():
-    """Two launches from 17 rows on, of tiles of 16."""
-    small.FUSED_ROWS = 16
+    """Several programs from 17 rows on, of tiles of 16, and columns split among as many as fill a large machine."""
+    small.FUSED_ROWS, small.SUMS_COLUMNS = 16, 32
+    small.machine = lambda device: (1 << 12, small.LARGE_SHARED[1])
     small.SPLIT_CONFIGS = ((1024, *[small.Config(16, 16, 4, 1)] * 2),)
 
 
@@ -140,7 +141,9 @@ def main():
     else:
         family("one program", ("linear", "polynomial", ("rbf", "cosine"), ("laplacian", "linear")), *data(17, 5, 7, 2))
         shrink_small()
-        family("two launches", ("linear", "rbf"), *data(37, 10, 40))
+        family("several programs", ("linear", "rbf"), *data(37, 10, 40))
+        for kernel in ("linear", kd.RBF(20.0)):  # of 38 steps: more splits than are read at once
+            compare("splits", kd.cka, *data(37, 10, 600)[:2], kernel=kernel)
     print(*failures, f"{checks} comparisons, {len(failures)} failed", sep="\n")
     sys.exit(bool(failures))
 

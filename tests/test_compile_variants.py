@@ -116,7 +116,7 @@ def test_a_call_is_its_launches_and_no_operator_beside_them(n, forward, kernel, 
 
     with Recorder():
         call(x=HALF, n=n, kx=kernel, ky=kernel)
-    assert len(launches) == forward + 1, [name for name, _ in launches]
+    assert len(launches) == forward + 2, [name for name, _ in launches]
     assert beside == []
 
 
@@ -135,7 +135,7 @@ def test_factors_of_tf32_products_are_rounded(launches, monkeypatch):
     from kdkernels.projection import triton_impl as projection
 
     for schedule in (small, tiles):
-        monkeypatch.setattr(schedule, "precision", lambda *_: "tf32")
+        monkeypatch.setattr(schedule, "precision", lambda *_, **__: "tf32")
     call(x=FULL)
     call(x=FULL, n=1040)
     call(x=FULL, n=1040, p=300)
@@ -149,4 +149,5 @@ def test_factors_of_tf32_products_are_rounded(launches, monkeypatch):
         "split_gram", "weighted_rows", "tile_sums", "gradient_rows", "weight_panel", "project", "spread",
         "similarity_sums", "similarity_gradient",
     }  # fmt: skip
-    assert products == {name for name, ptx in launches if "cvt.rna.tf32" in ptx}
+    # V is rounded where it is made, before its row sums are taken
+    assert products | {"pair_rows"} == {name for name, ptx in launches if "cvt.rna.tf32" in ptx}

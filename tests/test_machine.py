@@ -51,3 +51,19 @@ def test_a_barrier_or_wait_that_is_taken_out_is_seen(op, architecture, python):
     if op == "cka":
         products = [outcome for line, outcome in waits if "WARPGROUP" in line]
         assert products.count("wrong result") > products.count("harmless")
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_products_of_two_tf32_terms_are_as_exact_as_float32_ones(architecture, python):
+    done = python("tests/machine/terms.py", str(architecture))
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = [float(line.split(": ")[1]) for line in done.stdout.splitlines() if line.startswith("error of ")]
+    assert len(errors) == 5 * 5 and max(errors) < 4e-7  # of sums that are cut; rounded ones: 3e-7
+    assert sorted(errors)[-6] < 3e-7
+    edges = [line.split(": ") for line in done.stdout.splitlines() if line.startswith("edge ")]
+    seen = {name.removeprefix("edge "): tuple(map(float, numbers.split())) for name, numbers in edges}
+    unlike = {name for name, (got, want) in seen.items() if not (got == want or (got != got and want != want))}
+    # an infinite factor gives NaN, and the last 2^-12 below float32's largest number is cut to 11 bits
+    assert unlike == {"inf", "-inf", "3.4025e+38", "3.4028e+38"} and len(seen) == 10
+    assert all(seen[name][0] != seen[name][0] for name in ("inf", "-inf"))
+    assert all(abs(seen[name][0] / seen[name][1] - 1) < 2**-10 for name in ("3.4025e+38", "3.4028e+38"))

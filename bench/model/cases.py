@@ -124,11 +124,12 @@ def _cka(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         x, y = _draw(*shape, dtype=dtype).requires_grad_(), _draw(*shape, dtype=dtype)
         kd.cka(x, y, backend="triton").sum().backward()
 
-    rate = "float32" if dtype == "float32" else "tf32"
+    # of two terms each are three products, of a symmetric tile two
     kernels = {
-        "split_gram": Work(features + matrices, groups * n * (n + 1) * p, rate),
-        "row_sums": Work(2 * matrices, 2 * groups * n * n * 4, "float64"),
-        "weighted_rows": Work(features + matrices, groups * n * n * p, rate),
+        "split_gram": Work(features + matrices, 2 * groups * n * (n + 1) * p, "tf32"),
+        "row_sums": Work(matrices, 2 * groups * n * n * 4, "float64"),
+        "pair_rows": Work(3 * matrices // 2, 2 * groups * n * n),
+        "weighted_rows": Work(features + matrices // 2, 3 * groups * n * n * p, "tf32"),
     }
     return Case(name, "x".join(map(str, shape)), dtype, call, kernels)
 

@@ -8,7 +8,7 @@ from ..call import Problem
 from ..torch_impl.forms import sigma_gradient
 from .maps import KINDS, Map, constant, precision
 from .schedule import few
-from .small import fits, plan_of, side_of
+from .small import TERMS, fits, plan_of, side_of
 from .small_kernels import Side
 
 _ONE = constant(1)
@@ -61,4 +61,4 @@ def direct(problem: Problem, text: str, need: int, x, y) -> _Direct | None:
         return None
     if any(len(spec.params) > 1 for spec in problem.specs):  # bandwidths that are added up lie in a tensor
         return None
-    return _Direct(problem, text, precision(x, y), need, layout(x), layout(y))
+    return _Direct(problem, text, precision(x, y, exact=TERMS), need, layout(x), layout(y))

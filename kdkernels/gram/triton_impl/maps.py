@@ -47,11 +47,11 @@ def map_of(spec, par=None, numbers=()) -> Map:
     return Map(KINDS[spec.name], constant(degree), constant(count), par, stride, tuple(numbers))
 
 
-def precision(*tensors) -> str:
-    """float32 products as the user set them for matmul: "ieee" (default) or "tf32"."""
+def precision(*tensors, exact: str = "ieee") -> str:
+    """float32 products as the user set them for matmul: as `exact` says (default) or "tf32"."""
     if matmul_precision() == "tf32" and any(t.dtype == torch.float32 for t in tensors):
         return "tf32"
-    return "ieee"
+    return exact
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Gram family on a GPU: three schedules by n and p, ordered reductions, nothing n x n above 1024 samples.
 
-n <= 1024: `small.py` (2 or 3 launches forward, 1 backward). Above: `tiles.py`, whose backward pass keeps the gradient
-in registers (p <= 256) or writes row panels of pair weights for a matrix product. Linear kernels with n > p + q stay
-in feature space, where cuBLAS is the kernel.
+n <= 1024: `small.py` (2 or 3 launches forward, 2 backward a side). Above: `tiles.py`, whose backward pass keeps the
+gradient in registers (p <= 256) or writes row panels of pair weights for a matrix product. Linear kernels with n > p +
+q stay in feature space, where cuBLAS is the kernel.
 """
 
 from __future__ import annotations

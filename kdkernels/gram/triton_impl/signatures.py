@@ -11,9 +11,21 @@ import triton.language as tl
 from ...testing.compiling import ALL, CompileCase, compile_case
 from . import small_kernels, tile_kernels
 from .maps import KINDS, Map
-from .small import BACKWARD_FLOAT, BACKWARD_HALF, FUSED_ROWS, FUSED_SUMS, SPLIT_CONFIGS, SPLIT_SUMS, SUMS_BLOCK
-from .small_gradient import weighted_rows
-from .small_kernels import finish, row_sums, split_gram
+from .small import (
+    BACKWARD_FLOAT,
+    BACKWARD_HALF,
+    FINISH_WARPS,
+    FUSED_ROWS,
+    FUSED_SUMS,
+    PAIRS,
+    SPLIT_CONFIGS,
+    SPLIT_SUMS,
+    SUMS_BLOCK,
+    SUMS_COLUMNS,
+)
+from .small_gradient import pair_rows, weighted_rows
+from .small_kernels import split_gram
+from .small_sums import finish, row_sums
 from .tile_kernels import gradient_rows, tile_sums, weight_panel
 from .tiles import FLASH, PANEL, SUMS
 
@@ -59,29 +71,46 @@ def compile_cases():
         rows = small_kernels.Rows(dtype, "i32:16", "i32:16", tl.constexpr(1), "i32:16", tl.constexpr(True))
         for limit, *pair in SPLIT_CONFIGS:
             c = pair[0 if half else 1]
+            on = (90, 100) if c.tile > 64 and not half else ALL
             yield _case(
-                f"split_gram-n{limit}", split_gram, dtype, c.warps, c.stages, half, BM=c.tile, BK=c.depth,
-                SHIFT_X=True, SHIFT_Y=True, PRECISION="ieee", x_p=1, y_p=1, ref_ptr=None, **NO_MASK,
+                f"split_gram-n{limit}", split_gram, dtype, c.warps, c.stages, half, on, BM=c.tile, BK=c.depth,
+                SHIFT_X=True, SHIFT_Y=True, PRECISION="tf32x3", x_p=1, y_p=1, ref_ptr=None, **NO_MASK,
             )  # fmt: skip
         BM, BN, BP, warps, stages = BACKWARD_HALF if half else BACKWARD_FLOAT
-        for kind in ("linear", "rbf"):
-            side = _small_side(kind)
-            yield _case(
-                f"weighted_rows-{kind}", weighted_rows, dtype, warps, stages, half, rows=rows, x=side, y=side, BM=BM,
-                BN=BN, BP=BP, PRECISION="ieee", asked=SMALL, ref_ptr=None, sums_ptr=None, dsigma_ptr=None, **NO_MASK,
-            )  # fmt: skip
+        yield _case(
+            "weighted_rows", weighted_rows, dtype, warps, stages, half, rows=rows, BM=BM, BN=BN, BP=BP,
+            PRECISION="tf32x3", ref_ptr=None, **NO_MASK,
+        )  # fmt: skip
     for kind in ("linear", "polynomial", "rbf", "laplacian"):
         side, given = _small_side(kind), {"asked": SMALL, **NO_MASK}
+        BM, BN, warps = PAIRS
+        yield _case(
+            f"pair_rows-{kind}", pair_rows, "float32", warps, 3, x=side, y=side, BM=BM, BN=BN, PRECISION="tf32x3",
+            sums_ptr=None, dsigma_ptr=None, **given,
+        )  # fmt: skip
         if kind != "polynomial":
             given["unit_ptr"] = None
-        for block, fused in ((SUMS_BLOCK, False), (64, True), (FUSED_ROWS, True)):
+        # what a program holds, what of a row it takes at a time, columns; splits, of which 8 are read at once
+        for block, columns, splits in ((SUMS_BLOCK, SUMS_COLUMNS, 4), (64, 64, 8), (FUSED_ROWS, FUSED_ROWS, 1)):
+            fused = block != SUMS_BLOCK
             step, warps = FUSED_SUMS if fused else SPLIT_SUMS
             stats = {"stats_ptr": None} if fused else {}
             yield _case(
-                f"row_sums-{kind}-{block}", row_sums, "float32", warps, 3, x=side, y=side, BM=block, BN=step, **given,
-                **stats,
+                f"row_sums-{kind}-{block}", row_sums, "float32", warps, 3, x=side, y=side, BM=block, BN=step,
+                COLUMNS=columns, ROWS=block if fused else 512, SPLITS=splits, **given, **stats,
             )  # fmt: skip
-    yield _case("finish", finish, "float32", 4, 3, BLOCK=1024, asked=SMALL, unit_ptr=None, **NO_MASK)
+    yield _case(
+        "finish",
+        finish,
+        "float32",
+        FINISH_WARPS,
+        3,
+        BLOCK=1024,
+        COLUMNS=SUMS_COLUMNS,
+        asked=SMALL,
+        unit_ptr=None,
+        **NO_MASK,
+    )
     yield from _tile_cases()
 
 

@@ -17,8 +17,9 @@ from ..torch_impl.forms import sigma_gradient
 from ..torch_impl.prepared import Prepared, bandwidths, prepare, unprepare_gradient
 from .maps import constant, map_of, precision
 from .matrices import width_of
-from .small_gradient import weighted_rows
-from .small_kernels import SAVED, STAT_ROWS, STATS, Asked, Rows, Side, finish, row_sums, split_gram
+from .small_gradient import pair_rows, weighted_rows
+from .small_kernels import SAVED, STATS, Asked, Rows, Side, split_gram
+from .small_sums import STAT_ROWS, finish, row_sums
 
 
 class Config(NamedTuple):
@@ -30,30 +31,68 @@ class Config(NamedTuple):
 
 # (largest n, half inputs, float32 inputs); unmeasured: chosen for 64 bytes of spills at most on sm_80, sm_90 and sm_100
 SPLIT_CONFIGS = (
-    (64, Config(64, 64, 8, 3), Config(64, 32, 4, 2)),
-    (1024, Config(128, 32, 8, 3), Config(64, 32, 4, 2)),
+    (64, Config(64, 64, 8, 3), Config(64, 32, 4, 3)),
+    (1024, Config(128, 32, 8, 3), Config(128, 32, 8, 3)),
 )
-LARGE_SHARED = 101376  # bytes a block may use on sm_86 and sm_89; the 128 x 128 tile needs 98560
-FUSED_ROWS = 128  # up to here one program holds all rows of a group
+# bytes a block may use from which on the large tile is taken: that of halves needs 98688, as sm_86 and sm_89 have; that
+# of float32 needs 165632, with which sm_80 would spill 184
+LARGE_SHARED = (101376, 200000)
+FUSED_ROWS = 128  # up to here one program may hold all rows of a group
 # row_sums in float64: (columns a step, warps)
 FUSED_SUMS, SPLIT_SUMS = (32, 8), (32, 4)
-SUMS_BLOCK = 16  # rows of a program above FUSED_ROWS
+FINISH_WARPS = 8
+SUMS_BLOCK, SUMS_COLUMNS = 16, 128  # rows and columns of a program where there are several
 BACKWARD_HALF = (64, 32, 64, 4, 3)  # BM, BN, BP, warps, stages
-BACKWARD_FLOAT = (32, 32, 64, 4, 2)
+BACKWARD_FLOAT = (64, 32, 64, 4, 3)
+PAIRS = (8, 64, 4)  # rows and columns at a time of pair_rows, warps
+TERMS = "tf32x3"  # float32 products of two terms each
+# cycles of the model in bench/model: a step of split_gram; bytes that a multiprocessor reads in one; another launch
+STEP, READ, LAUNCH = 900, 16, 6000
 
 
-def split_config(n: int, half: bool, shared: int = LARGE_SHARED) -> Config:
-    limit, of_half, of_float = next(row for row in SPLIT_CONFIGS if n <= row[0] or shared < LARGE_SHARED)
-    return of_half if half else of_float
+class Split(NamedTuple):
+    """How the forward pass is divided."""
+
+    config: Config
+    splits: int  # a power of two
+    fused: bool  # row_sums finishes
+
+
+def split_of(n: int, G: int, width: int, half: bool, count: int, shared: int) -> Split:
+    """The least of what the products of a split take, and of what it takes to add the splits up."""
+    config = _config(n, G, half, count, shared)
+    steps, tiles = cdiv(width, config.depth), _tiles(n, config.tile)
+    found = []
+    for fused in (True, False) if n <= FUSED_ROWS else (False,):
+        programs = 1 if fused else cdiv(n, SUMS_BLOCK) * cdiv(n, SUMS_COLUMNS)
+        splits = 1
+        while splits <= max(1, min(steps, (2 if config.tile == 64 else 1) * count // (2 * G * tiles))):
+            reading = splits * n * n * 8 / READ / min(programs, max(1, count // G))
+            found.append((cdiv(steps, splits) * STEP + reading + LAUNCH * (not fused), Split(config, splits, fused)))
+            splits *= 2
+    return min(found)[1]
+
+
+def _config(n: int, G: int, half: bool, count: int, shared: int) -> Config:
+    """The largest tile that is not larger than the matrix, and that leaves no more than half of the machine idle."""
+    *small, large = (of_half if half else of_float for _, of_half, of_float in SPLIT_CONFIGS)
+    fits = shared >= LARGE_SHARED[0 if half else 1] and 4 * G * _tiles(n, large.tile) >= count
+    return small[0] if small and (n <= SPLIT_CONFIGS[0][0] or not fits) else large
+
+
+def _tiles(n: int, tile: int) -> int:
+    """On and above the diagonal."""
+    blocks = cdiv(n, tile)
+    return blocks * (blocks + 1) // 2
 
 
 @cache
 def machine(device: torch.device) -> tuple[int, int]:
     """How many multiprocessors it has, and the bytes of shared memory that a block may use; a CPU: one."""
     if device.type == "cpu":
-        return 1, LARGE_SHARED
+        return 1, LARGE_SHARED[0]
     of = torch.cuda.get_device_properties(device)
-    return of.multi_processor_count, getattr(of, "shared_memory_per_block_optin", LARGE_SHARED)
+    return of.multi_processor_count, getattr(of, "shared_memory_per_block_optin", LARGE_SHARED[0])
 
 
 class _Plan:
@@ -64,75 +103,97 @@ class _Plan:
         G = x.shape[0] if len(x.shape) == 3 else 1
         half = x.dtype != torch.float32 and y.dtype != torch.float32
         count, shared = machine(x.device)
-        config, width = split_config(n, half, shared), width_of(n)
-        blocks = cdiv(n, config.tile)
-        # splits fill the machine about twice; their sums are added in their order, so results repeat bit for bit
-        busy = blocks * (blocks + 1) // 2 * 2 * G
-        splits = max(1, min(128, cdiv(max(p, q), config.depth), 2 * count // busy))
+        (config, splits, fused), width = split_of(n, G, max(p, q), half, count, shared), width_of(n)
+        # the partial sums are added in an order of their own, so results repeat bit for bit
         pers = (cdiv(cdiv(of, config.depth), splits) * config.depth for of in (p, q))
         shifts = [constant(not problem.prepared and (problem.stable or spec.of_distance)) for spec in problem.specs]
         steps = [side.stride if len(side.shape) == 3 else (0, *side.stride) for side in (x, y)]
-        asked, fused = _asked(problem), n <= FUSED_ROWS
+        asked, rows = _asked(problem), max(16, power_of_2(n))
         self.split = Launch(
-            split_gram, (blocks * blocks * 2 * G, splits), BM=config.tile, BK=config.depth, SHIFT_X=shifts[0],
+            split_gram, (_tiles(n, config.tile) * 2 * G, splits), BM=config.tile, BK=config.depth, SHIFT_X=shifts[0],
             SHIFT_Y=shifts[1], PRECISION=how, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         self.of_split = (n, p, q, G, splits, *steps[0], *steps[1], *pers)
-        block = max(16, power_of_2(n)) if fused else SUMS_BLOCK
         step, warps = FUSED_SUMS if fused else SPLIT_SUMS
-        self.sums = Launch(row_sums, (cdiv(n, block) * G,), BM=block, BN=step, num_warps=warps)
-        self.of_sums = (n, G, splits, asked)
-        self.finish = None if fused else Launch(finish, (G,), BLOCK=power_of_2(n), num_warps=4)
-        self.of_finish = (n, G, asked)
-        self.gradients = [_gradient(side, how) for side in (x, y)]
-        self.of_gradient = [(n, G, own, asked) for own in (0, 1)]
-        self.rows = [(*step, side.shape[-1], shift) for side, step, shift in zip((x, y), steps, shifts, strict=True)]
+        block, columns = (rows, max(step, rows)) if fused else (SUMS_BLOCK, SUMS_COLUMNS)
+        across = cdiv(n, columns)
+        self.sums = Launch(
+            row_sums, (cdiv(n, block) * across * G,), BM=block, BN=step, COLUMNS=columns, ROWS=rows, SPLITS=splits,
+            num_warps=warps,
+        )  # fmt: skip
+        self.finish = None if fused else Launch(finish, (G,), BLOCK=rows, COLUMNS=columns, num_warps=FINISH_WARPS)
+        self.of_sums = (n, G, asked)
+        self.gradients = [_Gradient(own, problem, how, (x, y)[own], shifts[own], steps[own], asked) for own in (0, 1)]
         self.lead, self.device, self.need = x.shape[:-2], x.device, need
         self.saved, self.kept = ((G, SAVED.value, n), (2, G, n, width)) if need else ((0,), (0,))
-        # one allocation for what the launches tell each other: partial products, squares, statistics in float64
-        self.squares = 2 * splits * G * n * width
+        # one allocation for what the launches tell each other: partial products, squares, statistics in float64; a
+        # single split is where it is kept
+        self.in_place = bool(need) and splits == 1
+        self.squares = 0 if self.in_place else 2 * splits * G * n * width
         self.stats = self.squares + cdiv(2 * splits * G * n, 4) * 4
-        self.workspace = self.stats + (0 if fused else 2 * G * STAT_ROWS.value * n)
+        self.workspace = self.stats + (0 if fused else 2 * across * G * STAT_ROWS.value * n)
 
     def forward(self, x, y, of_x: Side, of_y: Side, keep, ref, unit):
         device = self.device
-        part = torch.empty(self.workspace, dtype=torch.float32, device=device)
-        square = part[self.squares :]
+        work = torch.empty(self.workspace, dtype=torch.float32, device=device)
         value = torch.empty(self.lead, dtype=torch.float32, device=device)
         saved = torch.empty(self.saved, dtype=torch.float32, device=device)
         kept = torch.empty(self.kept, dtype=torch.float32, device=device)
+        part, square = kept if self.in_place else work, work[self.squares :]
         self.split(x, y, part, square, keep, ref, *self.of_split)
-        stats = None if self.finish is None else part[self.stats :].view(torch.float64)
+        stats = None if self.finish is None else work[self.stats :].view(torch.float64)
         to_keep, to_save = (kept, saved) if self.need else (None, None)
         self.sums(of_x, of_y, part, square, keep, to_keep, stats, value, to_save, unit, *self.of_sums)
         if stats is not None:
-            self.finish(stats, keep, value, to_save, unit, *self.of_finish)
+            self.finish(stats, keep, value, to_save, unit, *self.of_sums)
         return value, saved, kept
 
     def backward(self, own: int, x, of_x: Side, of_y: Side, grad, saved, keep, ref, prepared: bool):
         """The gradient of side `own`, or of its prepared rows, beside the row sums of V; that of sigma, row by row."""
-        dx, sums, dsigma = torch.empty(x.shape, dtype=x.dtype, device=self.device), None, None
-        if prepared:
-            sums = torch.empty(x.shape[:-1], dtype=torch.float32, device=self.device)
+        dsigma = None
         if self.need & (0b100 << own):
             dsigma = torch.empty(x.shape[:-1], dtype=torch.float32, device=self.device)
-        rows, kept = saved
-        self.gradients[own](
-            Rows(x, *self.rows[own]), of_x, of_y, grad, kept, rows, keep, ref, dx, sums, dsigma, *self.of_gradient[own]
-        )
-        return dx, sums, dsigma
+        return *self.gradients[own](x, of_x, of_y, grad, saved, keep, ref, prepared, dsigma), dsigma
 
 
 plan_of = lru_cache(PLANS)(_Plan)
 
 
-def _gradient(side: Layout, how: str) -> Launch:
-    half, (*G, n, p) = side.dtype != torch.float32, side.shape
-    BM, BN, BP, warps, stages = BACKWARD_HALF if half else BACKWARD_FLOAT
-    return Launch(
-        weighted_rows, (cdiv(n, BM) * math.prod(G) * cdiv(p, BP),), BM=BM, BN=BN, BP=BP,
-        PRECISION="ieee" if half else how, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+class _Gradient:
+    """The launches of one side: V = (c_ij + c_ji) dK/dg, then its product with the rows."""
+
+    def __init__(self, own: int, problem: Problem, how: str, side: Layout, shift, steps, asked: Asked):
+        half, (*lead, n, p) = side.dtype != torch.float32, side.shape
+        G = math.prod(lead)
+        how = TERMS if half else how
+        BM, BN, warps = PAIRS
+        self.pairs = Launch(pair_rows, (cdiv(n, BM) * G,), BM=BM, BN=BN, PRECISION=how, num_warps=warps)
+        self.of_pairs = (n, G, own, asked)
+        BM, BN, BP, warps, stages = BACKWARD_HALF if half else BACKWARD_FLOAT
+        self.product = Launch(
+            weighted_rows, (cdiv(n, BM) * G * cdiv(p, BP),), BM=BM, BN=BN, BP=BP, PRECISION=how, num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+        self.of_product = (n, G, own)
+        self.rows, self.device, self.lead, self.weights = (
+            (*steps, p, shift),
+            side.device,
+            (*lead, n),
+            (G, n, width_of(n)),
+        )
+        # whether z_i itself takes part: of distances, and where its norm moves with it
+        distance = problem.specs[own].of_distance
+        self.moves = not problem.prepared if distance else problem.row_normalize
+
+    def __call__(self, x, of_x: Side, of_y: Side, grad, saved, keep, ref, prepared: bool, dsigma):
+        new = lambda shape: torch.empty(shape, dtype=torch.float32, device=self.device)  # noqa: E731
+        weights, of_own = new(self.weights), new(self.lead) if self.moves else None
+        sums = new(self.lead) if prepared else None
+        dx = torch.empty(x.shape, dtype=x.dtype, device=self.device)
+        rows, kept = saved
+        self.pairs(of_x, of_y, grad, kept, rows, keep, weights, of_own, sums, dsigma, *self.of_pairs)
+        self.product(Rows(x, *self.rows), grad, weights, of_own, rows, keep, ref, dx, *self.of_product)
+        return dx, sums
 
 
 def fits(*strides: int) -> bool:
@@ -175,7 +236,7 @@ def _planned(call: Call):
     group: the one that is subtracted from the others."""
     problem, mask = call.problem, call.mask
     a, b = _given(call.x, mask, problem), _given(call.y, mask, problem)
-    plan = plan_of(problem, precision(a.rows, b.rows), call.need, layout(a.rows), layout(b.rows))
+    plan = plan_of(problem, precision(a.rows, b.rows, exact=TERMS), call.need, layout(a.rows), layout(b.rows))
     keep, ref = (None, None) if mask is None else (mask.contiguous().view(torch.uint8), mask.to(torch.uint8).argmax(1))
     return plan, a, b, keep, ref
 
