@@ -157,6 +157,7 @@ class _Plan:
 
 
 plan_of = lru_cache(PLANS)(_Plan)
+masked_plan_of = lru_cache(PLANS)(_Plan)  # a settled launch keeps which arguments are None: a mask has plans of its own
 
 
 class _Gradient:
@@ -236,7 +237,8 @@ def _planned(call: Call):
     group: the one that is subtracted from the others."""
     problem, mask = call.problem, call.mask
     a, b = _given(call.x, mask, problem), _given(call.y, mask, problem)
-    plan = plan_of(problem, precision(a.rows, b.rows, exact=TERMS), call.need, layout(a.rows), layout(b.rows))
+    of = plan_of if mask is None else masked_plan_of
+    plan = of(problem, precision(a.rows, b.rows, exact=TERMS), call.need, layout(a.rows), layout(b.rows))
     keep, ref = (None, None) if mask is None else (mask.contiguous().view(torch.uint8), mask.to(torch.uint8).argmax(1))
     return plan, a, b, keep, ref
 
