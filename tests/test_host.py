@@ -197,6 +197,13 @@ assert len(on.launches) > 0
 both_ways(x[:, :5].expand(20, 5), y[:1].expand(20, 18) + y)
 both_ways(x[:, 1:], y[:, 1:])  # addresses that 16 does not divide
 
+# with a mask and without, in turn: each has launches of its own
+for op in (kd.cka, kd.gram_mse):
+    for mask in (torch.arange(20) != 3, None, torch.arange(20) != 5):
+        got = op(x, y, mask=mask, backend="triton")
+        want = op(x.double(), y.double(), mask=mask, backend="reference")
+        assert abs(got - want) <= 1e-5 * want.abs(), (op, mask, got, want)
+
 # the rule: another sum than PyTorch's, so not the same bits, but those of every later call
 how = {"kernel": kd.RBF(("mean", 0.5))}
 groups = torch.randn(3, 20, 33), torch.randn(3, 20, 18)
