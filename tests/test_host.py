@@ -158,7 +158,7 @@ def test_an_odd_last_batch_specialises_no_kernel_more_than_twice(loss, monkeypat
 
 
 MACHINE = """
-import contract, device, itertools, torch
+import contract, device, functools, itertools, torch
 import kdkernels as kd
 from kdkernels import autograd
 from kdkernels.gram.triton_impl import direct
@@ -198,7 +198,7 @@ both_ways(x[:, :5].expand(20, 5), y[:1].expand(20, 18) + y)
 both_ways(x[:, 1:], y[:, 1:])  # addresses that 16 does not divide
 
 # with a mask and without, in turn: each has launches of its own
-for op in (kd.cka, kd.gram_mse):
+for op in (functools.partial(kd.cka, kernel="cosine"), kd.cka, kd.gram_mse):
     for mask in (torch.arange(20) != 3, None, torch.arange(20) != 5):
         got = op(x, y, mask=mask, backend="triton")
         want = op(x.double(), y.double(), mask=mask, backend="reference")
