@@ -3,6 +3,7 @@
 table; control codes of real machine code; a row of the bench."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -341,6 +342,13 @@ def test_an_instruction_has_its_line_and_those_it_was_inlined_at():
     }
     frames = [lines.Frame("x", name, 1) for name in ("find", "merge", "merge", "solve", "kernel")]
     assert lines.phase(frames) == "solve > merge > find" and lines.phase(frames[-1:]) == "kernel"
+
+
+def test_the_library_that_is_modelled_is_built_from_all_that_cmake_reads():
+    from bench.model import built
+
+    read = re.findall(r"\{CMAKE_CURRENT_SOURCE_DIR\}/(\w[\w.]*)", (ROOT / "CMakeLists.txt").read_text())
+    assert {"csrc", "pyproject.toml"} <= set(read) <= {*built.LINKED, "kdkernels"}  # where the package's goes
 
 
 def test_a_row_says_what_it_is_and_repeats(python, tmp_path):

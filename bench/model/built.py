@@ -32,14 +32,16 @@ PACKAGE = Path(kd.__file__).resolve().parent.parent
 # before the project: only what the emulator executes. lines do not change the code
 SETTINGS = 'set(CMAKE_CUDA_ARCHITECTURES "80-real;90a-real")\nset(CMAKE_CUDA_FLAGS "-lineinfo")\n'
 
+LINKED = {"csrc": None, "tests": ROOT, "pyproject.toml": ROOT}  # what CMakeLists.txt reads; None: of that checkout
+
 
 def library(package: Path) -> Path:
     """Built by this checkout's CMakeLists.txt, from a folder of links to that one's sources."""
     tree = ROOT / "build" / "model" / hashlib.sha256(str(package).encode()).hexdigest()[:8]
     tree.mkdir(parents=True, exist_ok=True)
-    for name, sources in (("csrc", package / "csrc"), ("tests", ROOT / "tests")):
+    for name, root in LINKED.items():
         if not (tree / name).is_symlink():
-            (tree / name).symlink_to(sources)
+            (tree / name).symlink_to((root or package) / name)
     text, path = SETTINGS + (ROOT / "CMakeLists.txt").read_text(), tree / "CMakeLists.txt"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
