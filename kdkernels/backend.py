@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from functools import cache
@@ -38,7 +39,15 @@ def _triton_obstacle(device: str, dtypes) -> str | None:
         return "the Triton kernels compute in float32 and the input is float64"
     if torch.bfloat16 in dtypes and interpreting():
         return "Triton's interpreter is wrong in bfloat16"
+    if any(t.itemsize == 2 for t in dtypes) and device == "cuda" and _fails_on_halves():
+        return "Triton 3.6 does not compile products of half rows for this GPU (compute capability 10): update torch"
     return None
+
+
+@cache
+def _fails_on_halves() -> bool:
+    old = importlib.metadata.version("triton").startswith("3.6")
+    return old and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
 
 
 def obstacle(backend: str, device: str, dtypes=(), op: str | None = None, long: bool = False) -> str | None:

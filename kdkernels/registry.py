@@ -52,7 +52,7 @@ OPS = {
         Op("soft_rank", "rank", _RANK, _RANKS, longest=LONGEST_ROW),
         Op("soft_sort", "rank", _SORT, ("sort_rows", "sort_rows_backward"), _SORTS),
         Op("rank_diagnostics", "rank", _SORT, _RANKS[:1]),
-        Op("spearman", "rank", _SORT, (*_RANKS, "spearman_rows")),
+        Op("spearman", "rank", _RANK, (*_RANKS, "spearman_rows"), longest=LONGEST_ROW),
         Op("pearson", "rank", ("torch", "reference")),
         Op("spearman_corr", "rank", _SORT, _RANKS[:1]),
         Op("mixup", "logits", _LOGITS, ("mix_rows",)),

@@ -44,4 +44,4 @@ def test_the_losses_of_the_table_are_those_that_are_replaced(library, module):
 
 def test_the_examples_of_the_section_exist():
     examples = re.findall(r"`(examples/\w+\.py)`", SECTION)
-    assert len(examples) == 2 and all((ROOT / example).is_file() for example in examples)
+    assert len(examples) == 3 and all((ROOT / example).is_file() for example in examples)

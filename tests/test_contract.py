@@ -154,7 +154,8 @@ def test_an_op_keeps_the_contract_in_every_combination_of_options(op):
     "op",
     [
         pytest.param(
-            op.name, marks=[pytest.mark.slow] if op.name in ("cka", "hsic", "mmd", "rkd_angle", "soft_rank") else []
+            op.name,
+            marks=[pytest.mark.slow] if op.name in ("cka", "hsic", "mmd", "rkd_angle", "soft_rank", "spearman") else [],
         )
         for op in OPS.values()
         if "triton" in op.backends

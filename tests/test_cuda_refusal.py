@@ -79,7 +79,7 @@ def test_a_device_is_asked_once_and_the_one_warning_says_what_where_and_the_reme
         f"{OLD}{NO_IMAGE}. It holds sm_80, sm_90a, compute_90: its kernels need a device of compute capability 8.0 or "
         "more. The next backend in line runs instead: kdkernels.explain names it"
     ]
-    assert resolved("cuda:0", op="spearman") == (["torch"], [])
+    assert resolved("cuda:0", op="spearman_corr") == (["torch"], [])
     assert sorted(machine.asked) == [0, 1]
 
 

@@ -47,6 +47,7 @@ def calls():
         yield "gram_mse", f"{normalize}", lambda x, y, b, n=normalize: kd.gram_mse(x, y, normalize=n, backend=b)
     yield "projected_mse", "", lambda x, y, b: kd.projected_mse(x, y, torch.eye(WIDTH)[:, :3], mask=MASK, backend=b)
     yield "soft_rank", "", lambda x, y, b: kd.soft_rank(x, backend=b).square()
+    yield "spearman", "", lambda x, y, b: kd.spearman(x, y, backend=b)
     yield "rkd_angle", "", lambda x, y, b: kd.rkd_angle(x, y, mask=MASK, backend=b)
     yield (
         "landmark_similarity_loss", "",

@@ -51,8 +51,8 @@ def soft_rank(
         descending: the largest gets rank 1 (x is negated; what is absent stays so).
         mask: bool, of the shape of x or one that broadcasts to it, True for what is there: False is absent, like -inf,
             whatever x holds.
-        backend: "auto", "cuda", "triton" (`soft_rank` alone, rows of up to 2,048), "cpp", "torch" or "reference" (the
-            last one also gives higher derivatives).
+        backend: "auto", "cuda", "triton" (not of soft_sort; rows of up to 2,048), "cpp", "torch" or "reference" (which
+            also gives higher derivatives).
 
     Returns:
         Ranks from 1 (smallest) to n, float32 for half inputs (float16 has no rank 2049), else x's dtype, like x. Blocks
@@ -211,7 +211,8 @@ def spearman(
     checks.flags(hard_target=hard_target)
     x, y = _last(present(x, mask), dim), _last(y, dim)  # what the mask takes out of x is out of y too
     strength = parse(regularization_strength, x)
-    chosen = backends.resolve("spearman", backend, device_name(x), (x.dtype, y.dtype))
+    long = backends.is_long("spearman", backend, device_type(x), x.shape[-1])
+    chosen = backends.resolve("spearman", backend, device_name(x), (x.dtype, y.dtype), long)
     if chosen != "reference" and strength.tensor is None:
         return correlation.spearman(x, y, strength.number, strength.relative, kl, hard_target, chosen)
     dtype = at_least_float32(x, y)

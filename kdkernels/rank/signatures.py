@@ -13,19 +13,19 @@ from .triton_kernels import fit_rows, spread_rows
 TYPES = dict.fromkeys(("n", "each", "relative", "hard", "descending", "need"), "i32")
 TYPES |= {"order_ptr": "int64", "blocks_ptr": "int32"}
 TYPES |= {"strength_ptr": "float64", "eps_ptr": "float64"}
-# (type of rows, positions, kl)
+# (type of rows, of ranks, positions, kl): float64 ranks are those of `spearman`
 ROWS = (
-    ("float32", 1024, False),
-    ("bfloat16", 256, True),
-    ("float16", 512, False),
-    ("float32", 2048, True),
+    ("float32", "float32", 1024, False),
+    ("float32", "float64", 1024, False),
+    ("bfloat16", "float32", 256, True),
+    ("float16", "float32", 512, False),
+    ("float32", "float32", 2048, True),
 )
 
 
 def compile_cases():
-    for dtype, N, kl in ROWS:
-        rank = "float64" if dtype == "float64" else "float32"
-        name = f"{'kl' if kl else 'l2'}-{N}-{dtype}"
+    for dtype, rank, N, kl in ROWS:
+        name = f"{'kl' if kl else 'l2'}-{N}-{dtype}{'-exact' * (rank == 'float64')}"
         types = TYPES | {"sums_ptr": "float64", "s_ptr": dtype, "rank_ptr": rank, "grad_ptr": rank, "out_ptr": dtype}
         yield compile_case(f"fit_rows-{name}", fit_rows, types.get, (), warps(N), 3, **constants(N, kl, dtype))
         types["sums_ptr"] = "int64"

@@ -241,8 +241,13 @@ def unsorted(ds, order):
     return torch.empty_like(ds).scatter_(-1, order, ds)
 
 
-def spearman_forward(x, y, strength, relative, kl, hard_target, grad_x, grad_y):
-    """As `native_impl.SCHEMAS` says of spearman_rows, for rows [..., n]; both sides are ranked in one call.
+def spearman_forward(*asked):
+    """As `native_impl.SCHEMAS` says of spearman_rows, for rows [..., n]."""
+    return spearman_by(rank_forward, rank_backward, *asked)
+
+
+def spearman_by(rank_forward, rank_backward, x, y, strength, relative, kl, hard_target, grad_x, grad_y):
+    """`spearman_forward` by the ranks of a backend; both sides are ranked in one call.
 
     Ranks stay float64: under a large strength all are near their mean, and float32 would lose their differences.
     """

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from ..autograd import at_least_float32
+from . import torch_impl
 from .triton_kernels import fit_rows, spread_rows
 
 # (longest row that is filled up to a power of two, warps); unmeasured: 8 positions a thread, for
@@ -68,3 +69,8 @@ def rank_backward(grad, x, rank, blocks, eps, kl, descending):
             N=N, KL=kl, num_warps=warps(N),
         )  # fmt: skip
     return out
+
+
+def spearman_forward(*asked):
+    """As `torch_impl.spearman_forward`."""
+    return torch_impl.spearman_by(rank_forward, rank_backward, *asked)
